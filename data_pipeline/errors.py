@@ -1,0 +1,35 @@
+"""What a user may see go wrong, each with the exit code of the command line.
+
+0 done, 64 configuration, 70 node fault, 74 storage or data, 75 requeue me.
+An error's text names the value, the rule and the remedy; the command line prints it without a traceback.
+"""
+
+
+class TesseraError(Exception):
+    """Base of every error meant for the user."""
+
+    exit_code = 70
+
+
+class ConfigError(TesseraError):
+    """The run description is wrong; running it again changes nothing."""
+
+    exit_code = 64
+
+
+class NodeFault(TesseraError):
+    """A process, device or collective failed; another attempt may succeed."""
+
+    exit_code = 70
+
+
+class DataError(TesseraError):
+    """Storage or data is missing, damaged or not what the manifest says."""
+
+    exit_code = 74
+
+
+class Requeue(TesseraError):
+    """The run was asked to stop, saved its state and wants to go on later."""
+
+    exit_code = 75

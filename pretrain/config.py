@@ -1,0 +1,269 @@
+"""The schema of a training run. Read with `load_settings(RunConfig, path, overrides)`; imports no torch.
+
+Sections: what is learnt (`model`, `objective`), from what (`data`), how (`train`, `optim`), and where it is written.
+"""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from data_pipeline.settings import Settings
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+class VisionTower(Settings):
+    """ViT of CLIP: patches -> one embedding."""
+
+    image_size: PositiveInt = 224
+    patch_size: PositiveInt = 32
+    width: PositiveInt = 768
+    layers: PositiveInt = 12
+    heads: PositiveInt = 12
+
+
+class TextTower(Settings):
+    """Causal transformer of CLIP, pooled at the end-of-text token."""
+
+    vocab_size: PositiveInt = 49408
+    context: PositiveInt = 77
+    width: PositiveInt = 512
+    layers: PositiveInt = 12
+    heads: PositiveInt = 8
+
+
+class ClipConfig(Settings):
+    """CLIP, Radford et al. 2021, arXiv:2103.00020."""
+
+    kind: Literal["clip"] = "clip"
+    vision: VisionTower = VisionTower()
+    text: TextTower = TextTower()
+    embed_dim: PositiveInt = 512
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+
+
+class EncoderConfig(Settings):
+    """The bidirectional encoder that BERT and ELECTRA share."""
+
+    vocab_size: PositiveInt = 30522
+    context: PositiveInt = 512
+    layers: PositiveInt = 12
+    width: PositiveInt = 768
+    heads: PositiveInt = 12
+    embedding_width: PositiveInt = 768
+    type_vocab: PositiveInt = 2
+    dropout: NonNegativeFloat = 0.1
+
+
+class BertConfig(EncoderConfig):
+    """BERT for pretraining (MLM + NSP), Devlin et al. 2018, arXiv:1810.04805."""
+
+    kind: Literal["bert"] = "bert"
+
+
+class ElectraConfig(EncoderConfig):
+    """ELECTRA, Clark et al. 2020, arXiv:2003.10555: the encoder fields are the discriminator's."""
+
+    kind: Literal["electra"] = "electra"
+    generator_fraction: PositiveFloat = Field(0.25, le=1.0)
+
+
+class GptConfig(Settings):
+    """Autoregressive text-to-image transformer over text tokens and image codes (EasyNLP's pai-painter)."""
+
+    kind: Literal["gpt"] = "gpt"
+    text_vocab: PositiveInt = 21128
+    image_vocab: PositiveInt = 16384
+    text_tokens: PositiveInt = 32
+    image_tokens: PositiveInt = 256
+    layers: PositiveInt = 12
+    width: PositiveInt = 768
+    heads: PositiveInt = 12
+    dropout: NonNegativeFloat = 0.0
+
+
+class VqganConfig(Settings):
+    """VQGAN, Esser et al. 2021, arXiv:2012.09841 (taming f16-16384 by default)."""
+
+    kind: Literal["vqgan"] = "vqgan"
+    image_size: PositiveInt = 256
+    channels: PositiveInt = 128
+    multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
+    res_blocks: PositiveInt = 2
+    attention_at: tuple[int, ...] = (16,)
+    latent_channels: PositiveInt = 256
+    codebook_size: PositiveInt = Field(16384, le=65536)
+    code_width: PositiveInt = 256
+    discriminator_channels: PositiveInt = 64
+    discriminator_layers: PositiveInt = 3
+
+    @property
+    def grid(self) -> int:
+        """Codes per side."""
+        return self.image_size // 2 ** (len(self.multipliers) - 1)
+
+
+ModelConfig = Annotated[
+    ClipConfig | BertConfig | ElectraConfig | GptConfig | VqganConfig, Field(discriminator="kind")
+]
+
+# ------------------------------------------------------------------------------------------ objectives
+
+
+class ContrastiveConfig(Settings):
+    """Symmetric cross-entropy over the global batch (CLIP)."""
+
+    kind: Literal["contrastive"] = "contrastive"
+
+
+class MlmNspConfig(Settings):
+    """Masked language model, with next-sentence prediction where `nsp` is set (BERT)."""
+
+    kind: Literal["mlm"] = "mlm"
+    mask_rate: PositiveFloat = Field(0.15, lt=1.0)
+    nsp: bool = True
+
+
+class RtdConfig(Settings):
+    """Replaced-token detection: MLM + weight * RTD (ELECTRA)."""
+
+    kind: Literal["rtd"] = "rtd"
+    mask_rate: PositiveFloat = Field(0.15, lt=1.0)
+    rtd_weight: NonNegativeFloat = 50.0
+
+
+class AutoregressiveConfig(Settings):
+    """Cross-entropy of the image codes given the text (and, with `caption_drop`, given nothing, for guidance)."""
+
+    kind: Literal["autoregressive"] = "autoregressive"
+    caption_drop: NonNegativeFloat = Field(0.0, lt=1.0)
+
+
+class ReconstructionConfig(Settings):
+    """Training of the VQGAN: pixels + perceptual + adversarial + codebook."""
+
+    kind: Literal["reconstruction"] = "reconstruction"
+    codebook_weight: PositiveFloat = 1.0
+    commitment: PositiveFloat = 0.25
+    legacy_commitment: bool = False
+    perceptual_weight: NonNegativeFloat = 1.0
+    discriminator_weight: NonNegativeFloat = 0.8
+    discriminator_start_step: NonNegativeInt = 250_001
+    revive_after_steps: NonNegativeInt = 0
+
+
+ObjectiveConfig = Annotated[
+    ContrastiveConfig | MlmNspConfig | RtdConfig | AutoregressiveConfig | ReconstructionConfig,
+    Field(discriminator="kind"),
+]
+
+# ---------------------------------------------------------------------------------------- the run itself
+
+
+class DataConfig(Settings):
+    """The dataset, the vocabulary and how samples become tensors."""
+
+    dataset: str
+    vocabulary: str | None = None
+    tokenizer: str | None = None
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    flip: bool = False
+    prefetch_steps: PositiveInt = 2
+
+
+class TrainConfig(Settings):
+    """Length, batch, precision, sharding, and what is written when."""
+
+    steps: PositiveInt
+    global_batch: PositiveInt
+    micro_batch: PositiveInt | None = None
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    clip_norm: NonNegativeFloat = 1.0
+    checkpoint_every_steps: PositiveInt = 1000
+    keep_checkpoints: PositiveInt = 2
+    log_every_steps: PositiveInt = 10
+    sample_every_steps: NonNegativeInt = 0
+    collective_timeout_s: PositiveInt = 120
+
+
+class OptimConfig(Settings):
+    """AdamW with decay and no-decay groups, and the learning-rate schedule."""
+
+    lr: PositiveFloat
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    schedule: Literal["cosine", "linear", "polynomial", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    final_lr_fraction: NonNegativeFloat = Field(0.0, le=1.0)
+    power: PositiveFloat = 1.0
+
+
+class TrackingConfig(Settings):
+    """MLflow: `uri` empty switches it off; metrics.jsonl in the run folder is always written."""
+
+    uri: str = "sqlite:///runs/mlflow.db"
+    experiment: str = "tessera"
+
+
+class DeepSpeedConfig(Settings):
+    """What the generated DeepSpeed JSON is overlaid with, for what the other sections do not offer."""
+
+    extra: dict[str, Any] = {}
+
+
+class RunConfig(Settings):
+    """One training run."""
+
+    run: str
+    seed: NonNegativeInt = 0
+    model: ModelConfig
+    objective: ObjectiveConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig
+    tracking: TrackingConfig = TrackingConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _sections_fit(self) -> "RunConfig":
+        check_sections(self)
+        return self
+
+
+OBJECTIVE_OF = {"clip": "contrastive", "bert": "mlm", "electra": "rtd", "gpt": "autoregressive", "vqgan": "reconstruction"}
+
+
+def check_sections(config: RunConfig) -> None:
+    """The rules that span sections; raises ValueError with value, rule and remedy."""
+    wanted = OBJECTIVE_OF[config.model.kind]
+    if config.objective.kind != wanted:
+        raise ValueError(f"objective.kind={config.objective.kind!r} does not train a {config.model.kind}; use {wanted!r}")
+    if config.model.kind != "vqgan" and config.data.vocabulary is None:
+        raise ValueError(f"data.vocabulary is missing; a {config.model.kind} reads text, name a SentencePiece .model file")
+    if config.model.kind == "gpt" and config.data.tokenizer is None:
+        raise ValueError("data.tokenizer is missing; a gpt reads image codes, name the folder of the image tokenizer")
+    if config.model.kind == "vqgan" and config.train.zero_stage != 0:
+        raise ValueError(
+            f"train.zero_stage={config.train.zero_stage}: a vqgan trains replicated, its codebook is revived in place; use 0"
+        )
+    if config.optim.warmup_steps >= config.train.steps:
+        raise ValueError(
+            f"optim.warmup_steps={config.optim.warmup_steps} must be below train.steps={config.train.steps}"
+        )
+
+
+def micro_batch_of(train: TrainConfig, world_size: int) -> tuple[int, int]:
+    """-> (micro batch per rank, accumulation steps) of a `world_size`; raises ValueError when it does not divide."""
+    per_rank, rest = divmod(train.global_batch, world_size)
+    micro = train.micro_batch or per_rank
+    if rest or per_rank % micro:
+        unit = world_size * (train.micro_batch or 1)
+        low = train.global_batch // unit * unit
+        raise ValueError(
+            f"global_batch={train.global_batch} is not divisible by {world_size} ranks x micro_batch "
+            f"{train.micro_batch or 1} = {unit}; use {low or unit} or {low + unit}"
+        )
+    return micro, per_rank // micro
