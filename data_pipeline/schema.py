@@ -1,0 +1,45 @@
+"""What flows: sources yield Pairs (or Drops), stages turn a Pair into a Pair or a Drop, a stream yields Samples."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pair:
+    """One row of a source: an encoded image and its captions, in the order in which they were given."""
+
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Drop:
+    """A row that does not become a sample. `reason` is counted (one word with underscores), `detail` is for people."""
+
+    key: str
+    reason: str
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample of a dataset, read for one position.
+
+    id: 0 <= id < samples of the dataset, in the order of its shards.
+    epoch, position: where in the stream it was asked for; 0 and -1 when it was fetched by its id.
+    image: the encoded file as it stands in the shard.
+    codes: uint16 [codes per image], or None where the stream was opened without codes.
+    """
+
+    id: int
+    epoch: int
+    position: int
+    key: str
+    image: bytes
+    captions: tuple[str, ...]
+    meta: dict[str, Any]
+    codes: np.ndarray | None = None
