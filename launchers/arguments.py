@@ -1,0 +1,36 @@
+"""Arguments and output that every command shares."""
+
+import dataclasses
+import json as json_module
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value ...", help="Dotted overrides, for example optim.lr=3e-4.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
+
+
+def as_dict(result: Any) -> dict[str, Any]:
+    """What a command has to say as a plain mapping: a mapping, a dataclass, a pydantic model, a path or nothing."""
+    if result is None:
+        return {}
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return dataclasses.asdict(result)
+    if hasattr(result, "model_dump"):
+        return dict(result.model_dump(mode="json"))
+    return dict(result) if isinstance(result, Mapping) else {"result": result}
+
+
+def emit(result: Mapping[str, Any], as_json: bool) -> None:
+    """Print `result` as one JSON line, or as `name  value` lines for a person."""
+    if as_json:
+        typer.echo(json_module.dumps(result, ensure_ascii=False, sort_keys=True, default=str))
+        return
+    width = max((len(name) for name in result), default=0)
+    for name, value in result.items():
+        typer.echo(f"{name:<{width}}  {value}")

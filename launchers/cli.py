@@ -1,0 +1,78 @@
+"""The `tessera` command: one table of commands, and the only place where an error becomes text and an exit code.
+
+Commands import what they need when they run: `--help` and `--dry-run` need no torch.
+"""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from data_pipeline.errors import ConfigError, TesseraError
+from launchers import commands_checkpoint, commands_data, commands_launch, commands_run
+
+USAGE_EXIT = 2  # what the argument parser leaves with; to us a wrong command line is a wrong configuration
+
+app = typer.Typer(
+    name="tessera",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Pretraining of image-text and text models, from raw pairs to exported weights.\n\n"
+    "Exit codes: 0 done, 64 configuration, 70 node fault, 74 storage or data, 75 requeue me.",
+)
+
+# ------------------------------------------------------------------------------------ the command line
+
+data = typer.Typer(no_args_is_help=True, help="Raw pairs -> shards, codes and their checks.")
+data.command("build")(commands_data.build)
+data.command("retry")(commands_data.retry)
+data.command("encode")(commands_data.encode)
+data.command("index")(commands_data.index)
+data.command("verify")(commands_data.verify)
+data.command("order")(commands_data.order)
+
+vocab = typer.Typer(no_args_is_help=True, help="SentencePiece vocabularies.")
+vocab.command("train")(commands_data.vocab_train)
+vocab.callback()(lambda: None)  # keeps `train` a subcommand while it is the only one
+
+launch = typer.Typer(no_args_is_help=True, help="One recipe on this machine, Slurm or Kubernetes.")
+launch.command("local")(commands_launch.local)
+launch.command("slurm")(commands_launch.slurm)
+launch.command("kubernetes")(commands_launch.kubernetes)
+
+checkpoint = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
+checkpoint.command("list")(commands_checkpoint.list_checkpoints)
+checkpoint.command("verify")(commands_checkpoint.verify)
+checkpoint.command("export")(commands_checkpoint.export)
+checkpoint.command("gc")(commands_checkpoint.gc)
+
+app.add_typer(data, name="data")
+app.add_typer(vocab, name="vocab")
+app.command("train")(commands_run.train)
+app.add_typer(launch, name="launch")
+app.command("status")(commands_run.status)
+app.command("logs")(commands_run.logs)
+app.command("stop")(commands_run.stop)
+app.add_typer(checkpoint, name="checkpoint")
+app.command("generate")(commands_run.generate)
+app.command("evaluate")(commands_run.evaluate)
+
+# ------------------------------------------------------------------------------------ errors and exit codes
+
+
+def main() -> None:
+    """Run the command line. A TesseraError is printed without a traceback; an unexpected exception keeps its own."""
+    try:
+        app(prog_name="tessera")
+    except TesseraError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except SystemExit as leaving:
+        sys.exit(ConfigError.exit_code if leaving.code == USAGE_EXIT else leaving.code)
+
+
+if __name__ == "__main__":
+    main()

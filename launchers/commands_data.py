@@ -1,0 +1,84 @@
+"""`tessera data ...` and `tessera vocab ...`: thin wrappers over data_pipeline, and the one place that hands it a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launchers.arguments import AsJson, Overrides, as_dict, emit
+
+Config = Annotated[Path, typer.Argument(help="YAML of the build, for example configs/data/emoji.yaml.")]
+Dataset = Annotated[Path, typer.Argument(help="Folder of a built dataset.")]
+
+
+def build(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
+    """Raw pairs -> shards (and codes where the configuration names a tokenizer)."""
+    from data_pipeline.build.run import build as run_build
+    from data_pipeline.config import BuildConfig
+    from data_pipeline.settings import load_settings
+
+    emit(as_dict(run_build(load_settings(BuildConfig, config, overrides or []), progress=not json)), json)
+
+
+def retry(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
+    """Only the failed rows of a finished build, as new shards."""
+    from data_pipeline.build.run import retry as run_retry
+    from data_pipeline.config import BuildConfig
+    from data_pipeline.settings import load_settings
+
+    emit(as_dict(run_retry(load_settings(BuildConfig, config, overrides or []), progress=not json)), json)
+
+
+def encode(
+    dataset: Dataset,
+    tokenizer: Annotated[Path, typer.Option(help="Folder of an exported image tokenizer.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that encode.")] = 1,
+    json: AsJson = False,
+) -> None:
+    """Add image codes beside the shards of a dataset."""
+    from data_pipeline.shards.codes import encode_dataset
+    from pretrain.interchange.tokenizer import load_tokenizer
+
+    emit(as_dict(encode_dataset(dataset, load_tokenizer, tokenizer, workers=workers, progress=not json)), json)
+
+
+def index(
+    tars: Annotated[list[str], typer.Argument(help="Tar files, or patterns such as '{00000..00099}.tar'.")],
+    json: AsJson = False,
+) -> None:
+    """Index tars that were made elsewhere, without changing them."""
+    from data_pipeline.shards.verify import index as run_index
+
+    emit(as_dict(run_index(tars)), json)
+
+
+def verify(dataset: Dataset, json: AsJson = False) -> None:
+    """Digests, accounting and codes; leaves with 74 when something is off."""
+    from data_pipeline.shards.verify import verify as run_verify
+
+    emit(as_dict(run_verify(dataset)), json)
+
+
+def order(
+    dataset: Dataset,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order.")] = 0,
+    start: Annotated[int, typer.Option(min=0, help="First position.")] = 0,
+    count: Annotated[int, typer.Option(min=0, help="How many positions.")] = 10,
+    json: AsJson = False,
+) -> None:
+    """Sample keys by position, one a line."""
+    from data_pipeline.stream.reader import Stream
+
+    keys = [sample.key for sample in Stream(dataset, seed).read(start, start + count)]
+    if json:
+        emit({"start": start, "keys": keys}, json)
+    else:
+        typer.echo("\n".join(keys))
+
+
+def vocab_train(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
+    """Train a SentencePiece vocabulary on the captions of a dataset."""
+    from data_pipeline.settings import load_settings
+    from data_pipeline.vocabulary import VocabConfig, train_vocabulary
+
+    emit({"vocabulary": str(train_vocabulary(load_settings(VocabConfig, config, overrides or [])))}, json)

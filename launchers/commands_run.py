@@ -1,0 +1,72 @@
+"""`tessera train|generate|evaluate|status|logs|stop`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launchers.arguments import AsJson, Overrides, Run, as_dict, emit
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML of the run, one of the recipes in configs/.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train, or go on where the run's newest checkpoint stands; inside a process group or alone."""
+    from data_pipeline.settings import load_settings
+    from pretrain.config import RunConfig
+
+    run_config = load_settings(RunConfig, config, overrides or [])
+    from pretrain.train import main  # after the configuration: a mistake in it need not wait for torch
+
+    main(run_config)
+
+
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="What the images shall show.")],
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many images.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="Folder for the images; RUN/samples where not given.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Images from text."""
+    from pretrain.generate import main
+
+    emit(as_dict(main(run, prompt, count, out or run / "samples")), json)
+
+
+def evaluate(run: Run, json: AsJson = False) -> None:
+    """The figures of a run's newest checkpoint on its held-out data."""
+    from pretrain.evaluate import main
+
+    emit(as_dict(main(run)), json)
+
+
+def status(run: Run, json: AsJson = False) -> None:
+    """Is it running, how far is it, how fast."""
+    from launchers.watch import run_status
+
+    emit(run_status(run), json)
+
+
+def logs(
+    run: Run,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="How many steps.")] = 20,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False,
+) -> None:
+    """The last lines of the run's metrics.jsonl."""
+    from launchers.watch import metric_lines
+
+    for line in metric_lines(run, lines, follow):
+        typer.echo(line)
+
+
+def stop(
+    run: Run,
+    timeout_s: Annotated[float, typer.Option(min=1, help="How long the save may take.")] = 300,
+    json: AsJson = False,
+) -> None:
+    """Ask a run on this machine to save and leave, and wait until it has."""
+    from launchers.watch import stop_run
+
+    emit(stop_run(run, timeout_s), json)
