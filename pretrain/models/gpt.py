@@ -1,0 +1,182 @@
+"""Text-to-image GPT over VQGAN codes (the GPT of EasyNLP's text2image_generation).
+
+One causal transformer reads T text tokens, then I image codes. Ids [0, image_vocab) are codes; text ids follow, offset
+by image_vocab. The head writes image codes only, and only at the I places that predict one.
+Letters: B batch, T text tokens, I image tokens, L = T + I, D width, H heads, V image vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.config import GptConfig
+
+PAD = 0  # text id that fills a caption, and stands for the empty caption of guidance
+
+
+class Cache:
+    """Keys and values of all layers, allocated once: two tensors [layers, B, H, L, D/H]; `length` places are filled."""
+
+    def __init__(self, config: GptConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        length = config.text_tokens + config.image_tokens - 1  # the last code is never read
+        shape = (config.layers, batch, config.heads, length, config.width // config.heads)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [B, H, n, D/H] behind what is there -> all keys and values of the layer so far."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Gpt(nn.Module):
+    """Pre-LN transformer, exact GELU, learned positions, untied image head without bias."""
+
+    def __init__(self, config: GptConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embed(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.image_vocab, bias=False)
+        self.apply(_init)
+
+    def forward(self, text: Tensor, codes: Tensor) -> Tensor:
+        """text: int64 [B, T], codes: int64 [B, n], n <= I -> float32 logits [B, n, V], the i-th predicting codes[:, i].
+
+        The last code is no input: nothing is predicted from it.
+        """
+        tokens = torch.cat([text + self.config.image_vocab, codes[:, :-1]], 1)
+        return self.step(tokens, start=0, last=codes.shape[1])
+
+    def step(self, tokens: Tensor, start: int, last: int, cache: Cache | None = None) -> Tensor:
+        """tokens: ids int64 [B, n] at places start.. -> float32 logits [B, last, V] of the last places.
+
+        Without a cache `tokens` is the whole sequence; with one, everything before `start` is in it.
+        """
+        x = self.embed(tokens, start)
+        for block in self.blocks:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.head(self.norm(x[:, -last:])).float()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text: Tensor,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        guidance: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """text: int64 [B, T], left as it is -> codes int64 [B, I].
+
+        temperature 0 takes the most likely code. top_k 0 keeps all codes. guidance other than 1 mixes in the logits of
+        the empty caption, u + guidance (c - u), as further rows of the same batch with keys and values of their own;
+        it needs training with `caption_drop`. Ho & Salimans 2022, arXiv:2207.12598.
+        """
+        guided = guidance != 1.0
+        rows = torch.cat([text, torch.full_like(text, PAD)]) if guided else text
+        cache = Cache(self.config, len(rows), text.device, self.cache_dtype(text.device.type))
+        tokens = rows + self.config.image_vocab
+        codes = text.new_empty(len(text), self.config.image_tokens)
+        for place in range(self.config.image_tokens):
+            logits = self.step(tokens, cache.length, 1, cache)[:, 0]
+            if guided:
+                given, empty = logits.chunk(2)
+                logits = empty + guidance * (given - empty)
+            codes[:, place] = choose(logits, temperature, top_k, generator)
+            tokens = codes[:, place : place + 1].repeat(2 if guided else 1, 1)
+        return codes
+
+    def cache_dtype(self, device_type: str) -> torch.dtype:
+        """What the projections of keys and values write."""
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return next(self.parameters()).dtype
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> Tensor:
+    """float32 logits [B, V] -> codes int64 [B]: one uniform number per row, by the inverse of the distribution."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if 0 < top_k < logits.shape[-1]:
+        floor = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    chances = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64, device=logits.device)
+    return torch.searchsorted(chances, uniform * chances[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+# ------------------------------------------------------------------------------------------- pieces
+
+
+class Embed(nn.Module):
+    """Token plus learned position."""
+
+    def __init__(self, config: GptConfig) -> None:
+        super().__init__()
+        self.token = nn.Embedding(config.image_vocab + config.text_vocab, config.width)
+        self.position = nn.Parameter(torch.zeros(1, config.text_tokens + config.image_tokens, config.width))
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor, start: int) -> Tensor:
+        """int64 [B, n] at places start.. -> [B, n, D]."""
+        return self.drop(self.token(tokens) + self.position[:, start : start + tokens.shape[1]])
+
+
+class CausalAttention(nn.Module):
+    """Separate matrices with bias for queries, keys and values."""
+
+    def __init__(self, config: GptConfig, layer: int) -> None:
+        super().__init__()
+        if config.width % config.heads:
+            raise ValueError(f"width={config.width} is not divisible by heads={config.heads}; use 64 per head")
+        self.heads, self.layer, self.dropout = config.heads, layer, config.dropout
+        self.query = nn.Linear(config.width, config.width)
+        self.key = nn.Linear(config.width, config.width)
+        self.value = nn.Linear(config.width, config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        """[B, n, D] -> [B, n, D]; with a filled cache n is 1."""
+        batch, length, width = x.shape
+        q, k, v = (
+            layer(x).view(batch, length, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=length > 1)
+        return self.drop(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: GptConfig, layer: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attention = CausalAttention(config, layer)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.rise = nn.Linear(config.width, 4 * config.width)
+        self.fall = nn.Linear(4 * config.width, config.width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        """[B, n, D] -> [B, n, D]."""
+        x = x + self.attention(self.norm1(x), cache)
+        return x + self.drop(self.fall(F.gelu(self.rise(self.norm2(x)))))
+
+
+def _init(module: nn.Module) -> None:
+    """Matrices N(0, .02), biases 0, norms 1 and 0, positions 0."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

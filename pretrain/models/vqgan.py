@@ -1,0 +1,236 @@
+"""VQGAN: image <-> grid of codes. Esser et al. 2021, arXiv:2012.09841; module names are those of its public weights.
+
+Letters: B batch, C channels, S image side, G grid side (codes per side), Z latent channels, E code width, N codebook.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.config import VqganConfig
+
+
+class Quantised(NamedTuple):
+    """What the codebook makes of latents."""
+
+    codes: Tensor  # int64 [B, G*G], row by row
+    latents: Tensor  # float32 [B*G*G, E], what was looked up
+    nearest: Tensor  # float32 [B*G*G, E], the codebook's rows, with gradient to the codebook
+    output: Tensor  # [B, E, G, G], `nearest` in value, straight-through to the latents in gradient
+
+
+class Vqgan(nn.Module):
+    """Encoder, codebook and decoder; the discriminator belongs to the objective."""
+
+    def __init__(self, config: VqganConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Codebook(config.codebook_size, config.code_width)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.code_width, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_width, config.latent_channels, 1)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Quantised]:
+        """float [B, 3, S, S] in [-1, 1] -> (reconstruction [B, 3, S, S], what was quantised)."""
+        quantised = self.quantize(self.quant_conv(self.encoder(pixels)))
+        return self.decoder(self.post_quant_conv(quantised.output)), quantised
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """float [B, 3, S, S] in [-1, 1] -> codes int64 [B, G*G]."""
+        return self.quantize(self.quant_conv(self.encoder(pixels))).codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes int64 [B, G*G] -> [B, 3, S, S], about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(self.quantize.look_up(codes, self.config.grid)))
+
+
+class Codebook(nn.Module):
+    """Nearest neighbour in L2 (argmin in float32 whatever the autocast), straight-through gradient."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size, width)
+        nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
+
+    def forward(self, latents: Tensor) -> Quantised:
+        """[B, E, G, G] -> Quantised."""
+        batch, width, height, breadth = latents.shape
+        with torch.autocast(latents.device.type, enabled=False):
+            flat = latents.float().permute(0, 2, 3, 1).reshape(-1, width)
+            with torch.no_grad():
+                codes = self.nearest(flat)
+            nearest = self.embedding(codes).float()
+            passed = flat + (nearest - flat).detach()
+            output = passed.view(batch, height, breadth, width).permute(0, 3, 1, 2)
+        return Quantised(codes.view(batch, -1), flat, nearest, output)
+
+    def nearest(self, flat: Tensor) -> Tensor:
+        """float32 [n, E] -> int64 [n]: argmin over the codebook of |z - e|^2, less the constant |z|^2."""
+        table = self.embedding.weight.float()
+        return torch.addmm(table.square().sum(1), flat, table.t(), alpha=-2).argmin(1)
+
+    def look_up(self, codes: Tensor, grid: int) -> Tensor:
+        """int64 [B, G*G] -> [B, E, G, G]."""
+        return self.embedding(codes).view(codes.shape[0], grid, grid, -1).permute(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------- blocks
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of 32 groups, as published."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions beside a skip, which is a 1x1 convolution where the width changes."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = norm(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C', h, w]."""
+        inner = self.conv1(F.silu(self.norm1(x)))
+        inner = self.conv2(F.silu(self.norm2(inner)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + inner
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all places of the feature map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
+        normed = self.norm(x)
+        q, k, v = (layer(normed).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v)[:, 0]  # [B, h*w, C]
+        return x + self.proj_out(mixed.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the side: one row and column of zeros at the far edges, then 3x3 with stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, 2h, 2w] -> [B, C, h, w]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the side: nearest neighbour, then 3x3."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, 2h, 2w]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; `downsample` or `upsample` is set by the owner where the side changes after it."""
+
+    def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool) -> None:
+        super().__init__()
+        widths = [channels] + [out_channels] * (blocks - 1)
+        self.block = nn.ModuleList(ResBlock(width, out_channels) for width in widths)
+        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C', h', w']."""
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[index](x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the smallest side."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Pixels -> latents."""
+
+    def __init__(self, config: VqganConfig) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for index, width in enumerate(widths):
+            attention = config.image_size // 2**index in config.attention_at
+            level = Level(widths[index - 1] if index else config.channels, width, config.res_blocks, attention)
+            if index < len(widths) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(widths[-1])
+        self.norm_out = norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, Z, G, G]."""
+        x = self.conv_in(pixels)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents -> pixels; one block more per level than the encoder. `up` counts from the finest side, as published."""
+
+    def __init__(self, config: VqganConfig) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        levels = []
+        for index, width in enumerate(widths):
+            attention = config.image_size // 2**index in config.attention_at
+            below = widths[min(index + 1, len(widths) - 1)]
+            level = Level(below, width, config.res_blocks + 1, attention)
+            if index:
+                level.upsample = Upsample(width)
+            levels.append(level)
+        self.up = nn.ModuleList(levels)
+        self.norm_out = norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, Z, G, G] -> [B, 3, S, S]."""
+        x = self.mid(self.conv_in(latents))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
