@@ -1,0 +1,162 @@
+"""Training of the VQGAN. Esser et al. 2021, arXiv:2012.09841; the losses of taming-transformers.
+
+    total = nll + codebook_weight * codebook + [step >= discriminator_start_step] (lambda * generator + hinge)
+    nll = mean(|x - y|) + perceptual_weight * perceptual(x, y),   y the reconstruction
+    lambda = discriminator_weight * clamp(|d nll / d last layer| / (|d generator / d last layer| + 1e-4), 0, 1e4)
+
+Deviations: the discriminator learns in the same backward and from the same reconstruction as the generator, not in a
+step of its own: the generator's adversarial gradient is taken with respect to the reconstruction alone, so the
+discriminator's parameters receive only the hinge gradient. The norms in lambda are of the global batch. Perceptual
+distance is LPIPS in the paper; ours is injectable and by default needs no weights (`EdgePyramid`).
+Letters: B batch of this rank, S image side, E code width, N codebook size, M latents of a batch.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.config import ReconstructionConfig
+from pretrain.models.discriminator import PatchDiscriminator
+from pretrain.models.vqgan import Vqgan
+from pretrain.objectives.collectives import Collectives
+
+REVIVAL_POOL = 1024  # latents of a rank's batch that dead codes may be replaced by
+
+
+class EdgePyramid(nn.Module):
+    """L1 between the differences of neighbouring pixels, at three sides: S, S/2, S/4. Punishes blur, needs no weights."""
+
+    def forward(self, pixels: Tensor, reconstruction: Tensor) -> Tensor:
+        """float32 [B, 3, S, S] twice -> []."""
+        error = pixels - reconstruction
+        total = error.new_zeros(())
+        for level in range(3):
+            if level:
+                error = F.avg_pool2d(error, 2)
+            total = total + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        return total / 3
+
+
+class Reconstruction(nn.Module):
+    """Owns model and discriminator; `after_step` replaces codes that nothing uses."""
+
+    keys: ClassVar[tuple[str, ...]] = ("pixels", "step")
+
+    def __init__(
+        self,
+        model: Vqgan,
+        config: ReconstructionConfig,
+        collectives: Collectives,
+        perceptual: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.collectives = collectives
+        self.perceptual = perceptual or EdgePyramid()
+        self.discriminator: PatchDiscriminator | None = None
+        if config.discriminator_weight:
+            self.discriminator = PatchDiscriminator(
+                model.config.discriminator_channels, model.config.discriminator_layers
+            )
+        self.register_buffer("last_used", torch.zeros(model.config.codebook_size, dtype=torch.int64))
+        self._pool = torch.empty(0)  # float32 [<= REVIVAL_POOL, E], latents of the last batch
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """pixels float32 [B, 3, S, S] in [-1, 1], step int64 [] -> loss and metrics."""
+        pixels, step = batch["pixels"], int(batch["step"])
+        output, quantised = self.model(pixels)
+        reconstruction = output.float()
+        absolute = (pixels - reconstruction).abs().mean()
+        nll = absolute + self.config.perceptual_weight * self.perceptual(pixels, reconstruction)
+        codebook = codebook_loss(
+            quantised.latents, quantised.nearest, self.config.commitment, self.config.legacy_commitment
+        )
+        loss = nll + self.config.codebook_weight * codebook
+        metrics = {"absolute_error": absolute, "codebook_loss": codebook, "psnr": psnr(pixels, reconstruction)}
+        if self.discriminator is not None and step >= self.config.discriminator_start_step:
+            adversarial, more = self._adversarial(pixels, reconstruction, nll)
+            loss = loss + adversarial
+            metrics |= more
+        if self.training:
+            self._pool = quantised.latents.detach()[:REVIVAL_POOL]
+        metrics |= self._usage(quantised.codes, step)
+        return {"loss": loss} | {name: value.detach() for name, value in metrics.items()}
+
+    def _adversarial(self, pixels: Tensor, reconstruction: Tensor, nll: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """-> (lambda * generator + hinge, where each part has its own gradient only; metrics)."""
+        assert self.discriminator is not None
+        shown = reconstruction.detach().requires_grad_(torch.is_grad_enabled())
+        real, fake = self.discriminator(pixels).float(), self.discriminator(shown).float()
+        hinge = hinge_loss(real, fake)
+        metrics = {"discriminator_loss": hinge, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        if not torch.is_grad_enabled():
+            return hinge - fake.mean(), metrics
+        (slope,) = torch.autograd.grad(-fake.mean(), shown, retain_graph=True)
+        weight = self._adaptive_weight(nll, reconstruction, slope)
+        generator = (reconstruction * slope).sum()  # its gradient is that of -mean D(y); its value is of no meaning
+        generator = generator - generator.detach() - fake.mean().detach()
+        return weight * generator + hinge, metrics | {"adversarial_weight": weight}
+
+    def _adaptive_weight(self, nll: Tensor, reconstruction: Tensor, slope: Tensor) -> Tensor:
+        """lambda []: both gradients at the decoder's last layer, averaged over the ranks before the norm."""
+        last = self.model.decoder.conv_out.weight
+        (of_nll,) = torch.autograd.grad(nll, last, retain_graph=True)
+        (of_generator,) = torch.autograd.grad(reconstruction, last, grad_outputs=slope, retain_graph=True)
+        both = self.collectives.sum(torch.stack([of_nll, of_generator]).detach()) / self.collectives.world
+        ratio = both[0].norm() / (both[1].norm() + 1e-4)
+        return self.config.discriminator_weight * ratio.clamp(0, 1e4)
+
+    def _usage(self, codes: Tensor, step: int) -> dict[str, Tensor]:
+        """Counts the codes of the global batch; in training also remembers when each was last used."""
+        counts = self.collectives.sum(torch.bincount(codes.flatten(), minlength=len(self.last_used)).float())
+        if self.training:
+            self.last_used.masked_fill_(counts > 0, step)
+        share = counts / counts.sum()
+        perplexity = torch.exp(-(share * share.clamp(min=1e-10).log()).sum())
+        return {"codes_used": (counts > 0).float().sum(), "perplexity": perplexity}
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Codes unused for `revive_after_steps` steps become latents of the last global batch.
+
+        Which ones is drawn from `step` alone, so every rank writes the same rows. Edits the codebook in place: its
+        owner must hold it whole (ZeRO stage 0).
+        """
+        if not self.config.revive_after_steps:
+            return
+        dead = (step - self.last_used >= self.config.revive_after_steps).nonzero()[:, 0]
+        if not len(dead):
+            return
+        pool = self.collectives.gather(self._pool)
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(pool), (len(dead),), generator=generator).to(pool.device)
+        table = self.model.quantize.embedding.weight
+        table[dead] = pool[chosen].to(table.dtype)
+        self.last_used[dead] = step
+
+
+# -------------------------------------------------------------------------------------------- losses
+
+
+def codebook_loss(latents: Tensor, nearest: Tensor, commitment: float, legacy: bool = False) -> Tensor:
+    """latents z, nearest e: float32 [M, E] -> mean (sg[z] - e)^2 + commitment * mean (z - sg[e])^2.
+
+    `legacy` weighs the other term, as taming-transformers did by mistake and its published weights were trained.
+    """
+    to_codes = (latents.detach() - nearest).square().mean()
+    to_latents = (latents - nearest.detach()).square().mean()
+    return commitment * to_codes + to_latents if legacy else to_codes + commitment * to_latents
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Logits of the discriminator, any shape -> half the mean of each side's hinge."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def psnr(pixels: Tensor, reconstruction: Tensor) -> Tensor:
+    """float32 [B, 3, S, S] in [-1, 1] -> mean over images, dB of the clamped reconstruction."""
+    error = (pixels - reconstruction.clamp(-1, 1)).square().mean((1, 2, 3)) / 4
+    return (-10 * torch.log10(error.clamp(min=1e-10))).mean()
