@@ -1,4 +1,4 @@
-"""`tessera data ...` and `tessera vocab ...`: thin wrappers over data_pipeline, and the one place that hands it a model."""
+"""`tessera data ...` and `tessera vocab ...`: thin wrappers over data_pipeline; `encode` hands it the model."""
 
 from pathlib import Path
 from typing import Annotated

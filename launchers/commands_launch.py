@@ -5,10 +5,16 @@ from typing import Annotated
 
 import typer
 
-from launchers.arguments import Overrides
+from launchers import kubernetes as kubernetes_jobs
+from launchers import slurm as slurm_jobs
+from launchers.arguments import AsJson, Overrides, emit
+from launchers.local import launch_local
+from launchers.spec import KubernetesCluster, LocalCluster, SlurmCluster, describe, load_cluster
 
 Config = Annotated[Path, typer.Argument(help="YAML of the run, one of the recipes in configs/.")]
-Cluster = Annotated[Path | None, typer.Option(help="YAML of the place, for example configs/cluster/slurm.yaml.")]
+Cluster = Annotated[
+    Path | None, typer.Option(help="YAML of the place; configs/cluster/<place>.yaml where not given.")
+]
 Nodes = Annotated[int | None, typer.Option(min=1, help="Machines; the cluster file's where not given.")]
 Procs = Annotated[int | None, typer.Option(min=1, help="Processes on each; the cluster file's where not given.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, start nothing.")]
@@ -27,7 +33,19 @@ def local(
     dry_run: DryRun = False,
 ) -> None:
     """Start the processes of one machine, stream their output, and stop them with a save on Ctrl-C or SIGTERM."""
-    raise NotImplementedError
+    code = launch_local(
+        config,
+        overrides or [],
+        load_cluster(LocalCluster, cluster),
+        nodes=nodes,
+        procs_per_node=procs_per_node,
+        node_rank=node_rank,
+        master_addr=master_addr,
+        master_port=master_port,
+        restarts=restarts,
+        dry_run=dry_run,
+    )
+    raise typer.Exit(code)
 
 
 def slurm(
@@ -37,9 +55,16 @@ def slurm(
     nodes: Nodes = None,
     procs_per_node: Procs = None,
     dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Render a batch script for the site described by --cluster, and submit it unless --dry-run."""
-    raise NotImplementedError
+    site = load_cluster(SlurmCluster, cluster)
+    spec = describe(config, overrides or [], site, nodes, procs_per_node)
+    if dry_run:
+        typer.echo(slurm_jobs.render(spec, site), nl=False)
+        return
+    job, script = slurm_jobs.submit(spec, site)
+    emit({"job": job, "script": str(script)}, json)
 
 
 def kubernetes(
@@ -49,6 +74,12 @@ def kubernetes(
     nodes: Nodes = None,
     procs_per_node: Procs = None,
     dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Render a JobSet for the cluster described by --cluster, and create it unless --dry-run."""
-    raise NotImplementedError
+    place = load_cluster(KubernetesCluster, cluster)
+    spec = describe(config, overrides or [], place, nodes, procs_per_node)
+    if dry_run:
+        typer.echo(kubernetes_jobs.render(spec, place), nl=False)
+        return
+    emit({"jobset": kubernetes_jobs.submit(spec, place), "namespace": place.namespace}, json)

@@ -1,0 +1,127 @@
+"""Follow and stop a run of this machine, by what lies in its folder: launcher.json, config.json, metrics.jsonl."""
+
+import json
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import ConfigError, DataError, NodeFault
+
+RECORD = "launcher.json"
+METRICS = "metrics.jsonl"
+POLL_S = 0.1
+
+# ---------------------------------------------------------------------------- the launcher's record of itself
+
+
+def write_record(run: Path, record: dict[str, Any]) -> None:
+    """Replace RUN/launcher.json as a whole: a reader sees the old or the new one."""
+    run.mkdir(parents=True, exist_ok=True)
+    draft = run / f".{RECORD}.{os.getpid()}"
+    draft.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    draft.replace(run / RECORD)
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """RUN/launcher.json; empty where the run was never launched. Raises DataError when it is damaged."""
+    path = run / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); remove the file if no launcher is running") from None
+    return record if isinstance(record, dict) else {}
+
+
+def start_ticks(pid: int) -> int | None:
+    """When process `pid` started, in clock ticks since boot; None when it is gone or a zombie.
+
+    Together with the pid this names a process for good: pids are used again, zombies still answer `kill -0`.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_running(record: dict[str, Any]) -> bool:
+    """Whether the launcher that wrote `record` still runs on this machine."""
+    if record.get("host") != socket.gethostname() or "pid" not in record:
+        return False
+    return start_ticks(int(record["pid"])) == record.get("start_ticks")
+
+
+# ------------------------------------------------------------------------------------ status, logs, stop
+
+
+def run_status(run: Path) -> dict[str, Any]:
+    """State, attempt, step, loss of the run in folder `run`. Raises ConfigError where there is no run."""
+    record, last = read_record(run), _last_metrics(run, 1)
+    if not record and not last:
+        raise ConfigError(f"{run}: neither {RECORD} nor {METRICS} is here; give the folder that `run:` names")
+    status: dict[str, Any] = {"run": str(run), "state": _state(record)}
+    status |= {name: record[name] for name in ("host", "pid", "attempt", "world_size", "exit_code") if name in record}
+    if last:
+        newest = json.loads(last[0])
+        status |= {name: newest[name] for name in ("step", "loss") if name in newest}
+    total = _total_steps(run)
+    return status | ({"steps": total} if total else {})
+
+
+def metric_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
+    """The last `lines` complete lines of metrics.jsonl; with `follow` also those that come, until the launcher ends."""
+    path = run / METRICS
+    if not path.is_file():
+        raise ConfigError(f"{path}: not there; the run has not logged a step yet, or {run} is not its folder")
+    with path.open(encoding="utf-8") as file:
+        yield from (line.rstrip("\n") for line in deque(file, maxlen=lines) if line.endswith("\n"))
+        while follow:
+            running = is_running(read_record(run))
+            yield from (line.rstrip("\n") for line in file)
+            if not running:
+                return
+            time.sleep(POLL_S)
+
+
+def stop_run(run: Path, timeout_s: float) -> dict[str, Any]:
+    """SIGTERM to the run's launcher, which saves; waits for its end. Raises NodeFault when that takes too long."""
+    record = read_record(run)
+    if not is_running(record):
+        place = f" on {record['host']}" if record.get("host") not in (None, socket.gethostname()) else ""
+        raise ConfigError(f"{run}: no launcher of this run is running here{place and f', it was started{place}'}")
+    began = time.monotonic()
+    os.kill(int(record["pid"]), signal.SIGTERM)
+    while is_running(record):
+        if time.monotonic() - began > timeout_s:
+            raise NodeFault(f"{run}: process {record['pid']} is still there after {timeout_s:g} s; it may be saving")
+        time.sleep(POLL_S)
+    return run_status(run) | {"stop_s": round(time.monotonic() - began, 2)}
+
+
+def _state(record: dict[str, Any]) -> str:
+    if is_running(record):
+        return "running"
+    if "exit_code" not in record:
+        return "lost" if record else "not launched"
+    return {0: "done", 75: "stopped"}.get(record["exit_code"], "failed")
+
+
+def _last_metrics(run: Path, lines: int) -> list[str]:
+    return list(metric_lines(run, lines, follow=False)) if (run / METRICS).is_file() else []
+
+
+def _total_steps(run: Path) -> int | None:
+    path = run / "config.json"
+    if not path.is_file():
+        return None
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    steps = tree.get("train", {}).get("steps")
+    return int(steps) if steps else None
