@@ -1,0 +1,17 @@
+"""MODELS: kind of the configuration -> the class that is built from it. Each is written for one device."""
+
+from torch import nn
+
+from pretrain.models.bert import Bert
+from pretrain.models.clip import Clip
+from pretrain.models.electra import Electra
+from pretrain.models.gpt import Gpt
+from pretrain.models.vqgan import Vqgan
+
+MODELS: dict[str, type[nn.Module]] = {
+    "clip": Clip,
+    "bert": Bert,
+    "electra": Electra,
+    "gpt": Gpt,
+    "vqgan": Vqgan,
+}

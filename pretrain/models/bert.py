@@ -1,0 +1,31 @@
+"""BERT for pretraining, Devlin et al. 2018, arXiv:1810.04805. Written for one device."""
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import BertConfig
+from pretrain.models.layers import MlmHead, TextEmbeddings, TextEncoder, init_bert
+
+
+class Bert(nn.Module):
+    """Encoder with a masked-word head at masked positions (decoder tied to the word embedding) and the NSP head."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = TextEncoder(
+            config.embedding_width, config.width, config.layers, config.heads, config.dropout
+        )
+        self.pooler = nn.Linear(config.width, config.width)
+        self.mlm = MlmHead(config.width, config.embedding_width, config.vocab_size)
+        self.nsp = nn.Linear(config.width, 2)
+        self.apply(init_bert)
+
+    def forward(self, tokens: Tensor, types: Tensor, attention: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens, types: int64 [B, S]; attention: bool [B, S], False on padding; positions: int64 [B, M].
+
+        -> word logits float32 [B, M, V] at `positions`, next-sentence logits float32 [B, 2] (0 is next, 1 is random).
+        """
+        hidden = self.encoder(self.embeddings(tokens, types), attention)
+        pooled = torch.tanh(self.pooler(hidden[:, 0]))
+        return self.mlm(hidden, positions, self.embeddings.word), self.nsp(pooled).float()

@@ -1,0 +1,128 @@
+"""CLIP with a ViT, Radford et al. 2021, arXiv:2103.00020. Written for one device.
+
+Deviations: both towers take the text tower's initialisation, the only one the authors give for blocks; biases start
+at 0. `logit_scale` has shape (1,), and its ceiling stands in the forward instead of after the optimizer step.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.config import ClipConfig, TextTower, VisionTower
+from pretrain.models.layers import PreNormBlock
+
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+class _Ceiling(torch.autograd.Function):
+    """min(x, ceiling), whose gradient above the ceiling lets x come down but not rise further."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ceiling: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.ceiling = ceiling
+        return x.clamp(max=ceiling)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        (grad,) = grads
+        return grad * ((x < ctx.ceiling) | (grad > 0)), None
+
+
+class ClipVision(nn.Module):
+    """ViT: patches and a class token -> pre-norm blocks -> the class token, projected."""
+
+    def __init__(self, config: VisionTower, embed_dim: int, activation: str) -> None:
+        super().__init__()
+        if config.image_size % config.patch_size:
+            raise ValueError(
+                f"image_size={config.image_size} is not divisible by patch_size={config.patch_size}; "
+                f"use {config.image_size // config.patch_size * config.patch_size or config.patch_size}"
+            )
+        patches = (config.image_size // config.patch_size) ** 2
+        self.patch = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
+        self.class_token = nn.Parameter(torch.empty(config.width))
+        self.positions = nn.Parameter(torch.empty(patches + 1, config.width))
+        self.norm_pre = nn.LayerNorm(config.width)
+        self.blocks = nn.ModuleList(PreNormBlock(config.width, config.heads, activation) for _ in range(config.layers))
+        self.norm_post = nn.LayerNorm(config.width)
+        self.project = nn.Linear(config.width, embed_dim, bias=False)
+        for parameter in (self.class_token, self.positions, self.project.weight):
+            nn.init.normal_(parameter, std=config.width**-0.5)
+        _init_blocks(self.blocks, config.width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: float [B, 3, H, W], normalised -> float32 [B, embed_dim], of length 1."""
+        patches = self.patch(pixels.to(self.positions.dtype)).flatten(2).transpose(1, 2)
+        first = self.class_token.to(patches.dtype).expand(len(patches), 1, -1)
+        x = self.norm_pre(torch.cat([first, patches], dim=1) + self.positions)
+        for block in self.blocks:
+            x = block(x)
+        return F.normalize(self.project(self.norm_post(x[:, 0])).float(), dim=-1)
+
+
+class ClipText(nn.Module):
+    """Causal transformer, pooled at the end-of-text token, projected."""
+
+    def __init__(self, config: TextTower, embed_dim: int, activation: str) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Parameter(torch.empty(config.context, config.width))
+        self.blocks = nn.ModuleList(PreNormBlock(config.width, config.heads, activation) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.project = nn.Linear(config.width, embed_dim, bias=False)
+        nn.init.normal_(self.word.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.01)
+        nn.init.normal_(self.project.weight, std=config.width**-0.5)
+        _init_blocks(self.blocks, config.width)
+
+    def forward(self, tokens: Tensor, eot: Tensor) -> Tensor:
+        """tokens: int64 [B, S], eot: int64 [B], place of the end-of-text token -> float32 [B, embed_dim], of length 1.
+
+        What stands behind the end of text is never seen: attention is causal, so padding needs no mask.
+        """
+        x = self.word(tokens) + self.positions[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, causal=True)
+        pooled = x[torch.arange(len(x), device=x.device), eot]
+        return F.normalize(self.project(self.norm(pooled)).float(), dim=-1)
+
+
+class Clip(nn.Module):
+    """Image and text towers into one space, and the scale of their similarities."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.vision = ClipVision(config.vision, config.embed_dim, config.activation)
+        self.text = ClipText(config.text, config.embed_dim, config.activation)
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+
+    def forward(self, pixels: Tensor, tokens: Tensor, eot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> image float32 [B, E], text float32 [B, E], both of length 1, and scale float32 [1], at most 100."""
+        scale = _Ceiling.apply(self.logit_scale.float(), MAX_LOGIT_SCALE).exp()
+        return self.vision(pixels), self.text(tokens, eot), scale
+
+
+def eot_by_largest_id(tokens: Tensor) -> Tensor:
+    """Place of the end-of-text token in OpenAI's vocabulary, where it has the largest id: int64 [B, S] -> [B]."""
+    return tokens.argmax(dim=-1)
+
+
+def _init_blocks(blocks: nn.ModuleList, width: int) -> None:
+    """Deviations: attention in w^-.5, MLP in (2w)^-.5, what adds to the residual w^-.5 (2L)^-.5; biases 0."""
+    residual = width**-0.5 * (2 * len(blocks)) ** -0.5
+    for block in blocks:
+        assert isinstance(block, PreNormBlock)
+        deviations = {
+            block.attention.qkv: width**-0.5,
+            block.attention.out: residual,
+            block.mlp.rise: (2 * width) ** -0.5,
+            block.mlp.fall: residual,
+        }
+        for linear, deviation in deviations.items():
+            nn.init.normal_(linear.weight, std=deviation)
+            nn.init.zeros_(linear.bias)

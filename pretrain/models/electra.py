@@ -1,0 +1,100 @@
+"""ELECTRA, Clark et al. 2020, arXiv:2003.10555. Written for one device.
+
+Deviation: a replacement is drawn by inverse CDF from one uniform number per masked position, not by a maximum over
+Gumbel noise per word; the distribution is the same, and the number comes with the sample.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.config import ElectraConfig
+from pretrain.models.layers import MlmHead, TextEmbeddings, TextEncoder, init_bert
+
+
+class ElectraOutput(NamedTuple):
+    """What the two towers say."""
+
+    word_logits: Tensor  # float32 [B, M, V], generator, at the masked positions
+    replaced_logits: Tensor  # float32 [B, S], discriminator: above 0 it takes the token for a replaced one
+    replaced: Tensor  # bool [B, S], the truth
+    corrupted: Tensor  # int64 [B, S], what the discriminator read
+
+
+class RtdHead(nn.Module):
+    """Was this token replaced: Linear, GELU, Linear to one logit."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.transform = nn.Linear(width, width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, S, D] -> float32 [B, S]."""
+        return self.out(F.gelu(self.transform(hidden))).squeeze(-1).float()
+
+
+class Electra(nn.Module):
+    """A small generator fills masked words in; the discriminator tells which words are not the original ones.
+
+    Word, position and type embeddings and their norm are shared, at the discriminator's embedding width.
+    """
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        width, heads = generator_size(config)
+        narrow = config.embedding_width
+        self.embeddings = TextEmbeddings(config)
+        self.generator = TextEncoder(narrow, width, config.layers, heads, config.dropout)
+        self.mlm = MlmHead(width, narrow, config.vocab_size)
+        self.discriminator = TextEncoder(narrow, config.width, config.layers, config.heads, config.dropout)
+        self.rtd = RtdHead(config.width)
+        self.apply(init_bert)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        types: Tensor,
+        attention: Tensor,
+        positions: Tensor,
+        labels: Tensor,
+        label_weights: Tensor,
+        uniforms: Tensor,
+    ) -> ElectraOutput:
+        """tokens (masked), types: int64 [B, S]; attention: bool [B, S]; the rest [B, M]: positions and labels int64,
+        label_weights float (0 where a slot is empty), uniforms float32 in [0, 1).
+        """
+        hidden = self.generator(self.embeddings(tokens, types), attention)
+        word_logits = self.mlm(hidden, positions, self.embeddings.word)
+        filled = label_weights > 0
+        sampled = sample_words(word_logits.detach(), uniforms)
+        corrupted = put(tokens, positions, sampled, filled)
+        original = put(tokens, positions, labels, filled)
+        judged = self.discriminator(self.embeddings(corrupted, types), attention)
+        return ElectraOutput(word_logits, self.rtd(judged), corrupted != original, corrupted)
+
+
+def generator_size(config: ElectraConfig) -> tuple[int, int]:
+    """-> width and heads of the generator: the fraction of the discriminator's width, 64 wide heads, at least one."""
+    width = round(config.width * config.generator_fraction)
+    return width, max(1, width // 64)
+
+
+@torch.no_grad()
+def sample_words(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw from softmax(logits) by inverse CDF: logits float32 [..., V], uniforms [...] in [0, 1) -> int64 [...]."""
+    cumulative = logits.softmax(-1).cumsum(-1)
+    targets = uniforms.to(cumulative.dtype)[..., None] * cumulative[..., -1:]
+    drawn = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    # rounding may lift a target onto the total, which lies behind the last word
+    return drawn.clamp(max=logits.shape[-1] - 1)
+
+
+def put(tokens: Tensor, positions: Tensor, values: Tensor, filled: Tensor) -> Tensor:
+    """`tokens` [B, S] with `values` [B, M] at `positions` [B, M] where `filled` [B, M]; empty slots change nothing."""
+    length = tokens.shape[1]
+    # an empty slot points at position 0 as well: send it to a column that is cut off again
+    targets = torch.where(filled, positions, length)
+    return F.pad(tokens, (0, 1)).scatter(1, targets, values)[:, :length]

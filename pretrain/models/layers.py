@@ -1,0 +1,163 @@
+"""Transformer pieces that several models share. Letters: B batch, S sequence, D width, H heads, V vocabulary.
+
+Every parameter is used inside the forward of the module that owns it, so that sharded training (ZeRO-3), which
+gathers a module's parameters around its forward, needs no special case.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.config import EncoderConfig
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the approximation that CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention through torch's SDPA; one matrix makes queries, keys and values."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width={width} is not divisible by heads={heads}; use a multiple, for example 64 per head")
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """x: [B, S, D], key_mask: bool [B, S], True where a key may be attended to -> [B, S, D]."""
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class Mlp(nn.Module):
+    """Linear, activation, Linear; the middle is four times as wide."""
+
+    def __init__(self, width: int, activation: str = "gelu") -> None:
+        super().__init__()
+        self.rise = nn.Linear(width, 4 * width)
+        self.fall = nn.Linear(4 * width, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.fall(self.activation(self.rise(x)))
+
+
+class PreNormBlock(nn.Module):
+    """x + f(norm(x)), for attention and for the MLP (CLIP)."""
+
+    def __init__(self, width: int, heads: int, activation: str = "gelu") -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, activation)
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        x = x + self.attention(self.norm1(x), causal=causal)
+        return x + self.mlp(self.norm2(x))
+
+
+class PostNormBlock(nn.Module):
+    """norm(x + f(x)), for attention and for the MLP (BERT)."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, dropout)
+        self.norm1 = nn.LayerNorm(width, eps=1e-12)
+        self.mlp = Mlp(width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
+        """x: [B, S, D], key_mask: bool [B, S] -> [B, S, D]."""
+        x = self.norm1(x + self.dropout(self.attention(x, key_mask)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+
+# ------------------------------------------------------------------------------- text encoders (BERT, ELECTRA)
+
+
+class WordEmbedding(nn.Embedding):
+    """One matrix that reads tokens and, transposed, writes logits over them.
+
+    Both uses are calls of this same module: its parameter has one owner and one name, and sharded training gathers it
+    for either.
+    """
+
+    def forward(self, x: Tensor, decode: bool = False) -> Tensor:
+        """ids int64 [...] -> [..., D]; with `decode`, [..., D] -> logits [..., V]."""
+        return F.linear(x, self.weight) if decode else F.embedding(x, self.weight)
+
+
+class TextEmbeddings(nn.Module):
+    """norm(word + position + type), as BERT reads its input."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        width = config.embedding_width
+        self.word = WordEmbedding(config.vocab_size, width)
+        self.position = nn.Embedding(config.context, width)
+        self.type = nn.Embedding(config.type_vocab, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor, types: Tensor) -> Tensor:
+        """tokens, types: int64 [B, S] -> [B, S, embedding width]."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.dropout(self.norm(self.word(tokens) + self.position(places) + self.type(types)))
+
+
+class TextEncoder(nn.Module):
+    """Projection from the embedding width where it differs, then post-norm blocks."""
+
+    def __init__(self, embedding_width: int, width: int, layers: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.project = nn.Linear(embedding_width, width) if embedding_width != width else nn.Identity()
+        self.blocks = nn.ModuleList(PostNormBlock(width, heads, dropout) for _ in range(layers))
+
+    def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
+        """x: [B, S, embedding width], key_mask: bool [B, S] -> [B, S, D]."""
+        x = self.project(x)
+        for block in self.blocks:
+            x = block(x, key_mask)
+        return x
+
+
+class MlmHead(nn.Module):
+    """Transform, then logits over the vocabulary by the word embedding: at masked positions only."""
+
+    def __init__(self, width: int, embedding_width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.transform = nn.Linear(width, embedding_width)
+        self.norm = nn.LayerNorm(embedding_width, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden: Tensor, positions: Tensor, word: WordEmbedding) -> Tensor:
+        """hidden: [B, S, D], positions: int64 [B, M] -> float32 logits [B, M, V]."""
+        chosen = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+        logits = word(self.norm(F.gelu(self.transform(chosen))), decode=True)
+        return logits.float() + self.bias.float()
+
+
+def init_bert(module: nn.Module) -> None:
+    """For `Module.apply`: matrices from a normal of deviation .02 cut at two deviations, biases 0, norms 1 and 0."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
