@@ -192,7 +192,7 @@ def _wait(children: list["subprocess.Popen[str]"], first_rank: int, stops: StopS
     """Returns when all have left or a deadline says that the rest must be killed."""
     terminate_at, kill_at = float("inf"), float("inf")
     stopping = failing = False
-    while any(child.poll() is None for child in children):
+    while None in [child.poll() for child in children]:  # a list: every one is asked, not only the first alive
         now = time.monotonic()
         if stops.count and not stopping:
             stopping, kill_at = True, min(kill_at, now + patience.stop_s)

@@ -24,7 +24,7 @@ set -euo pipefail
 export TESSERA_ATTEMPT="${{SLURM_RESTART_COUNT:-0}}"
 export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-1}}"
 {env}
-# A task that leaves does not take the others with it: they may be in the middle of the same save.
+# A task that leaves does not take the others with it: all may be in the middle of the same save.
 status=0
 srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={wait} {container}\\
   {command} || status=$?
@@ -57,7 +57,7 @@ def render(spec: RunSpec, cluster: SlurmCluster) -> str:
         wait=cluster.signal_lead_s,
         container=_srun_container(cluster),
         command=shlex.join([*_inside(cluster), cluster.python, *spec.command]),
-        requeue=REQUEUE.format(requeues=cluster.requeues) if cluster.requeues else "",
+        requeue=REQUEUE.format(requeues=cluster.requeues) if cluster.requeues and spec.task == "train" else "",
     )
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
@@ -83,7 +83,8 @@ def _directives(spec: RunSpec, cluster: SlurmCluster) -> list[str]:
         *(f"--{name}={value}" for name, value in optional.items() if value),
         *(["--exclusive"] if cluster.exclusive else []),
         f"--time={cluster.time_limit}",
-        f"--signal=USR1@{cluster.signal_lead_s}",
+        # A build has nothing to save: what is finished stays, and the same command goes on from it.
+        *([f"--signal=USR1@{cluster.signal_lead_s}"] if spec.task == "train" else []),
         "--requeue" if cluster.requeues else "--no-requeue",
         "--open-mode=append",
         f"--output={cluster.output}",

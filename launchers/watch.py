@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault
 
@@ -82,10 +82,10 @@ def metric_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
     if not path.is_file():
         raise ConfigError(f"{path}: not there; the run has not logged a step yet, or {run} is not its folder")
     with path.open(encoding="utf-8") as file:
-        yield from (line.rstrip("\n") for line in deque(file, maxlen=lines) if line.endswith("\n"))
+        yield from deque(_complete_lines(file), maxlen=lines)
         while follow:
             running = is_running(read_record(run))
-            yield from (line.rstrip("\n") for line in file)
+            yield from _complete_lines(file)
             if not running:
                 return
             time.sleep(POLL_S)
@@ -112,6 +112,17 @@ def _state(record: dict[str, Any]) -> str:
     if "exit_code" not in record:
         return "lost" if record else "not launched"
     return {0: "done", 75: "stopped"}.get(record["exit_code"], "failed")
+
+
+def _complete_lines(file: TextIO) -> Iterator[str]:
+    """Lines from here on that are written to their end; a half-written one is left for the next call."""
+    while True:
+        start = file.tell()
+        line = file.readline()
+        if not line.endswith("\n"):
+            file.seek(start)
+            return
+        yield line.rstrip("\n")
 
 
 def _last_metrics(run: Path, lines: int) -> list[str]:

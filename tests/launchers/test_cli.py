@@ -1,0 +1,147 @@
+"""The command line as a user meets it: help, errors, exit codes, and what may not be imported for it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue, TesseraError
+from launchers import cli
+from launchers.watch import write_record
+
+RECIPE = "configs/text/bert-base.yaml"
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('torch', 'deepspeed', 'ray', 'mlflow', 'transformers'):
+            raise ImportError('blocked: ' + name)
+sys.meta_path.insert(0, Blocker())
+from launchers.cli import main
+sys.argv = ['tessera', *sys.argv[1:]]
+main()
+"""
+
+
+def commands(app: typer.Typer, before: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every command of the table, as words."""
+    own = [(*before, str(command.name)) for command in app.registered_commands]
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        own += commands(group.typer_instance, (*before, str(group.name)))
+    return own
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command line in this process -> its exit code."""
+    monkeypatch.setattr(sys, "argv", ["tessera", *words])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    return int(leaving.value.code or 0)
+
+
+def call_without_torch(*words: str) -> "subprocess.CompletedProcess[str]":
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", BLOCKER, *words], capture_output=True, text=True, timeout=60, env=env)
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+
+
+@pytest.mark.parametrize("words", commands(cli.app), ids=" ".join)
+def test_every_command_explains_itself(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *words, "--help") == 0
+    assert "Usage: tessera " + " ".join(words) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["data", "build", "--help"],
+        ["train", "--help"],
+        ["launch", "local", RECIPE, "--dry-run"],
+        ["launch", "slurm", RECIPE, "--dry-run"],
+        ["launch", "kubernetes", RECIPE, "--dry-run"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_dry_run_need_no_torch(words: list[str]) -> None:
+    done = call_without_torch(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", RECIPE, "trian.steps=4"], "did you mean 'train'?"),
+        (["train", RECIPE, "optim.lrr=4"], "did you mean 'lr'?"),
+        (["train", RECIPE, "optim.lr"], "write key=value"),
+        (["train", "nowhere.yaml"], "no such configuration file"),
+        (["launch", "local", RECIPE, "--procs-per-node", "3"], "global_batch=256 is not divisible by 3 ranks"),
+        (["launch", "local", RECIPE, "--nodes", "2"], "--master-addr"),
+        (["launch", "local", RECIPE, "--node-rank", "1"], "they count from 0"),
+        (["launch", "slurm", RECIPE, "--procs-per-node", "16"], "more than gpus_per_node=8"),
+        (["status", "runs/nowhere"], "give the folder"),
+        (["stop", "runs/nowhere"], "no launcher of this run is running"),
+        (["data", "bild"], "No such command"),
+        (["train"], "Missing argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_is_one_clear_line_and_exit_code_64(words: list[str], said: str) -> None:
+    done = call_without_torch(*words)
+    assert done.returncode == 64
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("error", [ConfigError, DataError, NodeFault, Requeue])
+def test_every_error_for_the_user_has_its_exit_code(
+    error: type[TesseraError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error("[value] rule; remedy")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert call(monkeypatch) == error.exit_code
+    assert capsys.readouterr().err == "error: [value] rule; remedy\n"
+
+
+def test_an_unexpected_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_interrupt_leaves_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupt)
+    assert call(monkeypatch) == 130
+
+
+def test_status_and_logs_read_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_record(tmp_path, {"pid": 1, "start_ticks": -1, "host": "elsewhere", "attempt": 2, "exit_code": 75})
+    (tmp_path / "config.json").write_text('{"train": {"steps": 40}}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9, "loss": 2.0}\n{"step": 10, "loss": 1.5}\n{"step": 11, "lo')
+    assert call(monkeypatch, "status", str(tmp_path), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {"state": "stopped", "step": 10, "steps": 40, "loss": 1.5, "attempt": 2}.items() <= shown.items()
+    assert call(monkeypatch, "logs", str(tmp_path), "-n", "1") == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 10
