@@ -13,9 +13,7 @@ class Bert(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.embeddings = TextEmbeddings(config)
-        self.encoder = TextEncoder(
-            config.embedding_width, config.width, config.layers, config.heads, config.dropout
-        )
+        self.encoder = TextEncoder(config.embedding_width, config.width, config.layers, config.heads, config.dropout)
         self.pooler = nn.Linear(config.width, config.width)
         self.mlm = MlmHead(config.width, config.embedding_width, config.vocab_size)
         self.nsp = nn.Linear(config.width, 2)

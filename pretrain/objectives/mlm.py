@@ -18,7 +18,15 @@ class Mlm(nn.Module):
     is the global mean, however samples are spread. Accumulated micro-batches are averaged as equals.
     """
 
-    keys: ClassVar[tuple[str, ...]] = ("tokens", "types", "attention", "positions", "labels", "label_weights", "is_random")
+    keys: ClassVar[tuple[str, ...]] = (
+        "tokens",
+        "types",
+        "attention",
+        "positions",
+        "labels",
+        "label_weights",
+        "is_random",
+    )
 
     def __init__(self, model: Bert, config: MlmNspConfig, collectives: Collectives) -> None:
         super().__init__()
