@@ -137,14 +137,18 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
 
 def scenes(count: int, image_size: int, seed: int = 0, split: Split = "train") -> Iterator[Pair]:
     """Rows of the `scenes` source: row i depends on (seed, i) and the split alone."""
-    for index in range(count):
-        one = scene(seed, index, split)
-        yield Pair(
-            key=f"scene-{split}-{index:07d}",
-            image=encode_png(one.draw(image_size)),
-            captions=one.english + one.chinese,
-            meta={**one.attributes, "split": split},
-        )
+    return (scene_pair(seed, index, split, image_size) for index in range(count))
+
+
+def scene_pair(seed: int, index: int, split: Split, image_size: int) -> Pair:
+    """Row `index` of the `scenes` source."""
+    one = scene(seed, index, split)
+    return Pair(
+        key=f"scene-{split}-{index:07d}",
+        image=encode_png(one.draw(image_size)),
+        captions=one.english + one.chinese,
+        meta={**one.attributes, "split": split},
+    )
 
 
 def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
@@ -202,6 +206,7 @@ class SceneCheck:
 
 MIN_OVERLAP = 0.80  # true scenes reach 0.93 or more, a blurred or ragged shape stays below
 MIN_LEAD = 0.02
+SLACK = 0.1  # of ink: less counts as none, and as much missing as full, so that faint noise is no shape
 MIN_CONTRAST = 40.0  # RGB distance between ink and ground; less is an empty picture
 MAX_COLOUR_DISTANCE = 70.0  # RGB distance to the nearest named colour; the closest two named ones are 86 apart
 MIN_AREA, MAX_AREA = 0.03, 0.5  # of the picture
@@ -237,15 +242,15 @@ def _separate(image: Floats) -> tuple[Floats | None, Floats | None]:
         return None, None
     ink = np.median(image[distance >= 0.8 * contrast], axis=0)
     line = ink - ground
-    share = np.clip((image - ground) @ line / (line @ line), 0, 1)
+    share = np.clip(((image - ground) @ line / (line @ line) - SLACK) / (1 - 2 * SLACK), 0, 1)
     mask = (share > 0.5).astype(np.uint8)
     labels, names, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
     if labels < 2 or not MIN_AREA * side * side <= mask.sum() <= MAX_AREA * side * side:
         return None, None
     if stats[1:, cv2.CC_STAT_AREA].max() < 0.9 * mask.sum():
         return None, None
-    off_line = np.linalg.norm(image - ground - share[..., None] * line, axis=-1)
-    if np.mean(off_line[mask > 0] > 60) > 0.15:  # several colours inside the shape
+    off_ink = np.linalg.norm(image[share > 0.9] - ink, axis=-1)
+    if np.mean(off_ink > 60) > 0.15:  # several colours inside the shape
         return None, None
     return share, ink
 

@@ -1,0 +1,202 @@
+"""Tars, byte for byte: a deterministic ustar writer and a scanner for the headers of any WebDataset tar.
+
+A sample is a run of neighbouring files with one base name up to the first dot: 000000012.png, .txt, .json.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import xxhash
+
+from data_pipeline.errors import DataError
+
+BLOCK = 512
+_MAX_NAME = 100
+_MAX_SIZE = 8 * 1024**3
+_END = bytes(2 * BLOCK)
+
+
+class Member(NamedTuple):
+    """A regular file within a tar; positions in bytes. `start` is its first header, `data` where its contents begin."""
+
+    name: str
+    start: int
+    data: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        """Where the next header begins."""
+        return self.data + padded(self.size)
+
+
+def padded(size: int) -> int:
+    """`size` bytes rounded up to whole blocks."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`a/b/key.seg.png` -> (`a/b/key`, `seg.png`): WebDataset's rule, the first dot of the last part."""
+    folder, slash, base = name.rpartition("/")
+    key, _, extension = base.partition(".")
+    return folder + slash + key, extension.lower()
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def header(name: str, size: int) -> bytes:
+    """The ustar header of a regular file: mode 0644, uid, gid and mtime 0, so that equal contents are equal bytes."""
+    encoded = name.encode()
+    if not 0 < len(encoded) <= _MAX_NAME or size >= _MAX_SIZE:
+        raise DataError(f"tar member {name!r} of {size} bytes: a ustar name has 1 to 100 bytes, a file less than 8 GiB")
+    block = bytearray(BLOCK)
+    block[0 : len(encoded)] = encoded
+    block[100:108] = b"0000644\0"
+    block[108:116] = block[116:124] = b"0000000\0"
+    block[124:136] = b"%011o\0" % size
+    block[136:148] = b"00000000000\0"
+    block[148:156] = b" " * 8
+    block[156:157] = b"0"
+    block[257:265] = b"ustar\x0000"
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+class TarWriter:
+    """Writes samples one after another and remembers where each begins, in blocks."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_64()
+        self.bytes = 0
+        self.offsets = [0]
+
+    @property
+    def xxh3(self) -> int:
+        """xxh3-64 of everything written so far."""
+        return self._hash.intdigest()
+
+    def add(self, base: str, parts: list[tuple[str, bytes]]) -> None:
+        """One sample: (extension, contents) in the order given."""
+        for extension, data in parts:
+            self._write(header(f"{base}.{extension}", len(data)))
+            self._write(data)
+            self._write(bytes(padded(len(data)) - len(data)))
+        self.offsets.append(self.bytes // BLOCK)
+
+    def close(self) -> None:
+        """Two empty blocks end the archive; the file stays open."""
+        self._write(_END)
+        self._file.flush()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.bytes += len(data)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def parse_members(data: bytes, where: str) -> Iterator[Member]:
+    """The regular files within `data`, which begins at a header and ends after the last file's padding.
+
+    Header checksums are left to `scan` and `verify`: this is the path of every sample that is read.
+    """
+    position, start, long_name = 0, 0, ""
+    while position + BLOCK <= len(data):
+        block = data[position : position + BLOCK]
+        if block[0] == 0 and not any(block):
+            return
+        name, size, kind = parse_header(block, where, position, checked=False)
+        body = position + BLOCK
+        if body + size > len(data):
+            raise DataError(f"{where}: {name!r} claims {size} bytes, {len(data) - body} are there; the tar was cut off")
+        position = body + padded(size)
+        if kind in b"xL":
+            long_name = _long_name(data[body : body + size], kind) or long_name
+            continue
+        if kind in b"0\0":
+            yield Member(long_name or name, start, body, size)
+        start, long_name = position, ""
+
+
+def scan(file: BinaryIO, where: str) -> Iterator[Member]:
+    """The regular files of a whole tar, reading headers only. Raises DataError when the tar ends within a file.
+
+    A tar without its two closing blocks was cut between files, which nothing else can see: refused too.
+    """
+    total = file.seek(0, 2)
+    position, start, long_name = 0, 0, ""
+    while True:
+        file.seek(position)
+        block = file.read(BLOCK)
+        if len(block) < BLOCK:
+            raise DataError(f"{where}: ends at byte {total} without the closing blocks of a tar; fetch it again")
+        if not any(block):
+            return
+        name, size, kind = parse_header(block, where, position)
+        body = position + BLOCK
+        if body + size > total:
+            raise DataError(f"{where}: {name!r} claims {size} bytes, {total - body} are there; the tar was cut off")
+        position = body + padded(size)
+        if kind in b"xL":
+            long_name = _long_name(file.read(size), kind) or long_name
+            continue
+        if kind in b"0\0":
+            yield Member(long_name or name, start, body, size)
+        start, long_name = position, ""
+
+
+def scan_samples(path: Path) -> tuple[list[int], int]:
+    """-> (offsets of the samples and of the end of the last, in blocks [n + 1]; xxh3-64 of the file)."""
+    offsets: list[int] = []
+    previous, end = None, 0
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        for member in scan(file, str(path)):
+            key = split_name(member.name)[0]
+            if key != previous:
+                offsets.append(member.start // BLOCK)
+            previous, end = key, member.stop
+        file.seek(0)
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return [*offsets, end // BLOCK], digest.intdigest()
+
+
+def parse_header(block: bytes, where: str, position: int, checked: bool = True) -> tuple[str, int, bytes]:
+    """One header -> (name, size, type). Raises DataError where there is none, `checked` by its checksum too."""
+    try:
+        size = _number(block[124:136])
+        whole = not checked or int(block[148:156].split(b"\0")[0], 8) == sum(block) - sum(block[148:156]) + 256
+    except ValueError:
+        whole = False
+    if not whole:
+        raise DataError(f"{where}: no tar header at byte {position}; the file is damaged or no tar")
+    name = block[:100].split(b"\0", 1)[0]
+    if block[345] and block[257:263] == b"ustar\0":
+        name = block[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name.decode("utf-8", "surrogateescape"), size, block[156:157]
+
+
+def _number(field: bytes) -> int:
+    """Octal, or GNU's base 256 for large files."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _long_name(body: bytes, kind: bytes) -> str:
+    """The name that a GNU (L) or PAX (x) header gives to the next file; empty where PAX says other things."""
+    if kind == b"L":
+        return body.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    while body:
+        length = int(body.split(b" ", 1)[0])
+        key, _, value = body[:length].split(b" ", 1)[1].partition(b"=")
+        if key == b"path":
+            return value.rstrip(b"\n").decode("utf-8", "surrogateescape")
+        body = body[length:]
+    return ""

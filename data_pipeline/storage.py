@@ -1,0 +1,248 @@
+"""One small interface over a local folder and an S3 prefix: read, list, create; nothing is ever overwritten."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_pipeline.errors import DataError
+
+_OPEN_FILES = 128
+
+
+class Storage(Protocol):
+    """Objects under one root, named by relative paths with `/`."""
+
+    root: str
+
+    def exists(self, name: str) -> bool:
+        """Is there an object of this name?"""
+        ...
+
+    def stat(self, name: str) -> tuple[int, str]:
+        """-> (bytes, etag; empty for local files). Raises DataError where it is missing."""
+        ...
+
+    def list(self) -> list[str]:
+        """Names of the objects directly under the root, sorted."""
+        ...
+
+    def get(self, name: str) -> bytes:
+        """The whole object. Raises DataError where it is missing."""
+        ...
+
+    def get_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop). Raises DataError when there are fewer."""
+        ...
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Create the object at once and whole; False, and nothing changed, where the name is taken."""
+        ...
+
+    def put_file_if_absent(self, name: str, path: Path) -> bool:
+        """The same from a file, which should lie in `scratch()`."""
+        ...
+
+    def scratch(self) -> contextlib.AbstractContextManager[Path]:
+        """A private folder for files on their way to `put_file_if_absent`; removed afterwards."""
+        ...
+
+    def clean(self) -> None:
+        """Remove what killed writers left behind."""
+        ...
+
+
+def open_storage(root: str | Path) -> Storage:
+    """s3://bucket/prefix or a local folder -> Storage."""
+    text = str(root)
+    return S3Storage(text) if text.startswith("s3://") else LocalStorage(text)
+
+
+class LocalStorage:
+    """A folder. New files are written aside, synced and linked to their name, so a name is never seen half-written."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._files: OrderedDict[str, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+    def path(self, name: str) -> Path:
+        """The file of an object."""
+        return Path(self.root) / name
+
+    def exists(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def stat(self, name: str) -> tuple[int, str]:
+        with _named(self.root, name):
+            return self.path(name).stat().st_size, ""
+
+    def list(self) -> list[str]:
+        folder = Path(self.root)
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else []
+
+    def get(self, name: str) -> bytes:
+        with _named(self.root, name):
+            return self.path(name).read_bytes()
+
+    def get_range(self, name: str, start: int, stop: int) -> bytes:
+        with _named(self.root, name):
+            data = os.pread(self._open(name), stop - start, start)
+        if len(data) != stop - start:
+            raise DataError(f"{self.path(name)}: bytes {start}..{stop} asked for, {len(data)} there; it was cut off")
+        return data
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        if self.exists(name):
+            return False
+        with self.scratch() as folder:
+            temporary = folder / "object"
+            with _named(self.root, name):
+                temporary.write_bytes(data)
+            return self.put_file_if_absent(name, temporary)
+
+    def put_file_if_absent(self, name: str, path: Path) -> bool:
+        with _named(self.root, name):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            try:
+                os.link(path, self.path(name))
+            except FileExistsError:
+                return False
+            _sync_folder(self.path(name).parent)
+        return True
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        folder = Path(self.root) / ".tmp" / uuid.uuid4().hex
+        with _named(self.root, ".tmp"):
+            folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def clean(self) -> None:
+        shutil.rmtree(Path(self.root) / ".tmp", ignore_errors=True)
+
+    def _open(self, name: str) -> int:
+        descriptor = self._files.get(name)
+        if descriptor is None:
+            descriptor = self._files[name] = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._files) > _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        return descriptor
+
+
+class S3Storage:
+    """An S3 prefix through s3fs; creation asks the server for If-None-Match: *."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/")
+        self._opened: tuple[int, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_opened": None}
+
+    @property
+    def _fs(self) -> Any:
+        """The client of this process: s3fs does not survive a fork."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            import s3fs
+
+            self._opened = os.getpid(), s3fs.S3FileSystem(skip_instance_cache=True)
+        return self._opened[1]
+
+    def path(self, name: str) -> str:
+        """The URL of an object."""
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        with _named(self.root, name):
+            return bool(self._fs.exists(self.path(name)))
+
+    def stat(self, name: str) -> tuple[int, str]:
+        with _named(self.root, name):
+            info = self._fs.info(self.path(name))
+            return int(info["size"]), str(info.get("ETag", "")).strip('"')
+
+    def list(self) -> list[str]:
+        with _named(self.root, ""):
+            try:
+                entries = self._fs.ls(self.root, detail=True)
+            except FileNotFoundError:
+                return []
+        return sorted(entry["name"].rsplit("/", 1)[1] for entry in entries if entry["type"] == "file")
+
+    def get(self, name: str) -> bytes:
+        with _named(self.root, name):
+            return bytes(self._fs.cat_file(self.path(name)))
+
+    def get_range(self, name: str, start: int, stop: int) -> bytes:
+        if stop == start:
+            return b""
+        with _named(self.root, name):
+            data = bytes(self._fs.cat_file(self.path(name), start=start, end=stop))
+        if len(data) != stop - start:
+            raise DataError(f"{self.path(name)}: bytes {start}..{stop} asked for, {len(data)} came; it was cut off")
+        return data
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        with _named(self.root, name):
+            try:
+                self._fs.pipe_file(self.path(name), data, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
+    def put_file_if_absent(self, name: str, path: Path) -> bool:
+        with _named(self.root, name):
+            try:
+                self._fs.put_file(str(path), self.path(name), mode="create")
+            except FileExistsError:
+                return False
+        return True
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="tessera-") as folder:
+            yield Path(folder)
+
+    def clean(self) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def _named(root: str, name: str) -> Iterator[None]:
+    """Turn what the operating system or the client says into a DataError that names the object and the remedy."""
+    where = f"{root}/{name}"
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{where}: not there; check the path, or build the dataset first") from None
+    except PermissionError as error:
+        raise DataError(f"{where}: permission denied ({error}); give this user the right to it") from None
+    except OSError as error:
+        raise DataError(f"{where}: {error.strerror or error}; see to the storage and run again") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,118 @@
+"""Subword vocabulary: SentencePiece, trained on the captions of a dataset, with five fixed ids in front.
+
+Training sees the captions in the order of the sample ids, on one thread: the same dataset gives the same bytes.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from data_pipeline.config import VocabConfig
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.storage import open_storage
+from data_pipeline.stream.reader import Stream
+
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MODEL = "vocab.model"
+
+_SPACE = "\u2581"
+
+
+class Vocabulary:
+    """A SentencePiece model: text <-> ids. Raises DataError where it is missing or has other specials."""
+
+    pad, unk, cls, sep, mask = range(5)
+
+    def __init__(self, path: str | Path) -> None:
+        file = Path(path)
+        if file.is_dir():
+            file = file / MODEL
+        if not file.is_file():
+            raise DataError(f"{file}: no vocabulary there; run `tessera vocab train CONFIG`")
+        data = file.read_bytes()
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(data)
+        except RuntimeError as error:
+            raise DataError(f"{file}: not a SentencePiece model ({error})") from None
+        first = tuple(self._model.IdToPiece(number) for number in range(min(5, len(self._model))))
+        if first != SPECIALS:
+            raise DataError(f"{file}: ids 0 to 4 are {first}, not {SPECIALS}; train it with `tessera vocab train`")
+        self.size: int = len(self._model)
+        self._starts = [self._starts_word(number) for number in range(self.size)]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, NFKC-normalised, without specials."""
+        return list(self._model.EncodeAsIds(text))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids; specials are left out."""
+        return str(self._model.DecodeIds([int(number) for number in ids if number >= len(SPECIALS)]))
+
+    def piece(self, number: int) -> str:
+        """The piece of an id as SentencePiece writes it."""
+        return str(self._model.IdToPiece(number))
+
+    def starts_word(self, number: int) -> bool:
+        """Does this id begin a word: after a space, a Chinese character, or a special?"""
+        return self._starts[number]
+
+    def _starts_word(self, number: int) -> bool:
+        piece = self.piece(number)
+        return number < len(SPECIALS) or piece.startswith(_SPACE) or "\u3400" <= piece[0] <= "\u9fff"
+
+
+def train_vocabulary(config: VocabConfig) -> Path:
+    """Train on the captions of a dataset and create `output`/vocab.model -> its path.
+
+    Raises ConfigError when `size` does not suit the captions, DataError when another vocabulary is there already.
+    """
+    captions = list(captions_of(config.dataset, config.max_captions))
+    written = io.BytesIO()
+    pad, unk, cls, sep, mask = SPECIALS
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(captions),
+            model_writer=written,
+            vocab_size=config.size,
+            model_type=config.kind,
+            character_coverage=config.character_coverage,
+            num_threads=1,
+            hard_vocab_limit=config.kind == "bpe",
+            normalization_rule_name="nmt_nfkc",
+            max_sentence_length=65536,
+            input_sentence_size=0,
+            shuffle_input_sentence=False,
+            pad_id=0, unk_id=1, bos_id=2, eos_id=3,
+            pad_piece=pad, unk_piece=unk, bos_piece=cls, eos_piece=sep, control_symbols=[mask],
+            minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise ConfigError(
+            f"size={config.size}, kind={config.kind!r} on {len(captions)} captions: {_reason(error)}; use another size"
+        ) from None
+    storage = open_storage(config.output)
+    if not storage.put_if_absent(MODEL, written.getvalue()) and storage.get(MODEL) != written.getvalue():
+        raise DataError(f"{config.output}/{MODEL}: another vocabulary is there, nothing was changed; use a new output")
+    return Path(config.output) / MODEL
+
+
+def captions_of(dataset: str | Path, at_most: int) -> Iterator[str]:
+    """Every caption of a dataset in the order of its sample ids, up to `at_most`."""
+    stream = Stream(dataset, seed=0)
+    count = 0
+    for sample_id in range(stream.samples):
+        for caption in stream.fetch(sample_id).captions:
+            if count == at_most:
+                return
+            count += 1
+            yield caption
+
+
+def _reason(error: RuntimeError) -> str:
+    """The sentence in SentencePiece's message, without its source line."""
+    return str(error).strip().splitlines()[-1].split("] ")[-1].rstrip(". ")

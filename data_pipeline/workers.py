@@ -1,0 +1,108 @@
+"""Ray, kept small: a session, a bounded number of tasks in flight, lost workers that cost only their task's time."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from data_pipeline.errors import NodeFault, TesseraError
+
+OBJECT_STORE_BYTES = 500 * 1024**2
+OUTER_RETRIES = 5
+
+_IN_FLIGHT_PER_WORKER = 2
+
+
+@contextlib.contextmanager
+def ray_session(workers: int, address: str | None = None) -> Iterator[None]:
+    """A Ray of our own with `workers` CPUs on the loopback address, or the cluster at `address`; left at the end."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():  # the caller's session, for example a test's
+        yield
+        return
+    common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None:
+        ray.init(
+            num_cpus=workers,
+            num_gpus=0,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            **common,
+        )
+    else:
+        ray.init(address=address, **common)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_tasks(submit: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[tuple[Any, Any]]:
+    """Results of `submit(item)` (a Ray reference) as (item, result), in the order in which they end.
+
+    At most two tasks a worker are in flight. A task whose worker or node is lost is submitted again, OUTER_RETRIES
+    times beyond Ray's own; then NodeFault. A TesseraError raised in a task is raised here.
+    """
+    import ray
+
+    waiting, losses = list(reversed(items)), dict.fromkeys(items, 0)
+    running: dict[Any, Any] = {}
+    while waiting or running:
+        while waiting and len(running) < _IN_FLIGHT_PER_WORKER * workers:
+            item = waiting.pop()
+            running[submit(item)] = item
+        done, _ = ray.wait(list(running), num_returns=1)
+        for reference in done:
+            item = running.pop(reference)
+            try:
+                yield item, ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, TesseraError):
+                    raise error.cause from None
+                raise
+            except (ray.exceptions.RayError, ray.exceptions.RayActorError) as error:
+                losses[item] += 1
+                if losses[item] > OUTER_RETRIES:
+                    raise NodeFault(
+                        f"{item}: its worker was lost {losses[item]} times ({type(error).__name__}); "
+                        "look at memory and disk of the nodes, then run the same command again"
+                    ) from None
+                waiting.append(item)
+
+
+class Counter:
+    """A progress line on the terminal: samples, rate, rejects by reason, time left; silent where `shown` is False."""
+
+    def __init__(self, title: str, total: int, shown: bool) -> None:
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[rejects]}"),
+        )
+        self._progress = Progress(*columns, disable=not shown)
+        self._task: TaskID = self._progress.add_task(title, total=total, rate="", rejects="")
+
+    def __enter__(self) -> "Counter":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def add(self, count: int, rejected: dict[str, int] | None = None) -> None:
+        """`count` more done; `rejected` are the totals so far."""
+        self._progress.advance(self._task, count)
+        task = self._progress.tasks[0]
+        rate = task.completed / task.elapsed if task.elapsed else 0.0
+        rejects = " ".join(f"{reason}={number}" for reason, number in sorted((rejected or {}).items()))
+        self._progress.update(self._task, rate=f"{rate:.0f}/s", rejects=rejects)
