@@ -108,21 +108,21 @@ class WordEmbedding(nn.Embedding):
 
 
 class TextEmbeddings(nn.Module):
-    """norm(word + position + type), as BERT reads its input."""
+    """norm(word + position + segment), as BERT reads its input."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         width = config.embedding_width
         self.word = WordEmbedding(config.vocab_size, width)
         self.position = nn.Embedding(config.context, width)
-        self.type = nn.Embedding(config.type_vocab, width)
+        self.segment = nn.Embedding(config.type_vocab, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, types: Tensor) -> Tensor:
         """tokens, types: int64 [B, S] -> [B, S, embedding width]."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.dropout(self.norm(self.word(tokens) + self.position(places) + self.type(types)))
+        return self.dropout(self.norm(self.word(tokens) + self.position(places) + self.segment(types)))
 
 
 class TextEncoder(nn.Module):

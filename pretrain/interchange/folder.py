@@ -1,0 +1,59 @@
+"""An exported model: a folder with config.json ({"model": ...}) and model.safetensors. Nothing in it executes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pydantic
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data_pipeline.errors import DataError
+from data_pipeline.settings import Settings
+from pretrain.config import ModelConfig
+from pretrain.models import MODELS
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def export_model(directory: str | Path, model_config: Settings, state_dict: Mapping[str, Tensor]) -> Path:
+    """Write the folder and return its path. The configuration goes last: a folder that has one is complete."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    text = json.dumps({"model": model_config.model_dump(mode="json")}, indent=2, ensure_ascii=False)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def load_model(directory: str | Path) -> tuple[nn.Module, ModelConfig]:
+    """-> the model in evaluation mode on the CPU, and its configuration. Raises DataError naming what does not fit."""
+    folder = Path(directory)
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = MODELS[config.kind](config)
+    try:
+        weights = load_file(folder / WEIGHTS_FILE)
+        model.load_state_dict(weights, assign=True)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); export the model again") from None
+    except RuntimeError as error:
+        raise DataError(f"{folder}: the weights do not fit {CONFIG_FILE} ({error}); export the model again") from None
+    return model.eval(), config
+
+
+def load_config(directory: str | Path) -> ModelConfig:
+    """The model's configuration in the folder; raises DataError when there is none or it is not one."""
+    path = Path(directory) / CONFIG_FILE
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return pydantic.TypeAdapter(ModelConfig).validate_python(tree["model"])
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; give a folder that `tessera checkpoint export` wrote") from None
+    except (json.JSONDecodeError, KeyError, TypeError, pydantic.ValidationError) as error:
+        raise DataError(f"{path} does not describe a model ({error}); export the model again") from None

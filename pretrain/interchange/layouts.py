@@ -1,0 +1,255 @@
+"""Public weight layouts <-> ours, as rules over names: no model of the other side is needed.
+
+A layout is the complete list of rules for one configuration, so that a key too many or too few is named.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import DataError
+from pretrain.config import BertConfig, ClipConfig, ElectraConfig
+
+State = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One of our tensors and the names it has there.
+
+    same: one tensor, unchanged. stack: theirs stand on each other along dimension 0 of ours.
+    transpose: theirs is ours transposed. scalar: theirs has shape (), ours (1,).
+    copies: every one of theirs equals ours (tied weights); files may leave out all but the first.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    form: Literal["same", "stack", "transpose", "scalar", "copies"] = "same"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """kind: of the model configuration; rules: configuration -> every rule; ignored: endings of keys without weights."""
+
+    kind: str
+    rules: Callable[[Any], list[Rule]]
+    ignored: tuple[str, ...] = ()
+
+
+def import_state(layout: str, config: Any, state: Mapping[str, Tensor]) -> State:
+    """Weights in `layout` -> our state dict. Raises DataError naming missing, unknown and contradicting keys."""
+    rules = _rules(layout, config)
+    state = {key: value for key, value in state.items() if not key.endswith(LAYOUTS[layout].ignored or ("\0",))}
+    known = {name for rule in rules for name in rule.theirs}
+    needed = {name for rule in rules for name in (rule.theirs[:1] if rule.form == "copies" else rule.theirs)}
+    _refuse(layout, needed - state.keys(), state.keys() - known)
+    return {rule.ours: _import(rule, state) for rule in rules}
+
+
+def export_state(layout: str, config: Any, state: Mapping[str, Tensor]) -> State:
+    """Our state dict -> weights in `layout`, each a tensor of its own. Raises DataError naming the keys that differ."""
+    rules = _rules(layout, config)
+    ours = {rule.ours for rule in rules}
+    _refuse(layout, ours - state.keys(), state.keys() - ours)
+    exported: State = {}
+    for rule in rules:
+        exported |= _export(rule, state[rule.ours].detach())
+    return exported
+
+
+def _rules(layout: str, config: Any) -> list[Rule]:
+    if layout not in LAYOUTS:
+        raise DataError(f"layout {layout!r} is not known; use one of {', '.join(sorted(LAYOUTS))}")
+    if LAYOUTS[layout].kind != config.kind:
+        raise DataError(
+            f"layout {layout!r} holds a {LAYOUTS[layout].kind}, the configuration describes a {config.kind}"
+        )
+    return LAYOUTS[layout].rules(config)
+
+
+def _refuse(layout: str, missing: set[str], unknown: set[str]) -> None:
+    found = [f"{len(keys)} {what}: {_few(keys)}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
+    if found:
+        raise DataError(
+            f"the weights are not a {layout} of this configuration ({'; '.join(found)}); "
+            "check its layers, widths and vocabulary, or name another layout"
+        )
+
+
+def _few(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _import(rule: Rule, state: Mapping[str, Tensor]) -> Tensor:
+    first = state[rule.theirs[0]]
+    if rule.form == "stack":
+        return torch.cat([state[name] for name in rule.theirs])
+    if rule.form == "transpose":
+        return first.T.contiguous()
+    if rule.form == "scalar":
+        return first.reshape(1)
+    for name in rule.theirs[1:]:
+        if name in state and not torch.equal(state[name], first):
+            raise DataError(f"{name} differs from {rule.theirs[0]}; here they are one tensor, import tied weights only")
+    return first.clone()
+
+
+def _export(rule: Rule, tensor: Tensor) -> State:
+    if rule.form == "stack":
+        parts = tensor.chunk(len(rule.theirs))
+        return {name: part.clone() for name, part in zip(rule.theirs, parts, strict=True)}
+    if rule.form == "transpose":
+        return {rule.theirs[0]: tensor.T.contiguous()}
+    if rule.form == "scalar":
+        return {rule.theirs[0]: tensor.reshape(()).clone()}
+    return {name: tensor.clone() for name in rule.theirs}
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def affine(ours: str, *theirs: str, form: Literal["same", "stack"] = "same") -> list[Rule]:
+    """Weight and bias."""
+    return [Rule(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs), form) for part in ("weight", "bias")]
+
+
+def _pre_norm_block(ours: str, theirs: str) -> list[Rule]:
+    """A block of transformers' CLIP."""
+    attention = f"{theirs}.self_attn"
+    return [
+        *affine(f"{ours}.norm1", f"{theirs}.layer_norm1"),
+        *affine(f"{ours}.attention.qkv", *(f"{attention}.{x}_proj" for x in "qkv"), form="stack"),
+        *affine(f"{ours}.attention.out", f"{attention}.out_proj"),
+        *affine(f"{ours}.norm2", f"{theirs}.layer_norm2"),
+        *affine(f"{ours}.mlp.rise", f"{theirs}.mlp.fc1"),
+        *affine(f"{ours}.mlp.fall", f"{theirs}.mlp.fc2"),
+    ]
+
+
+def _openai_block(ours: str, theirs: str) -> list[Rule]:
+    """A `resblocks` block of OpenAI's CLIP, whose attention is a torch MultiheadAttention."""
+    return [
+        *affine(f"{ours}.norm1", f"{theirs}.ln_1"),
+        Rule(f"{ours}.attention.qkv.weight", (f"{theirs}.attn.in_proj_weight",)),
+        Rule(f"{ours}.attention.qkv.bias", (f"{theirs}.attn.in_proj_bias",)),
+        *affine(f"{ours}.attention.out", f"{theirs}.attn.out_proj"),
+        *affine(f"{ours}.norm2", f"{theirs}.ln_2"),
+        *affine(f"{ours}.mlp.rise", f"{theirs}.mlp.c_fc"),
+        *affine(f"{ours}.mlp.fall", f"{theirs}.mlp.c_proj"),
+    ]
+
+
+def _post_norm_blocks(ours: str, theirs: str, layers: int) -> list[Rule]:
+    """The encoder of transformers' BERT and ELECTRA."""
+    rules = []
+    for number in range(layers):
+        mine, other = f"{ours}.blocks.{number}", f"{theirs}.layer.{number}"
+        of_qkv = (f"{other}.attention.self.{x}" for x in ("query", "key", "value"))
+        rules += affine(f"{mine}.attention.qkv", *of_qkv, form="stack")
+        rules += affine(f"{mine}.attention.out", f"{other}.attention.output.dense")
+        rules += affine(f"{mine}.norm1", f"{other}.attention.output.LayerNorm")
+        rules += affine(f"{mine}.mlp.rise", f"{other}.intermediate.dense")
+        rules += affine(f"{mine}.mlp.fall", f"{other}.output.dense")
+        rules += affine(f"{mine}.norm2", f"{other}.output.LayerNorm")
+    return rules
+
+
+def _copies(ours: str, *theirs: str) -> Rule:
+    return Rule(ours, theirs, "copies")
+
+
+# -------------------------------------------------------------------------------------------------- layouts
+
+
+def _transformers_clip(config: ClipConfig) -> list[Rule]:
+    rules = [
+        Rule("logit_scale", ("logit_scale",), "scalar"),
+        Rule("vision.patch.weight", ("vision_model.embeddings.patch_embedding.weight",)),
+        Rule("vision.class_token", ("vision_model.embeddings.class_embedding",)),
+        Rule("vision.positions", ("vision_model.embeddings.position_embedding.weight",)),
+        *affine("vision.norm_pre", "vision_model.pre_layrnorm"),
+        *affine("vision.norm_post", "vision_model.post_layernorm"),
+        Rule("vision.project.weight", ("visual_projection.weight",)),
+        Rule("text.word.weight", ("text_model.embeddings.token_embedding.weight",)),
+        Rule("text.positions", ("text_model.embeddings.position_embedding.weight",)),
+        *affine("text.norm", "text_model.final_layer_norm"),
+        Rule("text.project.weight", ("text_projection.weight",)),
+    ]
+    for tower, layers in (("vision", config.vision.layers), ("text", config.text.layers)):
+        for number in range(layers):
+            rules += _pre_norm_block(f"{tower}.blocks.{number}", f"{tower}_model.encoder.layers.{number}")
+    return rules
+
+
+def _openai_clip(config: ClipConfig) -> list[Rule]:
+    rules = [
+        Rule("logit_scale", ("logit_scale",), "scalar"),
+        Rule("vision.patch.weight", ("visual.conv1.weight",)),
+        Rule("vision.class_token", ("visual.class_embedding",)),
+        Rule("vision.positions", ("visual.positional_embedding",)),
+        *affine("vision.norm_pre", "visual.ln_pre"),
+        *affine("vision.norm_post", "visual.ln_post"),
+        Rule("vision.project.weight", ("visual.proj",), "transpose"),
+        Rule("text.word.weight", ("token_embedding.weight",)),
+        Rule("text.positions", ("positional_embedding",)),
+        *affine("text.norm", "ln_final"),
+        Rule("text.project.weight", ("text_projection",), "transpose"),
+    ]
+    for ours, theirs, layers in (("vision", "visual.", config.vision.layers), ("text", "", config.text.layers)):
+        for number in range(layers):
+            rules += _openai_block(f"{ours}.blocks.{number}", f"{theirs}transformer.resblocks.{number}")
+    return rules
+
+
+def _transformers_bert(config: BertConfig) -> list[Rule]:
+    head = "cls.predictions"
+    return [
+        _copies("embeddings.word.weight", "bert.embeddings.word_embeddings.weight", f"{head}.decoder.weight"),
+        Rule("embeddings.position.weight", ("bert.embeddings.position_embeddings.weight",)),
+        Rule("embeddings.segment.weight", ("bert.embeddings.token_type_embeddings.weight",)),
+        *affine("embeddings.norm", "bert.embeddings.LayerNorm"),
+        *_post_norm_blocks("encoder", "bert.encoder", config.layers),
+        *affine("pooler", "bert.pooler.dense"),
+        *affine("mlm.transform", f"{head}.transform.dense"),
+        *affine("mlm.norm", f"{head}.transform.LayerNorm"),
+        _copies("mlm.bias", f"{head}.bias", f"{head}.decoder.bias"),
+        *affine("nsp", "cls.seq_relationship"),
+    ]
+
+
+def _transformers_electra(config: ElectraConfig) -> list[Rule]:
+    """Two models in one dict: `discriminator.` before ElectraForPreTraining, `generator.` before ElectraForMaskedLM."""
+    judge, maker = "discriminator", "generator"
+    shared = {"word.weight": "word_embeddings.weight", "position.weight": "position_embeddings.weight"}
+    shared |= {"segment.weight": "token_type_embeddings.weight"}
+    shared |= {"norm.weight": "LayerNorm.weight", "norm.bias": "LayerNorm.bias"}
+    rules = []
+    for ours, theirs in shared.items():
+        names = [f"{tower}.electra.embeddings.{theirs}" for tower in (judge, maker)]
+        tied = [f"{maker}.generator_lm_head.weight"] if ours == "word.weight" else []
+        rules.append(_copies(f"embeddings.{ours}", *names, *tied))
+    for tower, width in ((judge, config.width), (maker, round(config.width * config.generator_fraction))):
+        if width != config.embedding_width:
+            rules += affine(f"{tower}.project", f"{tower}.electra.embeddings_project")
+        rules += _post_norm_blocks(tower, f"{tower}.electra.encoder", config.layers)
+    return [
+        *rules,
+        *affine("rtd.transform", f"{judge}.discriminator_predictions.dense"),
+        *affine("rtd.out", f"{judge}.discriminator_predictions.dense_prediction"),
+        *affine("mlm.transform", f"{maker}.generator_predictions.dense"),
+        *affine("mlm.norm", f"{maker}.generator_predictions.LayerNorm"),
+        Rule("mlm.bias", (f"{maker}.generator_lm_head.bias",)),
+    ]
+
+
+# open_clip writes the same names as OpenAI, whose files carry three numbers besides the weights
+LAYOUTS: dict[str, Layout] = {
+    "transformers-clip": Layout("clip", _transformers_clip, ignored=("embeddings.position_ids",)),
+    "openai-clip": Layout("clip", _openai_clip, ignored=("input_resolution", "context_length", "vocab_size")),
+    "transformers-bert": Layout("bert", _transformers_bert, ignored=("embeddings.position_ids",)),
+    "transformers-electra": Layout("electra", _transformers_electra, ignored=("embeddings.position_ids",)),
+}
