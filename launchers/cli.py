@@ -26,7 +26,6 @@ app = typer.Typer(
 
 data = typer.Typer(no_args_is_help=True, help="Raw pairs -> shards, codes and their checks.")
 data.command("build")(commands_data.build)
-data.command("retry")(commands_data.retry)
 data.command("encode")(commands_data.encode)
 data.command("index")(commands_data.index)
 data.command("verify")(commands_data.verify)

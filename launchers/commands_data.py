@@ -20,15 +20,6 @@ def build(config: Config, overrides: Overrides = None, json: AsJson = False) -> 
     emit(as_dict(run_build(load_settings(BuildConfig, config, overrides or []), progress=not json)), json)
 
 
-def retry(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
-    """Only the failed rows of a finished build, as new shards."""
-    from data_pipeline.build.run import retry as run_retry
-    from data_pipeline.config import BuildConfig
-    from data_pipeline.settings import load_settings
-
-    emit(as_dict(run_retry(load_settings(BuildConfig, config, overrides or []), progress=not json)), json)
-
-
 def encode(
     dataset: Dataset,
     tokenizer: Annotated[Path, typer.Option(help="Folder of an exported image tokenizer.")],
