@@ -34,6 +34,7 @@ test-fast: .venv/.ready ## the tests that need under two minutes together
 
 check: .venv/.ready ## ruff, mypy, the architecture tests
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --quiet .
 	$(PY) -m mypy
 	$(PY) -m pytest tests/architecture
 

@@ -12,9 +12,7 @@ from launchers.local import launch_local
 from launchers.spec import KubernetesCluster, LocalCluster, SlurmCluster, describe, load_cluster
 
 Config = Annotated[Path, typer.Argument(help="YAML of the run, one of the recipes in configs/.")]
-Cluster = Annotated[
-    Path | None, typer.Option(help="YAML of the place; configs/cluster/<place>.yaml where not given.")
-]
+Cluster = Annotated[Path | None, typer.Option(help="YAML of the place; configs/cluster/<place>.yaml where not given.")]
 Nodes = Annotated[int | None, typer.Option(min=1, help="Machines; the cluster file's where not given.")]
 Procs = Annotated[int | None, typer.Option(min=1, help="Processes on each; the cluster file's where not given.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, start nothing.")]

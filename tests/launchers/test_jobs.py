@@ -5,6 +5,7 @@ After an intended change write the golden files again: `TESSERA_WRITE_GOLDEN=1 p
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_directives_stand_before_the_first_command() -> None:
 
 
 def test_an_override_with_blanks_and_quotes_stays_one_argument() -> None:
-    override = "tracking.experiment=it's \"mine\" $HOME"
+    override = 'tracking.experiment=it\'s "mine" $HOME'
     script = slurm_script(SITE, override)
     line = next(line for line in script.splitlines() if "launchers.cli train" in line)
     shown = subprocess.run(
@@ -212,3 +213,9 @@ def test_sbatch_refusing_is_shown_in_its_own_words(monkeypatch: pytest.MonkeyPat
 )
 def test_job_names_are_dns_labels(text: str, label: str) -> None:
     assert dns_label(text) == label
+
+
+def test_creating_a_jobset_without_the_client_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(ConfigError, match=r"pip install 'tessera\[kubernetes\]'"):
+        kubernetes.submit(describe(RECIPE, [], PLACE, None, None), PLACE)
