@@ -204,7 +204,7 @@ class SceneCheck:
         return self.shape_found and self.colour_found
 
 
-MIN_OVERLAP = 0.80  # true scenes reach 0.93 or more, a blurred or ragged shape stays below
+MIN_OVERLAP = 0.82  # true scenes reach 0.94 or more, a blurred or ragged shape stays below
 MIN_LEAD = 0.02
 SLACK = 0.1  # of ink: less counts as none, and as much missing as full, so that faint noise is no shape
 MIN_CONTRAST = 40.0  # RGB distance between ink and ground; less is an empty picture
@@ -242,15 +242,16 @@ def _separate(image: Floats) -> tuple[Floats | None, Floats | None]:
         return None, None
     ink = np.median(image[distance >= 0.8 * contrast], axis=0)
     line = ink - ground
-    share = np.clip(((image - ground) @ line / (line @ line) - SLACK) / (1 - 2 * SLACK), 0, 1)
+    exact = np.clip((image - ground) @ line / (line @ line), 0, 1)
+    share = np.clip((exact - SLACK) / (1 - 2 * SLACK), 0, 1)
     mask = (share > 0.5).astype(np.uint8)
     labels, names, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
     if labels < 2 or not MIN_AREA * side * side <= mask.sum() <= MAX_AREA * side * side:
         return None, None
     if stats[1:, cv2.CC_STAT_AREA].max() < 0.9 * mask.sum():
         return None, None
-    off_ink = np.linalg.norm(image[share > 0.9] - ink, axis=-1)
-    if np.mean(off_ink > 60) > 0.15:  # several colours inside the shape
+    off_line = np.linalg.norm(image - ground - exact[..., None] * line, axis=-1)
+    if np.mean(off_line[mask > 0] > 60) > 0.15:  # several colours inside the shape
         return None, None
     return share, ink
 
