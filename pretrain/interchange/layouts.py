@@ -32,7 +32,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """kind: of the model configuration; rules: configuration -> every rule; ignored: endings of keys without weights."""
+    """kind: of the model configuration; rules: configuration -> every rule; ignored: endings of weightless keys."""
 
     kind: str
     rules: Callable[[Any], list[Rule]]
