@@ -71,14 +71,18 @@ class Gpt(nn.Module):
         temperature: float = 1.0,
         top_k: int = 0,
         guidance: float = 1.0,
-        generator: torch.Generator | None = None,
+        uniforms: Tensor | None = None,
     ) -> Tensor:
         """text: int64 [B, T], left as it is -> codes int64 [B, I].
 
         temperature 0 takes the most likely code. top_k 0 keeps all codes. guidance other than 1 mixes in the logits of
         the empty caption, u + guidance (c - u), as further rows of the same batch with keys and values of their own;
         it needs training with `caption_drop`. Ho & Salimans 2022, arXiv:2207.12598.
+        uniforms: float64 [B, I] in [0, 1), one number per code, torch's own when None: a row's codes depend on its
+        numbers, not on the batch around it.
         """
+        if uniforms is None:
+            uniforms = torch.rand(len(text), self.config.image_tokens, dtype=torch.float64, device=text.device)
         guided = guidance != 1.0
         rows = torch.cat([text, torch.full_like(text, PAD)]) if guided else text
         cache = Cache(self.config, len(rows), text.device, self.cache_dtype(text.device.type))
@@ -89,7 +93,7 @@ class Gpt(nn.Module):
             if guided:
                 given, empty = logits.chunk(2)
                 logits = empty + guidance * (given - empty)
-            codes[:, place] = choose(logits, temperature, top_k, generator)
+            codes[:, place] = choose(logits, temperature, top_k, uniforms[:, place])
             tokens = codes[:, place : place + 1].repeat(2 if guided else 1, 1)
         return codes
 
@@ -100,16 +104,16 @@ class Gpt(nn.Module):
         return next(self.parameters()).dtype
 
 
-def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> Tensor:
-    """float32 logits [B, V] -> codes int64 [B]: one uniform number per row, by the inverse of the distribution."""
+def choose(logits: Tensor, temperature: float, top_k: int, uniforms: Tensor) -> Tensor:
+    """float32 logits [B, V], float64 uniforms [B] -> codes int64 [B], by the inverse of the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
     if 0 < top_k < logits.shape[-1]:
         floor = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < floor, -torch.inf)
-    chances = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64, device=logits.device)
-    return torch.searchsorted(chances, uniform * chances[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    wanted = uniforms[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 # ------------------------------------------------------------------------------------------- pieces
