@@ -82,6 +82,20 @@ def test_published_recipe_says_what_it_is(path: Path) -> None:
     assert str(path.relative_to(REPOSITORY)) in header
 
 
+def test_published_recipes_state_their_number_of_parameters() -> None:
+    import torch
+
+    from pretrain.models import MODELS
+
+    for folder in PUBLISHED:
+        for path in (REPOSITORY / "configs" / folder).glob("*.yaml"):
+            config = load_settings(RunConfig, path).model
+            with torch.device("meta"):
+                model = MODELS[config.kind](config)
+            count = sum(parameter.numel() for parameter in model.parameters())
+            assert f"{count:,} parameters" in path.read_text(encoding="utf-8"), f"{path.name}: {count:,}"
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_published_recipes_fit_their_commands(nodes: int) -> None:
     for folder in PUBLISHED:
