@@ -27,12 +27,15 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What the images shall show.")],
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many images.")] = 4,
     out: Annotated[Path | None, typer.Option(help="Folder for the images; RUN/samples where not given.")] = None,
-    json: AsJson = False,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest code.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw among the k likeliest codes; 0 among all.")] = 0,
+    guidance: Annotated[float, typer.Option(min=0, help="How much stronger than without a prompt; 1 is plain.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other images.")] = 0,
 ) -> None:
-    """Images from text."""
+    """Images from text; prints the paths, a labelled grid first."""
     from pretrain.generate import main
 
-    emit(as_dict(main(run, prompt, count, out or run / "samples")), json)
+    main(str(run), prompt, count, str(out) if out else None, temperature, top_k, guidance, seed)
 
 
 def evaluate(run: Run, json: AsJson = False) -> None:
