@@ -8,7 +8,7 @@ import sys
 import typer
 from rich.console import Console
 
-from data_pipeline.errors import ConfigError, TesseraError
+from data_pipeline.errors import ConfigError, Requeue, TesseraError
 from launchers import commands_checkpoint, commands_data, commands_launch, commands_run
 
 USAGE_EXIT = 2  # what the argument parser leaves with; to us a wrong command line is a wrong configuration
@@ -65,7 +65,9 @@ def main() -> None:
     try:
         app(prog_name="tessera")
     except TesseraError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        asked_for = isinstance(error, Requeue)  # an end that was asked for, after a save
+        text, style = (str(error), "") if asked_for else (f"error: {error}", "red")
+        Console(stderr=True, soft_wrap=True).print(text, style=style, markup=False, highlight=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -114,7 +114,8 @@ def test_every_error_for_the_user_has_its_exit_code(
 
     monkeypatch.setattr(cli, "app", fail)
     assert call(monkeypatch) == error.exit_code
-    assert capsys.readouterr().err == "error: [value] rule; remedy\n"
+    prefix = "" if error is Requeue else "error: "
+    assert capsys.readouterr().err == f"{prefix}[value] rule; remedy\n"
 
 
 def test_an_unexpected_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
