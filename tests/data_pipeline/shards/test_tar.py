@@ -1,0 +1,89 @@
+import io
+import tarfile
+
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.shards.tar import BLOCK, TarWriter, header, parse_members, scan, scan_samples, split_name
+
+SAMPLES = [("000", [("png", b"x" * 700), ("txt", b"one")]), ("001", [("png", b""), ("txt", "二".encode())])]
+
+
+def write(path, samples=SAMPLES):
+    with path.open("wb") as file:
+        writer = TarWriter(file)
+        for base, parts in samples:
+            writer.add(base, parts)
+        writer.close()
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("key.png", ("key", "png")),
+        ("a.b/key.seg.PNG", ("a.b/key", "seg.png")),
+        ("key", ("key", "")),
+        ("./k.txt", ("./k", "txt")),
+    ],
+)
+def test_a_name_is_split_at_the_first_dot_of_its_last_part(name, expected):
+    assert split_name(name) == expected
+
+
+def test_tarfile_reads_what_the_writer_writes(tmp_path):
+    write(tmp_path / "x.tar")
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        found = {member.name: tar.extractfile(member).read() for member in tar.getmembers()}
+        assert {(m.mtime, m.uid, m.gid, m.mode) for m in tar.getmembers()} == {(0, 0, 0, 0o644)}
+    assert found == {f"{base}.{extension}": data for base, parts in SAMPLES for extension, data in parts}
+
+
+def test_a_header_is_the_one_that_tarfile_makes():
+    info = tarfile.TarInfo("000000012.json")
+    info.size = 123456
+    assert header("000000012.json", 123456) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_the_scanner_finds_the_offsets_that_the_writer_noted(tmp_path):
+    writer = write(tmp_path / "x.tar")
+    assert scan_samples(tmp_path / "x.tar") == (writer.offsets, writer.xxh3)
+    assert writer.bytes == (tmp_path / "x.tar").stat().st_size
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("name", ["short.png", "folder/图片.png", f"{'d' * 90}/{'n' * 60}.png"])
+def test_names_of_every_tar_format_are_read_as_tarfile_reads_them(tmp_path, kind, name):
+    if kind == tarfile.USTAR_FORMAT and not name.isascii():
+        name = "plain.png"
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
+        tar.addfile(tarfile.TarInfo("folder/"), None)
+        info = tarfile.TarInfo(name)
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    data = (tmp_path / "x.tar").read_bytes()
+    for members in (list(scan(io.BytesIO(data), "x")), list(parse_members(data, "x"))):
+        found = [(member.name, data[member.data : member.data + member.size]) for member in members]
+        assert found[-1] == (name, b"abc")
+
+
+@pytest.mark.parametrize("cut", [100, BLOCK, 3 * BLOCK, -2 * BLOCK])
+def test_a_tar_that_was_cut_off_is_refused_even_between_files(tmp_path, cut):
+    write(tmp_path / "x.tar")
+    data = (tmp_path / "x.tar").read_bytes()
+    with pytest.raises(DataError, match="cut off|closing blocks"):
+        list(scan(io.BytesIO(data[:cut]), "x.tar"))
+
+
+def test_a_flipped_bit_in_a_header_is_refused(tmp_path):
+    write(tmp_path / "x.tar")
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    data[3] ^= 1
+    with pytest.raises(DataError, match="no tar header at byte 0"):
+        list(scan(io.BytesIO(bytes(data)), "x.tar"))
+
+
+@pytest.mark.parametrize("name", ["", "n" * 101])
+def test_a_name_that_ustar_cannot_hold_is_refused(name):
+    with pytest.raises(DataError, match="1 to 100 bytes"):
+        header(name, 1)
