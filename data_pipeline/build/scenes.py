@@ -66,9 +66,9 @@ ENGLISH = (
     "the {position} of this {background} picture shows a {size} {colour} {shape}",
 )
 CHINESE = (
-    "{background}背景{position}有一个{size}的{colour}{shape}",
-    "{position}一个{size}的{colour}{shape}，{background}背景",
-    "图中{position}是{size}的{colour}{shape}，背景是{background}",
+    "{shape}，{colour}，{size}，{position}，{background}背景",
+    "{background}背景，{position}，{size}{shape}，{colour}",
+    "{position}有一个{size}的{colour}{shape}，背景是{background}",
 )
 COMBINATIONS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS)
 HELD_OUT = tuple(  # one shape of each colour, so that every shape and every colour is still learnt
