@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import DataError
-from pretrain.config import BertConfig, ClipConfig, ElectraConfig
+from pretrain.config import BertConfig, ClipConfig, ElectraConfig, GptConfig, VqganConfig
+from pretrain.models.vqgan import Vqgan
 
 State = dict[str, Tensor]
 
@@ -30,18 +31,28 @@ class Rule:
     form: Literal["same", "stack", "transpose", "scalar", "copies"] = "same"
 
 
+def _as_is(config: Any, state: State) -> State:
+    return state
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """kind: of the model configuration; rules: configuration -> every rule; ignored: endings of weightless keys."""
+    """kind: of the model configuration; rules: configuration -> every rule; ignored: endings of weightless keys.
+
+    unpack and pack: what no rule can say, done to their state before import and after export.
+    """
 
     kind: str
     rules: Callable[[Any], list[Rule]]
     ignored: tuple[str, ...] = ()
+    unpack: Callable[[Any, State], State] = _as_is
+    pack: Callable[[Any, State], State] = _as_is
 
 
 def import_state(layout: str, config: Any, state: Mapping[str, Tensor]) -> State:
     """Weights in `layout` -> our state dict. Raises DataError naming missing, unknown and contradicting keys."""
     rules = _rules(layout, config)
+    state = LAYOUTS[layout].unpack(config, dict(state))
     state = {key: value for key, value in state.items() if not key.endswith(LAYOUTS[layout].ignored or ("\0",))}
     known = {name for rule in rules for name in rule.theirs}
     needed = {name for rule in rules for name in (rule.theirs[:1] if rule.form == "copies" else rule.theirs)}
@@ -57,7 +68,7 @@ def export_state(layout: str, config: Any, state: Mapping[str, Tensor]) -> State
     exported: State = {}
     for rule in rules:
         exported |= _export(rule, state[rule.ours].detach())
-    return exported
+    return LAYOUTS[layout].pack(config, exported)
 
 
 def _rules(layout: str, config: Any) -> list[Rule]:
@@ -246,10 +257,93 @@ def _transformers_electra(config: ElectraConfig) -> list[Rule]:
     ]
 
 
+def _mingpt(config: GptConfig, prefix: str = "") -> list[Rule]:
+    rules = [
+        Rule("embed.token.weight", (f"{prefix}tok_emb.weight",)),
+        Rule("embed.position", (f"{prefix}pos_emb",)),
+        *affine("norm", f"{prefix}ln_f"),
+        Rule("head.weight", (f"{prefix}head.weight",)),
+    ]
+    names = {"norm1": "ln1", "norm2": "ln2", "rise": "mlp.0", "fall": "mlp.2"}
+    names |= {f"attention.{part}": f"attn.{part}" for part in ("query", "key", "value")}
+    names |= {"attention.out": "attn.proj"}
+    for number in range(config.layers):
+        for ours, theirs in names.items():
+            rules += affine(f"blocks.{number}.{ours}", f"{prefix}blocks.{number}.{theirs}")
+    return rules
+
+
+def _easynlp_gpt(config: GptConfig) -> list[Rule]:
+    """The GPT beside the VQGAN (`first_stage_model.`, which is of the taming layout) in one file."""
+    return _mingpt(config, "transformer.")
+
+
+def _transformers_gpt2(config: GptConfig) -> list[Rule]:
+    rules = [
+        Rule("embed.token.weight", ("transformer.wte.weight",)),
+        Rule("embed.position", ("transformer.wpe.weight",)),
+        *affine("norm", "transformer.ln_f"),
+        Rule("head.weight", ("lm_head.weight",)),
+    ]
+    matrices = {f"attention.{part}": f"attn.{part}" for part in ("query", "key", "value")}
+    matrices |= {"attention.out": "attn.c_proj", "rise": "mlp.c_fc", "fall": "mlp.c_proj"}
+    for number in range(config.layers):
+        mine, other = f"blocks.{number}", f"transformer.h.{number}"
+        rules += [*affine(f"{mine}.norm1", f"{other}.ln_1"), *affine(f"{mine}.norm2", f"{other}.ln_2")]
+        for ours, theirs in matrices.items():
+            rules.append(Rule(f"{mine}.{ours}.weight", (f"{other}.{theirs}.weight",), "transpose"))
+            rules.append(Rule(f"{mine}.{ours}.bias", (f"{other}.{theirs}.bias",)))
+    return rules
+
+
+def _unpack_gpt2(config: GptConfig, state: State) -> State:
+    """c_attn -> query, key, value; positions get a batch dimension; of the head only the image vocabulary stays."""
+    for number in range(config.layers):
+        for part in ("weight", "bias"):
+            packed = state.pop(f"transformer.h.{number}.attn.c_attn.{part}", None)
+            if packed is not None:
+                names = (f"transformer.h.{number}.attn.{x}.{part}" for x in ("query", "key", "value"))
+                state |= dict(zip(names, packed.chunk(3, -1), strict=True))
+    if "transformer.wpe.weight" in state:
+        state["transformer.wpe.weight"] = state["transformer.wpe.weight"][None]
+    if "lm_head.weight" in state:
+        state["lm_head.weight"] = state["lm_head.weight"][: config.image_vocab]
+    return state
+
+
+def _pack_gpt2(config: GptConfig, state: State) -> State:
+    """The reverse; the head's rows of text ids are zero: take the softmax over the image vocabulary."""
+    for number in range(config.layers):
+        for part in ("weight", "bias"):
+            parts = [state.pop(f"transformer.h.{number}.attn.{x}.{part}") for x in ("query", "key", "value")]
+            state[f"transformer.h.{number}.attn.c_attn.{part}"] = torch.cat(parts, -1)
+    state["transformer.wpe.weight"] = state["transformer.wpe.weight"][0].clone()
+    head = state["lm_head.weight"]
+    state["lm_head.weight"] = torch.cat([head, head.new_zeros(config.text_vocab, config.width)])
+    return state
+
+
+def _taming_vqgan(config: VqganConfig) -> list[Rule]:
+    """Our names are theirs."""
+    with torch.device("meta"):
+        return [Rule(name, (name,)) for name in Vqgan(config).state_dict()]
+
+
+def _without(prefix: str) -> Callable[[Any, State], State]:
+    """Leaves out what belongs to another model of the same file."""
+    return lambda config, state: {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+
+
 # open_clip writes the same names as OpenAI, whose files carry three numbers besides the weights
 LAYOUTS: dict[str, Layout] = {
     "transformers-clip": Layout("clip", _transformers_clip, ignored=("embeddings.position_ids",)),
     "openai-clip": Layout("clip", _openai_clip, ignored=("input_resolution", "context_length", "vocab_size")),
     "transformers-bert": Layout("bert", _transformers_bert, ignored=("embeddings.position_ids",)),
     "transformers-electra": Layout("electra", _transformers_electra, ignored=("embeddings.position_ids",)),
+    "mingpt": Layout("gpt", _mingpt, ignored=("attn.mask",)),
+    "easynlp-gpt": Layout("gpt", _easynlp_gpt, ignored=("attn.mask",), unpack=_without("first_stage_model.")),
+    "transformers-gpt2": Layout(
+        "gpt", _transformers_gpt2, ignored=("attn.bias", "attn.masked_bias"), unpack=_unpack_gpt2, pack=_pack_gpt2
+    ),
+    "taming-vqgan": Layout("vqgan", _taming_vqgan, unpack=_without("loss.")),
 }
