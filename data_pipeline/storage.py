@@ -98,8 +98,11 @@ class LocalStorage:
             return self.path(name).read_bytes()
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
-        with _named(self.root, name):
+        try:
             data = os.pread(self._open(name), stop - start, start)
+        except OSError:
+            with _named(self.root, name):
+                raise
         if len(data) != stop - start:
             raise DataError(f"{self.path(name)}: bytes {start}..{stop} asked for, {len(data)} there; it was cut off")
         return data

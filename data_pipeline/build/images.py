@@ -89,47 +89,51 @@ def _decode(data: bytes, max_pixels: int) -> tuple[np.ndarray, str]:
     if not data:
         raise Reject("empty_file", "0 bytes")
     if data.startswith(_JPEG):
-        pixels = _fast_jpeg(data, max_pixels)
+        pixels, colours = _fast_jpeg(data, max_pixels)
         if pixels is not None:
-            return pixels, "jpeg"
+            one_picture = b"MPF\0" not in data[:65536]
+            return pixels, "jpeg" if colours != "Gray" and one_picture else ""
     elif data.startswith(_PNG) and _is_plain_png(data):
         width, height = struct.unpack(">II", data[16:24])
         _check_pixels(width, height, max_pixels)
         decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
         if decoded is not None and decoded.shape[:2] == (height, width):
-            return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), "png"
+            return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), "png" if data[25] == 2 else ""
     return _slow(data, max_pixels), ""
 
 
-def _fast_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
-    """Upright three- and one-channel JPEGs without defects; None hands the others to Pillow."""
+def _fast_jpeg(data: bytes, max_pixels: int) -> tuple[np.ndarray | None, str]:
+    """-> (pixels of an upright three- or one-channel JPEG without defects, colour space); None leaves it to Pillow."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
-        return None
+        return None, ""
     _check_pixels(width, height, max_pixels)
     if colours in ("CMYK", "YCCK") or (b"Exif\0\0" in data[:65536] and _orientation(data) not in (0, 1)):
-        return None
+        return None, colours
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True), colours
     except ValueError:
-        return None
+        return None, colours
 
 
 def _orientation(data: bytes) -> int:
     try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            warnings.simplefilter("ignore")
             return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF of any kind: upright
         return 1
 
 
 def _is_plain_png(data: bytes) -> bool:
-    """Eight bits, grey or RGB, whole, one frame, nothing transparent, no orientation."""
+    """Eight bits, grey or RGB, whole, one frame, nothing transparent, no orientation, no compressed text (a bomb)."""
     if len(data) < 57 or data[24:26] not in (b"\x08\x00", b"\x08\x02") or data[-8:-4] != b"IEND":
         return False
     head = data[: data.find(b"IDAT")]
-    return not any(chunk in head for chunk in (b"tRNS", b"acTL", b"eXIf", b"fcTL"))
+    return not any(chunk in head for chunk in (b"tRNS", b"acTL", b"eXIf", b"fcTL", b"iCCP")) and not any(
+        chunk in data for chunk in (b"zTXt", b"iTXt")
+    )
 
 
 def _slow(data: bytes, max_pixels: int) -> np.ndarray:

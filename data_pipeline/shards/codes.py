@@ -19,7 +19,7 @@ import numpy as np
 from data_pipeline.build.images import Reject, decode_rgb, resize
 from data_pipeline.errors import DataError
 from data_pipeline.shards.manifest import Manifest, canonical_json, publish, read_index, read_manifest
-from data_pipeline.shards.tar import BLOCK, parse_members, split_name
+from data_pipeline.shards.tar import BLOCK, parse_files, split_name
 from data_pipeline.storage import Storage, open_storage
 from data_pipeline.workers import Counter, ray_session, run_tasks
 
@@ -238,14 +238,12 @@ def _pixels(storage: Storage, name: str, start: int, stop: int, size: int) -> np
     """The image of one sample -> uint8 [size, size, 3], centre crop where it is not square."""
     where = f"{storage.root}/{name}"
     data = storage.get_range(name, start * BLOCK, stop * BLOCK)
-    for member in parse_members(data, where):
-        if split_name(member.name)[1] not in ("txt", "json"):
+    for member, contents in parse_files(data, where):
+        if split_name(member)[1] not in ("txt", "json"):
             try:
-                return resize(decode_rgb(data[member.data : member.data + member.size]), "center_crop", size)
+                return resize(decode_rgb(contents), "center_crop", size)
             except Reject as reject:
-                raise DataError(
-                    f"{where} {member.name}: does not decode ({reject}); see `tessera data verify`"
-                ) from None
+                raise DataError(f"{where} {member}: does not decode ({reject}); see `tessera data verify`") from None
     raise DataError(f"{where}: a sample without an image at block {start}; only image datasets have codes")
 
 

@@ -15,6 +15,7 @@ BLOCK = 512
 _MAX_NAME = 100
 _MAX_SIZE = 8 * 1024**3
 _END = bytes(2 * BLOCK)
+_REGULAR = ord("0")
 
 
 class Member(NamedTuple):
@@ -100,11 +101,32 @@ class TarWriter:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def parse_members(data: bytes, where: str) -> Iterator[Member]:
-    """The regular files within `data`, which begins at a header and ends after the last file's padding.
+def parse_files(data: bytes, where: str) -> list[tuple[str, bytes]]:
+    """(name, contents) of the regular files within `data`, which begins at a header.
 
-    Header checksums are left to `scan` and `verify`: this is the path of every sample that is read.
+    The path of every sample that is read: plain headers are taken apart here, whatever else occurs in tars is left to
+    `parse_members`, and header checksums to `scan` and `verify`.
     """
+    files: list[tuple[str, bytes]] = []
+    position, total = 0, len(data)
+    while position < total:
+        name_end = data.find(b"\0", position, position + _MAX_NAME)
+        if name_end <= position or data[position + 156] != _REGULAR or data[position + 345]:
+            return [(m.name, data[m.data : m.data + m.size]) for m in parse_members(data, where)]
+        try:
+            size = int(data[position + 124 : position + 135], 8)
+        except ValueError:
+            raise DataError(f"{where}: no tar header at byte {position}; the file is damaged or no tar") from None
+        body = position + BLOCK
+        if body + size > total:
+            raise DataError(f"{where}: a file claims {size} bytes, {total - body} are there; the tar was cut off")
+        files.append((data[position:name_end].decode("utf-8", "surrogateescape"), data[body : body + size]))
+        position = body + padded(size)
+    return files
+
+
+def parse_members(data: bytes, where: str) -> Iterator[Member]:
+    """The regular files within `data`, which begins at a header and ends after the last file's padding."""
     position, start, long_name = 0, 0, ""
     while position + BLOCK <= len(data):
         block = data[position : position + BLOCK]

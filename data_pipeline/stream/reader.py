@@ -11,7 +11,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.schema import Sample
 from data_pipeline.shards.codes import CodesFile, open_codes
 from data_pipeline.shards.manifest import Manifest, Shard, read_index, read_manifest
-from data_pipeline.shards.tar import BLOCK, parse_members, split_name
+from data_pipeline.shards.tar import BLOCK, parse_files, split_name
 from data_pipeline.storage import open_storage
 from data_pipeline.stream.order import ORDER, ORDER_VERSION, order
 
@@ -138,11 +138,10 @@ def parse_sample(data: bytes, where: str) -> tuple[str, bytes, tuple[str, ...], 
     text: bytes | None = None
     tree: dict[str, Any] = {}
     key = ""
-    for member in parse_members(data, where):
-        key, extension = split_name(member.name)
-        contents = data[member.data : member.data + member.size]
+    for name, contents in parse_files(data, where):
+        key, extension = split_name(name)
         if extension == "json":
-            tree = json.loads(contents)
+            tree = json.loads(contents.decode())
         elif extension == "txt":
             text = contents
         elif image is None and extension in _IMAGES:

@@ -61,7 +61,9 @@ def folder(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(number))
         if number % 2:
-            path.with_suffix(".json").write_text(json.dumps({"captions": [f"picture {number}", "图片"], "score": number}))
+            path.with_suffix(".json").write_text(
+                json.dumps({"captions": [f"picture {number}", "图片"], "score": number})
+            )
         else:
             path.with_suffix(".txt").write_text(f"picture {number}\n")
     return tmp_path / "raw"

@@ -95,7 +95,13 @@ def test_the_pixel_limit_counts_before_anything_is_decoded():
 
 @pytest.mark.parametrize(
     ("mode", "size", "height", "width"),
-    [("none", None, 30, 40), ("fit", 20, 15, 20), ("fit", 80, 30, 40), ("center_crop", 24, 24, 24), ("stretch", 9, 9, 9)],
+    [
+        ("none", None, 30, 40),
+        ("fit", 20, 15, 20),
+        ("fit", 80, 30, 40),
+        ("center_crop", 24, 24, 24),
+        ("stretch", 9, 9, 9),
+    ],
 )
 def test_resize_modes_give_the_sizes_that_they_state(mode, size, height, width):
     assert resize(decode_rgb(picture()), mode, size or 0).shape == (height, width, 3)
@@ -156,7 +162,7 @@ def test_every_nasty_image_ends_as_its_index_says_in_bounded_time(shared):
             found, reason = outcome(data)
             if time.perf_counter() - start > 10:
                 wrong.append((case["file"], "took more than 10 s"))
-            # "decode" speaks of pixels: a file may still be stored in another format than it came in
+            # the index calls every RGB file plain; one that is neither JPEG nor PNG is stored anew
             acceptable = {*case["acceptable"], *(["convert"] if "decode" in case["acceptable"] else [])}
             if found not in acceptable:
                 wrong.append((case["file"], found, reason, case["acceptable"]))

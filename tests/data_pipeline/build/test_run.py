@@ -63,7 +63,10 @@ def test_what_goes_in_comes_out_or_is_counted_with_its_reason(folder, build_here
         (2, "b/0", "not_an_image"),
         (3, "b/1", "truncated"),
     ]
-    assert [row["status"] for row in pq.read_table(tmp_path / "out/00000.parquet").to_pylist()] == ["empty_caption", "ok"]
+    assert [row["status"] for row in pq.read_table(tmp_path / "out/00000.parquet").to_pylist()] == [
+        "empty_caption",
+        "ok",
+    ]
 
 
 def test_a_shard_whose_rows_are_all_rejected_is_empty_and_accounted(folder, build_here, tmp_path):
@@ -99,7 +102,11 @@ def test_a_build_that_rejects_every_row_is_refused_with_its_reasons(folder, buil
 
 @pytest.mark.parametrize(
     ("change", "field"),
-    [({"shard_size": 5}, "shard_size"), ({"images": {"format": "jpeg"}}, "images"), ({"captions": {"min_chars": 3}}, "captions")],
+    [
+        ({"shard_size": 5}, "shard_size"),
+        ({"images": {"format": "jpeg"}}, "images"),
+        ({"captions": {"min_chars": 3}}, "captions"),
+    ],
 )
 def test_another_configuration_in_the_same_output_is_refused(scenes, build_here, tree_digests, change, field):
     before = tree_digests(scenes)
@@ -116,7 +123,10 @@ def test_another_configuration_in_the_same_output_is_refused(scenes, build_here,
         ({"source": {"kind": "sceness", "count": 1}, "output": "x"}, "scenes"),
         ({"source": {"kind": "scenes", "count": 1}, "output": "x", "shards": 3}, "shard"),
         ({"source": {"kind": "scenes", "count": 1}}, "output: missing"),
-        ({"source": {"kind": "scenes", "count": 1}, "output": "x", "images": {"mode": "fit"}}, "mode='fit' with size=None"),
+        (
+            {"source": {"kind": "scenes", "count": 1}, "output": "x", "images": {"mode": "fit"}},
+            "mode='fit' with size=None",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_refused(make_config, tree, message):
@@ -136,7 +146,11 @@ def test_an_output_that_cannot_be_written_is_refused(build_here, tmp_path):
 def test_a_build_that_was_interrupted_anywhere_is_finished_to_the_same_bytes(scenes, build_here, tree_digests):
     whole = tree_digests(scenes)
     tree = {"source": {"kind": "scenes", "count": 25}, "output": str(scenes), "shard_size": 10}
-    for lost in (["manifest.json"], ["manifest.json", "stats.json", "00001_stats.json"], list(set(whole) - {"build.json"})):
+    for lost in (
+        ["manifest.json"],
+        ["manifest.json", "stats.json", "00001_stats.json"],
+        list(set(whole) - {"build.json"}),
+    ):
         for name in lost:
             (scenes / name).unlink()
         build_here(**tree)
@@ -165,14 +179,15 @@ def test_a_shard_that_is_there_with_other_bytes_is_never_overwritten(scenes, bui
 # ----------------------------------------------------------------------------------------- with real Ray
 
 COUNT, SHARD = 3000, 250
-DRIVER = """
+DRIVER = f"""
 import sys
 from data_pipeline.build.run import build
 from data_pipeline.config import BuildConfig
 from data_pipeline.settings import check_settings
-tree = {"source": {"kind": "scenes", "count": %d}, "output": sys.argv[1], "shard_size": %d, "workers": int(sys.argv[2])}
+source = dict(kind="scenes", count={COUNT})
+tree = dict(source=source, output=sys.argv[1], shard_size={SHARD}, workers=int(sys.argv[2]))
 build(check_settings(BuildConfig, tree, "driver"), progress=False)
-""" % (COUNT, SHARD)
+"""
 
 
 @pytest.fixture
@@ -193,7 +208,9 @@ def wait_for(condition, seconds=90.0):
 
 
 def descendants(pid: int) -> list[int]:
-    children = [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+    children = [
+        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
+    ]
     return children + [below for child in children for below in descendants(child)]
 
 

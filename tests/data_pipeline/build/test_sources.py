@@ -14,7 +14,7 @@ from data_pipeline.schema import Drop, Pair
 
 ROWS = [
     {"name": "k0", "file": "0.png", "en": "zero", "zh": "零", "score": "1"},
-    {"name": "k1", "file": "1.png", "en": "one, \"quoted\"", "zh": "一", "score": "2"},
+    {"name": "k1", "file": "1.png", "en": 'one, "quoted"', "zh": "一", "score": "2"},
     {"name": "k2", "file": "gone.png", "en": "two", "zh": "二", "score": "3"},
     {"name": "k3", "file": "", "en": "three", "zh": "三", "score": "4"},
 ]
@@ -53,7 +53,13 @@ def table(tmp_path, make_png, make_config):
             (tmp_path / name).write_bytes(data)
         write_table(tmp_path / f"rows.{kind}", kind, rows)
         mapping = {"key": "name", "image": "file", "captions": ["en", "zh"], "images": "images.tar" if in_tar else "."}
-        source = {"kind": kind.removesuffix(".gz"), "path": str(tmp_path), "table": f"rows.{kind}", **mapping, **changes}
+        source = {
+            "kind": kind.removesuffix(".gz"),
+            "path": str(tmp_path),
+            "table": f"rows.{kind}",
+            **mapping,
+            **changes,
+        }
         return open_source(make_config(source=source, output="unused").source)
 
     return make
@@ -97,7 +103,9 @@ def test_a_row_without_a_key_column_is_named_by_its_number(table):
 
 
 def test_unreadable_lines_are_counted_not_lost(tmp_path, make_config):
-    (tmp_path / "x.jsonl").write_text('{"image": "a.png", "caption": "x"}\nnot json\n[1]\n{"image": "a", "caption": 5}\n')
+    (tmp_path / "x.jsonl").write_text(
+        '{"image": "a.png", "caption": "x"}\nnot json\n[1]\n{"image": "a", "caption": 5}\n'
+    )
     config = make_config(source={"kind": "jsonl", "path": str(tmp_path / "x.jsonl")}, output="unused")
     reasons = [row.reason for row in open_source(config.source).rows(0, 4)]
     assert reasons == ["unreadable_file", "unreadable_row", "unreadable_row", "unreadable_caption"]

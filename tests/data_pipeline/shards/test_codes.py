@@ -83,7 +83,9 @@ def test_codes_of_another_tokenizer_are_refused_naming_both(small, encode_here, 
 
 def test_codes_of_another_dataset_are_refused(small, encode_here, build_here, tmp_path):
     encode_here(small)
-    build_here(source={"kind": "scenes", "count": 25, "image_size": 16, "seed": 1}, output=f"{tmp_path}/b", shard_size=10)
+    build_here(
+        source={"kind": "scenes", "count": 25, "image_size": 16, "seed": 1}, output=f"{tmp_path}/b", shard_size=10
+    )
     for path in small.glob("*vq-*"):
         (tmp_path / "b" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(DataError, match="codes of dataset"):

@@ -4,7 +4,16 @@ import tarfile
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards.tar import BLOCK, TarWriter, header, parse_members, scan, scan_samples, split_name
+from data_pipeline.shards.tar import (
+    BLOCK,
+    TarWriter,
+    header,
+    parse_files,
+    parse_members,
+    scan,
+    scan_samples,
+    split_name,
+)
 
 SAMPLES = [("000", [("png", b"x" * 700), ("txt", b"one")]), ("001", [("png", b""), ("txt", "二".encode())])]
 
@@ -57,14 +66,16 @@ def test_names_of_every_tar_format_are_read_as_tarfile_reads_them(tmp_path, kind
     if kind == tarfile.USTAR_FORMAT and not name.isascii():
         name = "plain.png"
     with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
-        tar.addfile(tarfile.TarInfo("folder/"), None)
+        beside = tarfile.TarInfo("folder/")
+        beside.type = tarfile.DIRTYPE
+        tar.addfile(beside)
         info = tarfile.TarInfo(name)
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))
     data = (tmp_path / "x.tar").read_bytes()
     for members in (list(scan(io.BytesIO(data), "x")), list(parse_members(data, "x"))):
         found = [(member.name, data[member.data : member.data + member.size]) for member in members]
-        assert found[-1] == (name, b"abc")
+        assert found == [(name, b"abc")] == parse_files(data, "x")
 
 
 @pytest.mark.parametrize("cut", [100, BLOCK, 3 * BLOCK, -2 * BLOCK])

@@ -30,7 +30,11 @@ FAULTS = [
     ("a flipped bit", lambda root: flip(root / "00001.tar"), "00001.tar: sha256"),
     ("a cut shard", lambda root: (root / "00000.tar").write_bytes((root / "00000.tar").read_bytes()[:-1024]), "bytes"),
     ("a lost shard", lambda root: (root / "00002.tar").unlink(), "00002.tar: not there"),
-    ("another index", lambda root: (root / "00000.tar.idx").write_bytes((root / "00002.tar.idx").read_bytes()), "another tar"),
+    (
+        "another index",
+        lambda root: (root / "00000.tar.idx").write_bytes((root / "00002.tar.idx").read_bytes()),
+        "another tar",
+    ),
     ("a damaged index", lambda root: (root / "00000.tar.idx").write_bytes(b"no"), "not an index"),
     ("lost rows", edit("stats.json", "in", 26), "in 26"),
     ("lost statistics", lambda root: (root / "00001_stats.json").unlink(), "00001_stats.json: not there"),

@@ -39,7 +39,7 @@ def test_positions_of_one_epoch_never_meet_in_large_datasets(samples, seed, epoc
     count = min(200, samples - first)
     found = ids(epoch * samples + first, epoch * samples + first + count, samples, seed)
     assert len(set(found)) == count
-    assert 0 <= min(found) and max(found) < samples
+    assert min(found) >= 0 and max(found) < samples
 
 
 @settings(max_examples=30, deadline=None)

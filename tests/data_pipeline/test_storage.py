@@ -1,0 +1,69 @@
+import pickle
+import threading
+
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.storage import LocalStorage, S3Storage, open_storage
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return open_storage(tmp_path / "new" / "folder")
+
+
+def test_what_is_put_is_listed_and_read(storage):
+    assert storage.list() == [] and not storage.exists("a")
+    assert storage.put_if_absent("a", b"0123456789")
+    assert storage.list() == ["a"] and storage.exists("a")
+    assert (storage.get("a"), storage.get_range("a", 2, 5), storage.stat("a")) == (b"0123456789", b"234", (10, ""))
+
+
+def test_nothing_is_overwritten(storage, tmp_path):
+    storage.put_if_absent("a", b"first")
+    (tmp_path / "second").write_bytes(b"second")
+    assert not storage.put_if_absent("a", b"second") and not storage.put_file_if_absent("a", tmp_path / "second")
+    assert storage.get("a") == b"first"
+
+
+def test_of_many_writers_one_wins(storage):
+    results = []
+    writers = [
+        threading.Thread(target=lambda n=n: results.append(storage.put_if_absent("a", b"%d" % n))) for n in range(8)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert sorted(results) == [False] * 7 + [True]
+
+
+@pytest.mark.parametrize("ask", [lambda s: s.get("x"), lambda s: s.stat("x"), lambda s: s.get_range("x", 0, 1)])
+def test_a_missing_object_is_named(storage, ask):
+    with pytest.raises(DataError, match="folder/x: not there"):
+        ask(storage)
+
+
+def test_a_range_beyond_the_end_is_refused(storage):
+    storage.put_if_absent("a", b"0123")
+    with pytest.raises(DataError, match=r"bytes 2\.\.6 asked for, 2 there"):
+        storage.get_range("a", 2, 6)
+
+
+def test_what_killed_writers_left_is_removed(storage):
+    storage.put_if_absent("a", b"0")
+    with storage.scratch() as folder:
+        (folder / "half").write_bytes(b"written")
+        storage.clean()
+    assert not (storage.path(".tmp")).exists() and storage.list() == ["a"]
+
+
+def test_a_storage_travels_to_another_process_without_its_open_files(storage):
+    storage.put_if_absent("a", b"0123")
+    storage.get_range("a", 0, 1)
+    assert pickle.loads(pickle.dumps(storage)).get_range("a", 1, 3) == b"12"
+
+
+def test_the_root_decides_between_local_and_s3(tmp_path):
+    assert isinstance(open_storage(tmp_path), LocalStorage)
+    assert isinstance(open_storage("s3://bucket/prefix"), S3Storage)
