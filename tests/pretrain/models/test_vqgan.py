@@ -1,0 +1,80 @@
+"""VQGAN: published sizes, the codebook against a loop, straight-through gradients, decode(encode(x))."""
+
+import pytest
+import torch
+
+from pretrain.config import VqganConfig
+from pretrain.models.discriminator import PatchDiscriminator
+from pretrain.models.vqgan import Codebook, Norm, Vqgan
+
+SMALL = VqganConfig(
+    image_size=16, channels=16, multipliers=(1, 2, 2), res_blocks=1, attention_at=(),
+    latent_channels=8, codebook_size=20, code_width=4,
+)  # fmt: skip
+
+
+def test_published_size_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        model = Vqgan(VqganConfig())
+    counted = [sum(p.numel() for p in part.parameters()) for part in (model, model.encoder, model.decoder)]
+    assert counted == [76_073_859, 29_298_176, 42_449_795]
+    assert model.quantize.embedding.weight.numel() == 4_194_304
+    assert model.config.grid == 16
+
+
+def test_codes_are_the_nearest_rows_of_the_codebook():
+    book, latents = Codebook(9, 4), torch.randn(2, 4, 3, 3)
+    torch.nn.init.normal_(book.embedding.weight)
+    codes, table = book(latents).codes, book.embedding.weight.detach().double()
+    for image in range(2):
+        for place in range(9):
+            latent = latents[image, :, place // 3, place % 3].double()
+            distances = [float((latent - row).square().sum()) for row in table]
+            assert int(codes[image, place]) == distances.index(min(distances))
+
+
+def test_the_output_is_the_codebook_in_value_and_the_latent_in_gradient():
+    book, latents = Codebook(9, 4), torch.randn(2, 4, 3, 3, requires_grad=True)
+    quantised = book(latents)
+    assert torch.allclose(quantised.output, book.look_up(quantised.codes, 3), atol=1e-6)
+    weights = torch.randn(2, 4, 3, 3)
+    (quantised.output * weights).sum().backward()
+    assert torch.equal(latents.grad, weights) and book.embedding.weight.grad is None
+
+
+def test_codes_do_not_change_under_autocast_of_the_lookup():
+    book, latents = Codebook(50, 8), torch.randn(2, 8, 4, 4)
+    torch.nn.init.normal_(book.embedding.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = book(latents).codes
+    assert torch.equal(codes, book(latents).codes)
+
+
+def test_decoding_the_codes_is_the_reconstruction():
+    model, pixels = Vqgan(SMALL).eval(), torch.rand(2, 3, 16, 16) * 2 - 1
+    reconstruction, quantised = model(pixels)
+    assert reconstruction.shape == pixels.shape and quantised.codes.shape == (2, 16)
+    assert torch.equal(model.encode(pixels), quantised.codes)
+    assert torch.allclose(model.decode(quantised.codes), reconstruction, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(16, 4), (64, 16), (128, 32), (512, 32)])
+def test_norm_has_32_groups_from_128_channels_on(channels, groups):
+    assert Norm(channels).num_groups == groups
+
+
+@pytest.mark.parametrize("channels", [16, 128])
+def test_norm_is_group_norm(channels):
+    norm, x = Norm(channels), torch.randn(2, channels, 4, 4).to(memory_format=torch.channels_last)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    parts = x.reshape(2, norm.num_groups, -1)
+    mean, variance = parts.mean(-1, keepdim=True), parts.var(-1, unbiased=False, keepdim=True)
+    wanted = ((parts - mean) / (variance + 1e-6).sqrt()).view(x.shape)
+    assert torch.allclose(norm(x), wanted * norm.weight[:, None, None] + norm.bias[:, None, None], atol=1e-5)
+
+
+def test_the_discriminator_judges_patches():
+    judge = PatchDiscriminator(channels=8, layers=2)
+    assert judge(torch.randn(2, 3, 32, 32)).shape == (2, 1, 6, 6)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in PatchDiscriminator().parameters()) == 2_765_633
