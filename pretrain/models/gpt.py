@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.config import GptConfig
+from pretrain.models.layers import attend
 
 PAD = 0  # text id that fills a caption, and stands for the empty caption of guidance
 
@@ -156,7 +157,7 @@ class CausalAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=length > 1)
+        mixed = attend(q, k, v, dropout=dropout, causal=length > 1)
         return self.drop(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
 
 

@@ -21,6 +21,22 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False
+) -> Tensor:
+    """torch's SDPA over [B, H, S, D/H]; `mask` bool, True where a key may be attended to.
+
+    On a CPU in float32 whatever the autocast: the backward of the bf16 kernel is four times slower there.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    with torch.autocast("cpu", enabled=False):
+        mixed = F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout, is_causal=causal
+        )
+    return mixed.to(q.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention through torch's SDPA; one matrix makes queries, keys and values."""
 
@@ -41,7 +57,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mask = None if key_mask is None else key_mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        mixed = attend(q, k, v, mask, dropout, causal)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 

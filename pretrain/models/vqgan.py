@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.config import VqganConfig
+from pretrain.models.layers import attend
 
 
 class Quantised(NamedTuple):
@@ -133,7 +134,7 @@ class AttnBlock(nn.Module):
         """[B, C, h, w] -> [B, C, h, w]."""
         normed = self.norm(x)
         q, k, v = (layer(normed).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v)[:, 0]  # [B, h*w, C]
+        mixed = attend(q, k, v)[:, 0]  # [B, h*w, C]
         return x + self.proj_out(mixed.transpose(1, 2).reshape(x.shape))
 
 

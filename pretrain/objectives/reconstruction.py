@@ -124,11 +124,19 @@ class Reconstruction(nn.Module):
         return {"codes_used": (counts > 0).float().sum(), "perplexity": perplexity}
 
     @torch.no_grad()
+    def preview(self, batch: dict[str, Tensor]) -> Tensor:
+        """pixels float32 [n, 3, S, S] -> float32 [2 n, 3, S, S]: the originals, then their reconstructions."""
+        drawn, _ = self.model(batch["pixels"].to(self.last_used.device))
+        return torch.cat([batch["pixels"], drawn.float().cpu()])
+
+    @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Codes unused for `revive_after_steps` steps become latents of the last global batch.
 
-        Which ones is drawn from `step` alone, so every rank writes the same rows. Edits the codebook in place: its
-        owner must hold it whole (ZeRO stage 0).
+        Drawn with chances in proportion to the squared distance from the codebook (k-means++, Arthur & Vassilvitskii
+        2007): drawn evenly, most would go to plain ground, which then has dozens of codes that mean the same. The
+        draw is seeded by `step` and every rank sees the same pool, so all write the same rows. Edits the codebook in
+        place: its owner must hold it whole (ZeRO stage 0).
         """
         if not self.config.revive_after_steps:
             return
@@ -137,9 +145,10 @@ class Reconstruction(nn.Module):
             return
         pool = self.collectives.gather(self._pool)
         generator = torch.Generator().manual_seed(step)
-        chosen = torch.randint(len(pool), (len(dead),), generator=generator).to(pool.device)
         table = self.model.quantize.embedding.weight
-        table[dead] = pool[chosen].to(table.dtype)
+        distances = (pool - table[self.model.quantize.nearest(pool)].float()).square().sum(1).cpu()
+        chosen = torch.multinomial(distances + 1e-12, len(dead), replacement=True, generator=generator)
+        table[dead] = pool[chosen.to(pool.device)].to(table.dtype)
         self.last_used[dead] = step
 
 
