@@ -44,7 +44,7 @@ class VqganTokenizer:
         self.precision = precision
         self.device = torch.device(device)
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        self.model = model.eval().to(device=self.device, memory_format=layout)
+        self.model: Vqgan = model.eval().to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 [B, S, S, 3] -> uint16 [B, I]; raises DataError for another side."""
@@ -67,10 +67,10 @@ class VqganTokenizer:
 
     @torch.no_grad()
     def _in_chunks(self, rows: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """`function` over [B, ...] in chunks of CHUNK rows, whatever B."""
-        results = [rows.new_empty(0)] if not len(rows) else []
+        """`function` over [B, ...] in chunks of CHUNK rows, whatever B, 0 too."""
+        results = []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            for start in range(0, len(rows), CHUNK):
+            for start in range(0, max(1, len(rows)), CHUNK):
                 chunk = rows[start : start + CHUNK]
                 filling = chunk.new_zeros(CHUNK - len(chunk), *chunk.shape[1:])
                 results.append(function(torch.cat([chunk, filling]).to(self.device))[: len(chunk)])

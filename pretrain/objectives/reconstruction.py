@@ -48,6 +48,8 @@ class Reconstruction(nn.Module):
     """Owns model and discriminator; `after_step` replaces codes that nothing uses."""
 
     keys: ClassVar[tuple[str, ...]] = ("pixels", "step")
+    model: Vqgan
+    last_used: Tensor  # int64 [N], the step at which each code was last used
 
     def __init__(
         self,

@@ -1,0 +1,80 @@
+"""Crops and flips belong to the sample; images and codes that do not fit are named."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.build.scenes import encode_png
+from data_pipeline.errors import DataError
+from data_pipeline.schema import Sample
+from pretrain.inputs.pixels import crop_generator, pixels, resize, to_images, to_tensor
+
+GRADIENT = np.stack(np.broadcast_arrays(np.arange(60)[:, None], 2 * np.arange(90)[None], 7), -1).astype(np.uint8)
+
+
+def sample(image: np.ndarray | bytes, number: int = 0, epoch: int = 0, position: int = 0) -> Sample:
+    data = image if isinstance(image, bytes) else encode_png(image)
+    return Sample(number, epoch, position, f"key-{number}", data, ("a caption",), {}, None)
+
+
+def test_without_crop_the_largest_centred_square_is_taken():
+    assert np.array_equal(pixels(sample(GRADIENT), 60), GRADIENT[:, 15:75])
+
+
+def test_a_crop_is_a_square_of_the_image_with_an_area_in_the_scale():
+    for number in range(30):
+        one = sample(GRADIENT, number)
+        found = pixels(one, 60, (0.25, 0.5), False, crop_generator(0, one)).astype(int)
+        side = np.sqrt(found[-1, 0, 0] - found[0, 0, 0] + 1) ** 2
+        assert 60 * 0.5 - 3 <= side <= 60 * 0.71 + 3
+
+
+def test_a_crop_depends_on_seed_epoch_and_sample_and_not_on_the_position():
+    def crop(seed: int, number: int, epoch: int, position: int) -> bytes:
+        one = sample(GRADIENT, number, epoch, position)
+        return pixels(one, 32, (0.2, 0.9), True, crop_generator(seed, one)).tobytes()
+
+    assert crop(0, 1, 2, 3) == crop(0, 1, 2, 99)
+    assert len({crop(0, 1, 2, 3), crop(1, 1, 2, 3), crop(0, 2, 2, 3), crop(0, 1, 3, 3)}) == 4
+
+
+def test_half_of_the_samples_are_flipped():
+    whole = pixels(sample(GRADIENT), 60)
+    flips = 0
+    for number in range(200):
+        one = sample(GRADIENT, number)
+        found = pixels(one, 60, (1.0, 1.0), True, crop_generator(0, one))
+        flips += np.array_equal(found, whole[:, ::-1])
+        assert np.array_equal(found, whole) or np.array_equal(found, whole[:, ::-1])
+    assert 70 < flips < 130
+
+
+@pytest.mark.parametrize("image_size", [16, 60, 100])
+def test_resizing_keeps_a_plain_colour(image_size):
+    plain = np.full((60, 60, 3), (10, 200, 30), np.uint8)
+    assert (resize(plain, image_size) == plain[0, 0]).all() and resize(plain, image_size).shape[0] == image_size
+
+
+def test_jpeg_and_png_are_decoded_alike():
+    plain, file = np.full((32, 32, 3), (10, 200, 30), np.uint8), io.BytesIO()
+    Image.fromarray(plain).save(file, "JPEG", quality=95)
+    ours = pixels(sample(file.getvalue()), 32).astype(int)
+    assert np.abs(ours - pixels(sample(plain), 32)).max() <= 2
+
+
+def test_an_image_that_does_not_decode_is_named():
+    with pytest.raises(DataError, match="'key-4'.*does not decode"):
+        pixels(sample(b"no image at all", 4), 32)
+
+
+def test_pixels_become_minus_one_to_one_and_back():
+    images = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    tensor = to_tensor(images)
+    assert tensor.shape == (1, 3, 16, 16) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+    assert float(tensor.min()) == -1 and float(tensor.max()) == 1
+    assert np.array_equal(to_images(tensor), images)
+    assert np.array_equal(to_images(tensor * 3), np.clip(np.rint((tensor.numpy() * 3 + 1) * 127.5), 0, 255).astype(
+        np.uint8).transpose(0, 2, 3, 1))

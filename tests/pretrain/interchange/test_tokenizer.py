@@ -1,0 +1,80 @@
+"""An exported VQGAN as the tokenizer of the data pipeline."""
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.shards.codes import ImageTokenizer
+from pretrain.config import GptConfig, VqganConfig
+from pretrain.inputs.pixels import to_tensor
+from pretrain.interchange.folder import export_model
+from pretrain.interchange.tokenizer import CHUNK, VqganTokenizer, load_tokenizer
+from pretrain.models.gpt import Gpt
+from pretrain.models.vqgan import Vqgan
+
+SMALL = VqganConfig(
+    image_size=16, channels=16, multipliers=(1, 2, 2), res_blocks=1, attention_at=(),
+    latent_channels=8, codebook_size=20, code_width=4,
+)  # fmt: skip
+IMAGES = np.random.default_rng(0).integers(0, 256, (CHUNK + 5, 16, 16, 3)).astype(np.uint8)
+
+
+def model(seed: int = 0) -> Vqgan:
+    torch.manual_seed(seed)
+    made = Vqgan(SMALL)
+    torch.nn.init.normal_(made.quantize.embedding.weight, std=0.3)
+    return made
+
+
+def test_an_exported_folder_is_a_tokenizer_with_the_same_codes(tmp_path):
+    made = model()
+    export_model(tmp_path, SMALL, made.state_dict())
+    tokenizer: ImageTokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.image_size, tokenizer.codes_per_image, tokenizer.codebook_size) == (16, 16, 20)
+    assert tokenizer.id == VqganTokenizer(made).id and len(tokenizer.id) == 12
+    assert np.array_equal(tokenizer.encode(IMAGES), VqganTokenizer(made).encode(IMAGES))
+
+
+def test_codes_and_pictures_are_those_of_the_model():
+    made, tokenizer = model(), VqganTokenizer(model(), "fp32")
+    codes = tokenizer.encode(IMAGES)
+    with torch.no_grad():
+        wanted = made.eval().encode(to_tensor(IMAGES))
+    assert codes.dtype == np.uint16 and (codes == wanted.numpy()).mean() > 0.99 and len(np.unique(codes)) > 3
+    pictures = tokenizer.decode(codes)
+    assert pictures.shape == IMAGES.shape and pictures.dtype == np.uint8
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_codes_of_an_image_do_not_depend_on_what_stands_beside_it(precision):
+    tokenizer = VqganTokenizer(model(), precision)
+    whole = tokenizer.encode(IMAGES)
+    pieces = [tokenizer.encode(IMAGES[start : start + size]) for start, size in ((0, 1), (1, 7), (8, CHUNK - 3))]
+    assert np.array_equal(whole, np.concatenate(pieces))
+    assert np.array_equal(whole[::-1], tokenizer.encode(IMAGES[::-1].copy()))
+
+
+def test_the_id_changes_with_weights_configuration_and_precision():
+    ids = [VqganTokenizer(model(0)).id, VqganTokenizer(model(1)).id, VqganTokenizer(model(0), "fp32").id]
+    torch.manual_seed(0)
+    ids.append(VqganTokenizer(Vqgan(SMALL.model_copy(update={"image_size": 32}))).id)
+    assert len(set(ids)) == 4 and VqganTokenizer(model(0)).id == ids[0]
+
+
+def test_no_images_give_no_codes():
+    tokenizer = VqganTokenizer(model())
+    codes = tokenizer.encode(IMAGES[:0])
+    assert codes.shape == (0, 16) and tokenizer.decode(codes).shape == (0, 16, 16, 3)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    tokenizer = VqganTokenizer(model())
+    with pytest.raises(DataError, match=r"resize to uint8 \[B, 16, 16, 3\]"):
+        tokenizer.encode(np.zeros((1, 32, 32, 3), np.uint8))
+    with pytest.raises(DataError, match="below 20"):
+        tokenizer.decode(np.full((1, 16), 20, np.uint16))
+    config = GptConfig(text_vocab=5, image_vocab=4, text_tokens=2, image_tokens=4, layers=1, width=8, heads=1)
+    export_model(tmp_path, config, Gpt(config).state_dict())
+    with pytest.raises(ConfigError, match="holds a gpt, an image tokenizer is a vqgan"):
+        load_tokenizer(tmp_path)
