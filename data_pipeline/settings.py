@@ -69,7 +69,9 @@ def digest(settings: Settings) -> str:
 
 def _read_one(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file; give the path of a YAML file, for example one in configs/")
+        raise ConfigError(
+            f"{path}: no such configuration file; give the path of a YAML file, for example one in configs/"
+        )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -84,7 +86,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        same_kind = isinstance(below, dict) and isinstance(value, dict) and value.get("kind") in (None, below.get("kind"))
+        same_kind = (
+            isinstance(below, dict) and isinstance(value, dict) and value.get("kind") in (None, below.get("kind"))
+        )
         merged[key] = _merge(below, value) if same_kind and isinstance(below, dict) else value
     return merged
 
@@ -127,6 +131,14 @@ def _explain(schema: type[Settings], tree: Any, problem: Any) -> str:
     shown = problem.get("input")
     value = "" if isinstance(shown, dict) else f" = {shown!r}"
     return f"{key}{value}: {message}" if key else message
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections -> dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def field_names(schema: type[Settings]) -> set[str]:

@@ -104,9 +104,7 @@ class VqganConfig(Settings):
         return self.image_size // 2 ** (len(self.multipliers) - 1)
 
 
-ModelConfig = Annotated[
-    ClipConfig | BertConfig | ElectraConfig | GptConfig | VqganConfig, Field(discriminator="kind")
-]
+ModelConfig = Annotated[ClipConfig | BertConfig | ElectraConfig | GptConfig | VqganConfig, Field(discriminator="kind")]
 
 # ------------------------------------------------------------------------------------------ objectives
 
@@ -167,6 +165,7 @@ class DataConfig(Settings):
     dataset: str
     vocabulary: str | None = None
     tokenizer: str | None = None
+    evaluation: str | None = None
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
     flip: bool = False
     prefetch_steps: PositiveInt = 2
@@ -195,6 +194,7 @@ class OptimConfig(Settings):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
+    no_decay: tuple[str, ...] = ()
     schedule: Literal["cosine", "linear", "polynomial", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     final_lr_fraction: NonNegativeFloat = Field(0.0, le=1.0)
@@ -233,16 +233,26 @@ class RunConfig(Settings):
         return self
 
 
-OBJECTIVE_OF = {"clip": "contrastive", "bert": "mlm", "electra": "rtd", "gpt": "autoregressive", "vqgan": "reconstruction"}
+OBJECTIVE_OF = {
+    "clip": "contrastive",
+    "bert": "mlm",
+    "electra": "rtd",
+    "gpt": "autoregressive",
+    "vqgan": "reconstruction",
+}
 
 
 def check_sections(config: RunConfig) -> None:
     """The rules that span sections; raises ValueError with value, rule and remedy."""
     wanted = OBJECTIVE_OF[config.model.kind]
     if config.objective.kind != wanted:
-        raise ValueError(f"objective.kind={config.objective.kind!r} does not train a {config.model.kind}; use {wanted!r}")
+        raise ValueError(
+            f"objective.kind={config.objective.kind!r} does not train a {config.model.kind}; use {wanted!r}"
+        )
     if config.model.kind != "vqgan" and config.data.vocabulary is None:
-        raise ValueError(f"data.vocabulary is missing; a {config.model.kind} reads text, name a SentencePiece .model file")
+        raise ValueError(
+            f"data.vocabulary is missing; a {config.model.kind} reads text, name a SentencePiece .model file"
+        )
     if config.model.kind == "gpt" and config.data.tokenizer is None:
         raise ValueError("data.tokenizer is missing; a gpt reads image codes, name the folder of the image tokenizer")
     if config.model.kind == "vqgan" and config.train.zero_stage != 0:

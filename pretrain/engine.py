@@ -1,0 +1,246 @@
+"""DeepSpeed set-up and step: ZeRO stages 0 to 3 behind the same four calls, on CPU and CUDA.
+
+What DeepSpeed 0.19 gets wrong is put right here, each with a test in tests/pretrain/test_engine.py: gradients left over
+from the step before (stage 3), ranks that run different modules (silently mixed weights), 0-dim parameters (broken
+initialisation), bf16 at stage 0 (another, less accurate path: autocast at every stage instead), and operators compiled
+for minutes on first use.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.errors import ConfigError, NodeFault
+from pretrain.config import RunConfig
+from pretrain.mesh import Mesh
+from pretrain.optim import build_optimizer, parameter_groups
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+RESIDENT_PARAMETERS = 50_000_000
+"""Up to this size stage 3 keeps the gathered parameters between steps; gradients and optimizer stay sharded."""
+BUCKET = 50_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Owned:
+    """The part [lo, hi) of one flattened parameter that this rank keeps: writable float32 views [hi - lo]."""
+
+    name: str
+    shape: tuple[int, ...]
+    lo: int
+    hi: int
+    tensors: dict[str, Tensor]
+
+
+class Engine:
+    """One objective under DeepSpeed. Calls: forward, backward (per micro-batch), update (per step), owned (to save)."""
+
+    def __init__(
+        self, objective: nn.Module, config: RunConfig, mesh: Mesh, micro_batch: int, accumulation: int
+    ) -> None:
+        refuse_scalars(objective)
+        self.mesh = mesh
+        self.stage = config.train.zero_stage
+        self.updates = 0
+        self.names = {parameter: name for name, parameter in objective.named_parameters()}
+        self.trace = ModuleTrace(objective)
+        deepspeed = _quiet_deepspeed()
+        groups = parameter_groups(objective, config.optim)
+        settings = deepspeed_settings(config, objective, mesh.world, micro_batch, accumulation)
+        objective.to(mesh.device)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=objective, optimizer=build_optimizer(groups, config.optim), config=settings, dist_init_required=False
+        )
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One micro-batch on this rank -> named losses; "loss" is the one to differentiate."""
+        return self.deepspeed({name: tensor.to(self.mesh.device) for name, tensor in batch.items()})
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of the mean over micro-batches."""
+        self.deepspeed.backward(loss)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+
+    def update(self, lr: float) -> float:
+        """Clip, AdamW at rate `lr`, clear -> the gradient's global norm before clipping."""
+        self.trace.check(self.mesh)
+        # At stage 0 DeepSpeed clips without telling the norm.
+        grads = [parameter.grad for parameter in self.names if parameter.grad is not None] if self.stage == 0 else []
+        norm = float(torch.nn.utils.get_total_norm(grads)) if self.stage == 0 else None
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        if self.stage == 3:
+            # DeepSpeed never clears these partitions: a parameter without a gradient in the next first micro-step
+            # would be updated by this step's once more.
+            self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+        self.updates += 1
+        return float(self.deepspeed.get_global_grad_norm() or 0.0) if norm is None else norm
+
+    # --------------------------------------------------------------------------------- state, by intervals
+
+    def owned(self) -> list[Owned]:
+        """What this rank keeps, as views that may be written. Stage 0 keeps every parameter whole on every rank."""
+        self._make_moments()
+        return [owned for parameter, name in self.names.items() for owned in self._owned_of(name, parameter)]
+
+    def set_updates(self, updates: int) -> None:
+        """Set the number of updates made so far, which AdamW's bias correction reads."""
+        self.updates = updates
+        for state in self._base_optimizer().state.values():
+            state["step"].fill_(updates)
+
+    @torch.no_grad()
+    def refresh(self, full: Any) -> None:
+        """Make the working copies agree with the masters after `owned()` was written; `full(name)` -> float32 [n]."""
+        if self.stage == 3:
+            for parameter, name in self.names.items():
+                for owned in self._owned_of(name, parameter):
+                    parameter.ds_tensor.data.view(-1)[: owned.hi - owned.lo].copy_(owned.tensors["param"])
+            persistent = self.deepspeed.optimizer.persistent_parameters
+            if persistent:
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+        elif self.stage in (1, 2):
+            for parameter, name in self.names.items():
+                parameter.data.copy_(full(name).view(parameter.shape))
+
+    def _owned_of(self, name: str, parameter: nn.Parameter) -> Iterator[Owned]:
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        size = torch.Size(shape).numel()
+        if self.stage == 0:
+            state = self._base_optimizer().state.get(parameter, {})
+            sources = {"param": parameter.data} | {key: state[key] for key in MOMENTS if key in state}
+            yield Owned(name, shape, 0, size, {key: tensor.view(-1) for key, tensor in sources.items()})
+        elif self.stage == 3:
+            yield from self._owned_partition(name, parameter, shape, size)
+        elif getattr(parameter, "_hp_mapping", None) is not None:
+            mapping = parameter._hp_mapping
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            flat = self.deepspeed.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            state = self._base_optimizer().state[flat]
+            sources = {"param": flat.data} | {key: state[key] for key in MOMENTS}
+            views = {key: tensor.narrow(0, there.start, there.numel) for key, tensor in sources.items()}
+            yield Owned(name, shape, here.start, here.start + here.numel, views)
+
+    def _owned_partition(
+        self, name: str, parameter: nn.Parameter, shape: tuple[int, ...], size: int
+    ) -> Iterator[Owned]:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        part = parameter.ds_tensor.numel()
+        lo, hi = min(self.mesh.rank * part, size), min((self.mesh.rank + 1) * part, size)
+        if lo == hi:
+            return
+        if not parameter.requires_grad:
+            yield Owned(name, shape, lo, hi, {"param": parameter.ds_tensor.data.view(-1)[: hi - lo]})
+            return
+        sources = {"param": safe_get_local_fp32_param(parameter)}
+        sources |= {key: safe_get_local_optimizer_state(parameter, key) for key in MOMENTS}
+        yield Owned(name, shape, lo, hi, {key: tensor.view(-1)[: hi - lo] for key, tensor in sources.items()})
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        return self.deepspeed.optimizer if self.stage == 0 else self.deepspeed.optimizer.optimizer
+
+    def _make_moments(self) -> None:
+        """AdamW makes its state at the first step; what is loaded before needs it now."""
+        optimizer, sharded = self._base_optimizer(), self.deepspeed.optimizer
+        tensors = {
+            0: lambda: [parameter for parameter in self.names if parameter.requires_grad],
+            3: lambda: sharded.fp32_partitioned_groups_flat,
+        }.get(self.stage, lambda: sharded.single_partition_of_fp32_groups)()
+        for tensor in tensors:
+            if not optimizer.state[tensor]:
+                zeros = {key: torch.zeros_like(tensor) for key in MOMENTS}
+                optimizer.state[tensor] = {"step": torch.zeros((), device=tensor.device)} | zeros
+
+
+class ModuleTrace:
+    """Which modules this rank ran in a step. Under ZeRO-3 ranks that differ mix each other's weights without an error."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.digest = 0
+        for name, child in module.named_modules():
+            if any(True for _ in child.parameters(recurse=False)):
+                key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+                child.register_forward_pre_hook(lambda _module, _inputs, key=key: self._note(key))
+
+    def _note(self, key: int) -> None:
+        self.digest = (self.digest * 1_000_003 + key) % (1 << 56)
+
+    def check(self, mesh: Mesh) -> None:
+        """Raises NodeFault before anything is updated when the ranks ran other modules or another order."""
+        digest, self.digest = self.digest, 0
+        if mesh.world > 1:
+            highest, lowest = mesh.maximum([digest, -digest])
+            if highest != -lowest:
+                raise NodeFault(
+                    f"rank {mesh.rank} ran other modules than its peers in this step, so sharded weights were mixed; every "
+                    "rank must call the same modules in the same order, with inputs times 0 where it has none"
+                )
+
+
+def refuse_scalars(module: nn.Module) -> None:
+    """Raises ConfigError for a 0-dim parameter, which DeepSpeed cannot initialise at any stage."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 0:
+            raise ConfigError(f"parameter {name} has shape (); DeepSpeed needs at least one dimension, make it (1,)")
+
+
+def deepspeed_settings(
+    config: RunConfig, module: nn.Module, world: int, micro_batch: int, accumulation: int
+) -> dict[str, Any]:
+    """DeepSpeed's JSON for this run; buckets follow the model's size, `deepspeed.extra` is laid over it last."""
+    size = sum(parameter.numel() for parameter in module.parameters())
+    bucket = min(size, BUCKET) // 64 * 64 + 64  # DeepSpeed wants whole alignment units
+    zero: dict[str, Any] = {
+        "stage": config.train.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if config.train.zero_stage == 3:
+        resident = size <= RESIDENT_PARAMETERS
+        zero["stage3_prefetch_bucket_size"] = bucket
+        zero["stage3_param_persistence_threshold"] = size if resident else 100_000
+        zero["stage3_max_live_parameters"] = max(size, BUCKET)
+    settings: dict[str, Any] = {
+        "train_batch_size": micro_batch * accumulation * world,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        # Written even when 0: DeepSpeed clips at 1 where it is left out.
+        "gradient_clipping": config.train.clip_norm,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+    }
+    if config.train.precision == "bf16":
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return _overlaid(settings, config.deepspeed.extra)
+
+
+def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {key: (below[key], above[key]) for key in below.keys() & above.keys()}
+    nested = {key: _overlaid(a, b) for key, (a, b) in both.items() if isinstance(a, dict) and isinstance(b, dict)}
+    return below | above | nested
+
+
+def _quiet_deepspeed() -> Any:
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # DeepSpeed still calls collectives by names that torch 2.13 wants spelt otherwise, thousands of times.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Its shared-memory collectives are compiled for over a minute at the first start; gloo's own do as well here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False)
+    return deepspeed

@@ -1,0 +1,170 @@
+"""The figures of a run's newest checkpoint, on `data.evaluation` (or its training data where none is named)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.build.scenes import check_scene
+from data_pipeline.errors import ConfigError
+from data_pipeline.schema import Sample
+from data_pipeline.stream.reader import Stream
+from data_pipeline.vocabulary import Vocabulary
+from pretrain.checkpoint import load_trained
+from pretrain.config import RunConfig
+from pretrain.inputs import INPUTS
+from pretrain.metrics import retrieval_recall_at_1, save_grid
+from pretrain.objectives import OBJECTIVES
+from pretrain.objectives.collectives import ONE_DEVICE
+from pretrain.tracking import send
+from pretrain.train import open_data
+
+SAMPLES = 512
+BATCH = 64
+CANDIDATES = 64
+PROMPTS = 100
+GUIDANCE, TEMPERATURE = 2.0, 0.7
+
+Figures = dict[str, float]
+
+
+def main(run: str | Path) -> Figures:
+    """-> figures by name; also in RUN/evaluation.json, pictures in RUN/samples, all of it in MLflow."""
+    folder = Path(run)
+    model, config = load_trained(folder)
+    dataset = config.data.evaluation or config.data.dataset
+    readable = config.model_copy(
+        update={"data": config.data.model_copy(update={"crop_scale": (1.0, 1.0), "flip": False})}
+    )
+    if config.model.kind == "gpt" and config.data.evaluation:
+        stream, vocabulary = Stream(dataset, config.seed), Vocabulary(str(config.data.vocabulary))
+    else:
+        stream, vocabulary = open_data(readable, dataset)
+    figures = EVALUATIONS[config.model.kind](model, readable, stream, vocabulary, folder)
+    (folder / "evaluation.json").write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if config.tracking.uri:
+        try:
+            send(folder, config, figures)
+        except Exception as error:  # tracking must not cost the figures
+            print(f"MLflow at {config.tracking.uri} did not take the figures ({error}); they are in {folder}")
+    return figures
+
+
+def _objective_means(model: nn.Module, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None) -> Figures:
+    """The objective's own losses and metrics, averaged over up to SAMPLES samples."""
+    objective = OBJECTIVES[config.objective.kind](model, config.objective, ONE_DEVICE).eval()
+    inputs = INPUTS[config.objective.kind](config, stream, vocabulary)
+    torch.manual_seed(config.seed)
+    rows = []
+    with torch.no_grad():
+        for samples in _batches(stream):
+            rows.append(objective(inputs(samples) | {"step": torch.tensor(0)}))
+    return {name: float(torch.stack([row[name].double().reshape(()) for row in rows]).mean()) for name in rows[0]}
+
+
+def _batches(stream: Stream) -> list[list[Sample]]:
+    """Full batches of the first epoch; one short batch where the dataset is smaller."""
+    count = min(stream.samples, SAMPLES)
+    size = min(BATCH, count)
+    return [stream.read(start, start + size) for start in range(0, count - size + 1, size)]
+
+
+def _clip(model: Any, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None, folder: Path) -> Figures:
+    """Retrieval both ways among CANDIDATES pairs of distinct captions, over several groups of them."""
+    inputs = INPUTS["contrastive"](config, stream, vocabulary)
+    scores = []
+    for samples in _distinct_groups(stream):
+        batch = inputs(samples)
+        with torch.no_grad():
+            images, texts, _ = model(batch["pixels"], batch["tokens"], batch["eot"])
+        scores.append(retrieval_recall_at_1(images.float(), texts.float()))
+    return {"retrieval_r1": float(np.mean(scores)), "candidates": CANDIDATES, "groups": len(scores)}
+
+
+def _distinct_groups(stream: Stream, groups: int = 4) -> list[list[Sample]]:
+    """Groups of CANDIDATES samples no two of which share a caption."""
+    found: list[list[Sample]] = [[]]
+    seen: set[str] = set()
+    for position in range(min(stream.samples, 20 * groups * CANDIDATES)):
+        (sample,) = stream.read(position, position + 1)
+        if seen.isdisjoint(sample.captions):
+            seen.update(sample.captions)
+            found[-1].append(sample)
+        if len(found[-1]) == CANDIDATES:
+            if len(found) == groups:
+                return found
+            found.append([])
+            seen = set()
+    whole = [group for group in found if len(group) == CANDIDATES]
+    if not whole:
+        raise ConfigError(
+            f"{stream.dataset} has no {CANDIDATES} samples with distinct captions; name a larger data.evaluation"
+        )
+    return whole
+
+
+def _vqgan(model: Any, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None, folder: Path) -> Figures:
+    """PSNR in dB over all samples' pixels, and how many codes are in use."""
+    inputs = INPUTS["reconstruction"](config, stream, None)
+    errors: list[Tensor] = []
+    used: set[int] = set()
+    shown: list[Tensor] = []
+    with torch.no_grad():
+        for samples in _batches(stream):
+            pixels = inputs(samples)["pixels"]
+            codes = model.encode(pixels)
+            drawn = model.decode(codes).float().clamp(-1, 1)
+            errors.append((pixels - drawn).square().mean((1, 2, 3)) / 4)
+            used.update(codes.flatten().tolist())
+            shown = shown or [pixels[:16], drawn[:16]]
+    save_grid(torch.cat(shown), folder / "samples" / "evaluation-reconstructions.png")
+    per_image = -10 * torch.log10(torch.cat(errors).clamp(min=1e-10))
+    return {"reconstruction_psnr": float(per_image.mean()), "codes_used": len(used)}
+
+
+def _gpt(model: Any, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None, folder: Path) -> Figures:
+    """Images for captions of the evaluation data; for scenes, the share that shows the asked shape and colour."""
+    from pretrain.generate import generate_images, labelled_grid
+    from pretrain.interchange.tokenizer import load_tokenizer
+
+    assert vocabulary is not None and config.data.tokenizer is not None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    samples = stream.read(0, min(PROMPTS, stream.samples))
+    prompts = [sample.captions[index % len(sample.captions)] for index, sample in enumerate(samples)]
+    images = generate_images(
+        model, tokenizer, vocabulary, prompts, temperature=TEMPERATURE, guidance=guidance_of(config), seed=config.seed
+    )
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    labelled_grid(images[:24], prompts[:24], columns=6).save(folder / "samples" / "evaluation-prompts.png")
+    figures: Figures = {"prompts": len(prompts)}
+    if all({"shape", "colour"} <= sample.meta.keys() for sample in samples):
+        checks = [
+            check_scene(image, sample.meta["shape"], sample.meta["colour"])
+            for image, sample in zip(images, samples, strict=True)
+        ]
+        figures["prompt_accuracy"] = float(np.mean([check.found for check in checks]))
+        figures["shape_accuracy"] = float(np.mean([check.shape_found for check in checks]))
+        figures["colour_accuracy"] = float(np.mean([check.colour_found for check in checks]))
+    return figures
+
+
+def guidance_of(config: RunConfig) -> float:
+    """Guidance needs a model that has seen empty captions."""
+    return GUIDANCE if config.objective.kind == "autoregressive" and config.objective.caption_drop else 1.0
+
+
+def _text(model: nn.Module, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None, folder: Path) -> Figures:
+    return _objective_means(model, config, stream, vocabulary)
+
+
+EVALUATIONS: dict[str, Callable[[Any, RunConfig, Stream, Vocabulary | None, Path], Figures]] = {
+    "clip": _clip,
+    "bert": _text,
+    "electra": _text,
+    "gpt": _gpt,
+    "vqgan": _vqgan,
+}

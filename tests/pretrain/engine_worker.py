@@ -1,0 +1,154 @@
+"""One rank of tests/pretrain/test_engine.py: MODE and its arguments in, one JSON line out."""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.errors import NodeFault
+from data_pipeline.settings import check_settings
+from pretrain.config import RunConfig
+from pretrain.engine import Engine
+from pretrain.mesh import Mesh
+
+STEPS, BATCH, WIDTH = 6, 8, 16
+LR = 1e-2
+
+
+def config(**train: Any) -> RunConfig:
+    """A run whose optimizer and engine settings are used; its model is not."""
+    tree = {
+        "run": "unused",
+        "model": {"kind": "electra"},
+        "objective": {"kind": "rtd"},
+        "data": {"dataset": "unused", "vocabulary": "unused"},
+        "train": {"steps": STEPS, "global_batch": BATCH, "precision": "fp32", "clip_norm": 0.5, **train},
+        "optim": {"lr": LR, "eps": 1e-4, "weight_decay": 0.1, "no_decay": ["spared"]},
+        "tracking": {"uri": ""},
+    }
+    return check_settings(RunConfig, tree, "test")
+
+
+class Towers(nn.Module):
+    """Two towers, a spared matrix and a vector; the batch says which towers run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.spared = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """x float32 [b, WIDTH] -> loss."""
+        tower = self.a if int(batch["tower"]) == 0 else self.b
+        return {"loss": self.spared(torch.tanh(tower(batch["x"]))).square().mean()}
+
+
+def global_batch(step: int) -> Tensor:
+    """float32 [BATCH, WIDTH] of a step."""
+    return torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))
+
+
+def plain(accumulation: int) -> list[float]:
+    """The same training by torch alone, on one device: the reference."""
+    module = Towers()
+    decay = [p for n, p in module.named_parameters() if p.ndim == 2 and "spared" not in n]
+    spared = [p for n, p in module.named_parameters() if not (p.ndim == 2 and "spared" not in n)]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-4)
+    losses = []
+    for step in range(STEPS):
+        loss = module({"x": global_batch(step), "tower": torch.tensor(step % 2)})["loss"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for parameter in module.parameters():  # an unused tower has gradient 0, as in flat sharded partitions
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+def sharded(mesh: Mesh, stage: int, accumulation: int) -> list[float]:
+    """The same by the engine. Towers alternate, so each is without a gradient in every second step."""
+    micro = BATCH // mesh.world // accumulation
+    engine = Engine(Towers(), config(zero_stage=stage), mesh, micro, accumulation)
+    losses = []
+    for step in range(STEPS):
+        mine = global_batch(step).chunk(mesh.world)[mesh.rank].chunk(accumulation)
+        values = []
+        for x in mine:
+            loss = engine.forward({"x": x, "tower": torch.tensor(step % 2)})["loss"]
+            engine.backward(loss)
+            values.append(float(loss.detach()))
+        engine.update(LR)
+        losses.append(mesh.mean([sum(values) / accumulation])[0])
+    return losses
+
+
+def stale(mesh: Mesh, stage: int) -> dict[str, float]:
+    """How far tower a moves (by SGD-like AdamW moments: its gradient) in a step that does not use it."""
+    engine = Engine(Towers(), config(zero_stage=stage), mesh, BATCH // mesh.world, 1)
+    moments = []
+    for tower in (0, 1):
+        x = global_batch(tower).chunk(mesh.world)[mesh.rank]
+        engine.backward(engine.forward({"x": x, "tower": torch.tensor(tower)})["loss"])
+        engine.update(LR)
+        mine = [owned.tensors["exp_avg"].abs().sum() for owned in engine.owned() if owned.name.startswith("a.")]
+        moments.append(mesh.mean([float(sum(mine))])[0])
+    return {"first": moments[0], "second": moments[1]}
+
+
+def different(mesh: Mesh) -> dict[str, Any]:
+    """Each rank runs another tower."""
+    engine = Engine(Towers(), config(zero_stage=3), mesh, BATCH // mesh.world, 1)
+    before = [owned.tensors["param"].clone() for owned in engine.owned()]
+    engine.backward(engine.forward({"x": global_batch(0)[: BATCH // 2], "tower": torch.tensor(mesh.rank)})["loss"])
+    try:
+        engine.update(LR)
+    except NodeFault as error:
+        after = [owned.tensors["param"] for owned in engine.owned()]
+        return {"error": str(error), "untouched": all(map(torch.equal, before, after))}
+    return {"error": ""}
+
+
+def main() -> None:
+    """MODE [stage] [accumulation]"""
+    torch.set_num_threads(1)
+    mode, *numbers = sys.argv[1:]
+    mesh = Mesh.start(60)
+    stage, accumulation = (*map(int, numbers), 3, 1)[:2]
+    result: dict[str, Any] = {
+        "losses": lambda: {"losses": sharded(mesh, stage, accumulation), "plain": plain(accumulation)},
+        "stale": lambda: stale(mesh, stage),
+        "different": lambda: different(mesh),
+        "gather": lambda: gathered(mesh),
+    }[mode]()
+    mesh.stop()
+    print(json.dumps(result))
+
+
+def gathered(mesh: Mesh) -> dict[str, float]:
+    """The contrastive loss over ranks against one device: largest difference of loss and averaged gradient."""
+    torch.manual_seed(0)
+    weight = torch.randn(WIDTH, 4)
+
+    def loss_of(w: Tensor, x: Tensor, gather: Any) -> Tensor:
+        rows = gather(nn.functional.normalize(x @ w, dim=-1))
+        return nn.functional.cross_entropy(rows @ rows.roll(1, 0).T, torch.arange(len(rows)))
+
+    whole = weight.clone().requires_grad_()
+    reference = loss_of(whole, global_batch(0), lambda rows: rows)
+    reference.backward()
+    mine = weight.clone().requires_grad_()
+    loss = loss_of(mine, global_batch(0).chunk(mesh.world)[mesh.rank], mesh.gather)
+    loss.backward()
+    assert mine.grad is not None and whole.grad is not None
+    averaged = mesh.sum(mine.grad) / mesh.world
+    return {"loss": float(abs(loss - reference).detach()), "gradient": float((averaged - whole.grad).abs().max())}
+
+
+if __name__ == "__main__":
+    main()

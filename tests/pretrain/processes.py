@@ -1,0 +1,43 @@
+"""Start the ranks of a test as real processes on this machine, and read what each says."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launchers.local import free_port
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 180
+
+
+def run_ranks(script: Path, arguments: Sequence[str], world: int, **environment: str) -> list[dict[str, Any]]:
+    """Run `script` as `world` ranks -> the JSON object in each one's last line of output; fails when one fails."""
+    port = str(free_port())
+    processes = [_start(script, arguments, rank, world, port, environment) for rank in range(world)]
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-3000:]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def _start(
+    script: Path, arguments: Sequence[str], rank: int, world: int, port: str, environment: dict[str, str]
+) -> "subprocess.Popen[str]":
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    extra = {name: str(value) for name, value in ranks.items()}
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        env=os.environ | extra | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

@@ -1,0 +1,78 @@
+"""The engine against torch alone, and DeepSpeed's defects that it must not pass on. Real processes over gloo."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from data_pipeline.errors import ConfigError
+from pretrain.engine import deepspeed_settings, refuse_scalars
+from tests.pretrain.engine_worker import Towers, config
+from tests.pretrain.processes import run_ranks
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_stage_trains_as_plain_adamw_on_one_device(stage: int, accumulation: int) -> None:
+    for rank in run_ranks(WORKER, ["losses", str(stage), str(accumulation)], world=2):
+        assert rank["losses"] == pytest.approx(rank["plain"], abs=2e-5)
+
+
+def test_a_parameter_without_gradient_is_not_updated_from_the_step_before() -> None:
+    ranks = run_ranks(WORKER, ["stale", "3"], world=2)
+    beta1 = 0.9
+    for rank in ranks:
+        assert rank["first"] > 0
+        assert rank["second"] == pytest.approx(beta1 * rank["first"], rel=1e-5)
+
+
+def test_ranks_that_run_different_modules_are_refused_before_the_update() -> None:
+    for rank in run_ranks(WORKER, ["different"], world=2):
+        assert "ran other modules than its peers" in rank["error"]
+        assert rank["untouched"]
+
+
+def test_contrastive_loss_over_ranks_has_the_one_device_loss_and_gradient() -> None:
+    for rank in run_ranks(WORKER, ["gather"], world=2):
+        assert rank["loss"] < 1e-6
+        assert rank["gradient"] < 1e-6
+
+
+def test_a_restart_on_the_same_store_server_connects() -> None:
+    """gloo reads dead peers' addresses from a store that outlives them, unless the attempt is part of every key."""
+    import datetime
+
+    from launchers.local import free_port
+
+    port = free_port()
+    timeout = datetime.timedelta(seconds=30)
+    server = torch.distributed.TCPStore("127.0.0.1", port, 1, True, timeout=timeout, wait_for_workers=False)
+    for attempt in range(3):
+        environment = {
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        }
+        for rank in run_ranks(WORKER, ["gather"], world=2, **environment):
+            assert rank["loss"] < 1e-6
+    del server
+
+
+def test_a_parameter_without_dimensions_is_refused_by_name() -> None:
+    module = nn.Module()
+    module.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ConfigError, match=r"parameter scale has shape \(\).*\(1,\)"):
+        refuse_scalars(module)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_is_autocast_at_every_stage_and_clipping_is_always_said(stage: int) -> None:
+    settings = deepspeed_settings(config(zero_stage=stage, precision="bf16", clip_norm=0), Towers(), 2, 4, 1)
+    assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert "bf16" not in settings
+    assert settings["gradient_clipping"] == 0
+    assert "optimizer" not in settings  # DeepSpeed's own would be compiled for minutes
