@@ -47,7 +47,10 @@ BACKGROUNDS: dict[str, tuple[str, tuple[int, int, int]]] = {
     "grey": ("灰色", (150, 150, 150)),
     "black": ("黑色", (12, 12, 12)),
 }
-SIZES: dict[str, tuple[str, float]] = {"small": ("小", 0.25), "big": ("大", 0.36)}  # radius in units of S
+SIZES: dict[str, tuple[str, float, float]] = {  # name -> (Chinese name, radius, step of a position), in units of S
+    "small": ("小", 0.22, 0.25),
+    "big": ("大", 0.33, 0.125),
+}
 POSITIONS: dict[str, tuple[str, int, int]] = {  # name -> (Chinese name, column, row), each -1, 0 or 1
     "top left": ("左上角", -1, -1),
     "top": ("上方", 0, -1),
@@ -75,13 +78,17 @@ HELD_OUT = tuple(  # one shape of each colour, so that every shape and every col
     (list(SHAPES)[(5 * index + 1) % len(SHAPES)], colour) for index, colour in enumerate(COLOURS)
 )
 
-MARGIN = 0.045  # of S: ground left around every shape, so that the border always shows the background
+SHADES = 2  # ink and ground differ from their named colour by at most this, so that no two scenes are the same bytes
 OVERSAMPLING = 4  # drawn this much finer per side, then averaged: smooth edges
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Attributes of one scene; `x`, `y`, `radius` in units of the image side."""
+    """Attributes of one scene; `x`, `y`, `radius` in units of the image side, shades added to the named RGB.
+
+    Places are multiples of an eighth of the side: a tokenizer with eight codes a side, or a multiple, sees the same
+    patches wherever a shape stands.
+    """
 
     shape: str
     colour: str
@@ -91,6 +98,8 @@ class Scene:
     x: float
     y: float
     radius: float
+    ink_shade: tuple[int, ...] = (0, 0, 0)
+    ground_shade: tuple[int, ...] = (0, 0, 0)
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -111,8 +120,8 @@ class Scene:
 
     def draw(self, image_size: int) -> Image:
         """-> uint8 [S, S, 3], RGB."""
-        ink = np.array(COLOURS[self.colour][1], np.float64)
-        ground = np.array(BACKGROUNDS[self.background][1], np.float64)
+        ink = np.clip(np.array(COLOURS[self.colour][1], np.float64) + self.ink_shade, 0, 255)
+        ground = np.clip(np.array(BACKGROUNDS[self.background][1], np.float64) + self.ground_shade, 0, 255)
         cover = coverage(self.shape, self.x * image_size, self.y * image_size, self.radius * image_size, image_size)
         return np.rint(ground + cover[..., None] * (ink - ground)).astype(np.uint8)
 
@@ -127,12 +136,11 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
     size = list(SIZES)[generator.integers(len(SIZES))]
     position = list(POSITIONS)[generator.integers(len(POSITIONS))]
     background = list(BACKGROUNDS)[generator.integers(len(BACKGROUNDS))]
-    radius = SIZES[size][1] * generator.uniform(0.95, 1.05)
-    reach = 0.5 - radius - MARGIN
-    jitter = generator.uniform(-0.015, 0.015, 2)
+    _, radius, step = SIZES[size]
     _, column, row = POSITIONS[position]
-    x, y = (0.5 + reach * step + shift for step, shift in zip((column, row), jitter, strict=True))
-    return Scene(shape, colour, size, position, background, float(x), float(y), float(radius))
+    shades = generator.integers(-SHADES, SHADES + 1, 6)
+    ink, ground = (tuple(int(shade) for shade in part) for part in (shades[:3], shades[3:]))
+    return Scene(shape, colour, size, position, background, 0.5 + step * column, 0.5 + step * row, radius, ink, ground)
 
 
 def scenes(count: int, image_size: int, seed: int = 0, split: Split = "train") -> Iterator[Pair]:
