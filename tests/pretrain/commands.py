@@ -1,0 +1,146 @@
+"""The public command line in processes of its own, over small data: what the tests of whole runs share."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.pretrain.processes import ROOT
+
+TIMEOUT_S = 150
+TRACEBACK = "Traceback (most recent call last)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """A dataset of scenes and a vocabulary over its captions."""
+
+    dataset: Path
+    vocabulary: Path
+
+
+def electra(material: Material, run: Path, **train: Any) -> dict[str, Any]:
+    """A run of a tiny ELECTRA with dropout."""
+    return {
+        "run": str(run),
+        "model": {
+            "kind": "electra", "vocab_size": 200, "context": 24, "layers": 2, "width": 32, "heads": 2,
+            "embedding_width": 32, "generator_fraction": 0.5,
+        },
+        "objective": {"kind": "rtd"},
+        "data": {"dataset": str(material.dataset), "vocabulary": str(material.vocabulary)},
+        "train": {"steps": 24, "global_batch": 16, "checkpoint_every_steps": 4, "log_every_steps": 50} | train,
+        "optim": {"lr": 1e-3, "warmup_steps": 2},
+        "tracking": {"uri": ""},
+    }  # fmt: skip
+
+
+def vqgan(material: Material, run: Path) -> dict[str, Any]:
+    """A run of a tiny VQGAN whose dead codes are revived every few steps."""
+    return {
+        "run": str(run),
+        "model": {
+            "kind": "vqgan", "image_size": 32, "channels": 8, "multipliers": [1, 2, 2], "res_blocks": 1,
+            "attention_at": [], "latent_channels": 8, "codebook_size": 32, "code_width": 4,
+            "discriminator_channels": 8, "discriminator_layers": 1,
+        },
+        "objective": {"kind": "reconstruction", "discriminator_start_step": 6, "revive_after_steps": 3},
+        "data": {"dataset": str(material.dataset)},
+        "train": {"steps": 20, "global_batch": 8, "zero_stage": 0, "checkpoint_every_steps": 4, "log_every_steps": 50},
+        "optim": {"lr": 1e-3},
+        "tracking": {"uri": ""},
+    }  # fmt: skip
+
+
+def recipe(tree: dict[str, Any], path: Path) -> Path:
+    """Write the run description (JSON is YAML)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "launchers.cli", *map(str, arguments)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | extra
+
+
+def finish(argv: list[str], **extra: str) -> "subprocess.CompletedProcess[str]":
+    """Run to the end; stderr goes with stdout."""
+    return subprocess.run(
+        argv, env=environment(**extra), cwd=ROOT, text=True, timeout=TIMEOUT_S,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def tessera(*arguments: str | Path, **extra: str) -> "subprocess.CompletedProcess[str]":
+    return finish(command(*arguments), **extra)
+
+
+def two_ranks(config: Path, *overrides: str) -> list[str]:
+    return command("launch", "local", config, "--procs-per-node", "2", *overrides)
+
+
+def interrupted(argv: list[str], run: Path, step: int, strike: Callable[[int], None]) -> tuple[int, str]:
+    """Start a launcher, call `strike(its pid)` once metrics.jsonl holds `step` -> exit code and output."""
+    log = run.with_suffix(".log")
+    with log.open("w") as output:
+        launcher = subprocess.Popen(argv, env=environment(), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + TIMEOUT_S
+        try:
+            while launcher.poll() is None and max(steps_of(run), default=0) < step:
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.005)
+            strike(launcher.pid)
+            code = launcher.wait(TIMEOUT_S)
+        finally:
+            launcher.kill()
+    return code, log.read_text()
+
+
+def kill_rank_1(launcher: int) -> None:
+    """SIGKILL to the process that the launcher started as rank 1."""
+    os.kill(child_of_rank(launcher, 1), signal.SIGKILL)
+
+
+def child_of_rank(launcher: int, rank: int) -> int:
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == launcher and f"RANK={rank}".encode() in variables:
+            return int(folder.name)
+    raise AssertionError(f"process {launcher} has no child of rank {rank}")
+
+
+# ---------------------------------------------------------------------------------------- what a run wrote
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The complete lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def steps_of(run: Path) -> dict[int, dict[str, Any]]:
+    """The last row of each step."""
+    return {row["step"]: row for row in rows_of(run)}
+
+
+def loss_bits(run: Path) -> dict[int, str]:
+    return {step: row["loss_hex"] for step, row in steps_of(run).items()}

@@ -1,0 +1,214 @@
+"""Whole runs by the public command: interrupted ones go on as if nothing had been, bad input is refused in a line.
+
+Real processes over gloo; tiny models. The uninterrupted run is the reference of all others.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launchers.local import free_port
+from pretrain.checkpoint import Saved, Slices, committed
+from tests.pretrain.commands import (
+    TRACEBACK,
+    Material,
+    electra,
+    finish,
+    interrupted,
+    kill_rank_1,
+    loss_bits,
+    recipe,
+    rows_of,
+    steps_of,
+    tessera,
+    two_ranks,
+    vqgan,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+
+
+def final(run: Path) -> Saved:
+    return committed(run / "checkpoints")[-1]
+
+
+def tensors(saved: Saved) -> dict[str, torch.Tensor]:
+    """Every parameter, moment and buffer of a checkpoint."""
+    slices = Slices(saved.folder)
+    kinds = ("param", "exp_avg", "exp_avg_sq")
+    found = {f"{kind}/{name}": slices.whole(kind, name) for name in slices.shapes for kind in kinds}
+    return found | {key: slices.buffer(key) for key in slices.buffers}
+
+
+def assert_same_state(run: Path, other: Path) -> None:
+    assert final(run).step == final(other).step
+    mine, theirs = tensors(final(run)), tensors(final(other))
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+def assert_every_position_once(run: Path, steps: int, batch: int) -> None:
+    intervals = [row["positions"] for _, row in sorted(steps_of(run).items())]
+    assert intervals == [[step * batch, (step + 1) * batch] for step in range(steps)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 steps of ELECTRA with dropout, 2 ranks, stage 3."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = finish(two_ranks(recipe(electra(material, run), run.with_suffix(".yaml"))))
+    assert done.returncode == 0, done.stdout[-3000:]
+    return run
+
+
+# -------------------------------------------------------------------------------------------- interruptions
+
+
+def test_a_killed_run_continues_bitwise(uninterrupted: Path, material: Material, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    argv = two_ranks(recipe(electra(material, run), tmp_path / "run.yaml"))
+    code, output = interrupted(argv, run, 6, kill_rank_1)
+    assert code == 70, output[-3000:]
+    assert 6 <= max(steps_of(run)) < 24
+    assert finish(argv).returncode == 0
+    assert loss_bits(run) == loss_bits(uninterrupted)
+    assert_same_state(run, uninterrupted)
+    assert_every_position_once(run, 24, 16)
+    assert {row["attempt"] for row in rows_of(run)} == {0, 1}
+
+
+def test_a_killed_vqgan_with_revived_codes_continues_bitwise(material: Material, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert finish(two_ranks(recipe(vqgan(material, whole), tmp_path / "whole.yaml"))).returncode == 0
+    argv = two_ranks(recipe(vqgan(material, run), tmp_path / "run.yaml"))
+    code, output = interrupted(argv, run, 9, kill_rank_1)
+    assert code == 70, output[-3000:]
+    assert max(steps_of(run)) < 20
+    assert finish(argv).returncode == 0
+    assert loss_bits(run) == loss_bits(whole)
+    assert any(key.startswith("buffer/") for key in tensors(final(run)))
+    assert_same_state(run, whole)
+
+
+def test_sigterm_saves_and_leaves_with_75_and_the_same_command_goes_on(
+    uninterrupted: Path, material: Material, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    argv = two_ranks(recipe(electra(material, run, checkpoint_every_steps=1000), tmp_path / "run.yaml"))
+    code, output = interrupted(argv, run, 5, lambda launcher: os.kill(launcher, signal.SIGTERM))
+    assert code == 75, output[-3000:]
+    assert TRACEBACK not in output
+    reached = max(steps_of(run))
+    assert final(run).step == reached < 24
+    assert f"step {reached} of 24" in output
+    assert finish(argv).returncode == 0
+    assert loss_bits(run) == loss_bits(uninterrupted)
+    assert len(rows_of(run)) == 24  # no step was made twice
+
+
+def test_another_world_size_and_stage_continue_up_to_rounding(material: Material, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tree = electra(material, run, steps=12, precision="fp32")
+    tree["model"]["dropout"] = 0.0
+    config = recipe(tree, tmp_path / "run.yaml")
+    assert finish(two_ranks(config)).returncode == 0
+    before = steps_of(run)
+    shutil.rmtree(final(run).folder)
+    done = tessera("train", config, "train.zero_stage=0")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert committed(run / "checkpoints")[0].manifest["world"] == 2
+    assert final(run).manifest["world"] == 1
+    after = {row["step"]: row for row in rows_of(run) if row["attempt"] == 1}
+    assert sorted(after) == [9, 10, 11, 12]
+    for step, row in after.items():
+        assert row["loss"] == pytest.approx(before[step]["loss"], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- ways to start
+
+
+def test_torchrun_starts_the_same_run(uninterrupted: Path, material: Material, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = recipe(electra(material, run), tmp_path / "run.yaml")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    done = finish([*torchrun, str(free_port()), "-m", "launchers.cli", "train", str(config), "train.steps=24"])
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert loss_bits(run) == loss_bits(uninterrupted)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.fixture(scope="module")
+def copied(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose folder bad commands may name."""
+    run = tmp_path_factory.mktemp("copied") / "run"
+    shutil.copytree(uninterrupted, run)
+    return run
+
+
+def refused(done: Any, code: int, *parts: str) -> None:
+    """Left with `code` and one error that holds all `parts`, without a traceback."""
+    assert done.returncode == code, done.stdout[-3000:]
+    assert TRACEBACK not in done.stdout
+    assert done.stdout.count("error: ") == 1
+    for part in parts:
+        assert part in done.stdout, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (["optim.warmup_stepz=3"], 64, ["optim.warmup_stepz", "warmup_steps"]),
+        (["train.global_batch=10", "train.micro_batch=3"], 64, ["global_batch=10", "use 9 or 12"]),
+        (["data.dataset=/nowhere/scenes"], 74, ["/nowhere/scenes"]),
+        (["data.vocabulary=/nowhere/vocab.model"], 74, ["/nowhere/vocab.model"]),
+        (["model.vocab_size=100"], 64, ["200 pieces", "100"]),
+        (["objective.kind=mlm"], 64, ["objective.kind='mlm'", "use 'rtd'"]),
+    ],
+)
+def test_a_wrong_description_is_refused_before_anything_is_written(
+    arguments: list[str], code: int, parts: list[str], material: Material, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    refused(tessera("train", recipe(electra(material, run), tmp_path / "run.yaml"), *arguments), code, *parts)
+    assert not run.exists()
+
+
+def test_a_batch_that_the_world_does_not_divide_is_refused_with_usable_ones(material: Material, tmp_path: Path) -> None:
+    config = recipe(electra(material, tmp_path / "run"), tmp_path / "run.yaml")
+    refused(tessera("launch", "local", config, "--procs-per-node", "3"), 64, "global_batch=16", "use 15 or 18")
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_with_the_keys_that_differ(
+    copied: Path, material: Material, tmp_path: Path
+) -> None:
+    config = recipe(electra(material, copied), tmp_path / "run.yaml")
+    before = (copied / "metrics.jsonl").read_bytes()
+    done = tessera("train", config, "optim.lr=0.5", "model.layers=3")
+    refused(done, 64, "optim.lr: 0.001 saved, 0.5 now", "model.layers: 2 saved, 3 now")
+    assert (copied / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_dataset_is_refused_field_by_field(
+    copied: Path, material: Material, build_scenes: Any, tmp_path: Path
+) -> None:
+    other = build_scenes(tmp_path / "other", 120, 5)
+    config = recipe(electra(Material(other, material.vocabulary), copied), tmp_path / "run.yaml")
+    refused(tessera("train", config), 74, "samples: 200 saved, 120 now", "dataset: ")
+
+
+def test_a_dataset_without_samples_is_refused(material: Material, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    shutil.copytree(material.dataset, empty)
+    path = empty / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shards": [], "samples": 0}))
+    config = recipe(electra(Material(empty, material.vocabulary), tmp_path / "run"), tmp_path / "run.yaml")
+    refused(tessera("train", config), 74, str(empty))
