@@ -76,7 +76,11 @@ class Saved:
 
     def faults(self) -> list[str]:
         """What differs from the manifest, a line for each file; empty when all is whole."""
-        return [line for entry in self.manifest["files"] for line in _file_faults(self.folder, entry)]
+        try:
+            files = self.manifest["files"]
+        except (DataError, KeyError) as error:
+            return [f"{MANIFEST}: {error}"]
+        return [line for entry in files for line in _file_faults(self.folder, entry)]
 
 
 class Checkpoints:
