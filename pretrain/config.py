@@ -272,8 +272,9 @@ def micro_batch_of(train: TrainConfig, world_size: int) -> tuple[int, int]:
     if rest or per_rank % micro:
         unit = world_size * (train.micro_batch or 1)
         low = train.global_batch // unit * unit
+        usable = f"{low} or {low + unit}" if low else str(unit)
         raise ValueError(
             f"global_batch={train.global_batch} is not divisible by {world_size} ranks x micro_batch "
-            f"{train.micro_batch or 1} = {unit}; use {low or unit} or {low + unit}"
+            f"{train.micro_batch or 1} = {unit}; use {usable}"
         )
     return micro, per_rank // micro

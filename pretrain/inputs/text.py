@@ -157,9 +157,10 @@ def caption_of(sample: Sample, seed: int) -> str:
 
 def choose(sample: Sample, generator: np.random.Generator) -> str:
     """One of the sample's captions; raises DataError naming the key when there is none."""
-    if not sample.captions:
+    captions = [caption for caption in sample.captions if caption.strip()]
+    if not captions:
         raise DataError(f"sample {sample.key!r} has no caption; text models need one, rebuild with a caption per image")
-    return sample.captions[int(generator.integers(len(sample.captions)))]
+    return captions[int(generator.integers(len(captions)))]
 
 
 def check_vocabulary(vocabulary: Vocabulary, vocab_size: int) -> None:

@@ -15,7 +15,7 @@ from tests.pretrain.commands import Material
 
 @pytest.fixture(scope="session")
 def build_scenes() -> Callable[[Path, int, int], Path]:
-    """build_scenes(output, count, seed): shards made in this process, which takes milliseconds instead of Ray's seconds."""
+    """build_scenes(output, count, seed): shards made in this process, without Ray's seconds."""
 
     def build(output: Path, count: int, seed: int) -> Path:
         tree = {"source": {"kind": "scenes", "count": count, "seed": seed}, "output": str(output), "shard_size": 50}

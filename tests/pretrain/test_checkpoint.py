@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.settings import check_settings
 from pretrain import checkpoint
-from pretrain.checkpoint import Checkpoints, Slices, check_identity, committed, create_only, identity, load_trained, tidy
+from pretrain.checkpoint import (
+    Checkpoints,
+    Slices,
+    check_identity,
+    committed,
+    create_only,
+    identity,
+    load_trained,
+    tidy,
+)
 from pretrain.config import RunConfig
 from pretrain.engine import Owned
 from pretrain.interchange.folder import load_model
@@ -65,7 +75,7 @@ def write(run: Path, step: int, attempt: int = 0, keep: int = 9, world: int = 2)
         folder = checkpoints.folder / f"step-{step:08d}.attempt-{attempt}"
         part: Any = Part(model, rank, world)
         if rank:
-            checkpoints._reported(folder, lambda c=checkpoints, p=part: checkpoint._write_slices(folder, c.mesh, p))
+            checkpoints._reported(folder, partial(checkpoint._write_slices, folder, checkpoints.mesh, part))
         else:
             checkpoints.save(part, step, {"step": step, "updates": step, "identity": identity(config)})
     (run / "config.json").write_text(config.model_dump_json())

@@ -67,6 +67,9 @@ def test_the_rate_rises_to_its_peak_and_never_rises_again(kind: str) -> None:
     assert all(rate > 0 for rate in rates)
 
 
+VECTORS = ("linear.bias", "norm.weight", "norm.bias")
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -79,9 +82,9 @@ class Net(nn.Module):
 @pytest.mark.parametrize(
     ("no_decay", "decay", "spared"),
     [
-        ([], ["linear.weight", "table.weight"], ["linear.bias", "norm.weight", "norm.bias"]),
-        (["table"], ["linear.weight"], ["linear.bias", "norm.weight", "norm.bias", "table.weight"]),
-        (["^linear", r"table\.weight$"], [], ["linear.weight", "linear.bias", "norm.weight", "norm.bias", "table.weight"]),
+        ([], ["linear.weight", "table.weight"], [*VECTORS]),
+        (["table"], ["linear.weight"], [*VECTORS, "table.weight"]),
+        (["^linear", r"table\.weight$"], [], ["linear.weight", *VECTORS, "table.weight"]),
     ],
 )
 def test_matrices_decay_unless_named_and_vectors_never(

@@ -3,19 +3,26 @@
 Real processes over gloo; tiny models. The uninterrupted run is the reference of all others.
 """
 
+import io
 import json
 import os
 import shutil
 import signal
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from data_pipeline.settings import check_settings
 from launchers.local import free_port
 from pretrain.checkpoint import Saved, Slices, committed
+from pretrain.config import RunConfig
+from pretrain.interchange.folder import export_model
+from pretrain.interchange.tokenizer import load_tokenizer
+from pretrain.models import MODELS
 from tests.pretrain.commands import (
     TRACEBACK,
     Material,
@@ -212,3 +219,36 @@ def test_a_dataset_without_samples_is_refused(material: Material, tmp_path: Path
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shards": [], "samples": 0}))
     config = recipe(electra(Material(empty, material.vocabulary), tmp_path / "run"), tmp_path / "run.yaml")
     refused(tessera("train", config), 74, str(empty))
+
+
+def test_a_caption_that_is_empty_is_refused_by_the_sample_s_name(material: Material, tmp_path: Path) -> None:
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for number in range(16):
+            caption = b" \n" if number == 3 else b"a red circle"
+            for extension, data in (("png", b"not looked at"), ("txt", caption)):
+                member = tarfile.TarInfo(f"{number:04d}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    assert tessera("data", "index", folder).returncode == 0
+    config = recipe(electra(Material(folder, material.vocabulary), tmp_path / "run"), tmp_path / "run.yaml")
+    refused(tessera("train", config), 74, "sample '0003' has no caption")
+
+
+def test_codes_of_another_tokenizer_are_refused_with_both_ids(material: Material, tmp_path: Path) -> None:
+    dataset = tmp_path / "scenes"
+    shutil.copytree(material.dataset, dataset)
+    tree = vqgan(material, tmp_path / "run")
+    config = check_settings(RunConfig, tree, "test").model
+    ids = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        export_model(tmp_path / f"tokenizer-{seed}", config, MODELS["vqgan"](config).state_dict())
+        ids.append(load_tokenizer(tmp_path / f"tokenizer-{seed}").id)
+    (dataset / f"codes.vq-{ids[0]}.json").write_text("{}")
+    model = {"kind": "gpt", "text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 64}
+    tree |= {"model": model | {"layers": 1, "width": 16, "heads": 2}, "objective": {"kind": "autoregressive"}}
+    data = {"dataset": str(dataset), "vocabulary": str(material.vocabulary), "tokenizer": str(tmp_path / "tokenizer-1")}
+    done = tessera("train", recipe(tree | {"data": data}, tmp_path / "run.yaml"))
+    refused(done, 74, f"no codes of tokenizer {ids[1]}; there are codes of {ids[0]}", "tessera data encode")
