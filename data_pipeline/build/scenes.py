@@ -1,10 +1,12 @@
 """Captioned scenes that cost nothing: one coloured shape on a plain ground, and a checker that reads them back.
 
-A scene is a pure function of (seed, index). Some (shape, colour) combinations never occur in the training split: a
-generator asked for them has to compose what it learnt apart, and `check_scene` says from pixels alone whether it did.
+A scene is a pure function of (seed, index). One in eight combinations of (shape, colour, size, position) never occurs
+in the training split: a generator asked for it has to compose what it saw apart, and `check_scene` says from pixels
+alone whether it did.
 Letters: S image side in pixels. Shapes are drawn in units of their radius, x to the right, y down.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -73,10 +75,18 @@ CHINESE = (
     "{background}背景，{position}，{size}{shape}，{colour}",
     "{position}有一个{size}的{colour}{shape}，背景是{background}",
 )
-COMBINATIONS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS)
-HELD_OUT = tuple(  # one shape of each colour, so that every shape and every colour is still learnt
-    (list(SHAPES)[(5 * index + 1) % len(SHAPES)], colour) for index, colour in enumerate(COLOURS)
-)
+HELD_OUT_OF = 8
+
+
+def is_held_out(shape: str, colour: str, size: str, position: str) -> bool:
+    """Whether this combination is kept for evaluation: one in HELD_OUT_OF, spread so that all pairs of values are seen."""
+    places = (list(SHAPES).index(shape), list(COLOURS).index(colour), list(SIZES).index(size))
+    return (places[0] + 3 * places[1] + 5 * places[2] + list(POSITIONS).index(position)) % HELD_OUT_OF == 0
+
+
+COMBINATIONS = tuple(itertools.product(SHAPES, COLOURS, SIZES, POSITIONS))
+HELD_OUT = tuple(combination for combination in COMBINATIONS if is_held_out(*combination))
+TRAINED = tuple(combination for combination in COMBINATIONS if not is_held_out(*combination))
 
 SHADES = 2  # ink and ground differ from their named colour by at most this, so that no two scenes are the same bytes
 OVERSAMPLING = 4  # drawn this much finer per side, then averaged: smooth edges
@@ -131,10 +141,8 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
     if split not in ("train", "heldout"):
         raise ConfigError(f"split={split!r} is not a split of the scenes; use 'train' or 'heldout'")
     generator = np.random.Generator(np.random.Philox(key=[seed, index]))
-    choices = HELD_OUT if split == "heldout" else tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
-    shape, colour = choices[generator.integers(len(choices))]
-    size = list(SIZES)[generator.integers(len(SIZES))]
-    position = list(POSITIONS)[generator.integers(len(POSITIONS))]
+    choices = HELD_OUT if split == "heldout" else TRAINED
+    shape, colour, size, position = choices[generator.integers(len(choices))]
     background = list(BACKGROUNDS)[generator.integers(len(BACKGROUNDS))]
     _, radius, step = SIZES[size]
     _, column, row = POSITIONS[position]
@@ -157,21 +165,6 @@ def scene_pair(seed: int, index: int, split: Split, image_size: int) -> Pair:
         captions=one.english + one.chinese,
         meta={**one.attributes, "split": split},
     )
-
-
-def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """Scenes of combinations that no training split contains, each combination equally often (up to one)."""
-    return [
-        next(one for one in _endless(seed + index) if (one.shape, one.colour) == HELD_OUT[index % len(HELD_OUT)])
-        for index in range(count)
-    ]
-
-
-def _endless(seed: int) -> Iterator[Scene]:
-    index = 0
-    while True:
-        yield scene(seed, index, "heldout")
-        index += 1
 
 
 def encode_png(image: Image) -> bytes:
