@@ -79,7 +79,7 @@ HELD_OUT_OF = 8
 
 
 def is_held_out(shape: str, colour: str, size: str, position: str) -> bool:
-    """Whether this combination is kept for evaluation: one in HELD_OUT_OF, spread so that all pairs of values are seen."""
+    """Whether this combination is kept for evaluation: one in HELD_OUT_OF, all pairs of values seen in the others."""
     places = (list(SHAPES).index(shape), list(COLOURS).index(colour), list(SIZES).index(size))
     return (places[0] + 3 * places[1] + 5 * places[2] + list(POSITIONS).index(position)) % HELD_OUT_OF == 0
 
