@@ -184,12 +184,15 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention, block at the smallest side."""
+    """Block, attention, block at the smallest side; without attention where the configuration has none at all.
 
-    def __init__(self, channels: int) -> None:
+    A code then stands for its own neighbourhood, not for the whole picture.
+    """
+
+    def __init__(self, channels: int, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
+        self.attn_1: nn.Module = AttnBlock(channels) if attention else nn.Identity()
         self.block_2 = ResBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,7 +214,7 @@ class Encoder(nn.Module):
             if index < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], bool(config.attention_at))
         self.norm_out = Norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
@@ -230,7 +233,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], bool(config.attention_at))
         levels = []
         for index, width in enumerate(widths):
             attention = config.image_size // 2**index in config.attention_at
