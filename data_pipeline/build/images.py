@@ -5,16 +5,21 @@ which runs other programs). Sixteen bits keep their upper eight, transparency is
 first frame is taken, EXIF orientation is applied. Letters: H, W height and width in pixels.
 """
 
+from __future__ import annotations
+
 import io
 import struct
 import warnings
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data_pipeline.config import ImageRules
+if TYPE_CHECKING:
+    from data_pipeline.config import ImageRules
+
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "ICO", "AVIF", "PPM", "JPEG2000")
 

@@ -1,5 +1,9 @@
 """Captions and image codes -> tensors, for the text-to-image GPT. Letters: b batch, T text tokens, I image tokens."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,9 +11,11 @@ from torch import Tensor
 from data_pipeline.errors import DataError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
-from data_pipeline.stream.reader import Stream
-from data_pipeline.vocabulary import Vocabulary
-from pretrain.config import RunConfig
+
+if TYPE_CHECKING:
+    from data_pipeline.stream.reader import Stream
+    from data_pipeline.vocabulary import Vocabulary
+    from pretrain.config import RunConfig
 
 
 class AutoregressiveInputs:
@@ -30,10 +36,7 @@ class AutoregressiveInputs:
 
     def _text(self, sample: Sample) -> np.ndarray:
         """-> int64 [T]; all padding with probability `caption_drop`."""
-        if not sample.captions:
-            raise DataError(f"sample {sample.key!r} has no caption; a gpt needs one, rebuild with a caption per image")
-        generator = sample_generator(self.seed, sample.epoch, sample.id, "caption")
-        caption = sample.captions[int(generator.integers(len(sample.captions)))]
+        caption = caption_of(sample, self.seed)
         dropped = sample_generator(self.seed, sample.epoch, sample.id, "caption_drop").random() < self.caption_drop
         return text_ids("" if dropped else caption, self.vocabulary, self.model.text_tokens)
 

@@ -3,6 +3,10 @@
 Letters: b batch, S image side.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import cv2
 import numpy as np
 import torch
@@ -12,9 +16,11 @@ from data_pipeline.build.images import decode_rgb
 from data_pipeline.errors import DataError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
-from data_pipeline.stream.reader import Stream
-from data_pipeline.vocabulary import Vocabulary
-from pretrain.config import RunConfig
+
+if TYPE_CHECKING:
+    from data_pipeline.stream.reader import Stream
+    from data_pipeline.vocabulary import Vocabulary
+    from pretrain.config import RunConfig
 
 MAX_PIXELS = 100_000_000  # of one decoded image; more is taken for an attack
 

@@ -4,7 +4,9 @@ Every draw comes from (seed, epoch, sample id, purpose): a sample looks the same
 Letters: b batch, S the model's context, M masked positions, the most that a full context gets.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,10 +15,12 @@ from torch import Tensor
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
-from data_pipeline.stream.reader import Stream
-from data_pipeline.vocabulary import Vocabulary
-from pretrain.config import RunConfig
 from pretrain.inputs.pixels import crop_generator, pixels
+
+if TYPE_CHECKING:
+    from data_pipeline.stream.reader import Stream
+    from data_pipeline.vocabulary import Vocabulary
+    from pretrain.config import RunConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], as in the authors' preprocessing
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -1,10 +1,16 @@
 """BERT for pretraining, Devlin et al. 2018, arXiv:1810.04805. Written for one device."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import BertConfig
 from pretrain.models.layers import MlmHead, TextEmbeddings, TextEncoder, init_bert
+
+if TYPE_CHECKING:
+    from pretrain.config import BertConfig
 
 
 class Bert(nn.Module):

@@ -4,15 +4,19 @@ Deviations: both towers take the text tower's initialisation, the only one the a
 at 0. `logit_scale` has shape (1,), and its ceiling stands in the forward instead of after the optimizer step.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config import ClipConfig, TextTower, VisionTower
 from pretrain.models.layers import PreNormBlock
+
+if TYPE_CHECKING:
+    from pretrain.config import ClipConfig, TextTower, VisionTower
 
 MAX_LOGIT_SCALE = math.log(100.0)
 

@@ -4,14 +4,18 @@ Deviation: a replacement is drawn by inverse CDF from one uniform number per mas
 Gumbel noise per word; the distribution is the same, and the number comes with the sample.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config import ElectraConfig
 from pretrain.models.layers import MlmHead, TextEmbeddings, TextEncoder, init_bert
+
+if TYPE_CHECKING:
+    from pretrain.config import ElectraConfig
 
 
 class ElectraOutput(NamedTuple):

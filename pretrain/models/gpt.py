@@ -5,12 +5,18 @@ by image_vocab. The head writes image codes only, and only at the I places that 
 Letters: B batch, T text tokens, I image tokens, L = T + I, D width, H heads, V image vocabulary.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config import GptConfig
 from pretrain.models.layers import attend
+
+if TYPE_CHECKING:
+    from pretrain.config import GptConfig
 
 PAD = 0  # text id that fills a caption, and stands for the empty caption of guidance
 

@@ -4,13 +4,17 @@ Every parameter is used inside the forward of the module that owns it, so that s
 gathers a module's parameters around its forward, needs no special case.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config import EncoderConfig
+if TYPE_CHECKING:
+    from pretrain.config import EncoderConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:

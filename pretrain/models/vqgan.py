@@ -3,14 +3,18 @@
 Letters: B batch, C channels, S image side, G grid side (codes per side), Z latent channels, E code width, N codebook.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config import VqganConfig
 from pretrain.models.layers import attend
+
+if TYPE_CHECKING:
+    from pretrain.config import VqganConfig
 
 
 class Quantised(NamedTuple):
