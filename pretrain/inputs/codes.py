@@ -11,6 +11,7 @@ from torch import Tensor
 from data_pipeline.errors import DataError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
+from pretrain.inputs.text import caption_of
 
 if TYPE_CHECKING:
     from data_pipeline.stream.reader import Stream

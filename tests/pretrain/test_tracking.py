@@ -1,0 +1,169 @@
+"""metrics.jsonl is the truth; a real MLflow server gets each of its lines and each picture once, sooner or later."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from data_pipeline.settings import load_settings
+from launchers.local import free_port
+from pretrain import tracking
+from pretrain.config import RunConfig
+from pretrain.tracking import MetricsLog, picture_key, send
+from tests.pretrain.commands import TRACEBACK, Material, command, environment, interrupted, recipe, rows_of, vqgan
+
+NO_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+
+# --------------------------------------------------------------------------------------- the file that is the truth
+
+
+@pytest.mark.parametrize("rest", ["", '{"step": 3, "lo', "{"])
+def test_a_half_written_last_line_is_cut_and_what_follows_is_whole(rest: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n' + rest)
+    log = MetricsLog(tmp_path)
+    log.write({"step": 3})
+    log.close()
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+
+
+def test_a_line_that_is_being_written_is_not_read_before_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 1}\n{"b"')
+    lines, end = tracking._new_lines(path, 0)
+    assert (lines, end) == (['{"a": 1}'], 9)
+    path.write_text('{"a": 1}\n{"b": 2}\n')
+    assert tracking._new_lines(path, end) == (['{"b": 2}'], 18)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("grid-step-00000100.png", ("grid", 100)),
+        ("一只 red/cat.png", ("-red-cat", 0)),
+        ("图.png", ("-", 0)),
+        ("a-step-b.png", ("a-step-b", 0)),
+    ],
+)
+def test_a_picture_s_name_becomes_a_key_and_a_step(name: str, key: tuple[str, int]) -> None:
+    assert picture_key(name) == key
+
+
+# --------------------------------------------------------------------------------------------- a real server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An MLflow server over a sqlite file."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    argv += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
+    process = subprocess.Popen(
+        argv, env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"), cwd=folder, process_group=0,
+        stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"{url} does not answer: {log.read_text()[-3000:]}")
+
+
+def described(material: Material, run: Path, uri: str) -> Path:
+    tree = vqgan(material, run)
+    tree["train"] |= {"sample_every_steps": 5}
+    return recipe(tree | {"tracking": {"uri": uri, "experiment": run.name}}, run.with_suffix(".yaml"))
+
+
+def arrived(uri: str, run: Path) -> dict[str, Any]:
+    """What the server has of a run: its runs, the loss at each step, the pictures."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(run.name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    losses = client.get_metric_history(runs[0].info.run_id, "loss")
+    pictures = [file.path for file in client.list_artifacts(runs[0].info.run_id, "images") if file.path.endswith("png")]
+    return {"runs": len(runs), "loss": sorted((m.step, m.value) for m in losses), "pictures": len(pictures)}
+
+
+def written(run: Path) -> dict[str, Any]:
+    """What the run folder has."""
+    losses = sorted((row["step"], row["loss"]) for row in rows_of(run))
+    return {"runs": 1, "loss": losses, "pictures": len(list((run / "samples").glob("*.png")))}
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_run_and_its_continuation_are_one_run_at_the_server_with_everything_once(
+    server: str, material: Material, tmp_path: Path
+) -> None:
+    run = tmp_path / "continued"
+    argv = command("train", described(material, run, server))
+    code, output = interrupted(argv, run, 6, lambda pid: os.kill(pid, signal.SIGTERM))
+    assert code == 75, output[-3000:]
+    code, output = interrupted(argv, run, 20, lambda pid: None)
+    assert code == 0 and "did not take everything" not in output, output[-3000:]
+    assert written(run)["pictures"] == 4 and len(written(run)["loss"]) == 20
+    assert arrived(server, run) == written(run)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_without_a_server_training_ends_well_and_everything_is_sent_later_once(
+    server: str, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "offline"
+    nobody = f"http://127.0.0.1:{free_port()}"
+    for name, value in NO_PATIENCE.items():
+        monkeypatch.setenv(name, value)
+    path = described(material, run, nobody)
+    code, output = interrupted(command("train", path), run, 20, lambda pid: None)
+    assert code == 0, output[-3000:]
+    assert f"MLflow at {nobody} did not take everything" in output and TRACEBACK not in output
+    config = load_settings(RunConfig, path, [f"tracking.uri={server}"])
+    for _ in range(2):
+        send(run, config)
+        assert arrived(server, run) == written(run)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_lines_sent_by_a_process_that_died_before_it_noted_so_are_not_doubled(
+    server: str, material: Material, tmp_path: Path
+) -> None:
+    run = tmp_path / "forgetful"
+    config = load_settings(RunConfig, described(material, run, server))
+    log = MetricsLog(run)
+    for step in range(1, 6):
+        log.write({"step": step, "attempt": 0, "loss": 1 / step, "time_ms": 1000 * step})
+    (run / "samples").mkdir()
+    Image.new("RGB", (4, 4)).save(run / "samples" / "grid-step-00000003.png")
+    send(run, config)
+    record = json.loads((run / "mlflow.json").read_text())
+    (run / "mlflow.json").write_text(json.dumps(record | {"sent_bytes": 0}))
+    send(run, config)
+    assert arrived(server, run) == written(run)
