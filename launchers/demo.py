@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -149,6 +150,8 @@ def evaluate(demo: Demo) -> dict[str, Any]:
         "prompt_accuracy": figures["gpt"]["prompt_accuracy"],
         "shape_accuracy": figures["gpt"]["shape_accuracy"],
         "colour_accuracy": figures["gpt"]["colour_accuracy"],
+        "steps_per_s": {name: training_figures(ROOT / name)[0] for name in figures},
+        "peak_memory_gib_per_process": {name: training_figures(ROOT / name)[1] for name in figures},
     }
 
 
@@ -174,6 +177,13 @@ def last_step(run: Path) -> int:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     whole = [line for line in lines[-2:] if line.endswith("\n")]
     return int(json.loads(whole[-1])["step"]) if whole else 0
+
+
+def training_figures(run: Path) -> tuple[float, float]:
+    """-> (median steps per second, peak resident memory of rank 0 in GiB)."""
+    rows = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+    step_s = statistics.median(row["step_s"] for row in rows)
+    return round(1 / step_s, 2), round(max(row["peak_memory_gib"] for row in rows), 2)
 
 
 def total_steps(run: Path) -> float:

@@ -7,6 +7,7 @@ it was interrupted: batches and randomness are functions of the position, the le
 import dataclasses
 import json
 import math
+import resource
 import signal
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ from pretrain.interchange.folder import load_config
 from pretrain.mesh import Mesh
 from pretrain.metrics import ProgressLine, save_grid
 from pretrain.models import MODELS
-from pretrain.objectives import OBJECTIVES
+from pretrain.objectives import OBJECTIVES, FollowsSteps, Previews
 from pretrain.objectives.collectives import Collectives
 from pretrain.schedule import learning_rate
 from pretrain.tracking import MetricsLog, MlflowFeed
@@ -88,7 +89,10 @@ class Run:
 
     @classmethod
     def start(cls, config: RunConfig, mesh: Mesh) -> "Run":
-        """Build the run and put it where its newest checkpoint stands. Bad input is refused before anything is written."""
+        """Build the run and put it where its newest checkpoint stands.
+
+        Bad input is refused before anything is written.
+        """
         micro_batch, accumulation = check_batch(config, mesh.world)
         stream, vocabulary = open_data(config)
         objective = build_objective(config, mesh)
@@ -135,10 +139,10 @@ class Run:
     def after_update(self) -> None:
         """What follows a step: dead codes are revived, pictures drawn."""
         self.step += 1
-        if hasattr(self.objective, "after_step"):
+        if isinstance(self.objective, FollowsSteps):
             self.objective.after_step(self.step)
         every = self.config.train.sample_every_steps
-        if self.writer and every and self.step % every == 0 and hasattr(self.objective, "preview"):
+        if self.writer and every and self.step % every == 0 and isinstance(self.objective, Previews):
             shown = self.feed.inputs(self.stream.read(0, 16))
             self.writer.picture(self.objective.preview(shown), "reconstructions", self.step)
 
@@ -272,7 +276,8 @@ class Writer:
         row: dict[str, Any] = {"step": step, "attempt": self.attempt, "loss": means["loss"]}
         row |= {"loss_hex": means["loss"].hex(), "positions": list(positions)}
         row |= {key: value for key, value in means.items() if key != "loss"}
-        row |= {"step_s": step_s, "waited_s": waited_s, "time_ms": int(time.time() * 1000)}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        row |= {"step_s": step_s, "waited_s": waited_s, "peak_memory_gib": peak, "time_ms": int(time.time() * 1000)}
         self.metrics.write(row)
         self.progress.step(step, means)
 
