@@ -27,7 +27,7 @@ SAMPLES = 512
 BATCH = 64
 CANDIDATES = 64
 PROMPTS = 100
-GUIDANCE, TEMPERATURE = 2.0, 0.7
+GUIDANCE, TEMPERATURE = 2.0, 0.5
 
 Figures = dict[str, float]
 
@@ -40,6 +40,7 @@ def main(run: str | Path) -> Figures:
     readable = config.model_copy(
         update={"data": config.data.model_copy(update={"crop_scale": (1.0, 1.0), "flip": False})}
     )
+    vocabulary: Vocabulary | None
     if config.model.kind == "gpt" and config.data.evaluation:
         stream, vocabulary = Stream(dataset, config.seed), Vocabulary(str(config.data.vocabulary))
     else:
