@@ -211,7 +211,10 @@ class Slices:
 
 @torch.no_grad()
 def restore(saved: Saved, engine: Engine) -> None:
-    """Fill the engine's masters, moments, working copies and buffers. Raises DataError for another model's checkpoint."""
+    """Fill the engine's masters, moments, working copies and buffers.
+
+    Raises DataError for another model's checkpoint.
+    """
     slices = Slices(saved.folder)
     unknown = sorted(set(engine.names.values()) ^ set(slices.shapes))
     if unknown:

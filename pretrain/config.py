@@ -257,7 +257,8 @@ def check_sections(config: RunConfig) -> None:
         raise ValueError("data.tokenizer is missing; a gpt reads image codes, name the folder of the image tokenizer")
     if config.model.kind == "vqgan" and config.train.zero_stage != 0:
         raise ValueError(
-            f"train.zero_stage={config.train.zero_stage}: a vqgan trains replicated, its codebook is revived in place; use 0"
+            f"train.zero_stage={config.train.zero_stage}: a vqgan trains replicated, its codebook is revived in place; "
+            "use 0"
         )
     if config.optim.warmup_steps >= config.train.steps:
         raise ValueError(

@@ -48,7 +48,8 @@ class Engine:
         self.mesh = mesh
         self.stage = config.train.zero_stage
         self.updates = 0
-        self.names = {parameter: name for name, parameter in objective.named_parameters()}
+        # Any: DeepSpeed hangs ds_tensor, ds_shape and _hp_mapping on nn.Parameter.
+        self.names: dict[Any, str] = {parameter: name for name, parameter in objective.named_parameters()}
         self.trace = ModuleTrace(objective)
         deepspeed = _quiet_deepspeed()
         groups = parameter_groups(objective, config.optim)
@@ -112,7 +113,7 @@ class Engine:
             for parameter, name in self.names.items():
                 parameter.data.copy_(full(name).view(parameter.shape))
 
-    def _owned_of(self, name: str, parameter: nn.Parameter) -> Iterator[Owned]:
+    def _owned_of(self, name: str, parameter: Any) -> Iterator[Owned]:
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         size = torch.Size(shape).numel()
         if self.stage == 0:
@@ -130,9 +131,7 @@ class Engine:
             views = {key: tensor.narrow(0, there.start, there.numel) for key, tensor in sources.items()}
             yield Owned(name, shape, here.start, here.start + here.numel, views)
 
-    def _owned_partition(
-        self, name: str, parameter: nn.Parameter, shape: tuple[int, ...], size: int
-    ) -> Iterator[Owned]:
+    def _owned_partition(self, name: str, parameter: Any, shape: tuple[int, ...], size: int) -> Iterator[Owned]:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         part = parameter.ds_tensor.numel()
@@ -163,7 +162,10 @@ class Engine:
 
 
 class ModuleTrace:
-    """Which modules this rank ran in a step. Under ZeRO-3 ranks that differ mix each other's weights without an error."""
+    """Which modules this rank ran in a step.
+
+    Under ZeRO-3 ranks that differ mix each other's weights without an error.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.digest = 0
@@ -182,8 +184,8 @@ class ModuleTrace:
             highest, lowest = mesh.maximum([digest, -digest])
             if highest != -lowest:
                 raise NodeFault(
-                    f"rank {mesh.rank} ran other modules than its peers in this step, so sharded weights were mixed; every "
-                    "rank must call the same modules in the same order, with inputs times 0 where it has none"
+                    f"rank {mesh.rank} ran other modules than its peers in this step, so sharded weights were mixed; "
+                    "every rank must call the same modules in the same order, with inputs times 0 where it has none"
                 )
 
 

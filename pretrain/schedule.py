@@ -8,7 +8,8 @@ from pretrain.config import OptimConfig
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
     """Rate for the update that turns weights of `step` into those of `step + 1`, 0 <= step < steps.
 
-    Linear warm-up to `lr` over `warmup_steps`, then from `lr` to `final_lr_fraction * lr` at `steps` along the schedule.
+    Linear warm-up to `lr` over `warmup_steps`, then from `lr` to `final_lr_fraction * lr` at `steps` along the
+    schedule.
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps

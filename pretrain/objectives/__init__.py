@@ -4,7 +4,9 @@ forward(batch) returns named scalars; the mean over ranks of "loss" is the loss 
 detached metrics.
 """
 
-from torch import nn
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
 
 from pretrain.objectives.autoregressive import Autoregressive
 from pretrain.objectives.contrastive import Contrastive
@@ -19,3 +21,17 @@ OBJECTIVES: dict[str, type[nn.Module]] = {
     "autoregressive": Autoregressive,
     "reconstruction": Reconstruction,
 }
+
+
+@runtime_checkable
+class FollowsSteps(Protocol):
+    """An objective that does something after every update, on every rank alike."""
+
+    def after_step(self, step: int) -> None: ...
+
+
+@runtime_checkable
+class Previews(Protocol):
+    """An objective whose outputs are pictures to look at."""
+
+    def preview(self, batch: dict[str, Tensor]) -> Tensor: ...
