@@ -76,5 +76,7 @@ def test_pixels_become_minus_one_to_one_and_back():
     assert tensor.shape == (1, 3, 16, 16) and tensor.dtype == torch.float32 and tensor.is_contiguous()
     assert float(tensor.min()) == -1 and float(tensor.max()) == 1
     assert np.array_equal(to_images(tensor), images)
-    assert np.array_equal(to_images(tensor * 3), np.clip(np.rint((tensor.numpy() * 3 + 1) * 127.5), 0, 255).astype(
-        np.uint8).transpose(0, 2, 3, 1))
+    assert np.array_equal(
+        to_images(tensor * 3),
+        np.clip(np.rint((tensor.numpy() * 3 + 1) * 127.5), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1),
+    )
