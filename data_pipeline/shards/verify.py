@@ -93,22 +93,27 @@ def _note(faults: list[str], check: Callable[..., None], *arguments: Any) -> Non
 
 
 def _check_shard(storage: Storage, shard: Shard) -> None:
-    """Size, digest, and every sample of the index where the headers say."""
+    """Size, then digest, then every sample of the index where the headers say."""
     where = f"{storage.root}/{shard.name}"
     size, _ = storage.stat(shard.name)
     if size != shard.bytes:
         raise DataError(f"{where}: {size} bytes, the manifest says {shard.bytes}")
     if isinstance(storage, LocalStorage):
         with storage.path(shard.name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            _check_bytes(file, shard, where)
             starts = _sample_starts(file, where)
     else:
-        data = storage.get(shard.name)
-        digest, starts = hashlib.sha256(data).hexdigest(), _sample_starts(io.BytesIO(data), where)
-    if digest != shard.digest:
-        raise DataError(f"{where}: sha256 {digest[:12]}, the manifest says {shard.digest[:12]}")
+        data = io.BytesIO(storage.get(shard.name))
+        _check_bytes(data, shard, where)
+        starts = _sample_starts(data, where)
     if read_index(storage, shard).offsets[:-1].tolist() != starts:
         raise DataError(f"{where}.idx: offsets differ from the headers of the tar")
+
+
+def _check_bytes(file: Any, shard: Shard, where: str) -> None:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != shard.digest:
+        raise DataError(f"{where}: sha256 {digest[:12]}, the manifest says {shard.digest[:12]}")
 
 
 def _sample_starts(file: Any, where: str) -> list[int]:
