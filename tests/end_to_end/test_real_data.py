@@ -1,0 +1,220 @@
+"""The public commands on real images and captions, start to end; each stage's test needs the ones before it.
+
+Few steps each: that the way is sound, not that the models are good. The GPT's run is killed half way and goes on.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from data_pipeline.stream.reader import Stream
+from tests.pretrain.commands import finish, interrupted, kill_rank_1, rows_of, steps_of, tessera, two_ranks
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+
+EMOJI, PHOTOS = 2852, 39
+STEPS = {"vqgan": 16, "clip": 12, "electra": 16, "bert": 12, "gpt": 20}
+BATCH = {"vqgan": 8, "clip": 32, "electra": 32, "bert": 32, "gpt": 16}
+EVERY = 4
+FIGURES = {
+    "vqgan": {"reconstruction_psnr", "codes_used"},
+    "clip": {"retrieval_r1", "candidates"},
+    "electra": {"mlm_accuracy", "rtd_accuracy"},
+    "bert": {"loss"},
+    "gpt": {"prompts"},
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of this module are: the repository's recipes, the built emoji and what is made of them."""
+
+    root: Path
+    configs: Path
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    def overrides(self, name: str) -> list[str]:
+        """What puts the recipe's run, data and length in place of its own."""
+        paths = {"run": self.root / name, "data.dataset": self.data}
+        if name != "vqgan":
+            paths["data.vocabulary"] = self.root / "vocab" / "vocab.model"
+        if name == "gpt":
+            paths["data.tokenizer"] = self.tokenizer
+        few = {"steps": STEPS[name], "global_batch": BATCH[name], "checkpoint_every_steps": EVERY}
+        pairs = paths | {f"train.{key}": value for key, value in few.items()} | {"tracking.uri": "''"}
+        return [f"{key}={value}" for key, value in (pairs | {"optim.warmup_steps": 2}).items()]
+
+    def launch(self, name: str, *more: str) -> list[str]:
+        return two_ranks(self.configs / "small" / f"{name}.yaml", *self.overrides(name), *more)
+
+    def trained(self, name: str) -> Path:
+        """The folder of the finished run NAME, trained now unless it was."""
+        if not (self.root / name / "checkpoints").is_dir():
+            ended = finish(self.launch(name))
+            assert ended.returncode == 0, ended.stdout[-3000:]
+        return self.root / name
+
+
+def succeed(*arguments: str | Path) -> str:
+    """The output of a command that must leave with 0."""
+    ended = tessera(*arguments)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    return ended.stdout
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def samples_of(shared: Path, name: str) -> Path:
+    """The folder of real data NAME; skips where it is absent, but fails under CI."""
+    path = shared / "data" / name
+    if not path.is_dir():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{path} is absent: this test reads it")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(shared: Path, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The emoji built at 64 px, their vocabulary, a VQGAN and the codes by it."""
+    place = Place(tmp_path_factory.mktemp("real"), repository / "configs")
+    source, configs = samples_of(shared, "emoji-captions"), place.configs
+    images = ("images.mode=center_crop", "images.size=64")
+    succeed("data", "build", configs / "data/emoji.yaml", f"source.path={source}", f"output={place.data}", *images)
+    vocabulary = (f"dataset={place.data}", f"output={place.root / 'vocab'}")
+    succeed("vocab", "train", configs / "small/vocab.yaml", *vocabulary)
+    succeed("checkpoint", "export", place.trained("vqgan"), place.tokenizer)
+    succeed("data", "encode", place.data, "--tokenizer", place.tokenizer)
+    return place
+
+
+@pytest.fixture(scope="module")
+def gpt(place: Place) -> tuple[Path, int, str]:
+    """A run killed half way and finished by the same command -> folder; exit code and output of the killed one."""
+    run = place.root / "gpt"
+    code, output = interrupted(place.launch("gpt"), run, STEPS["gpt"] // 2, kill_rank_1)
+    ended = finish(place.launch("gpt"))
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    return run, code, output
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def test_every_emoji_is_accounted_for_and_verifies_with_its_codes(place: Place) -> None:
+    stats = read(place.data / "stats.json")
+    assert stats["in"] == EMOJI == stats["out"] + sum(stats["rejected"].values())
+    assert sum(shard["n"] for shard in read(place.data / "manifest.json")["shards"]) == stats["out"]
+    succeed("data", "verify", place.data)
+
+
+def test_codes_of_every_emoji_can_be_read(place: Place) -> None:
+    (side_car,) = place.data.glob("codes.vq-*.json")
+    stream = Stream(place.data, seed=0, codes=side_car.name.split("-")[1].split(".")[0])
+    codes = [stream.fetch(number).codes for number in (0, EMOJI // 2, EMOJI - 1)]
+    assert all(row is not None and row.shape == (64,) and row.max() < 256 for row in codes)
+
+
+def test_broken_images_and_empty_captions_are_dropped_and_counted(
+    place: Place, repository: Path, tmp_path: Path
+) -> None:
+    for number, data in enumerate([*real_images(place.data, 4), b"\x89PNG\r\n\x1a\n of no use", b""]):
+        folder_pair(tmp_path / "raw", f"{number}", data, "" if number == 3 else f"picture {number}")
+    out = tmp_path / "out"
+    source = (f"source.path={tmp_path / 'raw'}", f"output={out}")
+    succeed("data", "build", repository / "configs/data/folder.yaml", *source)
+    stats = read(out / "stats.json")
+    assert (stats["in"], stats["out"], sum(stats["rejected"].values())) == (6, 3, 3)
+    assert stats["rejected"].keys() == {"not_an_image", "empty_file", "empty_caption"}
+    succeed("data", "verify", out)
+
+
+def folder_pair(folder: Path, name: str, image: bytes, caption: str) -> None:
+    """An image and its caption beside it."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.png").write_bytes(image)
+    (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
+
+
+def real_images(dataset: Path, count: int) -> Iterator[bytes]:
+    """PNG files of the first images of a dataset."""
+    stream = Stream(dataset, seed=0)
+    for number in range(count):
+        file = io.BytesIO()
+        Image.open(io.BytesIO(stream.fetch(number).image)).save(file, "png")
+        yield file.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("name", ["vqgan", "clip", "electra", "bert"])
+def test_family_trains_over_two_processes_and_is_evaluated(place: Place, name: str) -> None:
+    run = place.trained(name)
+    assert_whole_run(run, name)
+    losses = [row["loss"] for row in rows_of(run)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    succeed("evaluate", run)
+    assert read(run / "evaluation.json").keys() >= FIGURES[name]
+
+
+def assert_whole_run(run: Path, name: str) -> None:
+    """The files of a finished run: its configuration, every step in order, the positions in one piece, checkpoints."""
+    steps, batch = STEPS[name], BATCH[name]
+    assert read(run / "config.json")["train"]["zero_stage"] == (0 if name == "vqgan" else 3)
+    rows = steps_of(run)
+    assert list(rows) == list(range(1, steps + 1))
+    assert [rows[step]["positions"] for step in rows] == [[batch * step, batch * (step + 1)] for step in range(steps)]
+    assert all(float.fromhex(row["loss_hex"]) == row["loss"] for row in rows.values())
+    listed = json.loads(succeed("checkpoint", "list", run, "--json"))
+    assert str(steps) in json.dumps(listed)
+    succeed("checkpoint", "verify", run)
+
+
+def test_killed_gpt_goes_on_from_its_last_checkpoint(gpt: tuple[Path, int, str]) -> None:
+    run, code, output = gpt
+    assert code == 70, output[-3000:]
+    assert_whole_run(run, "gpt")
+    first, second = (json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines())
+    assert (first["from_step"], second["from_step"] % EVERY) == (0, 0)
+    assert 0 < second["from_step"] <= max(row["step"] for row in rows_of(run) if row["attempt"] == 0)
+    assert [row["step"] for row in rows_of(run) if row["attempt"] == 1][0] == second["from_step"] + 1
+
+
+def test_gpt_is_evaluated_and_draws_pictures_of_the_tokenizers_size(gpt: tuple[Path, int, str], tmp_path: Path) -> None:
+    succeed("evaluate", gpt[0])
+    assert read(gpt[0] / "evaluation.json").keys() >= FIGURES["gpt"]
+    succeed("generate", gpt[0], "--prompt", "red apple 红苹果", "-n", "2", "--guidance", "2", "--out", tmp_path)
+    pictures = [path for path in tmp_path.glob("*.png") if "grid" not in path.name]
+    assert [Image.open(path).size for path in pictures] == [(64, 64)] * 2
+
+
+# ------------------------------------------------------------------------------------------- photographs
+
+
+def test_photographs_with_five_captions_are_built_and_train_a_clip(shared: Path, place: Place, tmp_path: Path) -> None:
+    source, data = samples_of(shared, "photo-captions"), tmp_path / "photos"
+    images = ("images.mode=center_crop", "images.size=64")
+    recipe = place.configs / "data/photos.yaml"
+    succeed("data", "build", recipe, f"source.path={source}", f"output={data}", *images)
+    assert (read(data / "stats.json")["in"], read(data / "stats.json")["out"]) == (PHOTOS, PHOTOS)
+    assert all(len(sample.captions) == 5 for sample in Stream(data, seed=0).read(0, PHOTOS))
+    succeed("data", "verify", data)
+    run = tmp_path / "clip"
+    ended = finish(place.launch("clip", f"data.dataset={data}", f"run={run}", "train.steps=4", "train.global_batch=8"))
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    assert list(steps_of(run)) == [1, 2, 3, 4]
