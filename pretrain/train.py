@@ -25,7 +25,7 @@ from pretrain.checkpoint import Checkpoints, check_identity, identity, restore
 from pretrain.config import RunConfig, micro_batch_of
 from pretrain.engine import Engine
 from pretrain.inputs import INPUTS
-from pretrain.inputs.feed import Feed
+from pretrain.inputs.feed import Batch, Feed
 from pretrain.interchange.folder import load_config
 from pretrain.mesh import Mesh
 from pretrain.metrics import ProgressLine, save_grid
@@ -56,7 +56,7 @@ def train(run: "Run", stop: "StopFlag") -> None:
     for positions, batches in run.feed.steps(run.step, config.train.steps):
         began = time.monotonic()
         losses: list[dict[str, Tensor]] = []
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(run.with_counts(batches)):
             seed_model(config.seed, positions[0], run.mesh.rank, index)
             losses.append(engine.forward(batch | {"step": torch.tensor(run.step)}))
             engine.backward(losses[-1]["loss"])
@@ -150,6 +150,15 @@ class Run:
         """One line of metrics.jsonl, and now and then one for the person who watches."""
         if self.writer:
             self.writer.step(self.step, positions, means, step_s, self.feed.waited_s)
+
+    def with_counts(self, batches: list[Batch]) -> list[Batch]:
+        """Accumulation must not weigh words by the micro-batch they stand in: each gets the step's mean counts."""
+        if len(batches) == 1 or not hasattr(self.objective, "counts"):
+            return batches
+        rows = [self.objective.counts(batch) for batch in batches]
+        means = self.mesh.mean([sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]])
+        shared = {name: torch.tensor(max(mean, 1e-9)) for name, mean in zip(rows[0], means, strict=True)}
+        return [batch | shared for batch in batches]
 
     def mean_over_batches_and_ranks(self, losses: list[dict[str, Tensor]]) -> dict[str, float]:
         """Means in float64, in a fixed order: the logged loss is bitwise repeatable at the same world size."""

@@ -34,6 +34,10 @@ class Mlm(nn.Module):
         self.config = config
         self.collectives = collectives
 
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this micro-batch's sums are divided by; `forward` takes their mean over micro-batches and ranks."""
+        return {"masked_words": batch["label_weights"].sum()}
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of MlmInputs -> loss and, over all ranks, mlm_loss, mlm_accuracy (nsp_loss, nsp_accuracy)."""
         words, pairs = self.model(batch["tokens"], batch["types"], batch["attention"], batch["positions"])
@@ -45,12 +49,13 @@ class Mlm(nn.Module):
         sums = torch.stack([weights.sum(), nll.detach(), right, nsp.detach(), nsp_right])
         count, total_nll, total_right, total_nsp, total_nsp_right = self.collectives.sum(sums).unbind()
         count, world = count.clamp(min=1), self.collectives.world
+        usual = batch.get("masked_words", count / world)
         metrics = {"mlm_loss": total_nll / count, "mlm_accuracy": total_right / count}
         if not self.config.nsp:
             # the head still takes part: sharded training needs a gradient, here 0, for every parameter in every step
-            return {"loss": nll * world / count + 0 * nsp, **metrics}
+            return {"loss": nll / usual + 0 * nsp, **metrics}
         metrics |= {"nsp_loss": total_nsp / world, "nsp_accuracy": total_nsp_right / world}
-        return {"loss": nll * world / count + nsp, **metrics}
+        return {"loss": nll / usual + nsp, **metrics}
 
 
 def word_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

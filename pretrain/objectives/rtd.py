@@ -28,6 +28,10 @@ class Rtd(nn.Module):
         self.config = config
         self.collectives = collectives
 
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this micro-batch's sums are divided by; `forward` takes their mean over micro-batches and ranks."""
+        return {"masked_words": batch["label_weights"].sum(), "real_words": batch["attention"].sum()}
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of RtdInputs -> loss and, over all ranks, the losses and accuracies of both towers."""
         out = self.model(**{key: batch[key] for key in self.keys})
@@ -43,8 +47,10 @@ class Rtd(nn.Module):
         masked, words, total_nll, total_rtd, filled, judged, caught, accused, guilty = sums.unbind()
         masked, words, accused, guilty = (count.clamp(min=1) for count in (masked, words, accused, guilty))
         world = self.collectives.world
+        usual_masked = batch.get("masked_words", masked / world)
+        usual_words = batch.get("real_words", words / world)
         return {
-            "loss": nll * world / masked + self.config.rtd_weight * rtd * world / words,
+            "loss": nll / usual_masked + self.config.rtd_weight * rtd / usual_words,
             "mlm_loss": total_nll / masked,
             "mlm_accuracy": filled / masked,
             "rtd_loss": total_rtd / words,

@@ -1,6 +1,7 @@
 """What a step holds depends on its number alone: not on ranks, micro-batches, prefetching or where the run began."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from pretrain.config import RunConfig
 from pretrain.inputs import INPUTS
 from pretrain.inputs.feed import Feed
 from pretrain.mesh import Place, place_from
-from pretrain.train import check_batch
+from pretrain.models import MODELS
+from pretrain.objectives import OBJECTIVES
+from pretrain.objectives.collectives import ONE_DEVICE
+from pretrain.train import Run, check_batch
 from tests.pretrain.commands import Material, electra, vqgan
 
 GLOBAL_BATCH = 48
@@ -71,6 +75,27 @@ def test_world_size_does_not_change_a_single_number_of_the_tensors(
     parts = [Feed(stream, inputs, GLOBAL_BATCH, (rank, world), 2, 1).step(4) for rank in range(world)]
     for name, tensor in whole.items():
         assert torch.equal(torch.cat([batch[name] for rank in parts for batch in rank]), tensor), name
+
+
+@pytest.mark.parametrize("kind", ["bert", "electra"])
+def test_the_mean_over_unequal_micro_batches_is_the_loss_of_the_whole_batch(
+    kind: str, material: Material, tmp_path: Path
+) -> None:
+    tree = electra(material, tmp_path)
+    tree["model"] |= {"kind": kind, "dropout": 0.0}
+    if kind == "bert":
+        del tree["model"]["generator_fraction"]
+        tree["objective"] = {"kind": "mlm"}
+    config = check_settings(RunConfig, tree, "test")
+    stream = Stream(material.dataset, 0)
+    inputs = INPUTS[config.objective.kind](config, stream, Vocabulary(material.vocabulary))
+    objective = OBJECTIVES[config.objective.kind](MODELS[kind](config.model), config.objective, ONE_DEVICE)
+    run: Any = SimpleNamespace(objective=objective, mesh=SimpleNamespace(mean=lambda values: values))
+    batches = [inputs(stream.read(at, at + 2)) for at in range(0, 16, 2)]
+    assert len({int(batch["label_weights"].sum()) for batch in batches}) > 1
+    parts = [objective(batch)["loss"] for batch in Run.with_counts(run, batches)]
+    whole = objective(inputs(stream.read(0, 16)))["loss"]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-5, atol=0)
 
 
 # ------------------------------------------------------------------------------------- batch and processes
