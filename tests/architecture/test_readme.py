@@ -10,6 +10,7 @@ from tests.architecture.source import PACKAGES
 
 MAP = re.compile(r"<!-- map -->\n+```\n(.*?)```", re.S)
 NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+MADE_LATER = {"docs/", "docs/demo.png"}  # out of a demo run: named here, in a tree only once it was taken
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
 
@@ -58,7 +59,7 @@ def expected(repository: Path) -> set[str]:
 
 
 def test_the_map_is_the_tree(readme: str, repository: Path) -> None:
-    there, named = expected(repository), listed(readme)
+    there, named = expected(repository) - MADE_LATER, listed(readme) - MADE_LATER
     assert there == named, f"missing in the map: {sorted(there - named)}; not on disk: {sorted(named - there)}"
 
 
@@ -73,4 +74,5 @@ def test_every_test_that_the_readme_names_exists(readme: str, repository: Path) 
 def test_links_of_the_documents_lead_somewhere(repository: Path) -> None:
     for document in ("README.md", "CONTRIBUTING.md", "slurm/README.md"):
         for target in LINK.findall((repository / document).read_text(encoding="utf-8")):
-            assert (repository / document).parent.joinpath(target).exists(), f"{document}: {target}"
+            there = (repository / document).parent.joinpath(target).exists()
+            assert there or target in MADE_LATER, f"{document}: {target}"
