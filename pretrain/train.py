@@ -153,9 +153,10 @@ class Run:
 
     def with_counts(self, batches: list[Batch]) -> list[Batch]:
         """Accumulation must not weigh words by the micro-batch they stand in: each gets the step's mean counts."""
-        if len(batches) == 1 or not hasattr(self.objective, "counts"):
+        counts = getattr(self.objective, "counts", None)
+        if len(batches) == 1 or counts is None:
             return batches
-        rows = [self.objective.counts(batch) for batch in batches]
+        rows = [counts(batch) for batch in batches]
         means = self.mesh.mean([sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]])
         shared = {name: torch.tensor(max(mean, 1e-9)) for name, mean in zip(rows[0], means, strict=True)}
         return [batch | shared for batch in batches]

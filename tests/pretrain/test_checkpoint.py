@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,13 +45,13 @@ class Part:
     stage = 3
 
     def __init__(self, module: torch.nn.Module, rank: int, world: int) -> None:
-        self.module = self.deepspeed = torch.nn.Module()
-        self.deepspeed.module = self.module.model = module
+        self.model = module
+        self.deepspeed = SimpleNamespace(module=torch.nn.ModuleDict({"model": module}))
         self.rank, self.world = rank, world
 
     def owned(self) -> list[Owned]:
         parts = []
-        for name, parameter in self.module.model.named_parameters():
+        for name, parameter in self.model.named_parameters():
             size = parameter.numel()
             lo, hi = size * self.rank // self.world, size * (self.rank + 1) // self.world
             if lo < hi:

@@ -45,7 +45,7 @@ def torch_rates(kind: str, steps: int, lr: float, final: float) -> list[float]:
     }[kind]()
     rates = []
     for _ in range(steps):
-        rates.append(scheduler.get_last_lr()[0])
+        rates.append(float(scheduler.get_last_lr()[0]))
         optimizer.step()
         scheduler.step()
     return rates
