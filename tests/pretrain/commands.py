@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.pretrain.processes import ROOT
 
-TIMEOUT_S = 150
+TIMEOUT_S = 200
 TRACEBACK = "Traceback (most recent call last)"
 
 
