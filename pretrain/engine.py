@@ -61,7 +61,11 @@ class Engine:
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One micro-batch on this rank -> named losses; "loss" is the one to differentiate."""
-        return self.deepspeed({name: tensor.to(self.mesh.device) for name, tensor in batch.items()})
+        self.trace.on = True  # what one rank runs beside the step, such as a preview, is not part of it
+        try:
+            return self.deepspeed({name: tensor.to(self.mesh.device) for name, tensor in batch.items()})
+        finally:
+            self.trace.on = False
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of the mean over micro-batches."""
@@ -169,13 +173,15 @@ class ModuleTrace:
 
     def __init__(self, module: nn.Module) -> None:
         self.digest = 0
+        self.on = False
         for name, child in module.named_modules():
             if any(True for _ in child.parameters(recurse=False)):
                 key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
                 child.register_forward_pre_hook(lambda _module, _inputs, key=key: self._note(key))
 
     def _note(self, key: int) -> None:
-        self.digest = (self.digest * 1_000_003 + key) % (1 << 56)
+        if self.on:
+            self.digest = (self.digest * 1_000_003 + key) % (1 << 56)
 
     def check(self, mesh: Mesh) -> None:
         """Raises NodeFault before anything is updated when the ranks ran other modules or another order."""

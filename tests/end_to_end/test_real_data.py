@@ -56,6 +56,8 @@ class Place:
         if name == "gpt":
             paths["data.tokenizer"] = self.tokenizer
         few = {"steps": STEPS[name], "global_batch": BATCH[name], "checkpoint_every_steps": EVERY}
+        if name == "vqgan":
+            few["sample_every_steps"] = STEPS[name] // 2  # drawn by one rank alone, between steps
         pairs = paths | {f"train.{key}": value for key, value in few.items()} | {"tracking.uri": "''"}
         return [f"{key}={value}" for key, value in (pairs | {"optim.warmup_steps": 2}).items()]
 
