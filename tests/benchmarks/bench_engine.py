@@ -27,7 +27,7 @@ from pretrain.objectives.collectives import Collectives
 from pretrain.optim import build_optimizer, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[2]
-PROCESSES, ROUNDS, STEPS, MICRO_BATCH, LR = 2, 9, 3, 4, 1e-3
+PROCESSES, ROUNDS, STEPS, MICRO_BATCH, LR = 2, 5, 2, 4, 1e-3
 PLAIN = "DDP"
 
 
