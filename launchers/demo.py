@@ -27,7 +27,7 @@ ROOT = Path("runs/demo")
 PROCESSES = 2
 STAGE_TIMEOUT_S = 1800
 POLL_S = 0.2
-PROMPT = "a large red circle"
+PROMPT = "a big red circle at the top left on white"
 
 QUICK = {
     "data": ["source.count=400", "shard_size=200"],

@@ -36,17 +36,14 @@ SHAPES: dict[str, tuple[str, Callable[[Floats, Floats], Bools]]] = {  # name -> 
 }
 COLOURS: dict[str, tuple[str, tuple[int, int, int]]] = {  # name -> (Chinese name, RGB)
     "red": ("红色", (220, 30, 35)),
-    "orange": ("橙色", (255, 140, 0)),
     "yellow": ("黄色", (250, 225, 30)),
     "green": ("绿色", (30, 150, 50)),
     "cyan": ("青色", (40, 205, 215)),
     "blue": ("蓝色", (35, 70, 220)),
     "purple": ("紫色", (130, 40, 160)),
-    "pink": ("粉色", (255, 130, 190)),
 }
 BACKGROUNDS: dict[str, tuple[str, tuple[int, int, int]]] = {
     "white": ("白色", (250, 250, 250)),
-    "grey": ("灰色", (150, 150, 150)),
     "black": ("黑色", (12, 12, 12)),
 }
 SIZES: dict[str, tuple[str, float, float]] = {  # name -> (Chinese name, radius, step of a position), in units of S
