@@ -57,7 +57,7 @@ def test_each_split_draws_its_own_combinations_only(split, allowed):
 
 def test_splits_share_no_combination_and_thousands_of_scenes_are_distinct():
     assert not set(TRAINED) & set(HELD_OUT)
-    assert len(HELD_OUT) * 8 == len(COMBINATIONS)
+    assert len(HELD_OUT) == pytest.approx(len(COMBINATIONS) / 8, rel=0.05)
     drawn = [scene(0, index) for index in range(9000)]
     assert len({tuple(one.attributes.values()) for one in drawn}) > 1000
     assert len({one.draw(32).tobytes() for one in drawn[:3000]}) > 2900
