@@ -38,11 +38,16 @@ def generate(
     main(str(run), prompt, count, str(out) if out else None, temperature, top_k, guidance, seed)
 
 
-def evaluate(run: Run, json: AsJson = False) -> None:
+def evaluate(
+    run: Run,
+    rerank: Annotated[Path | None, typer.Option(help="Run of a CLIP that picks the best image a prompt.")] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="Images per prompt to pick from.")] = 16,
+    json: AsJson = False,
+) -> None:
     """The figures of a run's newest checkpoint on its held-out data."""
     from pretrain.evaluate import main
 
-    emit(as_dict(main(run)), json)
+    emit(as_dict(main(run, rerank, candidates)), json)
 
 
 def status(run: Run, json: AsJson = False) -> None:

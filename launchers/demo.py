@@ -27,6 +27,7 @@ ROOT = Path("runs/demo")
 PROCESSES = 2
 STAGE_TIMEOUT_S = 1800
 POLL_S = 0.2
+CANDIDATES = "32"  # images per prompt that CLIP picks from
 PROMPT = "a big red circle at the top left on white"
 
 QUICK = {
@@ -135,9 +136,10 @@ def kill_half_way(launcher: "subprocess.Popen[bytes]", run: Path) -> int:
 
 def evaluate(demo: Demo) -> dict[str, Any]:
     """The figures of all runs on held-out scenes."""
-    for name in ("vqgan", "clip", "electra", "gpt"):
+    for name in ("vqgan", "clip", "electra"):
         demo.run(f"evaluate {name}", "evaluate", str(ROOT / name))
-    demo.run("generate", "generate", str(ROOT / "gpt"), "--prompt", PROMPT, "-n", "4", "--guidance", "2")
+    demo.run("evaluate gpt", "evaluate", str(ROOT / "gpt"), "--rerank", str(ROOT / "clip"), "--candidates", CANDIDATES)
+    demo.run("generate", "generate", str(ROOT / "gpt"), "--prompt", PROMPT, "-n", "4", "--temperature", "0.5")
     figures = {name: read_json(ROOT / name / "evaluation.json") for name in ("vqgan", "clip", "electra", "gpt")}
     return {
         "images_in": read_json(ROOT / "data" / "stats.json")["in"],
@@ -150,6 +152,7 @@ def evaluate(demo: Demo) -> dict[str, Any]:
         "prompt_accuracy": figures["gpt"]["prompt_accuracy"],
         "shape_accuracy": figures["gpt"]["shape_accuracy"],
         "colour_accuracy": figures["gpt"]["colour_accuracy"],
+        "prompt_accuracy_without_reranking": figures["gpt"]["single_prompt_accuracy"],
         "steps_per_s": {name: training_figures(ROOT / name)[0] for name in figures},
         "peak_memory_gib_per_process": {name: training_figures(ROOT / name)[1] for name in figures},
     }

@@ -17,6 +17,8 @@ from data_pipeline.vocabulary import Vocabulary
 from pretrain.checkpoint import load_trained
 from pretrain.config import RunConfig
 from pretrain.inputs import INPUTS
+from pretrain.inputs.pixels import resize
+from pretrain.inputs.text import ContrastiveInputs, normalise
 from pretrain.metrics import retrieval_recall_at_1, save_grid
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.collectives import ONE_DEVICE
@@ -27,13 +29,18 @@ SAMPLES = 512
 BATCH = 64
 CANDIDATES = 64
 PROMPTS = 100
-GUIDANCE, TEMPERATURE = 2.0, 0.5
+TEMPERATURE = 0.5
+CANDIDATES_PER_PROMPT, CANDIDATES_TEMPERATURE = 16, 1.0
 
 Figures = dict[str, float]
 
 
-def main(run: str | Path) -> Figures:
-    """-> figures by name; also in RUN/evaluation.json, pictures in RUN/samples, all of it in MLflow."""
+def main(run: str | Path, rerank: str | Path | None = None, candidates: int = CANDIDATES_PER_PROMPT) -> Figures:
+    """-> figures by name; also in RUN/evaluation.json, pictures in RUN/samples, all of it in MLflow.
+
+    rerank: for a gpt, the run of a CLIP that picks the best of `candidates` images per prompt, as in DALL-E
+    (Ramesh et al. 2021, arXiv:2102.12092).
+    """
     folder = Path(run)
     model, config = load_trained(folder)
     dataset = config.data.evaluation or config.data.dataset
@@ -45,7 +52,15 @@ def main(run: str | Path) -> Figures:
         stream, vocabulary = Stream(dataset, config.seed), Vocabulary(str(config.data.vocabulary))
     else:
         stream, vocabulary = open_data(readable, dataset)
-    figures = EVALUATIONS[config.model.kind](model, readable, stream, vocabulary, folder)
+    if rerank and config.model.kind != "gpt":
+        raise ConfigError(
+            f"--rerank {rerank}: a {config.model.kind} draws no images; name the run of a gpt to evaluate"
+        )
+    if config.model.kind == "gpt":
+        ranker = Ranker(rerank, stream) if rerank else None
+        figures = _gpt(model, readable, stream, vocabulary, folder, ranker, candidates)
+    else:
+        figures = EVALUATIONS[config.model.kind](model, readable, stream, vocabulary, folder)
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if config.tracking.uri:
         try:
@@ -127,7 +142,38 @@ def _vqgan(model: Any, config: RunConfig, stream: Stream, vocabulary: Vocabulary
     return {"reconstruction_psnr": float(per_image.mean()), "codes_used": len(used)}
 
 
-def _gpt(model: Any, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None, folder: Path) -> Figures:
+class Ranker:
+    """A trained CLIP that says which of several images shows a caption best."""
+
+    def __init__(self, run: str | Path, stream: Stream) -> None:
+        self.model: Any
+        self.model, config = load_trained(run)
+        if config.model.kind != "clip":
+            raise ConfigError(
+                f"{run} trained a {config.model.kind}, which compares no images with text; name a clip's run"
+            )
+        self.inputs = ContrastiveInputs(config, stream, Vocabulary(str(config.data.vocabulary)))
+
+    def best(self, images: np.ndarray, caption: str) -> int:
+        """uint8 [k, S, S, 3] -> index of the image closest to the caption."""
+        side = self.inputs.image_size
+        shown = normalise(np.stack([resize(image, side) for image in images]))
+        tokens, eot = self.inputs.text(caption)
+        with torch.no_grad():
+            seen = self.model.vision(shown)
+            said = self.model.text(torch.from_numpy(tokens)[None], torch.tensor([eot]))
+        return int((seen @ said[0]).argmax())
+
+
+def _gpt(
+    model: Any,
+    config: RunConfig,
+    stream: Stream,
+    vocabulary: Vocabulary | None,
+    folder: Path,
+    ranker: Ranker | None,
+    candidates: int,
+) -> Figures:
     """Images for captions of the evaluation data; for scenes, the share that shows the asked shape and colour."""
     from pretrain.generate import generate_images, labelled_grid
     from pretrain.interchange.tokenizer import load_tokenizer
@@ -136,26 +182,33 @@ def _gpt(model: Any, config: RunConfig, stream: Stream, vocabulary: Vocabulary |
     tokenizer = load_tokenizer(config.data.tokenizer)
     samples = stream.read(0, min(PROMPTS, stream.samples))
     prompts = [sample.captions[index % len(sample.captions)] for index, sample in enumerate(samples)]
-    images = generate_images(
-        model, tokenizer, vocabulary, prompts, temperature=TEMPERATURE, guidance=guidance_of(config), seed=config.seed
-    )
+    single = generate_images(model, tokenizer, vocabulary, prompts, temperature=TEMPERATURE, seed=config.seed)
+    images, figures = single, {"prompts": float(len(prompts))} | _scene_figures(single, samples, "single_")
+    if ranker:
+        repeated = [prompt for prompt in prompts for _ in range(candidates)]
+        many = generate_images(
+            model, tokenizer, vocabulary, repeated, temperature=CANDIDATES_TEMPERATURE, seed=config.seed
+        ).reshape(len(prompts), candidates, *single.shape[1:])
+        images = np.stack([some[ranker.best(some, prompt)] for some, prompt in zip(many, prompts, strict=True)])
+        figures["candidates"] = float(candidates)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     labelled_grid(images[:24], prompts[:24], columns=6).save(folder / "samples" / "evaluation-prompts.png")
-    figures: Figures = {"prompts": len(prompts)}
-    if all({"shape", "colour"} <= sample.meta.keys() for sample in samples):
-        checks = [
-            check_scene(image, sample.meta["shape"], sample.meta["colour"])
-            for image, sample in zip(images, samples, strict=True)
-        ]
-        figures["prompt_accuracy"] = float(np.mean([check.found for check in checks]))
-        figures["shape_accuracy"] = float(np.mean([check.shape_found for check in checks]))
-        figures["colour_accuracy"] = float(np.mean([check.colour_found for check in checks]))
-    return figures
+    return figures | _scene_figures(images, samples, "")
 
 
-def guidance_of(config: RunConfig) -> float:
-    """Guidance needs a model that has seen empty captions."""
-    return GUIDANCE if config.objective.kind == "autoregressive" and config.objective.caption_drop else 1.0
+def _scene_figures(images: np.ndarray, samples: list[Sample], prefix: str) -> Figures:
+    """uint8 [n, S, S, 3] -> shares with the asked shape, colour and both; nothing for data that are no scenes."""
+    if not all({"shape", "colour"} <= sample.meta.keys() for sample in samples):
+        return {}
+    checks = [
+        check_scene(image, sample.meta["shape"], sample.meta["colour"])
+        for image, sample in zip(images, samples, strict=True)
+    ]
+    return {
+        f"{prefix}prompt_accuracy": float(np.mean([check.found for check in checks])),
+        f"{prefix}shape_accuracy": float(np.mean([check.shape_found for check in checks])),
+        f"{prefix}colour_accuracy": float(np.mean([check.colour_found for check in checks])),
+    }
 
 
 def _text(model: nn.Module, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None, folder: Path) -> Figures:
@@ -166,6 +219,5 @@ EVALUATIONS: dict[str, Callable[[Any, RunConfig, Stream, Vocabulary | None, Path
     "clip": _clip,
     "bert": _text,
     "electra": _text,
-    "gpt": _gpt,
     "vqgan": _vqgan,
 }
