@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from data_pipeline.errors import ConfigError
-from pretrain.engine import deepspeed_settings, refuse_scalars
+from pretrain.engine import ModuleTrace, deepspeed_settings, refuse_scalars
 from tests.pretrain.engine_worker import Towers, config
 from tests.pretrain.processes import run_ranks
 
@@ -60,6 +60,17 @@ def test_a_restart_on_the_same_store_server_connects() -> None:
         for rank in run_ranks(WORKER, ["gather"], world=2, **environment):
             assert rank["loss"] < 1e-6
     del server
+
+
+def test_modules_run_beside_the_step_are_not_part_of_its_trace() -> None:
+    """One rank alone draws a preview between steps."""
+    module = nn.Linear(2, 2)
+    trace = ModuleTrace(module)
+    module(torch.zeros(1, 2))
+    assert trace.digest == 0
+    trace.on = True
+    module(torch.zeros(1, 2))
+    assert trace.digest != 0
 
 
 def test_a_parameter_without_dimensions_is_refused_by_name() -> None:
