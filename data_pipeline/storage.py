@@ -28,8 +28,20 @@ class Storage(Protocol):
         """-> (bytes, etag; empty for local files). Raises DataError where it is missing."""
         ...
 
+    def folders(self) -> list[str]:
+        """Names of the prefixes directly under the root that hold objects, sorted; hidden ones left out."""
+        ...
+
     def list(self) -> list[str]:
         """Names of the objects directly under the root, sorted."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove one object; nothing happens where it is missing."""
+        ...
+
+    def remove_all(self) -> None:
+        """Remove the root with everything under it."""
         ...
 
     def get(self, name: str) -> bytes:
@@ -89,9 +101,22 @@ class LocalStorage:
         with _named(self.root, name):
             return self.path(name).stat().st_size, ""
 
+    def folders(self) -> list[str]:
+        folder = Path(self.root)
+        found = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+        return sorted(name for name in found if not name.startswith("."))
+
     def list(self) -> list[str]:
         folder = Path(self.root)
         return sorted(entry.name for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else []
+
+    def remove(self, name: str) -> None:
+        with _named(self.root, name):
+            self.path(name).unlink(missing_ok=True)
+
+    def remove_all(self) -> None:
+        with _named(self.root, ""), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.root)
 
     def get(self, name: str) -> bytes:
         with _named(self.root, name):
@@ -181,6 +206,14 @@ class S3Storage:
             info = self._fs.info(self.path(name))
             return int(info["size"]), str(info.get("ETag", "")).strip('"')
 
+    def folders(self) -> list[str]:
+        with _named(self.root, ""):
+            try:
+                entries = self._fs.ls(self.root, detail=True, refresh=True)
+            except FileNotFoundError:
+                return []
+        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[1] for entry in entries if entry["type"] == "directory")
+
     def list(self) -> list[str]:
         with _named(self.root, ""):
             try:
@@ -188,6 +221,15 @@ class S3Storage:
             except FileNotFoundError:
                 return []
         return sorted(entry["name"].rsplit("/", 1)[1] for entry in entries if entry["type"] == "file")
+
+    def remove(self, name: str) -> None:
+        with _named(self.root, name), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self.path(name))
+
+    def remove_all(self) -> None:
+        with _named(self.root, ""), contextlib.suppress(FileNotFoundError):
+            self._fs.invalidate_cache()
+            self._fs.rm(self.root, recursive=True)
 
     def get(self, name: str) -> bytes:
         with _named(self.root, name):

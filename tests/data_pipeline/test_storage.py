@@ -58,6 +58,25 @@ def test_what_killed_writers_left_is_removed(storage):
     assert not (storage.path(".tmp")).exists() and storage.list() == ["a"]
 
 
+def test_folders_are_listed_and_removed_with_all_they_hold(storage):
+    assert storage.folders() == []
+    for name in ("b", "a", "c"):
+        open_storage(f"{storage.root}/{name}").put_if_absent("deep", b"0")
+    with storage.scratch():
+        assert storage.folders() == ["a", "b", "c"] and storage.list() == []
+    for _ in range(2):
+        open_storage(f"{storage.root}/b").remove_all()
+        assert storage.folders() == ["a", "c"]
+
+
+def test_an_object_is_removed_once_or_not_there(storage):
+    storage.put_if_absent("a", b"0")
+    for _ in range(2):
+        storage.remove("a")
+        assert storage.list() == []
+    assert storage.put_if_absent("a", b"1")
+
+
 def test_a_storage_travels_to_another_process_without_its_open_files(storage):
     storage.put_if_absent("a", b"0123")
     storage.get_range("a", 0, 1)
