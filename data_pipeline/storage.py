@@ -190,7 +190,7 @@ class S3Storage:
         if self._opened is None or self._opened[0] != os.getpid():
             import s3fs
 
-            self._opened = os.getpid(), s3fs.S3FileSystem(skip_instance_cache=True)
+            self._opened = os.getpid(), s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
         return self._opened[1]
 
     def path(self, name: str) -> str:
