@@ -1,11 +1,18 @@
 """Position -> sample, stateless: the order of a run is arithmetic on (samples, seed, position).
 
-Position P >= 0 lies in epoch e = P div N at place q = P mod N. Within an epoch a keyed Feistel network permutes the
-places; values at N or above walk on along their cycle until they fall below N, so every epoch is exactly the N samples.
+Position P >= 0 lies in epoch e = P div N at place q = P mod N; every epoch is exactly the N samples, and a batch may
+straddle two. An epoch is read by C lanes, virtual readers that have nothing to do with the hardware: place q belongs to
+lane q mod C. A lane owns blocks of B consecutive samples, dealt to the lanes by a keyed permutation of all blocks, and
+permutes its samples within windows of K blocks. So C * K blocks are open at once, whoever reads them, and a lane reads
+each of its blocks in one piece. What does not fill a block on every lane is a short last block of each; all blocks
+start at a place that the epoch draws. Datasets below C * K blocks have fewer lanes, and below one window they are
+permuted whole.
+
 The order has a name and a version, which the state of a stream carries: another order is another name, never a change
 of this one (golden values in tests/data_pipeline/stream/test_order.py pin it).
 """
 
+import dataclasses
 import hashlib
 from functools import lru_cache
 
@@ -13,39 +20,73 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 
-ORDER = "feistel"
+ORDER = "lanes"
 ORDER_VERSION = 1
 
 _ROUNDS = 8
 _MIN_BITS = 4
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK64 = (1 << 64) - 1
+_SHIFT, _BLOCKS, _WINDOWS = range(3)  # what a key is for
 
 
-def order(positions: np.ndarray, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """lanes C: virtual readers; block B: consecutive samples read together; window K: blocks a lane shuffles."""
+
+    lanes: int = 64
+    block: int = 64
+    window: int = 16
+
+    def lanes_for(self, samples: int) -> int:
+        """Lanes that a dataset of this size fills with a window each, at least one."""
+        return max(1, min(self.lanes, samples // (self.block * self.window)))
+
+
+DEFAULT = Geometry()
+
+
+def order(
+    positions: np.ndarray, samples: int, seed: int, geometry: Geometry = DEFAULT
+) -> tuple[np.ndarray, np.ndarray]:
     """positions: int64 [n] -> (epochs: int64 [n], sample ids: int64 [n]), each epoch a permutation of `samples`.
 
     Raises DataError for an empty dataset or a position below 0.
     """
-    if samples < 1:
-        raise DataError(f"samples={samples}: an order needs at least one sample; build the dataset first")
-    positions = np.asarray(positions, dtype=np.int64)
-    if positions.size and int(positions.min()) < 0:
-        raise DataError(f"position {int(positions.min())} is below 0; positions count from 0")
-    epochs, places = np.divmod(positions, np.int64(samples))
-    return epochs, permute(places, samples, seed, epochs)
+    epochs, places = _divide(positions, samples)
+    keys = _key(np.full(epochs.shape, seed & _MASK64, np.uint64), epochs)
+    lanes, block = geometry.lanes_for(samples), geometry.block
+    rows, lane = np.divmod(places, np.int64(lanes))  # the how-many-eth sample of which lane
+    full = samples // lanes // block  # whole blocks of each lane
+    rows = _shuffle_windows(rows, lane, keys, samples, lanes, full, geometry)
+    number, inside = np.divmod(rows, np.int64(block))
+    raw = _short_block(rows, lane, samples, lanes, full * block)
+    whole = np.flatnonzero(number < full)
+    if whole.size:
+        slots, sizes = number[whole] * lanes + lane[whole], np.full(whole.shape, full * lanes)
+        raw[whole] = _permute(slots, sizes, _key(keys[whole], _BLOCKS)) * block + inside[whole]
+    shift = (_key(keys, _SHIFT) % np.uint64(samples)).astype(np.int64)
+    return epochs, (raw - (samples - shift)) % np.int64(samples)
 
 
-def permute(places: np.ndarray, samples: int, seed: int, epochs: np.ndarray) -> np.ndarray:
-    """places, epochs: int64 [n] -> int64 [n], a bijection of [0, samples) for each (seed, epoch)."""
-    bits = max(_MIN_BITS, (samples - 1).bit_length())
-    keys = _mix(_mix(np.full(epochs.shape, seed & _MASK64, np.uint64) + _GOLDEN) ^ epochs.astype(np.uint64))
-    values = _feistel(places.astype(np.uint64), keys, bits)
-    outside = np.flatnonzero(values >= samples)
-    while outside.size:
-        values[outside] = _feistel(values[outside], keys[outside], bits)
-        outside = outside[values[outside] >= samples]
-    return values.astype(np.int64)
+def lanes_of(positions: np.ndarray, samples: int, geometry: Geometry = DEFAULT) -> np.ndarray:
+    """The lane that reads each position: int64 [n] -> int64 [n]."""
+    return _divide(positions, samples)[1] % geometry.lanes_for(samples)
+
+
+def share(positions: np.ndarray, lanes: np.ndarray, shard: tuple[int, int]) -> np.ndarray:
+    """Of a batch's positions, int64 [n] with their lanes, those of rank `shard[0]` of `shard[1]`: int64 [n / world].
+
+    Sorted by lane and cut in equal parts: the parts of all ranks in a row are the same for every world size, and a
+    rank keeps reading the blocks that it has begun. Raises DataError when the batch is not divisible.
+    """
+    rank, world = shard
+    size = len(positions)
+    if size % world or not 0 <= rank < world:
+        fits = max(1, size // world) * world
+        raise DataError(f"batch of {size} for rank {rank} of {world}: not divisible; use {fits}, a rank < {world}")
+    part = size // world
+    return positions[np.argsort(lanes, kind="stable")][rank * part : (rank + 1) * part]
 
 
 def sample_generator(seed: int, epoch: int, sample_id: int, purpose: str) -> np.random.Generator:
@@ -63,11 +104,66 @@ def _purpose_key(purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
 
 
-def _feistel(values: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
-    """Unbalanced Feistel network on `bits` bits: uint64 [n], keyed per element by uint64 [n]."""
-    low_bits = np.uint64(bits - bits // 2)
-    low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
-    high_mask = (np.uint64(1) << np.uint64(bits // 2)) - np.uint64(1)
+# -------------------------------------------------------------------------------------- blocks and windows
+
+
+def _divide(positions: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> epochs and places, int64 [n]."""
+    if samples < 1:
+        raise DataError(f"samples={samples}: an order needs at least one sample; build the dataset first")
+    positions = np.asarray(positions, dtype=np.int64)
+    if positions.size and int(positions.min()) < 0:
+        raise DataError(f"position {int(positions.min())} is below 0; positions count from 0")
+    epochs, places = np.divmod(positions, np.int64(samples))
+    return epochs, places
+
+
+def _shuffle_windows(
+    rows: np.ndarray, lane: np.ndarray, keys: np.ndarray, samples: int, lanes: int, full: int, geometry: Geometry
+) -> np.ndarray:
+    """rows: int64 [n], the place within a lane -> int64 [n], permuted inside its window.
+
+    The last window of a lane takes the blocks that would not fill one of their own, and the short block.
+    """
+    span = geometry.window * geometry.block
+    windows = max(1, full // geometry.window)
+    number = np.minimum(rows // span, windows - 1)
+    length = samples // lanes + (lane < samples % lanes)
+    sizes = np.where(number == windows - 1, length - number * span, span)
+    inner = _permute(rows - number * span, sizes, _key(_key(_key(keys, _WINDOWS), lane), number))
+    return number * span + inner
+
+
+def _short_block(rows: np.ndarray, lane: np.ndarray, samples: int, lanes: int, whole: int) -> np.ndarray:
+    """Where the samples behind the `whole` first ones of a lane stand: all short blocks in a row, behind the others."""
+    each, longer = samples // lanes - whole, samples % lanes
+    return lanes * whole + lane * each + np.minimum(lane, longer) + (rows - whole)
+
+
+# --------------------------------------------------------------------------------------------- permutation
+
+
+def _permute(values: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """values, sizes: int64 [n], keys: uint64 [n] -> int64 [n]: for each key and size a bijection of [0, size).
+
+    A Feistel network permutes the next powers of two; what falls outside walks on along its cycle.
+    """
+    bits = np.maximum(_MIN_BITS, np.frexp((sizes - 1).astype(np.float64))[1]).astype(np.uint64)
+    found = _feistel(values.astype(np.uint64), keys, bits)
+    limits = sizes.astype(np.uint64)
+    outside = np.flatnonzero(found >= limits)
+    while outside.size:
+        found[outside] = _feistel(found[outside], keys[outside], bits[outside])
+        outside = outside[found[outside] >= limits[outside]]
+    return found.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, keys: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """Unbalanced Feistel network on `bits` bits: uint64 [n], bits and keys uint64 [n]."""
+    one = np.uint64(1)
+    high_bits = bits >> one
+    low_bits = bits - high_bits
+    low_mask, high_mask = (one << low_bits) - one, (one << high_bits) - one
     high, low = values >> low_bits, values & low_mask
     for number in range(_ROUNDS):
         round_keys = keys + np.uint64((number + 1) * int(_GOLDEN) & _MASK64)
@@ -76,6 +172,11 @@ def _feistel(values: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
         else:
             low = low ^ (_mix(high ^ round_keys) & low_mask)
     return (high << low_bits) | low
+
+
+def _key(keys: np.ndarray, number: np.ndarray | int) -> np.ndarray:
+    """uint64 [n] and a number each -> uint64 [n], the keys of a branch."""
+    return _mix(_mix(keys + _GOLDEN) ^ np.asarray(number).astype(np.uint64))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Positions -> samples, straight from the tars: one ranged read a sample, no state but the position."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from data_pipeline.shards.codes import CodesFile, open_codes
 from data_pipeline.shards.manifest import Manifest, Shard, read_index, read_manifest
 from data_pipeline.shards.tar import BLOCK, parse_files, split_name
 from data_pipeline.storage import open_storage
-from data_pipeline.stream.order import ORDER, ORDER_VERSION, order
+from data_pipeline.stream.order import DEFAULT, ORDER, ORDER_VERSION, Geometry, lanes_of, order, share
 
 STATE_VERSION = 1
 
@@ -23,14 +24,15 @@ _IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", 
 class Stream:
     """A dataset as an endless sequence of samples, the same for every world size: `read` is a function of positions.
 
-    codes: id of the image tokenizer whose codes come along with the samples.
+    codes: id of the image tokenizer whose codes come along with the samples. geometry: how far samples are shuffled.
     Raises DataError for a dataset that is missing, empty or damaged, and for codes that are not there.
     """
 
-    def __init__(self, dataset: str | Path, seed: int, codes: str | None = None) -> None:
+    def __init__(self, dataset: str | Path, seed: int, codes: str | None = None, geometry: Geometry = DEFAULT) -> None:
         self.dataset = str(dataset)
         self.seed = seed
         self.codes = codes
+        self.geometry = geometry
         self._storage = open_storage(dataset)
         self._manifest: Manifest = read_manifest(self._storage)
         self.samples: int = self._manifest.samples
@@ -48,7 +50,7 @@ class Stream:
 
     def take(self, positions: np.ndarray) -> list[Sample]:
         """The samples of any positions, int64 [n], in the order given."""
-        epochs, ids = order(positions, self.samples, self.seed)
+        epochs, ids = order(positions, self.samples, self.seed, self.geometry)
         return self._load(ids, epochs.tolist(), positions.tolist())
 
     def fetch(self, sample_id: int) -> Sample:
@@ -58,19 +60,18 @@ class Stream:
         return self._load(np.array([sample_id]), [0], [-1])[0]
 
     def batches(self, start: int, size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[list[Sample]]:
-        """Endless global batches of `size` positions from `start`; of each, the contiguous part of rank `shard[0]`.
+        """Endless global batches of `size` positions from `start`; of each, the share of rank `shard[0]`, by lanes.
 
         Raises DataError when `size` is not divisible by the world size `shard[1]`.
         """
-        rank, world = shard
-        if size % world or not 0 <= rank < world:
-            fits = max(1, size // world) * world
-            raise DataError(f"batch of {size} for rank {rank} of {world}: not divisible; use {fits}, a rank < {world}")
-        part = size // world
         while True:
-            first = start + rank * part
-            yield self.read(first, first + part)
+            positions = np.arange(start, start + size, dtype=np.int64)
+            yield self.take(share(positions, self.lanes(positions), shard))
             start += size
+
+    def lanes(self, positions: np.ndarray) -> np.ndarray:
+        """The lane of the order that reads each position: int64 [n] -> int64 [n]."""
+        return lanes_of(positions, self.samples, self.geometry)
 
     # ------------------------------------------------------------------------------------------- state
 
@@ -80,6 +81,7 @@ class Stream:
             "version": STATE_VERSION,
             "order": ORDER,
             "order_version": ORDER_VERSION,
+            **dataclasses.asdict(self.geometry),
             "dataset": self.fingerprint,
             "samples": self.samples,
             "seed": self.seed,

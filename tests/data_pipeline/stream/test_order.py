@@ -1,35 +1,57 @@
+"""The order is pinned, every epoch is every sample once whatever the geometry, and a batch is drawn from afar."""
+
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from data_pipeline.stream.order import ORDER, ORDER_VERSION, order, sample_generator
+from data_pipeline.stream.order import DEFAULT, ORDER, ORDER_VERSION, Geometry, lanes_of, order, sample_generator, share
 
 GOLDEN = [  # samples, seed, first position, sample ids: changing one is a new order, not a repair
-    (10, 0, 0, [7, 5, 0, 9, 1, 8, 2, 4, 6, 3]),
-    (1000, 1, 1000, [645, 694, 307, 397, 544]),
-    (10**9, 7, 5 * 10**8, [769550676, 238629638, 642795810]),
-    (2**40, 2**63, 10**12, [786719697862, 324727702899]),
+    (10, 0, 0, [5, 8, 4, 2, 0, 1, 9, 3, 7, 6]),
+    (1000, 1, 1000, [786, 242, 168, 569, 854]),
+    (5000, 3, 4998, [2577, 4561, 2200, 4345]),
+    (400_000, 1, 399_998, [382139, 343089, 126490, 111520]),
+    (10**9, 7, 5 * 10**8, [917088492, 973451680, 610451305]),
+    (2**40, 2**63, 10**12, [472378756050, 422097333245]),
 ]
+GEOMETRIES = [Geometry(), Geometry(3, 2, 2), Geometry(1, 1, 1), Geometry(4, 5, 1), Geometry(2, 1, 7), Geometry(7, 3, 2)]
 
 
-def ids(start, stop, samples, seed):
-    return order(np.arange(start, stop), samples, seed)[1].tolist()
+def ids(start, stop, samples, seed, geometry=DEFAULT):
+    return order(np.arange(start, stop), samples, seed, geometry)[1].tolist()
 
 
 @pytest.mark.parametrize(("samples", "seed", "start", "expected"), GOLDEN)
 def test_the_order_is_pinned_by_golden_values(samples, seed, start, expected):
-    assert (ORDER, ORDER_VERSION) == ("feistel", 1)
+    assert (ORDER, ORDER_VERSION) == ("lanes", 1)
     assert ids(start, start + len(expected), samples, seed) == expected
 
 
+def test_the_order_of_another_geometry_is_pinned_too():
+    assert ids(0, 10, 10, 0, Geometry(2, 2, 2)) == [1, 3, 2, 5, 0, 8, 7, 9, 6, 4]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("seed", [0, 12345])
-def test_every_epoch_is_every_sample_once_for_all_small_datasets(seed):
+def test_every_epoch_is_every_sample_once_for_all_small_datasets(seed, geometry):
     for samples in range(1, 301):
-        epochs, found = order(np.arange(2 * samples), samples, seed)
+        epochs, found = order(np.arange(2 * samples), samples, seed, geometry)
         assert epochs.tolist() == [0] * samples + [1] * samples
         assert sorted(found[:samples]) == sorted(found[samples:]) == list(range(samples))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 20_000), st.integers(0, 2**64 - 1), st.integers(0, 2**20),
+    st.builds(Geometry, st.integers(1, 70), st.integers(1, 70), st.integers(1, 20)),
+)  # fmt: skip
+def test_any_epoch_of_any_geometry_is_a_permutation(samples, seed, epoch, geometry):
+    found = order(np.arange(epoch * samples, (epoch + 1) * samples), samples, seed, geometry)[1]
+    assert np.array_equal(np.sort(found), np.arange(samples))
 
 
 @settings(max_examples=50, deadline=None)
@@ -53,9 +75,66 @@ def test_epochs_and_seeds_differ():
     assert len(orders) == 6
 
 
-def test_places_are_uniform_over_epochs():
-    counts = np.bincount(order(np.arange(0, 20 * 4000, 20), 20, 5)[1], minlength=20)
+@pytest.mark.parametrize("geometry", [Geometry(), Geometry(2, 3, 2), Geometry(1, 1, 1)])
+def test_places_are_uniform_over_epochs(geometry):
+    counts = np.bincount(order(np.arange(0, 20 * 4000, 20), 20, 5, geometry)[1], minlength=20)
     assert ((counts - 200) ** 2 / 200).sum() < 50  # chi squared, 19 degrees: beyond 50 once in 10,000
+
+
+# ---------------------------------------------------------------------------------- blocks, lanes, distance
+
+
+def test_a_window_of_a_lane_is_whole_blocks_and_no_two_windows_share_one():
+    geometry, samples, seed = Geometry(4, 8, 3), 4 * 8 * 3 * 5 + 13, 9
+    places = np.arange(samples)
+    lanes, found = lanes_of(places, samples, geometry), order(places, samples, seed, geometry)[1]
+    starts = []
+    for lane in range(4):
+        rows = found[lanes == lane]
+        for window in rows[: 4 * 24].reshape(4, 24):  # the fifth takes the short block as well
+            ordered = np.sort(window)
+            first = next(k for k in range(24) if (ordered[k] - 1) % samples not in window)  # may go round the end
+            runs = np.roll(ordered, -first).reshape(3, 8)
+            assert (np.diff(runs, axis=1) % samples == 1).all()
+            starts += runs[:, 0].tolist()
+    assert len(set(starts)) == 4 * 4 * 3
+    assert len({(start - starts[0]) % samples % 8 for start in starts}) <= 2  # one raster, cut once at the end
+
+
+def test_a_batch_is_drawn_from_nearly_as_many_shards_as_a_perfect_shuffle_gives():
+    samples, batch = 400 * 1000, 256
+    found = order(np.arange(samples), samples, 1)[1][: samples // batch * batch].reshape(-1, batch)
+    distinct = np.array([len(np.unique(row // 1000)) for row in found])
+    assert distinct.mean() >= 175 and distinct.min() >= 150  # of the ideal 189.2, to the end of the epoch
+    neighbours = (np.diff(np.sort(found, axis=1), axis=1) == 1).sum(1).mean()
+    assert neighbours < 1.5  # pairs of neighbours in a batch; a perfect shuffle has 0.16
+
+
+def test_a_seek_into_a_billion_samples_takes_milliseconds():
+    order(np.arange(256), 10**9, 1)
+    began = time.perf_counter()
+    for epoch in range(10):
+        order(np.arange(256) + 10**9 * epoch + 5 * 10**8, 10**9, 1)
+    assert (time.perf_counter() - began) / 10 < 0.1
+
+
+def test_the_shares_of_all_ranks_in_a_row_are_the_same_for_every_world():
+    positions = np.arange(990, 990 + 48)
+    lanes = lanes_of(positions, 1000, Geometry(8, 4, 2))
+    whole = share(positions, lanes, (0, 1)).tolist()
+    assert sorted(whole) == positions.tolist()
+    for world in (2, 3, 4, 8, 16, 48):
+        assert sum((share(positions, lanes, (rank, world)).tolist() for rank in range(world)), []) == whole
+
+
+def test_a_rank_keeps_its_lanes_from_batch_to_batch():
+    geometry, samples, world = Geometry(8, 4, 2), 10_000, 4
+    for start in (0, 64, 640):
+        positions = np.arange(start, start + 64)
+        lanes = lanes_of(positions, samples, geometry)
+        for rank in range(world):
+            mine = share(positions, lanes, (rank, world))
+            assert set(lanes_of(mine, samples, geometry)) == {2 * rank, 2 * rank + 1}
 
 
 @pytest.mark.parametrize(("positions", "samples"), [([0], 0), ([-1], 10)])

@@ -85,7 +85,8 @@ def test_the_state_is_small_json_and_agrees_with_its_own_stream(scenes):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("version", 2), ("order", "lanes"), ("order_version", 2), ("dataset", "00"), ("samples", 24), ("seed", 1),
+    [("version", 2), ("order", "feistel"), ("order_version", 2), ("lanes", 8), ("block", 1), ("window", 2),
+     ("dataset", "00"), ("samples", 24), ("seed", 1),
      ("codes", "0123456789ab"), ("mixture", [1, 2])],
 )  # fmt: skip
 def test_a_state_that_differs_is_refused_field_by_field(scenes, field, value):
