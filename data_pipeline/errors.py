@@ -29,6 +29,10 @@ class DataError(TesseraError):
     exit_code = 74
 
 
+class BadSample(DataError):
+    """One sample cannot be used: its image does not decode, or what a task needs is not in it. Storage is not to blame."""
+
+
 class Requeue(TesseraError):
     """The run was asked to stop, saved its state and wants to go on later."""
 

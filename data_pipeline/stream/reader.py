@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import BadSample, DataError
 from data_pipeline.schema import Sample
 from data_pipeline.shards.codes import CodesFile, open_codes
 from data_pipeline.shards.manifest import Manifest, Shard, read_index, read_manifest
@@ -59,6 +59,11 @@ class Stream:
             raise DataError(f"sample id {sample_id}: {self.dataset} has ids 0 to {self.samples - 1}")
         return self._load(np.array([sample_id]), [0], [-1])[0]
 
+    def locate(self, position: int) -> tuple[int, int, range]:
+        """-> epoch and id of the sample at a position, and the ids of its dataset."""
+        epochs, ids = order(np.array([position]), self.samples, self.seed, self.geometry)
+        return int(epochs[0]), int(ids[0]), range(self.samples)
+
     def batches(self, start: int, size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[list[Sample]]:
         """Endless global batches of `size` positions from `start`; of each, the share of rank `shard[0]`, by lanes.
 
@@ -91,17 +96,7 @@ class Stream:
 
     def check(self, state: dict[str, Any]) -> None:
         """Raises DataError with a line for each field in which `state` differs from this stream, the position aside."""
-        mine = self.state(0)
-        lines = [
-            f"{name}: {state.get(name)!r} saved, {mine.get(name)!r} now"
-            for name in sorted({*mine, *state} - {"position"})
-            if state.get(name) != mine.get(name)
-        ]
-        if lines:
-            raise DataError(
-                f"{self.dataset}: the saved stream is another one, so its position means nothing here; "
-                "use the dataset and settings it was saved with, or start a new run\n  " + "\n  ".join(lines)
-            )
+        check_state(state, self.state(0), self.dataset)
 
     # ----------------------------------------------------------------------------------------- reading
 
@@ -134,8 +129,35 @@ class Stream:
         return read_index(self._storage, shard).offsets.tolist()
 
 
+def check_state(saved: dict[str, Any], now: dict[str, Any], dataset: str) -> None:
+    """Raises DataError with a line for each field in which two states of a stream differ, the position aside."""
+    before, after = entries(saved), entries(now)
+    lines = [
+        f"{name}: {before.get(name)!r} saved, {after.get(name)!r} now"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    if lines:
+        raise DataError(
+            f"{dataset}: the saved stream is another one, so its position means nothing here; "
+            "use the dataset and settings it was saved with, or start a new run\n  " + "\n  ".join(lines)
+        )
+
+
+def entries(state: dict[str, Any]) -> dict[str, Any]:
+    """Every value that must agree by its name, each entry of a list by itself."""
+    flat: dict[str, Any] = {}
+    for name, value in state.items():
+        flat |= {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, list) else {name: value}
+    flat.pop("position", None)
+    return flat
+
+
 def parse_sample(data: bytes, where: str) -> tuple[str, bytes, tuple[str, ...], dict[str, Any]]:
-    """The tar members of one sample -> (key, image, captions, meta). Raises DataError where it has no image."""
+    """The tar members of one sample -> (key, image, captions, meta).
+
+    Raises BadSample where there is no image, or text that is not UTF-8 or JSON.
+    """
     image: bytes | None = None
     text: bytes | None = None
     tree: dict[str, Any] = {}
@@ -143,14 +165,34 @@ def parse_sample(data: bytes, where: str) -> tuple[str, bytes, tuple[str, ...], 
     for name, contents in parse_files(data, where):
         key, extension = split_name(name)
         if extension == "json":
-            tree = json.loads(contents.decode())
+            tree = parse_json(contents, f"{where} ({name!r})")
         elif extension == "txt":
             text = contents
         elif image is None and extension in _IMAGES:
             image = contents
     if image is None:
-        raise DataError(f"{where} ({key!r}): no image among its files; only tars of image-text samples can be read")
+        raise BadSample(f"{where} ({key!r}): no image among its files; only tars of image-text samples can be read")
     captions = tree.pop("captions", None)
     if captions is None:
-        captions = [text.decode()] if text is not None else [tree["caption"]] if tree.get("caption") else []
+        alone = [tree["caption"]] if tree.get("caption") else []
+        captions = alone if text is None else [parse_text(text, f"{where} ({key!r})")]
     return str(tree.pop("key", key)), image, tuple(captions), tree
+
+
+def parse_text(contents: bytes, where: str) -> str:
+    """The text in a .txt file; raises BadSample where it is not UTF-8."""
+    try:
+        return contents.decode()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{where}: text that is not UTF-8 ({error}); build the dataset again") from None
+
+
+def parse_json(contents: bytes, where: str) -> dict[str, Any]:
+    """The object in a .json file; raises BadSample where it is something else."""
+    try:
+        tree = json.loads(contents)
+    except ValueError as error:
+        raise BadSample(f"{where}: not JSON ({error}); build the dataset again") from None
+    if not isinstance(tree, dict):
+        raise BadSample(f"{where}: holds {type(tree).__name__}, not an object; build the dataset again")
+    return tree
