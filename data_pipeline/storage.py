@@ -1,4 +1,4 @@
-"""One small interface over a local folder and an S3 prefix: read, list, create; nothing is ever overwritten."""
+"""One small interface over a local folder and an S3 prefix: read, list, create; only `replace` overwrites."""
 
 import contextlib
 import os
@@ -58,6 +58,10 @@ class Storage(Protocol):
 
     def put_file_if_absent(self, name: str, path: Path) -> bool:
         """The same from a file, which should lie in `scratch()`."""
+        ...
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Create the object or put another in its place, at once and whole: for what points at the newest version."""
         ...
 
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
@@ -151,6 +155,15 @@ class LocalStorage:
                 return False
             _sync_folder(self.path(name).parent)
         return True
+
+    def replace(self, name: str, data: bytes) -> None:
+        with self.scratch() as folder, _named(self.root, name):
+            with (folder / "object").open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(folder / "object", self.path(name))
+            _sync_folder(self.path(name).parent)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -259,6 +272,10 @@ class S3Storage:
             except FileExistsError:
                 return False
         return True
+
+    def replace(self, name: str, data: bytes) -> None:
+        with _named(self.root, name):
+            self._fs.pipe_file(self.path(name), data)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
