@@ -8,20 +8,24 @@ for minutes on first use.
 
 import dataclasses
 import hashlib
+import json
 import logging
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import ConfigError, NodeFault
+from data_pipeline.errors import ConfigError, DataError, NodeFault
 from pretrain.config import RunConfig
 from pretrain.mesh import Mesh
 from pretrain.optim import build_optimizer, parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+HYPER_PARAMETERS = ("weight_decay", "betas", "eps")
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 RESIDENT_PARAMETERS = 50_000_000
 """Up to this size stage 3 keeps the gathered parameters between steps; gradients and optimizer stay sharded."""
 BUCKET = 50_000_000
@@ -29,13 +33,17 @@ BUCKET = 50_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Owned:
-    """The part [lo, hi) of one flattened parameter that this rank keeps: writable float32 views [hi - lo]."""
+    """The part [lo, hi) of one flattened parameter that this rank keeps: writable float32 views [hi - lo].
+
+    replicated: every rank keeps the same, whole. A frozen parameter has no moments.
+    """
 
     name: str
     shape: tuple[int, ...]
     lo: int
     hi: int
     tensors: dict[str, Tensor]
+    replicated: bool = False
 
 
 class Engine:
@@ -48,16 +56,20 @@ class Engine:
         self.mesh = mesh
         self.stage = config.train.zero_stage
         self.updates = 0
+        self._norm: float | None = None
+        self._accepts: Callable[[float], bool] = math.isfinite
+        self._verdict: bool | None = None
         # Any: DeepSpeed hangs ds_tensor, ds_shape and _hp_mapping on nn.Parameter.
         self.names: dict[Any, str] = {parameter: name for name, parameter in objective.named_parameters()}
         self.trace = ModuleTrace(objective)
         deepspeed = _quiet_deepspeed()
-        groups = parameter_groups(objective, config.optim)
+        groups = self.groups = parameter_groups(objective, config.optim)
         settings = deepspeed_settings(config, objective, mesh.world, micro_batch, accumulation)
         objective.to(mesh.device)
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective, optimizer=build_optimizer(groups, config.optim), config=settings, dist_init_required=False
         )
+        self._guard_optimizer()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One micro-batch on this rank -> named losses; "loss" is the one to differentiate."""
@@ -73,12 +85,16 @@ class Engine:
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
 
-    def update(self, lr: float) -> float:
-        """Clip, AdamW at rate `lr`, clear -> the gradient's global norm before clipping."""
+    def update(self, lr: float, accepts: Callable[[float], bool] = math.isfinite) -> float:
+        """Clip, AdamW at rate `lr`, clear -> the gradient's global norm before clipping.
+
+        `accepts(norm)` says whether the gradient is applied; where it is not, it is only cleared.
+        """
+        self._accepts, self._verdict = accepts, None
         self.trace.check(self.mesh)
         # At stage 0 DeepSpeed clips without telling the norm.
         grads = [parameter.grad for parameter in self.names if parameter.grad is not None] if self.stage == 0 else []
-        norm = float(torch.nn.utils.get_total_norm(grads)) if self.stage == 0 else None
+        self._norm = float(torch.nn.utils.get_total_norm(grads)) if self.stage == 0 else None
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
@@ -86,8 +102,27 @@ class Engine:
             # DeepSpeed never clears these partitions: a parameter without a gradient in the next first micro-step
             # would be updated by this step's once more.
             self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
-        self.updates += 1
-        return float(self.deepspeed.get_global_grad_norm() or 0.0) if norm is None else norm
+        self.updates += int(self._accepted())
+        return self._global_norm()
+
+    def _global_norm(self) -> float:
+        return float(self.deepspeed.optimizer._global_grad_norm or 0.0) if self._norm is None else self._norm
+
+    def _accepted(self) -> bool:
+        """Asked once a step: DeepSpeed steps the optimizer for each of its groups, or not at all."""
+        if self._verdict is None:
+            self._verdict = self._accepts(self._global_norm())
+        return self._verdict
+
+    def _guard_optimizer(self) -> None:
+        """DeepSpeed knows the norm only inside its step: the optimizer below it asks before it touches anything."""
+        optimizer = self._base_optimizer()
+        step = optimizer.step
+
+        def guarded(*args: Any, **options: Any) -> Any:
+            return step(*args, **options) if self._accepted() else None
+
+        optimizer.step = guarded  # type: ignore[method-assign]
 
     # --------------------------------------------------------------------------------- state, by intervals
 
@@ -96,15 +131,53 @@ class Engine:
         self._make_moments()
         return [owned for parameter, name in self.names.items() for owned in self._owned_of(name, parameter)]
 
-    def set_updates(self, updates: int) -> None:
-        """Set the number of updates made so far, which AdamW's bias correction reads."""
-        self.updates = updates
-        for state in self._base_optimizer().state.values():
-            state["step"].fill_(updates)
+    def scalars(self) -> dict[str, Any]:
+        """What the optimizer keeps beside tensors, as plain JSON: counts of updates, groups by name, loss scale.
+
+        Every group has its own count, which AdamW's bias correction reads: optimizers that step apart stay apart.
+        """
+        state, counts = self._base_optimizer().state, [self.updates] * len(self.groups)
+        for number, tensor in self._optimized():
+            counts[number] = int(state[tensor]["step"]) if state[tensor] else 0
+        hyper = self._base_optimizer().param_groups
+        groups = [
+            {"names": group["names"], "updates": count} | {key: theirs[key] for key in HYPER_PARAMETERS}
+            for group, count, theirs in zip(self.groups, counts, hyper, strict=True)
+        ]
+        plain = {group["name"]: row for group, row in zip(self.groups, groups, strict=True)}
+        return dict(json.loads(json.dumps({"updates": self.updates, "groups": plain, "loss_scale": self._loss_scale()})))
+
+    def load_scalars(self, saved: dict[str, Any], where: str) -> None:
+        """Go on from `scalars()`. Raises DataError where a group has other members or settings than it was saved with.
+
+        Tensors are to be restored first: the state that holds the counts must exist.
+        """
+        now = self.scalars()["groups"]
+        for name in sorted(saved["groups"].keys() | now.keys()):
+            before, after = saved["groups"].get(name, {}), now.get(name, {})
+            wrong = [key for key in ("names", *HYPER_PARAMETERS) if before.get(key) != after.get(key)]
+            if wrong:
+                raise DataError(
+                    f"{where}: parameter group {name} differs in {', '.join(wrong)}; go on with the revision and the "
+                    "settings that saved it, or start another run from its weights with `initial`"
+                )
+        self.updates = saved["updates"]
+        counts = [saved["groups"][group["name"]]["updates"] for group in self.groups]
+        for number, tensor in self._optimized():
+            self._base_optimizer().state[tensor]["step"].fill_(counts[number])
+        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        for key, value in saved["loss_scale"].items():
+            if hasattr(scaler, key):
+                setattr(scaler, key, value)
+
+    def _loss_scale(self) -> dict[str, Any]:
+        """What moves in DeepSpeed's loss scaler; empty where there is none (stage 0)."""
+        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        return {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
 
     @torch.no_grad()
-    def refresh(self, full: Any) -> None:
-        """Make the working copies agree with the masters after `owned()` was written; `full(name)` -> float32 [n]."""
+    def refresh(self) -> None:
+        """Make the working copies agree with the masters after `owned()` was written. All ranks call it together."""
         if self.stage == 3:
             for parameter, name in self.names.items():
                 for owned in self._owned_of(name, parameter):
@@ -114,8 +187,7 @@ class Engine:
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
         elif self.stage in (1, 2):
-            for parameter, name in self.names.items():
-                parameter.data.copy_(full(name).view(parameter.shape))
+            self.deepspeed.optimizer.update_lp_params()
 
     def _owned_of(self, name: str, parameter: Any) -> Iterator[Owned]:
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -123,9 +195,11 @@ class Engine:
         if self.stage == 0:
             state = self._base_optimizer().state.get(parameter, {})
             sources = {"param": parameter.data} | {key: state[key] for key in MOMENTS if key in state}
-            yield Owned(name, shape, 0, size, {key: tensor.view(-1) for key, tensor in sources.items()})
+            yield Owned(name, shape, 0, size, {key: tensor.view(-1) for key, tensor in sources.items()}, True)
         elif self.stage == 3:
             yield from self._owned_partition(name, parameter, shape, size)
+        elif not parameter.requires_grad:
+            yield Owned(name, shape, 0, size, {"param": parameter.data.view(-1)}, True)
         elif getattr(parameter, "_hp_mapping", None) is not None:
             mapping = parameter._hp_mapping
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
@@ -152,14 +226,22 @@ class Engine:
     def _base_optimizer(self) -> torch.optim.Optimizer:
         return self.deepspeed.optimizer if self.stage == 0 else self.deepspeed.optimizer.optimizer
 
+    def _optimized(self) -> Iterator[tuple[int, Tensor]]:
+        """(number of the group, tensor that the base optimizer steps): parameters, or flat parts of them."""
+        sharded = self.deepspeed.optimizer
+        if self.stage == 0:
+            for number, group in enumerate(sharded.param_groups):
+                yield from ((number, parameter) for parameter in group["params"])
+        elif self.stage == 3:
+            for part, tensor in enumerate(sharded.fp32_partitioned_groups_flat):
+                yield sharded.sub_group_to_group_id[part], tensor
+        else:
+            yield from enumerate(sharded.single_partition_of_fp32_groups)
+
     def _make_moments(self) -> None:
         """AdamW makes its state at the first step; what is loaded before needs it now."""
-        optimizer, sharded = self._base_optimizer(), self.deepspeed.optimizer
-        tensors = {
-            0: lambda: [parameter for parameter in self.names if parameter.requires_grad],
-            3: lambda: sharded.fp32_partitioned_groups_flat,
-        }.get(self.stage, lambda: sharded.single_partition_of_fp32_groups)()
-        for tensor in tensors:
+        optimizer = self._base_optimizer()
+        for _, tensor in self._optimized():
             if not optimizer.state[tensor]:
                 zeros = {key: torch.zeros_like(tensor) for key in MOMENTS}
                 optimizer.state[tensor] = {"step": torch.zeros((), device=tensor.device)} | zeros

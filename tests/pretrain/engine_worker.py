@@ -1,6 +1,7 @@
 """One rank of tests/pretrain/test_engine.py: MODE and its arguments in, one JSON line out."""
 
 import json
+import math
 import sys
 from typing import Any
 
@@ -101,6 +102,31 @@ def stale(mesh: Mesh, stage: int) -> dict[str, float]:
     return {"first": moments[0], "second": moments[1]}
 
 
+def refused(mesh: Mesh, stage: int) -> dict[str, Any]:
+    """Steps 0 and 2, with nothing between them, or with a step that is refused: NaN on one rank, or finite."""
+
+    def states(between: Tensor | None) -> tuple[list[Tensor], int, list[float]]:
+        engine = Engine(Towers(), config(zero_stage=stage), mesh, BATCH // mesh.world, 1)
+        norms = []
+        for step, x in ((0, global_batch(0)), (1, between), (2, global_batch(2))):
+            if x is None:
+                continue
+            mine = x.chunk(mesh.world)[mesh.rank]
+            engine.backward(engine.forward({"x": mine, "tower": torch.tensor(step % 2)})["loss"])
+            norms.append(engine.update(LR, lambda norm, step=step: step != 1 and math.isfinite(norm)))
+        kept = [tensor.clone() for owned in engine.owned() for tensor in owned.tensors.values()]
+        return kept, engine.updates, norms
+
+    broken = global_batch(1)
+    broken[-1] = math.nan
+    expected, updates, _ = states(None)
+    results = {"finite": states(global_batch(1)), "nan": states(broken)}
+    return {
+        name: {"same": all(map(torch.equal, kept, expected)), "updates": count == updates, "norm": str(norms[1])}
+        for name, (kept, count, norms) in results.items()
+    }
+
+
 def different(mesh: Mesh) -> dict[str, Any]:
     """Each rank runs another tower."""
     engine = Engine(Towers(), config(zero_stage=3), mesh, BATCH // mesh.world, 1)
@@ -123,6 +149,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "losses": lambda: {"losses": sharded(mesh, stage, accumulation), "plain": plain(accumulation)},
         "stale": lambda: stale(mesh, stage),
+        "refused": lambda: refused(mesh, stage),
         "different": lambda: different(mesh),
         "gather": lambda: gathered(mesh),
     }[mode]()

@@ -30,6 +30,15 @@ def test_a_parameter_without_gradient_is_not_updated_from_the_step_before() -> N
         assert rank["second"] == pytest.approx(beta1 * rank["first"], rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_refused_step_leaves_no_trace_in_weights_moments_or_count(stage: int) -> None:
+    """A gradient that is not finite on one rank is not finite for all, at every stage."""
+    for rank in run_ranks(WORKER, ["refused", str(stage)], world=2):
+        for kind in ("finite", "nan"):
+            assert rank[kind]["same"] and rank[kind]["updates"], (kind, rank)
+        assert rank["nan"]["norm"] in ("nan", "inf")
+
+
 def test_ranks_that_run_different_modules_are_refused_before_the_update() -> None:
     for rank in run_ranks(WORKER, ["different"], world=2):
         assert "ran other modules than its peers" in rank["error"]
