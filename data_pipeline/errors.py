@@ -30,7 +30,7 @@ class DataError(TesseraError):
 
 
 class BadSample(DataError):
-    """One sample cannot be used: its image does not decode, or what a task needs is not in it. Storage is not to blame."""
+    """One sample cannot be used: it does not decode, or lacks what the task needs. Storage is not to blame."""
 
 
 class Requeue(TesseraError):

@@ -131,11 +131,12 @@ class Stream:
 
 def check_state(saved: dict[str, Any], now: dict[str, Any], dataset: str) -> None:
     """Raises DataError with a line for each field in which two states of a stream differ, the position aside."""
-    before, after = entries(saved), entries(now)
+    pairs = [(name, saved.get(name), now.get(name)) for name in sorted({*now, *saved} - {"position"})]
     lines = [
-        f"{name}: {before.get(name)!r} saved, {after.get(name)!r} now"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
+        f"{entry}: {before!r} saved, {after!r} now"
+        for name, old, new in pairs
+        for entry, before, after in _entries(name, old, new)
+        if before != after
     ]
     if lines:
         raise DataError(
@@ -144,13 +145,11 @@ def check_state(saved: dict[str, Any], now: dict[str, Any], dataset: str) -> Non
         )
 
 
-def entries(state: dict[str, Any]) -> dict[str, Any]:
-    """Every value that must agree by its name, each entry of a list by itself."""
-    flat: dict[str, Any] = {}
-    for name, value in state.items():
-        flat |= {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, list) else {name: value}
-    flat.pop("position", None)
-    return flat
+def _entries(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """What is compared under a name: the values, or those of two lists of one length one by one."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(old, new, strict=True))]
+    return [(name, old, new)]
 
 
 def parse_sample(data: bytes, where: str) -> tuple[str, bytes, tuple[str, ...], dict[str, Any]]:

@@ -1,0 +1,202 @@
+"""Several datasets as one stream: position -> which dataset, and the how-many-eth of it, in closed form.
+
+Rational weights repeat after as many positions as their reduced integers sum to. Within that period the sources are
+laid out by Tijdeman's rule (The chairman assignment problem, Discrete Mathematics 32, 1980): at every prefix each of K
+sources has its exact share to within 1 - 1 / (2 K - 2) of a sample. A change of weights begins a segment at a position;
+every source goes on where it stood, in its own epochs.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.schema import Sample
+from data_pipeline.stream.order import share
+from data_pipeline.stream.reader import Stream, check_state
+
+LARGEST_PERIOD = 10_000
+MOST_SOURCES = 16  # as many as a state of 1 KB can name
+_DIGITS = 12  # of a fingerprint, in the state
+
+Weight = int | float | str | Fraction
+
+
+class Schedule:
+    """Which source a position belongs to. `changes`: (first position, weights), the first at position 0.
+
+    Raises ConfigError for weights that are negative, all 0, of another number than the sources, or without a short
+    common period, and for changes out of order.
+    """
+
+    def __init__(self, changes: Sequence[tuple[int, Sequence[Weight]]]) -> None:
+        self.starts = [start for start, _ in changes]
+        if not changes or self.starts[0] != 0 or sorted(set(self.starts)) != self.starts:
+            raise ConfigError(f"weights change at positions {self.starts}; give ascending ones, the first is 0")
+        self.weights = [reduce_weights(weights) for _, weights in changes]
+        self.sources = len(self.weights[0])
+        for start, weights in zip(self.starts, self.weights, strict=True):
+            if len(weights) != self.sources:
+                raise ConfigError(f"{len(weights)} weights from position {start} for {self.sources} datasets")
+        self._tables = [_period(weights) for weights in self.weights]
+        self._bases = [np.zeros(self.sources, np.int64)]
+        for number, start in enumerate(self.starts[1:]):
+            self._bases.append(self._count(number, start))
+
+    def assign(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """positions: int64 [n] -> source, int64 [n], and the position within that source, int64 [n]."""
+        segments = np.searchsorted(self.starts, positions, side="right") - 1
+        sources, places = np.empty_like(positions), np.empty_like(positions)
+        for number in np.unique(segments).tolist():
+            chosen = np.flatnonzero(segments == number)
+            table, before = self._tables[number]
+            turns, slots = np.divmod(positions[chosen] - self.starts[number], len(table))
+            found = sources[chosen] = table[slots]
+            turn = np.array(self.weights[number], np.int64)[found]
+            places[chosen] = self._bases[number][found] + turns * turn + before[slots, found]
+        return sources, places
+
+    def counts(self, position: int) -> list[int]:
+        """How many samples of each source stand before `position`."""
+        return [int(count) for count in self._count(self.segment(position), position)]
+
+    def segment(self, position: int) -> int:
+        """Number of the segment that a position lies in."""
+        return bisect.bisect_right(self.starts, position) - 1
+
+    def _count(self, number: int, position: int) -> np.ndarray:
+        table, before = self._tables[number]
+        turns, slot = divmod(position - self.starts[number], len(table))
+        return self._bases[number] + turns * np.array(self.weights[number], np.int64) + before[slot]
+
+
+def reduce_weights(weights: Sequence[Weight]) -> tuple[int, ...]:
+    """Weights as written (0.7 is 7/10, "1/3" is a third) -> the smallest whole numbers of the same ratios."""
+    exact = [weight if isinstance(weight, Fraction) else Fraction(str(weight)) for weight in weights]
+    if min(exact) < 0 or not any(exact):
+        raise ConfigError(f"weights {[str(weight) for weight in weights]}: 0 or more each, and one above 0")
+    whole = [int(weight * math.lcm(*(each.denominator for each in exact))) for weight in exact]
+    reduced = tuple(weight // math.gcd(*whole) for weight in whole)
+    if sum(reduced) > LARGEST_PERIOD:
+        raise ConfigError(
+            f"weights {[str(weight) for weight in weights]} repeat after {sum(reduced)} samples, at most "
+            f"{LARGEST_PERIOD} are laid out; round them, for example to three digits"
+        )
+    return reduced
+
+
+def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """-> the source of each slot, int64 [period], and how many of each source stand before it, int64 [period, K]."""
+    live = [source for source, weight in enumerate(weights) if weight]
+    period, scale = sum(weights), max(2, 2 * len(live) - 2)
+    counts = [0] * len(weights)
+    table = np.empty(period, np.int64)
+    before = np.empty((period, len(weights)), np.int64)
+    for slot in range(period):
+        before[slot] = counts
+        late = {source: (slot + 1) * weights[source] - period * counts[source] for source in live}
+        time_left = {  # until the source has fallen behind, for those that would not come too early now
+            source: Fraction((scale - 1) * period - scale * late[source], weights[source])
+            for source in live
+            if scale * late[source] >= period
+        }
+        table[slot] = min(live, key=lambda source: time_left.get(source, math.inf))
+        counts[table[slot]] += 1
+    return table, before
+
+
+# ------------------------------------------------------------------------------------------------- streams
+
+
+class Mixture:
+    """Streams as one, in the proportions of a schedule; used as a `Stream` is.
+
+    A sample's id counts through the datasets in their order; its epoch is its own dataset's, its position the
+    mixture's. Raises ConfigError when streams and schedule do not fit.
+    """
+
+    def __init__(self, streams: Sequence[Stream], schedule: Schedule, seed: int) -> None:
+        if len(streams) != schedule.sources or not 1 <= len(streams) <= MOST_SOURCES:
+            raise ConfigError(f"{len(streams)} datasets, {schedule.sources} weights; one each, {MOST_SOURCES} at most")
+        self.streams = list(streams)
+        self.schedule = schedule
+        self.seed = seed
+        self.dataset = " + ".join(stream.dataset for stream in streams)
+        self.samples = sum(stream.samples for stream in streams)
+        self._firsts = [0, *itertools.accumulate(stream.samples for stream in streams)]
+
+    def read(self, start: int, stop: int) -> list[Sample]:
+        """The samples of positions [start, stop), in that order."""
+        return self.take(np.arange(start, stop, dtype=np.int64))
+
+    def take(self, positions: np.ndarray) -> list[Sample]:
+        """The samples of any positions, int64 [n], in the order given."""
+        sources, places = self.schedule.assign(positions)
+        found: dict[int, Sample] = {}
+        for source in np.unique(sources).tolist():
+            rows = np.flatnonzero(sources == source)
+            for row, sample in zip(rows.tolist(), self.streams[source].take(places[rows]), strict=True):
+                found[row] = self._ours(sample, source, int(positions[row]))
+        return [found[row] for row in range(len(positions))]
+
+    def fetch(self, sample_id: int) -> Sample:
+        """One sample by its id, 0 <= sample_id < samples."""
+        if not 0 <= sample_id < self.samples:
+            raise DataError(f"sample id {sample_id}: {self.dataset} has ids 0 to {self.samples - 1}")
+        source = bisect.bisect_right(self._firsts, sample_id) - 1
+        return self._ours(self.streams[source].fetch(sample_id - self._firsts[source]), source, -1)
+
+    def locate(self, position: int) -> tuple[int, int, range]:
+        """-> epoch and id of the sample at a position, and the ids of its dataset."""
+        sources, places = self.schedule.assign(np.array([position]))
+        source = int(sources[0])
+        epoch, sample_id, ids = self.streams[source].locate(int(places[0]))
+        first = self._firsts[source]
+        return epoch, sample_id + first, range(first, first + len(ids))
+
+    def batches(self, start: int, size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[list[Sample]]:
+        """Endless global batches of `size` positions from `start`; of each, the share of rank `shard[0]`, by lanes."""
+        while True:
+            positions = np.arange(start, start + size, dtype=np.int64)
+            yield self.take(share(positions, self.lanes(positions), shard))
+            start += size
+
+    def lanes(self, positions: np.ndarray) -> np.ndarray:
+        """The lane, in its own source's order, that reads each position: int64 [n] -> int64 [n]."""
+        sources, places = self.schedule.assign(positions)
+        lanes = np.empty_like(positions)
+        for source in np.unique(sources).tolist():
+            lanes[sources == source] = self.streams[source].lanes(places[sources == source])
+        return lanes
+
+    def state(self, position: int) -> dict[str, Any]:
+        """What must agree to go on at `position`, as JSON of less than 1 KB: the last weights and what was read."""
+        number = self.schedule.segment(max(0, position - 1))  # that of the last sample: the next may begin another
+        first = self.streams[0].state(position)
+        del first["dataset"], first["samples"]
+        return first | {
+            "seed": self.seed,
+            "datasets": [f"{stream.fingerprint[:_DIGITS]}:{stream.samples}" for stream in self.streams],
+            "weights": list(self.schedule.weights[number]),
+            "weights_from": self.schedule.starts[number],
+            "read": self.schedule.counts(position),
+        }
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Raises DataError with a line for each field in which `state` differs from this mixture at its position."""
+        check_state(state, self.state(state.get("position", 0)), self.dataset)
+
+    def _ours(self, sample: Sample, source: int, position: int) -> Sample:
+        return dataclasses.replace(sample, id=sample.id + self._firsts[source], position=position)
+
+
+def seed_of_source(seed: int, source: int) -> int:
+    """The seed of a source's own order: datasets of one size are not shuffled alike."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{source}".encode()).digest()[:8], "little")

@@ -1,0 +1,196 @@
+"""Proportions hold at every prefix, sources keep their own epochs, and a change of weights is part of the state."""
+
+import itertools
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.stream.mixture import MOST_SOURCES, Mixture, Schedule, reduce_weights, seed_of_source
+from data_pipeline.stream.reader import Stream
+
+WEIGHTS = st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any)
+
+
+def by_counting(schedule, stop):
+    """The reference: position after position, the sources' places counted one by one."""
+    sources, _ = schedule.assign(np.arange(stop))
+    seen = [0] * schedule.sources
+    for source in sources.tolist():
+        yield source, seen[source], list(seen)
+        seen[source] += 1
+
+
+# ------------------------------------------------------------------------------------------------ schedule
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [([7, 3], "0100010010"), ([1, 1], "01"), ([1], "0"), ([2, 1, 1], "0120"), ([0, 2, 1], "121")],
+)
+def test_the_layout_of_a_period_is_pinned(weights, expected):
+    assert "".join(map(str, Schedule([(0, weights)]).assign(np.arange(len(expected)))[0])) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(WEIGHTS)
+def test_every_source_has_its_share_to_within_a_sample_at_every_prefix(weights):
+    schedule, total = Schedule([(0, weights)]), sum(weights)
+    for position, (_, _, seen) in enumerate(by_counting(schedule, 2 * total + 3)):
+        assert all(abs(Fraction(position * w, total) - count) < 1 for w, count in zip(weights, seen, strict=True))
+        assert schedule.counts(position) == seen
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 4), st.integers(1, 4))
+def test_shares_hold_within_every_segment_and_no_place_is_left_out_or_taken_twice(data, sources, segments):
+    each = st.lists(st.integers(0, 9), min_size=sources, max_size=sources).filter(any)
+    starts = [0, *sorted(data.draw(st.sets(st.integers(1, 300), min_size=segments - 1, max_size=segments - 1)))]
+    changes = [(start, data.draw(each)) for start in starts]
+    schedule = Schedule(changes)
+    found, places = schedule.assign(np.arange(400))
+    expected = list(by_counting(schedule, 400))
+    assert places.tolist() == [place for _, place, _ in expected]
+    for (start, weights), stop in zip(changes, [*starts[1:], 400], strict=True):
+        base = schedule.counts(start)
+        for position in range(start, stop):
+            for source, weight in enumerate(weights):
+                share = Fraction((position - start) * weight, sum(weights))
+                assert abs(expected[position][2][source] - base[source] - share) < 1
+    assert len(set(zip(found.tolist(), places.tolist(), strict=True))) == 400
+
+
+def test_a_position_far_away_is_as_its_period_says():
+    schedule = Schedule([(0, [5, 3, 2]), (10**12, [1, 1, 2])])
+    assert schedule.counts(10**12) == [5 * 10**11, 3 * 10**11, 2 * 10**11]
+    sources, places = schedule.assign(np.array([10**12 + 4 * 10**9]))
+    near, _ = schedule.assign(np.array([10**12]))
+    assert sources[0] == near[0] and places[0] == schedule.counts(10**12 + 4 * 10**9)[sources[0]]
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([0.7, 0.3], (7, 3)), (["1/3", "2/3"], (1, 2)), ([4, 2], (2, 1)), ([0.1, 0.2, "0.7"], (1, 2, 7)),
+        ([Fraction(1, 6), 0.5], (1, 3)), ([0, 5], (0, 1)),
+    ],
+)  # fmt: skip
+def test_weights_are_reduced_to_whole_numbers(weights, expected):
+    assert reduce_weights(weights) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([], "the first is 0"),
+        ([(5, [1])], "the first is 0"),
+        ([(0, [1]), (9, [1]), (9, [1])], "ascending"),
+        ([(0, [1, 1]), (9, [1])], "1 weights from position 9 for 2"),
+        ([(0, [0, 0])], "one above 0"),
+        ([(0, [2, -1])], "0 or more"),
+        ([(0, [1, 1e-9])], "round them"),
+    ],
+)
+def test_weights_that_cannot_be_laid_out_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Schedule(changes)
+
+
+# ----------------------------------------------------------------------------------------------- samples
+
+
+@pytest.fixture
+def folders(build_here, tmp_path):
+    """Three datasets of scenes: 25, 10 and 7 samples."""
+    for number, count in enumerate((25, 10, 7)):
+        source = {"kind": "scenes", "count": count, "seed": number}
+        build_here(source=source, output=str(tmp_path / f"d{number}"), shard_size=10)
+    return [tmp_path / f"d{number}" for number in range(3)]
+
+
+def mixture(folders, changes, seed=3):
+    streams = [Stream(folder, seed_of_source(seed, number)) for number, folder in enumerate(folders)]
+    return Mixture(streams, Schedule(changes), seed)
+
+
+def test_a_mixture_is_its_sources_in_their_own_order_and_epochs(folders):
+    mixed = mixture(folders, [(0, [5, 3, 2])])
+    samples = mixed.read(0, 100)
+    firsts = [0, 25, 35, 42]
+    assert [sample.position for sample in samples] == list(range(100))
+    for number, folder in enumerate(folders):
+        mine = [sample for sample in samples if firsts[number] <= sample.id < firsts[number + 1]]
+        alone = Stream(folder, seed_of_source(3, number)).read(0, len(mine))
+        assert [(s.id - firsts[number], s.epoch, s.key) for s in mine] == [(s.id, s.epoch, s.key) for s in alone]
+    assert [max(s.epoch for s in samples if firsts[n] <= s.id < firsts[n + 1]) for n in range(3)] == [1, 2, 2]
+
+
+def test_reading_a_mixture_is_a_function_of_positions(folders):
+    changes = [(0, [5, 3, 2]), (33, [1, 0, 1]), (70, [0, 1, 0])]
+    whole = mixture(folders, changes).read(0, 120)
+    for start, stop in ((0, 1), (32, 34), (13, 97), (70, 71), (120, 120)):
+        assert mixture(folders, changes).read(start, stop) == whole[start:stop]
+    mixed = mixture(folders, changes)
+    for sample in whole[::7]:
+        assert mixed.locate(sample.position)[:2] == (sample.epoch, sample.id)
+        assert mixed.fetch(sample.id).key == sample.key
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_shares_of_all_ranks_are_the_batches_of_one(folders, world):
+    mixed = mixture(folders, [(0, [5, 3, 2]), (20, [1, 1, 1])])
+    alone = [[s.id for s in batch] for batch in itertools.islice(mixed.batches(7, 12), 4)]
+    ranks = [itertools.islice(mixed.batches(7, 12, (rank, world)), 4) for rank in range(world)]
+    assert [[s.id for part in parts for s in part] for parts in zip(*ranks, strict=True)] == alone
+    assert [sorted(batch) for batch in alone] == [
+        sorted(s.id for s in mixed.read(start, start + 12)) for start in range(7, 55, 12)
+    ]
+
+
+def test_an_id_beyond_the_mixture_is_refused(folders):
+    with pytest.raises(DataError, match="ids 0 to 41"):
+        mixture(folders, [(0, [1, 1, 1])]).fetch(42)
+
+
+# ------------------------------------------------------------------------------------------------- state
+
+
+def test_the_state_of_the_largest_mixture_is_below_one_kilobyte(folders):
+    weights = [600 + number for number in range(MOST_SOURCES)]
+    mixed = mixture([folders[0]] * MOST_SOURCES, [(0, weights), (10**14, weights[::-1])], seed=2**63)
+    for stream in mixed.streams:
+        stream.samples = 10**10
+    state = json.loads(json.dumps(mixed.state(10**15)))
+    assert len(json.dumps(state)) < 1024
+    mixed.check(state)
+
+
+def test_weights_may_change_later_and_never_before(folders):
+    first = mixture(folders, [(0, [5, 3, 2])])
+    state = first.state(40)
+    for later in (40, 41):
+        mixture(folders, [(0, [5, 3, 2]), (later, [1, 1, 1])]).check(state)
+    with pytest.raises(DataError, match="weights_from: 0 saved, 39 now"):
+        mixture(folders, [(0, [5, 3, 2]), (39, [5, 3, 2])]).check(state)
+    with pytest.raises(DataError) as caught:
+        mixture(folders, [(0, [5, 3, 2]), (30, [1, 1, 1])]).check(state)
+    assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]] == [
+        "read[0]", "read[2]", "weights[0]", "weights[1]", "weights[2]", "weights_from",
+    ]  # fmt: skip
+
+
+def test_a_mixture_of_other_datasets_is_refused_naming_which(folders):
+    state = mixture(folders, [(0, [1, 1, 1])]).state(12)
+    with pytest.raises(DataError) as caught:
+        mixture([folders[0], folders[2], folders[1]], [(0, [1, 1, 1])]).check(state)
+    first, *lines = str(caught.value).splitlines()
+    assert [line.split(":")[0].strip() for line in lines] == ["datasets[1]", "datasets[2]"]
+
+
+def test_a_state_of_one_dataset_is_no_state_of_a_mixture(folders):
+    with pytest.raises(DataError, match="dataset: '.*' saved, None now"):
+        mixture(folders, [(0, [1, 1, 1])]).check(Stream(folders[0], 3).state(12))
