@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import tempfile
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -74,8 +73,12 @@ class Storage(Protocol):
 
 
 def open_storage(root: str | Path) -> Storage:
-    """s3://bucket/prefix or a local folder -> Storage."""
+    """s3://bucket/prefix, http(s)://host/folder (for reading) or a local folder -> Storage."""
+    from data_pipeline.remote import HttpStorage, S3Storage
+
     text = str(root)
+    if text.startswith(("http://", "https://")):
+        return HttpStorage(text)
     return S3Storage(text) if text.startswith("s3://") else LocalStorage(text)
 
 
@@ -185,105 +188,6 @@ class LocalStorage:
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         return descriptor
-
-
-class S3Storage:
-    """An S3 prefix through s3fs; creation asks the server for If-None-Match: *."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root.rstrip("/")
-        self._opened: tuple[int, Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "_opened": None}
-
-    @property
-    def _fs(self) -> Any:
-        """The client of this process: s3fs does not survive a fork."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            import s3fs
-
-            self._opened = os.getpid(), s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-        return self._opened[1]
-
-    def path(self, name: str) -> str:
-        """The URL of an object."""
-        return f"{self.root}/{name}"
-
-    def exists(self, name: str) -> bool:
-        with _named(self.root, name):
-            return bool(self._fs.exists(self.path(name)))
-
-    def stat(self, name: str) -> tuple[int, str]:
-        with _named(self.root, name):
-            info = self._fs.info(self.path(name))
-            return int(info["size"]), str(info.get("ETag", "")).strip('"')
-
-    def folders(self) -> list[str]:
-        with _named(self.root, ""):
-            try:
-                entries = self._fs.ls(self.root, detail=True, refresh=True)
-            except FileNotFoundError:
-                return []
-        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[1] for entry in entries if entry["type"] == "directory")
-
-    def list(self) -> list[str]:
-        with _named(self.root, ""):
-            try:
-                entries = self._fs.ls(self.root, detail=True)
-            except FileNotFoundError:
-                return []
-        return sorted(entry["name"].rsplit("/", 1)[1] for entry in entries if entry["type"] == "file")
-
-    def remove(self, name: str) -> None:
-        with _named(self.root, name), contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self.path(name))
-
-    def remove_all(self) -> None:
-        with _named(self.root, ""), contextlib.suppress(FileNotFoundError):
-            self._fs.invalidate_cache()
-            self._fs.rm(self.root, recursive=True)
-
-    def get(self, name: str) -> bytes:
-        with _named(self.root, name):
-            return bytes(self._fs.cat_file(self.path(name)))
-
-    def get_range(self, name: str, start: int, stop: int) -> bytes:
-        if stop == start:
-            return b""
-        with _named(self.root, name):
-            data = bytes(self._fs.cat_file(self.path(name), start=start, end=stop))
-        if len(data) != stop - start:
-            raise DataError(f"{self.path(name)}: bytes {start}..{stop} asked for, {len(data)} came; it was cut off")
-        return data
-
-    def put_if_absent(self, name: str, data: bytes) -> bool:
-        with _named(self.root, name):
-            try:
-                self._fs.pipe_file(self.path(name), data, mode="create")
-            except FileExistsError:
-                return False
-        return True
-
-    def put_file_if_absent(self, name: str, path: Path) -> bool:
-        with _named(self.root, name):
-            try:
-                self._fs.put_file(str(path), self.path(name), mode="create")
-            except FileExistsError:
-                return False
-        return True
-
-    def replace(self, name: str, data: bytes) -> None:
-        with _named(self.root, name):
-            self._fs.pipe_file(self.path(name), data)
-
-    @contextlib.contextmanager
-    def scratch(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="tessera-") as folder:
-            yield Path(folder)
-
-    def clean(self) -> None:
-        return None
 
 
 @contextlib.contextmanager

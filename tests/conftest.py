@@ -1,9 +1,12 @@
-"""What every test may ask for: the repository, and the reference material that may lie beside it."""
+"""What every test may ask for: the repository, the reference material that may lie beside it, a real S3 server."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.gateway import CREDENTIALS, PACKAGES, Gateway, missing, start_gateway
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -23,3 +26,23 @@ def shared() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return path
+
+
+@pytest.fixture(scope="session")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A running S3 server: Ceph's gateway. Where it is not installed the test is skipped, in CI it fails."""
+    if names := missing():
+        message = f"{', '.join(names)} missing; as root: apt-get install --no-install-recommends {PACKAGES}"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(message)
+    started = start_gateway(tmp_path_factory.mktemp("ceph"))
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def bucket(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> str:
+    """s3:// address of an empty bucket, with endpoint and credentials in the environment."""
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": gateway.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    return f"s3://{gateway.make_bucket()}"

@@ -4,7 +4,8 @@ import threading
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.storage import LocalStorage, S3Storage, open_storage
+from data_pipeline.remote import S3Storage
+from data_pipeline.storage import LocalStorage, open_storage
 
 
 @pytest.fixture

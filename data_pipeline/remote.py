@@ -1,0 +1,504 @@
+"""Objects behind S3 and http(s): a GET that is cut, stalled or refused goes on at the byte where it stopped.
+
+Every wait has an end: a read may use PATIENCE_S seconds of the network, and one more for every SLOWEST bytes that came.
+botocore's plain client is used, not s3fs: it resumes nothing by itself, needs no event loop, finds credentials and
+endpoints where the AWS command line does, and survives being opened anew in every process.
+"""
+
+import contextlib
+import os
+import random
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from data_pipeline.errors import ConfigError, DataError
+
+PATIENCE_S = 60.0
+SLOWEST = 100_000
+STALL_S = 10.0
+CONNECT_S = 5.0
+CONNECTIONS = 16  # at once, of one process to one server
+PIECE = 1 << 18  # bytes: what a read holds in memory, whatever the size of its range
+
+_MAX_PUT = 5 * 1024**3
+_MAX_PAUSE_S = 5.0
+_PAGE = 1000
+_RETRIED = frozenset((408, 409, 425, 429))
+_TOTAL = re.compile(r"bytes (\d+)-\d+/(\d+)")
+
+Result = TypeVar("Result")
+
+
+class Version(NamedTuple):
+    """What an object was when a GET answered: its whole size, -1 where the server did not say, and its tag."""
+
+    size: int
+    etag: str
+
+
+@dataclass
+class Answer:
+    """An open GET: `read(n)` gives up to n bytes, none at the end. Both raise Transient."""
+
+    version: Version
+    start: int
+    read: Callable[[int], bytes]
+    close: Callable[[], None]
+
+
+class Transient(Exception):
+    """The network or the server failed in a way that may pass."""
+
+
+class Patience:
+    """Counts what one operation costs the network's time, and ends it with a DataError that names object and range."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.spent_s = 0.0
+        self.faults = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time within counts."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent_s += time.monotonic() - began
+
+    def check(self, received: int, fault: object) -> None:
+        """Raises DataError when the time is used up."""
+        if self.spent_s > PATIENCE_S + received / SLOWEST:
+            raise DataError(
+                f"{self.what}: given up after {self.spent_s:.0f} s and {self.faults} faults, {received} bytes came; "
+                f"the last: {fault}; see to the server and the network, then run the same command again"
+            )
+
+    def pause(self, received: int, fault: Transient) -> None:
+        """Wait before the next attempt: twice as long each time, up to 5 s, with jitter."""
+        self.faults += 1
+        self.check(received, fault)
+        pause = min(_MAX_PAUSE_S, 0.05 * 2 ** min(self.faults, 10)) * random.uniform(0.5, 1.0)
+        self.spent_s += pause
+        time.sleep(pause)
+
+    def until_done(self, attempt: Callable[[], Result]) -> Result:
+        """The result of `attempt`, which is called again after each Transient."""
+        while True:
+            try:
+                with self.waiting():
+                    return attempt()
+            except Transient as fault:
+                self.pause(0, fault)
+
+
+class RemoteStorage:
+    """Reading, the same for every kind of server. A kind says how to open a GET."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/")
+        self.requests = 0
+        self.received = 0
+        self._opened: tuple[int, Any] | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["root"])  # type: ignore[misc]
+
+    @property
+    def client(self) -> Any:
+        """The client of this process: connections do not survive a fork."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            if self._opened is not None:
+                self._lock = threading.Lock()  # a fork may have copied it locked
+            with self._lock:
+                if self._opened is None or self._opened[0] != os.getpid():
+                    self._opened = os.getpid(), self._connect()
+        return self._opened[1]
+
+    def path(self, name: str) -> str:
+        """The URL of an object."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def stream(
+        self, name: str, start: int = 0, stop: int | None = None, seen: dict[str, Version] | None = None
+    ) -> Iterator[bytes]:
+        """Bytes [start, stop), or to the end, in pieces.
+
+        seen: versions by name; a GET that answers with another version than the first one is refused.
+        Raises DataError naming object and range when they are not there, or not after all patience.
+        """
+        seen = {} if seen is None else seen
+        at = start
+        patience = Patience(f"{self.path(name)} bytes {start}..{'' if stop is None else stop}")
+        while stop is None or at < stop:
+            answer = None
+            try:
+                with patience.waiting():
+                    answer = self._get(name, at, stop)
+                    self.requests += 1
+                size = self._same(name, answer, at, seen).size
+                stop = self._end(name, start, stop, size)
+                while stop is None or at < stop:
+                    with patience.waiting():
+                        piece = answer.read(PIECE if stop is None else min(PIECE, stop - at))
+                    patience.check(at - start, "the server is slow")
+                    if not piece:
+                        break
+                    at += len(piece)
+                    self.received += len(piece)
+                    yield piece
+                if stop is None:
+                    return
+                if at < stop:
+                    raise Transient(f"the answer ended {stop - at} bytes early")
+            except Transient as fault:
+                patience.pause(at - start, fault)
+            finally:
+                if answer is not None:
+                    answer.close()
+
+    def get(self, name: str) -> bytes:
+        """The whole object. Raises DataError where it is missing."""
+        return b"".join(self.stream(name))
+
+    def get_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop). Raises DataError when there are fewer."""
+        return b"".join(self.stream(name, start, stop))
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A private folder on this machine."""
+        with tempfile.TemporaryDirectory(prefix="tessera-") as folder:
+            yield Path(folder)
+
+    def clean(self) -> None:
+        """Nothing: an upload that was killed left nothing."""
+
+    def _same(self, name: str, answer: Answer, at: int, seen: dict[str, Version]) -> Version:
+        version = seen.setdefault(name, answer.version)
+        if answer.version != version:
+            raise DataError(
+                f"{self.path(name)}: replaced while it was read: size and tag were {version.size} {version.etag!r}, "
+                f"are {answer.version.size} {answer.version.etag!r}; keep datasets as they are, or index them again"
+            )
+        if answer.start != at:
+            raise DataError(
+                f"{self.path(name)}: asked for bytes from {at}, the server sends from {answer.start}: it knows no "
+                "ranges; serve the data with one that does, or read it in sequence with TarSequence"
+            )
+        return version
+
+    def _end(self, name: str, start: int, stop: int | None, size: int) -> int | None:
+        if stop is None:
+            return None if size < 0 else size
+        if 0 <= size < stop:
+            raise DataError(f"{self.path(name)}: bytes {start}..{stop} asked for, it has {size}; it was cut off")
+        return stop
+
+    def _connect(self) -> Any:
+        raise NotImplementedError
+
+    def _get(self, name: str, start: int, stop: int | None) -> Answer:
+        """Ask for [start, stop), or from `start` to the end. Raises Transient or DataError."""
+        raise NotImplementedError
+
+    def _refused(self, name: str, status: int, said: str) -> Exception:
+        """What an answer of this status means."""
+        where = self.path(name)
+        if status >= 500 or status in _RETRIED:
+            return Transient(f"status {status} {said}")
+        if status in (404, 410):
+            return DataError(f"{where}: not there; check the path, or build the dataset first")
+        if status in (401, 403):
+            return DataError(f"{where}: permission denied ({said}); give these credentials the right to it")
+        if status == 416:
+            return DataError(f"{where}: has fewer bytes than were asked for; it was cut off or replaced")
+        return DataError(f"{where}: the server answered {status} {said}")
+
+
+# --------------------------------------------------------------------------------------------------- S3
+
+
+class S3Storage(RemoteStorage):
+    """An S3 prefix. Objects are created by one PUT with If-None-Match: *, so a name is never seen half-written."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self._bucket, _, self._prefix = self.root.removeprefix("s3://").partition("/")
+
+    def exists(self, name: str) -> bool:
+        """Is there an object of this name?"""
+        return self._head(name) is not None
+
+    def stat(self, name: str) -> tuple[int, str]:
+        """-> (bytes, etag). Raises DataError where it is missing."""
+        version = self._head(name)
+        if version is None:
+            raise self._refused(name, 404, "")
+        return version
+
+    def folders(self) -> list[str]:
+        """Names of the prefixes directly under the root that hold objects, sorted; hidden ones left out."""
+        found = [entry["Prefix"].rstrip("/").rpartition("/")[2] for entry in self._pages("CommonPrefixes", "/")]
+        return sorted(name for name in found if not name.startswith("."))
+
+    def list(self) -> list[str]:
+        """Names of the objects directly under the root, sorted."""
+        return sorted(entry["Key"].rpartition("/")[2] for entry in self._pages("Contents", "/"))
+
+    def remove(self, name: str) -> None:
+        """Remove one object; nothing happens where it is missing."""
+        self._call(name, "delete_object", Key=self._key(name))
+
+    def remove_all(self) -> None:
+        """Remove the root with everything under it."""
+        names = [entry["Key"].removeprefix(self._key("")) for entry in self._pages("Contents", "")]
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            for _ in pool.map(self.remove, names):
+                pass
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Create the object at once and whole; False, and nothing changed, where the name is taken."""
+        return self._put(name, lambda: data)
+
+    def put_file_if_absent(self, name: str, path: Path) -> bool:
+        """The same from a file of at most 5 GiB."""
+        size = path.stat().st_size
+        if size > _MAX_PUT:
+            raise DataError(f"{self.path(name)}: {size} bytes; S3 takes {_MAX_PUT} in one piece, make smaller shards")
+        with path.open("rb") as file:
+            return self._put(name, lambda: file)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Create the object or put another in its place, at once and whole."""
+        self._call(name, "put_object", Key=self._key(name), Body=data)
+
+    def _put(self, name: str, body: Callable[[], bytes | BinaryIO]) -> bool:
+        """An attempt whose answer was lost may have created the object: what then stands there is compared."""
+        patience = Patience(self.path(name))
+
+        def attempt() -> bool:
+            contents = body()
+            if not isinstance(contents, bytes):
+                contents.seek(0)
+            try:
+                self._request(name, "put_object", Key=self._key(name), Body=contents, IfNoneMatch="*")
+                return True
+            except _Taken:
+                return patience.faults > 0 and self._holds(name, body())
+
+        return patience.until_done(attempt)
+
+    def _holds(self, name: str, contents: bytes | BinaryIO) -> bool:
+        if isinstance(contents, bytes):
+            return self.get(name) == contents
+        contents.seek(0)
+        return all(contents.read(len(piece)) == piece for piece in self.stream(name)) and not contents.read(1)
+
+    def _head(self, name: str) -> Version | None:
+        try:
+            answer = self._call(name, "head_object", Key=self._key(name))
+        except _Missing:
+            return None
+        return Version(int(answer["ContentLength"]), answer["ETag"].strip('"'))
+
+    def _pages(self, field: str, delimiter: str) -> Iterator[dict[str, Any]]:
+        options: dict[str, Any] = {"Prefix": self._key(""), "MaxKeys": _PAGE}
+        while True:
+            try:
+                page = self._call("", "list_objects_v2", Delimiter=delimiter, **options)
+            except _Missing:
+                return
+            yield from page.get(field, ())
+            if not page["IsTruncated"]:
+                return
+            options["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}" if self._prefix else name
+
+    def _call(self, name: str, method: str, **arguments: Any) -> dict[str, Any]:
+        return Patience(self.path(name)).until_done(lambda: self._request(name, method, **arguments))
+
+    def _request(self, name: str, method: str, **arguments: Any) -> dict[str, Any]:
+        """One call of botocore. Raises Transient, _Taken, _Missing or DataError."""
+        from botocore import exceptions as botocore
+
+        try:
+            return dict(getattr(self.client, method)(Bucket=self._bucket, **arguments))
+        except botocore.ClientError as error:
+            status, said = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"]
+            if status == 412:
+                raise _Taken from None
+            raise self._refused(name, status, f"{said.get('Code')} {said.get('Message', '')}") from None
+        except (botocore.HTTPClientError, botocore.IncompleteReadError) as error:
+            raise Transient(str(error)) from None
+        except botocore.BotoCoreError as error:
+            raise DataError(f"{self.path(name)}: {error}; set AWS credentials, region and AWS_ENDPOINT_URL") from None
+
+    def _refused(self, name: str, status: int, said: str) -> Exception:
+        error = super()._refused(name, status, said)
+        return _Missing(str(error)) if status in (404, 410) else error
+
+    def _get(self, name: str, start: int, stop: int | None) -> Answer:
+        ranged = {} if start == 0 and stop is None else {"Range": _range(start, stop)}
+        answer = self._request(name, "get_object", Key=self._key(name), **ranged)
+        first, size = _content_range(answer.get("ContentRange"), answer["ContentLength"])
+        body = answer["Body"]
+        return Answer(Version(size, answer["ETag"].strip('"')), first, _reading(body.read), body.close)
+
+    def _connect(self) -> Any:
+        import botocore.session
+        from botocore import UNSIGNED
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        session = botocore.session.get_session()
+        options: dict[str, Any] = {
+            "connect_timeout": CONNECT_S,
+            "read_timeout": STALL_S,
+            "max_pool_connections": CONNECTIONS,
+            "retries": {"total_max_attempts": 1},  # retried here, where the byte to go on at is known
+            "request_checksum_calculation": "when_required",  # other servers than AWS refuse the newer checksums
+            "response_checksum_validation": "when_required",
+        }
+        try:
+            if session.get_credentials() is None:
+                options["signature_version"] = UNSIGNED
+            client = session.create_client("s3", config=Config(**options))
+            if "amazonaws.com" in client.meta.endpoint_url:
+                return client
+            return session.create_client("s3", config=Config(s3={"addressing_style": "path"}, **options))
+        except (BotoCoreError, ValueError) as error:
+            raise ConfigError(f"{self.root}: {error}; set AWS credentials, region and AWS_ENDPOINT_URL") from None
+
+
+class _Taken(Exception):
+    """PUT: the name is taken."""
+
+
+class _Missing(DataError):
+    """There is no such object."""
+
+
+# ------------------------------------------------------------------------------------------------- http
+
+
+class HttpStorage(RemoteStorage):
+    """A folder behind http(s), read only. The server must know ranges, except for whole objects."""
+
+    def exists(self, name: str) -> bool:
+        """Is there an object of this name?"""
+        return self._head(name).status == 200
+
+    def stat(self, name: str) -> tuple[int, str]:
+        """-> (bytes, etag or date; -1 where the server does not say). Raises DataError where it is missing."""
+        answer = self._head(name)
+        if answer.status != 200:
+            raise self._refused(name, answer.status, answer.reason or "")
+        return Version(int(answer.headers.get("Content-Length", -1)), _tag(answer.headers))
+
+    def list(self) -> list[str]:
+        """Not known to http: nothing."""
+        return []
+
+    folders = list
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Raises DataError."""
+        raise DataError(f"{self.path(name)}: http is for reading; write to a folder or to s3://")
+
+    def put_file_if_absent(self, name: str, path: Path) -> bool:
+        """Raises DataError."""
+        return self.put_if_absent(name, b"")
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Raises DataError."""
+        self.put_if_absent(name, data)
+
+    def remove(self, name: str) -> None:
+        """Raises DataError."""
+        self.put_if_absent(name, b"")
+
+    def remove_all(self) -> None:
+        """Raises DataError."""
+        self.put_if_absent("", b"")
+
+    def _head(self, name: str) -> Any:
+        def attempt() -> Any:
+            answer = self._request("HEAD", name, {})
+            error = self._refused(name, answer.status, answer.reason or "")
+            if isinstance(error, Transient):
+                raise error
+            return answer
+
+        return Patience(self.path(name)).until_done(attempt)
+
+    def _get(self, name: str, start: int, stop: int | None) -> Answer:
+        ranged = {} if start == 0 and stop is None else {"Range": _range(start, stop)}
+        answer = self._request("GET", name, {"Accept-Encoding": "identity", **ranged})
+        if answer.status not in (200, 206):
+            answer.close()
+            raise self._refused(name, answer.status, answer.reason or "")
+        length = int(answer.headers.get("Content-Length", -1))
+        first, size = _content_range(answer.headers.get("Content-Range"), length)
+        return Answer(Version(size, _tag(answer.headers)), first, _reading(answer.read), answer.close)
+
+    def _request(self, method: str, name: str, headers: dict[str, str]) -> Any:
+        import urllib3
+
+        try:
+            return self.client.request(method, self.path(name), headers=headers, preload_content=False)
+        except urllib3.exceptions.LocationValueError as error:
+            raise DataError(f"{self.path(name)}: not an address ({error})") from None
+        except urllib3.exceptions.HTTPError as error:
+            raise Transient(str(error)) from None
+
+    def _connect(self) -> Any:
+        import urllib3
+
+        return urllib3.PoolManager(
+            maxsize=CONNECTIONS,
+            timeout=urllib3.Timeout(connect=CONNECT_S, read=STALL_S),
+            retries=urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5),
+        )
+
+
+def _reading(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    """Turns what either client raises within a body into Transient."""
+    import urllib3
+    from botocore.exceptions import BotoCoreError
+
+    def checked(count: int) -> bytes:
+        try:
+            return read(count)
+        except (urllib3.exceptions.HTTPError, BotoCoreError, OSError) as error:
+            raise Transient(str(error)) from None
+
+    return checked
+
+
+def _range(start: int, stop: int | None) -> str:
+    return f"bytes={start}-{'' if stop is None else stop - 1}"
+
+
+def _content_range(header: str | None, length: int) -> tuple[int, int]:
+    """-> (first byte that is sent, size of the whole object; -1 where it is not said)."""
+    found = _TOTAL.match(header or "")
+    return (int(found.group(1)), int(found.group(2))) if found else (0, length)
+
+
+def _tag(headers: Any) -> str:
+    return str(headers.get("ETag") or headers.get("Last-Modified") or "").strip('"')
