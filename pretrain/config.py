@@ -159,16 +159,58 @@ ObjectiveConfig = Annotated[
 # ---------------------------------------------------------------------------------------- the run itself
 
 
-class DataConfig(Settings):
-    """The dataset, the vocabulary and how samples become tensors."""
+class SourceConfig(Settings):
+    """One dataset of a mixture; `weight` is relative to the others: a number, or a fraction such as "1/3"."""
 
-    dataset: str
+    path: str
+    weight: float | str = 1
+
+
+class ReweighConfig(Settings):
+    """Other weights from a position (samples consumed so far) on."""
+
+    position: PositiveInt
+    weights: tuple[float | str, ...]
+
+
+class ShuffleConfig(Settings):
+    """How far samples are shuffled: blocks of consecutive samples, windows of so many blocks, on so many lanes.
+
+    lanes * window * block samples are mixed with each other. More lanes than ranks keep a rank on blocks of its own.
+    """
+
+    lanes: PositiveInt = 64
+    block: PositiveInt = 64
+    window: PositiveInt = 16
+
+
+class DataConfig(Settings):
+    """The dataset (or `datasets`, mixed by weight), the vocabulary and how samples become tensors.
+
+    workers: processes that prepare batches; 0 is a thread. max_bad_rate: share of samples that may be replaced because
+    they cannot be used, before the run stops.
+    """
+
+    dataset: str | None = None
+    datasets: tuple[SourceConfig, ...] = ()
+    reweigh: tuple[ReweighConfig, ...] = ()
+    shuffle: ShuffleConfig = ShuffleConfig()
     vocabulary: str | None = None
     tokenizer: str | None = None
     evaluation: str | None = None
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
     flip: bool = False
     prefetch_steps: PositiveInt = 2
+    workers: NonNegativeInt = 0
+    max_bad_rate: NonNegativeFloat = Field(0.001, le=1.0)
+
+    @pydantic.model_validator(mode="after")
+    def _one_kind_of_data(self) -> "DataConfig":
+        if (self.dataset is None) == (not self.datasets):
+            raise ValueError("name either data.dataset, or data.datasets with a weight each")
+        if self.reweigh and not self.datasets:
+            raise ValueError("data.reweigh changes the weights of data.datasets; with one data.dataset there are none")
+        return self
 
 
 class TrainConfig(Settings):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from data_pipeline.build.scenes import check_scene
 from data_pipeline.errors import ConfigError
 from data_pipeline.schema import Sample
+from data_pipeline.stream.mixture import Source
 from data_pipeline.stream.reader import Stream
 from data_pipeline.vocabulary import Vocabulary
 from pretrain.checkpoint import load_trained
@@ -43,15 +44,16 @@ def main(run: str | Path, rerank: str | Path | None = None, candidates: int = CA
     """
     folder = Path(run)
     model, config = load_trained(folder)
-    dataset = config.data.evaluation or config.data.dataset
+    stream: Source
     readable = config.model_copy(
         update={"data": config.data.model_copy(update={"crop_scale": (1.0, 1.0), "flip": False})}
     )
     vocabulary: Vocabulary | None
     if config.model.kind == "gpt" and config.data.evaluation:
-        stream, vocabulary = Stream(dataset, config.seed), Vocabulary(str(config.data.vocabulary))
+        stream = Stream(config.data.evaluation, config.seed)
+        vocabulary = Vocabulary(str(config.data.vocabulary))
     else:
-        stream, vocabulary = open_data(readable, dataset)
+        stream, vocabulary = open_data(readable, config.data.evaluation)
     if rerank and config.model.kind != "gpt":
         raise ConfigError(
             f"--rerank {rerank}: a {config.model.kind} draws no images; name the run of a gpt to evaluate"
@@ -70,7 +72,7 @@ def main(run: str | Path, rerank: str | Path | None = None, candidates: int = CA
     return figures
 
 
-def _objective_means(model: nn.Module, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None) -> Figures:
+def _objective_means(model: nn.Module, config: RunConfig, stream: Source, vocabulary: Vocabulary | None) -> Figures:
     """The objective's own losses and metrics, averaged over up to SAMPLES samples."""
     objective = OBJECTIVES[config.objective.kind](model, config.objective, ONE_DEVICE).eval()
     inputs = INPUTS[config.objective.kind](config, stream, vocabulary)
@@ -82,14 +84,14 @@ def _objective_means(model: nn.Module, config: RunConfig, stream: Stream, vocabu
     return {name: float(torch.stack([row[name].double().reshape(()) for row in rows]).mean()) for name in rows[0]}
 
 
-def _batches(stream: Stream) -> list[list[Sample]]:
+def _batches(stream: Source) -> list[list[Sample]]:
     """Full batches of the first epoch; one short batch where the dataset is smaller."""
     count = min(stream.samples, SAMPLES)
     size = min(BATCH, count)
     return [stream.read(start, start + size) for start in range(0, count - size + 1, size)]
 
 
-def _clip(model: Any, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None, folder: Path) -> Figures:
+def _clip(model: Any, config: RunConfig, stream: Source, vocabulary: Vocabulary | None, folder: Path) -> Figures:
     """Retrieval both ways among CANDIDATES pairs of distinct captions, over several groups of them."""
     inputs = INPUTS["contrastive"](config, stream, vocabulary)
     scores = []
@@ -101,7 +103,7 @@ def _clip(model: Any, config: RunConfig, stream: Stream, vocabulary: Vocabulary 
     return {"retrieval_r1": float(np.mean(scores)), "candidates": CANDIDATES, "groups": len(scores)}
 
 
-def _distinct_groups(stream: Stream, groups: int = 4) -> list[list[Sample]]:
+def _distinct_groups(stream: Source, groups: int = 4) -> list[list[Sample]]:
     """Groups of CANDIDATES samples no two of which share a caption."""
     found: list[list[Sample]] = [[]]
     seen: set[str] = set()
@@ -123,7 +125,7 @@ def _distinct_groups(stream: Stream, groups: int = 4) -> list[list[Sample]]:
     return whole
 
 
-def _vqgan(model: Any, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None, folder: Path) -> Figures:
+def _vqgan(model: Any, config: RunConfig, stream: Source, vocabulary: Vocabulary | None, folder: Path) -> Figures:
     """PSNR in dB over all samples' pixels, and how many codes are in use."""
     inputs = INPUTS["reconstruction"](config, stream, None)
     errors: list[Tensor] = []
@@ -145,7 +147,7 @@ def _vqgan(model: Any, config: RunConfig, stream: Stream, vocabulary: Vocabulary
 class Ranker:
     """A trained CLIP that says which of several images shows a caption best."""
 
-    def __init__(self, run: str | Path, stream: Stream) -> None:
+    def __init__(self, run: str | Path, stream: Source) -> None:
         self.model: Any
         self.model, config = load_trained(run)
         if config.model.kind != "clip":
@@ -168,7 +170,7 @@ class Ranker:
 def _gpt(
     model: Any,
     config: RunConfig,
-    stream: Stream,
+    stream: Source,
     vocabulary: Vocabulary | None,
     folder: Path,
     ranker: Ranker | None,
@@ -211,11 +213,11 @@ def _scene_figures(images: np.ndarray, samples: list[Sample], prefix: str) -> Fi
     }
 
 
-def _text(model: nn.Module, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None, folder: Path) -> Figures:
+def _text(model: nn.Module, config: RunConfig, stream: Source, vocabulary: Vocabulary | None, folder: Path) -> Figures:
     return _objective_means(model, config, stream, vocabulary)
 
 
-EVALUATIONS: dict[str, Callable[[Any, RunConfig, Stream, Vocabulary | None, Path], Figures]] = {
+EVALUATIONS: dict[str, Callable[[Any, RunConfig, Source, Vocabulary | None, Path], Figures]] = {
     "clip": _clip,
     "bert": _text,
     "electra": _text,

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, NodeFault, Requeue
 from data_pipeline.settings import digest
-from data_pipeline.stream.reader import Stream
+from data_pipeline.stream.mixture import Source
 from data_pipeline.vocabulary import Vocabulary
 from pretrain.checkpoint import Checkpoints, check_identity, identity, restore
 from pretrain.config import RunConfig, micro_batch_of
 from pretrain.engine import Engine
 from pretrain.inputs import INPUTS
+from pretrain.inputs.bad import Ledger
 from pretrain.inputs.feed import Batch, Feed
+from pretrain.inputs.source import open_stream
 from pretrain.interchange.folder import load_config
 from pretrain.mesh import Mesh
 from pretrain.metrics import ProgressLine, save_grid
@@ -53,7 +55,7 @@ def main(config: RunConfig) -> None:
 def train(run: "Run", stop: "StopFlag") -> None:
     """The loop."""
     config, engine = run.config, run.engine
-    for positions, batches in run.feed.steps(run.step, config.train.steps):
+    for positions, batches in run.feed.steps(run.step, config.train.steps, run.position):
         began = time.monotonic()
         losses: list[dict[str, Tensor]] = []
         for index, batch in enumerate(run.with_counts(batches)):
@@ -75,17 +77,18 @@ def train(run: "Run", stop: "StopFlag") -> None:
 
 @dataclasses.dataclass
 class Run:
-    """Everything the loop holds; `step` counts updates made."""
+    """Everything the loop holds; `step` counts updates made, `position` samples consumed."""
 
     config: RunConfig
     mesh: Mesh
-    stream: Stream
+    stream: Source
     feed: Feed
     objective: nn.Module
     engine: Engine
     checkpoints: Checkpoints
     writer: "Writer | None"
     step: int = 0
+    position: int = 0
 
     @classmethod
     def start(cls, config: RunConfig, mesh: Mesh) -> "Run":
@@ -100,7 +103,9 @@ class Run:
         attempt = agree_on_attempt(run_folder, mesh)
         inputs = INPUTS[config.objective.kind](config, stream, vocabulary)
         shard = (mesh.rank, mesh.world)
-        feed = Feed(stream, inputs, config.train.global_batch, shard, micro_batch, config.data.prefetch_steps)
+        ledger = Ledger(Path(config.run) / f"bad_samples/rank-{mesh.rank:05d}.jsonl", config.data.max_bad_rate)
+        ahead, workers = config.data.prefetch_steps, config.data.workers
+        feed = Feed(stream, inputs, config.train.global_batch, shard, micro_batch, ahead, workers, ledger)
         engine = Engine(objective, config, mesh, micro_batch, accumulation)
         checkpoints = Checkpoints(run_folder, mesh, attempt, config.train.keep_checkpoints)
         run = cls(config, mesh, stream, feed, objective, engine, checkpoints, None)
@@ -117,15 +122,14 @@ class Run:
         check_identity(saved.state["identity"], identity(self.config), str(saved.folder))
         self.stream.check(saved.state["stream"])
         restore(saved, self.engine)
-        self.step = saved.step
+        self.step, self.position = saved.step, saved.state["stream"]["position"]
 
     def save(self) -> None:
         """Commit a checkpoint of the present step."""
-        position = self.step * self.config.train.global_batch
         state = {
             "step": self.step,
             "updates": self.engine.updates,
-            "stream": self.stream.state(position),
+            "stream": self.stream.state(self.position),
             "identity": identity(self.config),
             "config": digest(self.config),
             "world": self.mesh.world,
@@ -138,7 +142,7 @@ class Run:
 
     def after_update(self) -> None:
         """What follows a step: dead codes are revived, pictures drawn."""
-        self.step += 1
+        self.step, self.position = self.step + 1, self.position + self.config.train.global_batch
         if isinstance(self.objective, FollowsSteps):
             self.objective.after_step(self.step)
         every = self.config.train.sample_every_steps
@@ -192,7 +196,7 @@ def check_batch(config: RunConfig, world: int) -> tuple[int, int]:
     return micro_batch, accumulation
 
 
-def open_data(config: RunConfig, dataset: str | None = None) -> tuple[Stream, Vocabulary | None]:
+def open_data(config: RunConfig, dataset: str | None = None) -> tuple[Source, Vocabulary | None]:
     """The stream of the run's dataset (or of another one read the same way) and its vocabulary, checked for fit."""
     vocabulary = Vocabulary(config.data.vocabulary) if config.data.vocabulary else None
     entries = getattr(config.model, "text_vocab", getattr(config.model, "vocab_size", None))
@@ -207,7 +211,8 @@ def open_data(config: RunConfig, dataset: str | None = None) -> tuple[Stream, Vo
     if config.model.kind == "gpt":
         assert config.data.tokenizer is not None
         codes = tokenizer_id_of(config)
-    return Stream(dataset or config.data.dataset, config.seed, codes), vocabulary
+    data = config.data.model_copy(update={"dataset": dataset, "datasets": ()}) if dataset else config.data
+    return open_stream(data, config.seed, codes), vocabulary
 
 
 def tokenizer_id_of(config: RunConfig) -> str:

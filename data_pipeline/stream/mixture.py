@@ -6,6 +6,8 @@ sources has its exact share to within 1 - 1 / (2 K - 2) of a sample. A change of
 every source goes on where it stood, in its own epochs.
 """
 
+from __future__ import annotations
+
 import bisect
 import dataclasses
 import hashlib
@@ -13,14 +15,17 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import share
-from data_pipeline.stream.reader import Stream, check_state
+from data_pipeline.stream.state import check_state
+
+if TYPE_CHECKING:
+    from data_pipeline.stream.reader import Stream
 
 LARGEST_PERIOD = 10_000
 MOST_SOURCES = 16  # as many as a state of 1 KB can name
@@ -195,6 +200,9 @@ class Mixture:
 
     def _ours(self, sample: Sample, source: int, position: int) -> Sample:
         return dataclasses.replace(sample, id=sample.id + self._firsts[source], position=position)
+
+
+Source: TypeAlias = "Stream | Mixture"
 
 
 def seed_of_source(seed: int, source: int) -> int:

@@ -15,6 +15,7 @@ from data_pipeline.shards.manifest import Manifest, Shard, read_index, read_mani
 from data_pipeline.shards.tar import BLOCK, parse_files, split_name
 from data_pipeline.storage import open_storage
 from data_pipeline.stream.order import DEFAULT, ORDER, ORDER_VERSION, Geometry, lanes_of, order, share
+from data_pipeline.stream.state import check_state
 
 STATE_VERSION = 1
 
@@ -127,29 +128,6 @@ class Stream:
                 "replaced, run `tessera data verify` and fetch it again"
             )
         return read_index(self._storage, shard).offsets.tolist()
-
-
-def check_state(saved: dict[str, Any], now: dict[str, Any], dataset: str) -> None:
-    """Raises DataError with a line for each field in which two states of a stream differ, the position aside."""
-    pairs = [(name, saved.get(name), now.get(name)) for name in sorted({*now, *saved} - {"position"})]
-    lines = [
-        f"{entry}: {before!r} saved, {after!r} now"
-        for name, old, new in pairs
-        for entry, before, after in _entries(name, old, new)
-        if before != after
-    ]
-    if lines:
-        raise DataError(
-            f"{dataset}: the saved stream is another one, so its position means nothing here; "
-            "use the dataset and settings it was saved with, or start a new run\n  " + "\n  ".join(lines)
-        )
-
-
-def _entries(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    """What is compared under a name: the values, or those of two lists of one length one by one."""
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(old, new, strict=True))]
-    return [(name, old, new)]
 
 
 def parse_sample(data: bytes, where: str) -> tuple[str, bytes, tuple[str, ...], dict[str, Any]]:

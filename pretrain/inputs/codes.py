@@ -14,7 +14,7 @@ from data_pipeline.stream.order import sample_generator
 from pretrain.inputs.text import caption_of
 
 if TYPE_CHECKING:
-    from data_pipeline.stream.reader import Stream
+    from data_pipeline.stream.mixture import Source
     from data_pipeline.vocabulary import Vocabulary
     from pretrain.config import RunConfig
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class AutoregressiveInputs:
     """Samples -> {"text": int64 [b, T], "codes": int64 [b, I]}; one caption each, drawn by the sample."""
 
-    def __init__(self, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None) -> None:
+    def __init__(self, config: RunConfig, stream: Source, vocabulary: Vocabulary | None) -> None:
         assert config.model.kind == "gpt" and config.objective.kind == "autoregressive" and vocabulary is not None
         self.model = config.model
         self.caption_drop = config.objective.caption_drop

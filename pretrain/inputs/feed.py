@@ -1,63 +1,173 @@
 """The batches of a rank, step by step, prepared ahead of the training thread.
 
-Step t consumes positions [t * G, (t + 1) * G) of the stream; rank r of W takes the r-th contiguous W-th of them, in
-micro-batches. What a step holds depends on t alone: preparing it early, late or again changes nothing.
+A step consumes the positions [P, P + G) of the stream; each rank takes its share of them, by the lanes of the order, in
+micro-batches. What a step holds depends on P and G alone: preparing it early, late, again or in another process changes
+nothing.
 """
 
+from __future__ import annotations
+
+import collections
+import dataclasses
+import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING
 
+import cv2
+import numpy as np
+import torch
 from torch import Tensor
 
+from data_pipeline.errors import BadSample, NodeFault
 from data_pipeline.schema import Sample
-from data_pipeline.stream.reader import Stream
+from data_pipeline.stream.order import share
+from pretrain.inputs.bad import Ledger, Replaced, Usable
+
+if TYPE_CHECKING:
+    from data_pipeline.stream.mixture import Source
 
 Batch = dict[str, Tensor]
+Inputs = Callable[[list[Sample]], Batch]
+
+
+@dataclasses.dataclass
+class Prepared:
+    """One step of a rank."""
+
+    batches: list[Batch]
+    replaced: list[Replaced]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparer:
+    """Position -> this rank's micro-batches of the global batch that begins there; holds no state."""
+
+    stream: Source
+    inputs: Inputs
+    global_batch: int
+    shard: tuple[int, int]
+    micro_batch: int
+
+    def at(self, position: int) -> Prepared:
+        """The step [position, position + G)."""
+        positions = np.arange(position, position + self.global_batch, dtype=np.int64)
+        mine = share(positions, self.stream.lanes(positions), self.shard)
+        usable = Usable(self.stream, self.inputs)
+        samples = usable.take(mine)
+        parts = (samples[at : at + self.micro_batch] for at in range(0, len(samples), self.micro_batch))
+        return Prepared([self._batch(part, usable) for part in parts], usable.replaced)
+
+    def _batch(self, samples: list[Sample], usable: Usable) -> Batch:
+        try:
+            return self.inputs(samples)
+        except BadSample:
+            return self.inputs(usable.checked(samples))
 
 
 class Feed:
-    """Iterate from a step on: yields (positions [start, stop) of the whole step, this rank's micro-batches)."""
+    """Iterate from a step on: yields (positions [start, stop) of the whole step, this rank's micro-batches).
+
+    workers: processes that prepare steps; with 0 a thread does.
+    """
 
     def __init__(
         self,
-        stream: Stream,
-        inputs: Callable[[list[Sample]], Batch],
+        stream: Source,
+        inputs: Inputs,
         global_batch: int,
         shard: tuple[int, int],
         micro_batch: int,
         prefetch_steps: int,
+        workers: int = 0,
+        ledger: Ledger | None = None,
     ) -> None:
-        self.stream = stream
+        self.preparer = Preparer(stream, inputs, global_batch, shard, micro_batch)
         self.inputs = inputs
         self.global_batch = global_batch
-        self.shard = shard
-        self.micro_batch = micro_batch
-        self.prefetch_steps = prefetch_steps
+        self.ahead = max(prefetch_steps, workers)
+        self.workers = workers
+        self.ledger = ledger or Ledger(None, 0.0)
         self.waited_s = 0.0
         """How long the training thread has waited for data, in total."""
 
-    def steps(self, start: int, stop: int) -> Iterator[tuple[tuple[int, int], list[Batch]]]:
-        """The steps [start, stop), in order."""
-        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
-            ahead: dict[int, Future[list[Batch]]] = {}
+    def steps(
+        self, start: int, stop: int, position: int | None = None
+    ) -> Iterator[tuple[tuple[int, int], list[Batch]]]:
+        """The steps [start, stop), in order, the first at `position`: start * G where the batch was never changed.
+
+        Raises DataError when too many samples cannot be used, NodeFault when a worker dies.
+        """
+        position = start * self.global_batch if position is None else position
+        with self._pool() as pool:
+            prepare = _prepare_here if self.workers else self.preparer.at
+            ahead: collections.deque[Future[Prepared]] = collections.deque()
             try:
                 for step in range(start, stop):
-                    for later in range(step, min(stop, step + 1 + self.prefetch_steps)):
-                        if later not in ahead:
-                            ahead[later] = pool.submit(self.step, later)
-                    began = time.monotonic()
-                    batches = ahead.pop(step).result()
-                    self.waited_s += time.monotonic() - began
-                    yield (step * self.global_batch, (step + 1) * self.global_batch), batches
+                    while len(ahead) <= self.ahead and step + len(ahead) < stop:
+                        ahead.append(pool.submit(prepare, position + len(ahead) * self.global_batch))
+                    prepared = self._wait(ahead.popleft())
+                    self.ledger.note(prepared.replaced, self.global_batch // self.preparer.shard[1])
+                    yield (position, position + self.global_batch), prepared.batches
+                    position += self.global_batch
             finally:
-                for future in ahead.values():
+                for future in ahead:
                     future.cancel()
 
-    def step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of one step."""
-        rank, world = self.shard
-        part = self.global_batch // world
-        first = step * self.global_batch + rank * part
-        samples = self.stream.read(first, first + part)
-        return [self.inputs(samples[at : at + self.micro_batch]) for at in range(0, part, self.micro_batch)]
+    def _wait(self, future: Future[Prepared]) -> Prepared:
+        began = time.monotonic()
+        try:
+            return tensors(future.result()) if self.workers else future.result()
+        except BrokenProcessPool as fault:
+            raise NodeFault(
+                f"a data worker died ({fault}); the same command goes on from the last checkpoint, with fewer "
+                "data.workers where memory ran out"
+            ) from None
+        finally:
+            self.waited_s += time.monotonic() - began
+
+    def _pool(self) -> Executor:
+        if not self.workers:
+            return ThreadPoolExecutor(1, thread_name_prefix="feed")
+        context = multiprocessing.get_context("spawn")  # a fork would take threads' locks and s3 clients along
+        return ProcessPoolExecutor(self.workers, context, _start_worker, (self.preparer,))
+
+
+# ------------------------------------------------------------------------------------------------- workers
+
+_preparer: Preparer | None = None
+
+
+def _start_worker(preparer: Preparer) -> None:
+    """Set this process up as a data worker: one thread, and gone when its trainer is."""
+    global _preparer
+    _preparer = preparer
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _prepare_here(position: int) -> Prepared:
+    """What a worker does; tensors travel as arrays through the pipe: /dev/shm is small in containers."""
+    assert _preparer is not None
+    prepared = _preparer.at(position)
+    arrays = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in prepared.batches]
+    return Prepared(arrays, prepared.replaced)  # type: ignore[arg-type]
+
+
+def tensors(prepared: Prepared) -> Prepared:
+    """What a worker sent -> with tensors for arrays."""
+    batches = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in prepared.batches]
+    return Prepared(batches, prepared.replaced)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from data_pipeline.build.images import decode_rgb
-from data_pipeline.errors import DataError
+from data_pipeline.errors import BadSample
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
 
 if TYPE_CHECKING:
-    from data_pipeline.stream.reader import Stream
+    from data_pipeline.stream.mixture import Source
     from data_pipeline.vocabulary import Vocabulary
     from pretrain.config import RunConfig
 
@@ -28,7 +28,7 @@ MAX_PIXELS = 100_000_000  # of one decoded image; more is taken for an attack
 class ReconstructionInputs:
     """Samples -> {"pixels": float32 [b, 3, S, S] in [-1, 1]}, for the VQGAN."""
 
-    def __init__(self, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None) -> None:
+    def __init__(self, config: RunConfig, stream: Source, vocabulary: Vocabulary | None) -> None:
         assert config.model.kind == "vqgan"
         self.image_size = config.model.image_size
         self.data = config.data
@@ -58,12 +58,12 @@ def pixels(
     """Decode, crop a square, flip by chance, resize -> uint8 [S, S, 3], RGB.
 
     The crop's area is drawn from `crop_scale`, in units of the largest square of the image, its place uniformly; at
-    (1, 1), or without a generator, it is that largest square, centred. Raises DataError when the image does not decode.
+    (1, 1), or without a generator, it is that largest square, centred. Raises BadSample when the image does not decode.
     """
     try:
         image = decode_rgb(sample.image, MAX_PIXELS)
     except Exception as error:
-        raise DataError(
+        raise BadSample(
             f"sample {sample.key!r}: the image does not decode ({error}); run `tessera data verify` on the dataset"
         ) from error
     height, width = image.shape[:2]

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import BadSample, ConfigError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
 from pretrain.inputs.pixels import crop_generator, pixels
 
 if TYPE_CHECKING:
-    from data_pipeline.stream.reader import Stream
+    from data_pipeline.stream.mixture import Source
     from data_pipeline.vocabulary import Vocabulary
     from pretrain.config import RunConfig
 
@@ -33,7 +33,7 @@ SHORT_PAIRS = 0.1  # share of sentence pairs that are cut to a random length bel
 class ContrastiveInputs:
     """Samples -> {"pixels": float32 [b, 3, H, W], "tokens": int64 [b, S], "eot": int64 [b], place of [SEP]}."""
 
-    def __init__(self, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None) -> None:
+    def __init__(self, config: RunConfig, stream: Source, vocabulary: Vocabulary | None) -> None:
         assert config.model.kind == "clip" and vocabulary is not None
         check_vocabulary(vocabulary, config.model.text.vocab_size)
         self.image_size = config.model.vision.image_size
@@ -74,7 +74,7 @@ class MlmInputs:
     label_weights float32 [b, M], 0 where a slot is empty; is_random int64 [b], 0 where the second segment follows.
     """
 
-    def __init__(self, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None) -> None:
+    def __init__(self, config: RunConfig, stream: Source, vocabulary: Vocabulary | None) -> None:
         assert config.model.kind == "bert" and config.objective.kind == "mlm" and vocabulary is not None
         check_vocabulary(vocabulary, config.model.vocab_size)
         self.context = config.model.context
@@ -126,7 +126,7 @@ class MlmInputs:
 class RtdInputs:
     """As MlmInputs without `is_random`, and uniforms float32 [b, M] in [0, 1) to draw the generator's words with."""
 
-    def __init__(self, config: RunConfig, stream: Stream, vocabulary: Vocabulary | None) -> None:
+    def __init__(self, config: RunConfig, stream: Source, vocabulary: Vocabulary | None) -> None:
         assert config.model.kind == "electra" and config.objective.kind == "rtd" and vocabulary is not None
         check_vocabulary(vocabulary, config.model.vocab_size)
         self.context = config.model.context
@@ -160,10 +160,10 @@ def caption_of(sample: Sample, seed: int) -> str:
 
 
 def choose(sample: Sample, generator: np.random.Generator) -> str:
-    """One of the sample's captions; raises DataError naming the key when there is none."""
+    """One of the sample's captions; raises BadSample naming the key when there is none."""
     captions = [caption for caption in sample.captions if caption.strip()]
     if not captions:
-        raise DataError(f"sample {sample.key!r} has no caption; text models need one, rebuild with a caption per image")
+        raise BadSample(f"sample {sample.key!r} has no caption; text models need one, rebuild with a caption per image")
     return captions[int(generator.integers(len(captions)))]
 
 

@@ -1,0 +1,117 @@
+"""A sample that cannot be used is replaced by another of its dataset and entered in a ledger; no position moves.
+
+Which sample takes its place comes from (seed, epoch, sample id): every world size, worker and restart takes the same.
+Only `BadSample` counts: a fault of the storage is no fault of a sample, and ends the run as it always did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_pipeline.errors import BadSample, DataError
+from data_pipeline.schema import Sample
+from data_pipeline.stream.order import sample_generator
+
+if TYPE_CHECKING:
+    from data_pipeline.stream.mixture import Source
+
+TRIES = 16
+FREE = 8  # bad samples that no rate forbids: a short run would stop at its first
+SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Replaced:
+    """One line of the ledger: which sample was left out, which stands in for it, and why."""
+
+    position: int
+    epoch: int
+    sample: int
+    replacement: int
+    reason: str
+
+
+class Usable:
+    """Reads samples that `inputs` can turn into tensors; `replaced` collects what stood in for others."""
+
+    def __init__(self, stream: Source, inputs: Callable[[list[Sample]], object]) -> None:
+        self.stream = stream
+        self.inputs = inputs
+        self.replaced: list[Replaced] = []
+
+    def take(self, positions: np.ndarray) -> list[Sample]:
+        """The samples of positions, int64 [n]; those that cannot be read are replaced."""
+        try:
+            return self.stream.take(positions)
+        except BadSample:
+            return [self._read(position) for position in positions.tolist()]
+
+    def checked(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples, those that do not become tensors replaced."""
+        return [self._check(sample) for sample in samples]
+
+    def _read(self, position: int) -> Sample:
+        try:
+            return self.stream.read(position, position + 1)[0]
+        except BadSample as fault:
+            return self._replacement(position, str(fault))
+
+    def _check(self, sample: Sample) -> Sample:
+        try:
+            self.inputs([sample])
+        except BadSample as fault:
+            return self._replacement(sample.position, str(fault))
+        return sample
+
+    def _replacement(self, position: int, reason: str) -> Sample:
+        epoch, sample_id, ids = self.stream.locate(position)
+        drawn = sample_generator(self.stream.seed, epoch, sample_id, "replacement").integers(len(ids), size=TRIES)
+        for candidate in (ids[int(number)] for number in drawn):
+            try:
+                sample = dataclasses.replace(self.stream.fetch(candidate), epoch=epoch, position=position)
+                self.inputs([sample])
+            except BadSample:
+                continue
+            self.replaced.append(Replaced(position, epoch, sample_id, candidate, reason))
+            return sample
+        raise DataError(
+            f"position {position}: sample {sample_id} cannot be used ({reason}), nor can {TRIES} others drawn in its "
+            "place; the dataset does not fit this task, see `tessera data verify`"
+        )
+
+
+class Ledger:
+    """The replaced samples of a rank, appended to a file a line each; above `max_rate` of all samples it stops the run.
+
+    path: None keeps them in memory only.
+    """
+
+    def __init__(self, path: Path | None, max_rate: float) -> None:
+        self.path = path
+        self.max_rate = max_rate
+        self.entries: list[Replaced] = []
+        self.samples = 0
+
+    def note(self, replaced: Sequence[Replaced], samples: int) -> None:
+        """`samples` more were consumed, with these replacements. Raises DataError with the list above the rate."""
+        self.samples += samples
+        if not replaced:
+            return
+        self.entries += replaced
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(dataclasses.asdict(entry)) + "\n" for entry in replaced)
+        if len(self.entries) > max(FREE, self.max_rate * self.samples):
+            raise DataError(
+                f"{len(self.entries)} of {self.samples} samples cannot be used, more than "
+                f"data.max_bad_rate={self.max_rate}; build the dataset again without them, or allow more"
+                + "".join(f"\n  position {e.position}, sample {e.sample}: {e.reason}" for e in self.entries[-SHOWN:])
+                + ("" if self.path is None else f"\n  all of them: {self.path}")
+            )
