@@ -153,12 +153,12 @@ class RemoteStorage:
                 while stop is None or at < stop:
                     with patience.waiting():
                         piece = answer.read(PIECE if stop is None else min(PIECE, stop - at))
-                    patience.check(at - start, "the server is slow")
                     if not piece:
                         break
                     at += len(piece)
                     self.received += len(piece)
                     yield piece
+                    patience.check(at - start, "the server is slow")
                 if stop is None:
                     return
                 if at < stop:
