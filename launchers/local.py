@@ -1,7 +1,7 @@
 """Start the processes of a run on this machine, stream their output, stop them with a save, leave no orphan.
 
 Exit code: 0 when every process left with 0; else the most telling of theirs (64, 74, then 70, then 75). A process that
-died by a signal or with a traceback is a node fault, 70.
+died by a signal or with a traceback is a node fault, 70. Another attempt is made where the cause lets hope: causes.py.
 """
 
 import contextlib
@@ -16,12 +16,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue
+from launchers.causes import Failure, diagnose, pause_s, worth_another_attempt
 from launchers.spec import LocalCluster, RunSpec, describe, load_cluster
-from launchers.watch import is_running, read_record, start_ticks, write_record
+from launchers.watch import is_running, metrics_size, read_record, start_ticks, write_record
+from pretrain.deadline import LEAD_VARIABLE
+from pretrain.faults import faults_size, read_faults
+from pretrain.signals import StopSignals
 
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.05
@@ -113,23 +116,38 @@ def _check_node(spec: RunSpec, node_rank: int, master_addr: str, master_port: in
 
 
 def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: Patience) -> int:
-    """Attempt after attempt while a node fault ends them and `restarts` lasts."""
+    """Attempt after attempt while the cause of the end is worth one and `restarts` lasts."""
     record = read_record(run) if node_rank == 0 else {}
     if is_running(record):
         raise ConfigError(f"{run}: process {record['pid']} is training this run; `tessera stop {run}` first")
     attempt = int(os.environ.get("TESSERA_ATTEMPT", record.get("attempt", -1) + 1))
+    failed = 0
     with StopSignals() as stops:
         while True:
             group = replace(group, attempt=attempt, master_port=group.master_port or free_port())
             if node_rank == 0:
                 write_record(run, _record(group))
-            code = run_group(group, stops, patience)
+            faults, steps = faults_size(run), metrics_size(run)
+            end = attend(group, stops, patience)
+            diagnosis = diagnose(end.failures, read_faults(run, faults), end.exit_code) if end.exit_code else None
             if node_rank == 0:
-                write_record(run, _record(group) | {"exit_code": code})
-            if code != NodeFault.exit_code or restarts == 0 or stops.count:
-                return code
-            say(f"attempt {attempt} ended with a node fault, {restarts} new attempts left")
-            attempt, restarts, group = attempt + 1, restarts - 1, replace(group, master_port=0)
+                told = {"cause": diagnosis.cause, "why": diagnosis.why} if diagnosis else {}
+                write_record(run, _record(group) | {"exit_code": end.exit_code} | told)
+            if diagnosis is None or stops.count:
+                return end.exit_code
+            another = restarts > failed and worth_another_attempt(diagnosis, metrics_size(run) > steps)
+            say(f"attempt {attempt} ended, cause {diagnosis.cause}: {diagnosis.why}")
+            if not another:
+                return end.exit_code
+            say(f"starting again, {restarts - failed - 1} new attempts left after this one")
+            _pause(pause_s(diagnosis, failed), stops)
+            attempt, failed, group = attempt + 1, failed + 1, replace(group, master_port=0)
+
+
+def _pause(seconds: float, stops: StopSignals) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not stops.count:
+        time.sleep(POLL_S)
 
 
 def _record(group: Group) -> dict[str, Any]:
@@ -155,54 +173,59 @@ def dry_run_text(group: Group) -> str:
 # -------------------------------------------------------------------------------------------- one group's life
 
 
-class StopSignals:
-    """Counts SIGINT and SIGTERM between enter and exit: once means save and leave, twice means leave."""
+@dataclass(frozen=True)
+class End:
+    """How a group ended; `failures` are those that nobody had told to leave, the first seen first."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+    exit_code: int
+    failures: tuple[Failure, ...]
 
 
 def run_group(group: Group, stops: StopSignals, patience: Patience = Patience()) -> int:
-    """Start the group, wait for its end -> exit code. Nothing of it is left running on return."""
+    """`attend`, for who wants the exit code alone."""
+    return attend(group, stops, patience).exit_code
+
+
+def attend(group: Group, stops: StopSignals, patience: Patience = Patience()) -> End:
+    """Start the group, wait for its end. Nothing of it is left running on return."""
+    group = replace(group, env=((LEAD_VARIABLE, f"{patience.stop_s:g}"), *group.env))
     children = [_start(group, local_rank) for local_rank in range(group.procs)]
     pumps = [_pump(child, group.first_rank + i) for i, child in enumerate(children) if child.stdout is not None]
+    failures: list[Failure] = []
     try:
-        _wait(children, group.first_rank, stops, patience)
+        _wait(children, group.first_rank, stops, patience, failures)
     finally:
         for child in children:
             _kill_tree(child)
         for pump in pumps:
             pump.join(timeout=5)
-    return exit_code_of([child.returncode for child in children], stopped=stops.count > 0)
+    code = exit_code_of([child.returncode for child in children], stopped=stops.count > 0)
+    return End(code, tuple(failures))
 
 
-def _wait(children: list["subprocess.Popen[str]"], first_rank: int, stops: StopSignals, patience: Patience) -> None:
-    """Returns when all have left or a deadline says that the rest must be killed."""
-    terminate_at, kill_at = float("inf"), float("inf")
-    stopping = failing = False
-    while None in [child.poll() for child in children]:  # a list: every one is asked, not only the first alive
+def _wait(
+    children: list["subprocess.Popen[str]"],
+    first_rank: int,
+    stops: StopSignals,
+    patience: Patience,
+    failures: list[Failure],
+) -> None:
+    """Returns when all have left or a deadline says that the rest must be killed; fills `failures`."""
+    terminate_at, kill_at, stopping = float("inf"), float("inf"), False
+    while True:
+        codes = [child.poll() for child in children]
         now = time.monotonic()
+        if not failures and any(map(_failed, codes)):
+            failures += [Failure(first_rank + i, code) for i, code in enumerate(codes) if code and _failed(code)]
+            terminate_at = now + patience.settle_s
+            kill_at = min(kill_at, terminate_at + patience.grace_s)
+            say(f"rank {failures[0].rank} {failures[0].how}; the others have {patience.settle_s:g} s")
+        if None not in codes:
+            return
         if stops.count and not stopping:
             stopping, kill_at = True, min(kill_at, now + patience.stop_s)
             say(f"stopping: waiting up to {patience.stop_s:g} s for the save; a second signal stops at once")
             _terminate(children)
-        failed = next((i for i, child in enumerate(children) if _failed(child)), None)
-        if failed is not None and not failing:
-            failing, terminate_at = True, now + patience.settle_s
-            kill_at = min(kill_at, terminate_at + patience.grace_s)
-            say(f"rank {first_rank + failed} {_how(children[failed])}; the others have {patience.settle_s:g} s")
         if now >= terminate_at:
             terminate_at = float("inf")
             _terminate(children)
@@ -212,9 +235,9 @@ def _wait(children: list["subprocess.Popen[str]"], first_rank: int, stops: StopS
         time.sleep(POLL_S)
 
 
-def _failed(child: subprocess.Popen[str]) -> bool:
+def _failed(code: int | None) -> bool:
     """Left in a way that the others will not: 0 and 75 are ends that all reach together."""
-    return child.returncode not in (None, 0, Requeue.exit_code)
+    return code not in (None, 0, Requeue.exit_code)
 
 
 def exit_code_of(codes: Sequence[int], stopped: bool) -> int:
@@ -241,7 +264,7 @@ def _start(group: Group, local_rank: int) -> "subprocess.Popen[str]":
         text=True,
         errors="replace",
         process_group=0,  # Ctrl-C reaches the launcher alone, which asks for a save
-        preexec_fn=_die_with(os.getpid()),  # runs before any thread of ours exists
+        preexec_fn=_die_with(os.getpid()),  # one system call: safe beside the thread that listens for signals
     )
 
 
@@ -281,11 +304,6 @@ def _kill_tree(child: "subprocess.Popen[str]") -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-
-
-def _how(child: "subprocess.Popen[str]") -> str:
-    code = int(child.returncode)
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
 
 
 # ------------------------------------------------------------------------------------------------- small parts

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault
+from pretrain.goodput import METRICS, goodput
 
 RECORD = "launcher.json"
-METRICS = "metrics.jsonl"
 POLL_S = 0.1
 
 # ---------------------------------------------------------------------------- the launcher's record of itself
@@ -59,6 +59,12 @@ def is_running(record: dict[str, Any]) -> bool:
     return start_ticks(int(record["pid"])) == record.get("start_ticks")
 
 
+def metrics_size(run: Path) -> int:
+    """Bytes of metrics.jsonl: it grows with every step."""
+    path = run / METRICS
+    return path.stat().st_size if path.is_file() else 0
+
+
 # ------------------------------------------------------------------------------------ status, logs, stop
 
 
@@ -68,10 +74,15 @@ def run_status(run: Path) -> dict[str, Any]:
     if not record and not last:
         raise ConfigError(f"{run}: neither {RECORD} nor {METRICS} is here; give the folder that `run:` names")
     status: dict[str, Any] = {"run": str(run), "state": _state(record)}
-    status |= {name: record[name] for name in ("host", "pid", "attempt", "world_size", "exit_code") if name in record}
+    status |= {
+        name: record[name]
+        for name in ("host", "pid", "attempt", "world_size", "exit_code", "cause", "why")
+        if name in record
+    }
     if last:
         newest = json.loads(last[0])
         status |= {name: newest[name] for name in ("step", "loss") if name in newest}
+        status["goodput"] = round(goodput(run)["goodput"], 3)
     total = _total_steps(run)
     return status | ({"steps": total} if total else {})
 

@@ -214,7 +214,12 @@ class DataConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """Length, batch, precision, sharding, and what is written when."""
+    """Length, batch, precision, sharding, and what is written when.
+
+    Of the checkpoints stay the last `keep_checkpoints`, every one whose step `keep_every_steps` divides, the one with
+    the lowest mean of the metric `keep_best` since the save before, and named ones. `checkpoints`: a folder or s3://
+    prefix for them, instead of the run's own.
+    """
 
     steps: PositiveInt
     global_batch: PositiveInt
@@ -224,6 +229,9 @@ class TrainConfig(Settings):
     clip_norm: NonNegativeFloat = 1.0
     checkpoint_every_steps: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
+    keep_every_steps: NonNegativeInt = 0
+    keep_best: str = ""
+    checkpoints: str | None = None
     log_every_steps: PositiveInt = 10
     sample_every_steps: NonNegativeInt = 0
     collective_timeout_s: PositiveInt = 120
@@ -243,6 +251,20 @@ class OptimConfig(Settings):
     power: PositiveFloat = 1.0
 
 
+class GuardsConfig(Settings):
+    """What happens to a step whose loss or gradient norm is not finite, or spikes.
+
+    skip: leave out its update. roll_back: go back to the last regular checkpoint's weights as well, and on with the
+    next batch. stop: end the run before the update. More than `patience_steps` refused steps in a row always stop it.
+    """
+
+    non_finite: Literal["skip", "roll_back", "stop"] = "stop"
+    spike: Literal["ignore", "skip", "roll_back", "stop"] = "ignore"
+    spike_sigmas: PositiveFloat = 6.0
+    window_steps: PositiveInt = 128
+    patience_steps: PositiveInt = 10
+
+
 class TrackingConfig(Settings):
     """MLflow: `uri` empty switches it off; metrics.jsonl in the run folder is always written."""
 
@@ -257,15 +279,17 @@ class DeepSpeedConfig(Settings):
 
 
 class RunConfig(Settings):
-    """One training run."""
+    """One training run. `initial`: a run or an exported model to start from, as far as its tensors fit."""
 
     run: str
+    initial: str | None = None
     seed: NonNegativeInt = 0
     model: ModelConfig
     objective: ObjectiveConfig
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig
+    guards: GuardsConfig = GuardsConfig()
     tracking: TrackingConfig = TrackingConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 

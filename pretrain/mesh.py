@@ -14,6 +14,12 @@ import torch.distributed as dist
 
 from data_pipeline.errors import ConfigError, NodeFault
 
+KeyValues = dist.Store
+
+
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "Broken pipe", "NCCL")
+"""gloo raises plain RuntimeErrors; these are its words, and NCCL's."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -79,7 +85,8 @@ class Mesh:
         os.environ.update(MASTER_ADDR=place.host, MASTER_PORT=str(place.port))
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
         store = _attempt_store(place, timeout_s)
-        deadline = datetime.timedelta(seconds=timeout_s)
+        # The watchdog ends a hang after timeout_s and names who hangs; the group's own deadline is the second line.
+        deadline = datetime.timedelta(seconds=2 * timeout_s)
         try:
             dist.init_process_group(
                 "nccl" if on_cuda else "gloo", store=store, rank=place.rank, world_size=place.world, timeout=deadline
@@ -89,6 +96,14 @@ class Mesh:
                 f"rank {place.rank} of {place.world} could not join {place.host}:{place.port}: {error}"
             ) from None
         return cls(place, device, dist.PrefixStore("tessera", store))
+
+    def side_store(self) -> "KeyValues":
+        """The same store over a connection of its own: a thread that waits on it does not hold up the others."""
+        return self.store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+
+    def beacon(self, timeout_s: float) -> dist.Store:
+        """A connection to the store of its own, for a thread that must not wait behind the training thread's calls."""
+        return dist.PrefixStore("watchdog", _attempt_store(self.place, timeout_s, may_serve=False))
 
     def stop(self) -> None:
         """Leave the process group."""
@@ -141,13 +156,20 @@ class _Gather(torch.autograd.Function):
         return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _attempt_store(place: Place, timeout_s: int) -> dist.Store:
+def peer_lost(error: BaseException) -> bool:
+    """Is this what a collective or the store says when another process is gone or does not answer?"""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_LOST)
+
+
+def _attempt_store(place: Place, timeout_s: float, may_serve: bool = True) -> dist.Store:
     """The rendezvous store under a prefix of this attempt.
 
     After a restart the server may be the old one, with addresses of dead peers in it: gloo then fails to connect its
     mesh. A prefix by attempt hides them.
     """
-    is_server = place.rank == 0 and not place.agent_store
+    is_server = may_serve and place.rank == 0 and not place.agent_store
     try:
         store = dist.TCPStore(
             place.host, place.port, place.world, is_server,

@@ -1,0 +1,77 @@
+"""Why a process ended: one line in RUN/faults.jsonl, which the launcher reads to decide about another attempt.
+
+Causes: configuration, node, storage, preemption, user code. Imports no torch.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue, TesseraError
+
+FAULTS = "faults.jsonl"
+Cause = Literal["configuration", "node", "storage", "preemption", "user code"]
+CAUSES: tuple[tuple[type[TesseraError], Cause], ...] = (
+    (ConfigError, "configuration"),
+    (NodeFault, "node"),
+    (DataError, "storage"),
+    (Requeue, "preemption"),
+)
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
+
+
+def cause_of(error: BaseException) -> Cause:
+    """The cause of an error; whatever is not one of ours came out of user code, numbers that blew up included."""
+    return next((cause for kind, cause in CAUSES if isinstance(error, kind)), "user code")
+
+
+def record_fault(run: Path, cause: Cause, why: str, rank: int, **more: Any) -> None:
+    """Append one line; where nothing was written of the run yet, or nothing can be, nothing is."""
+    line = {"time": time.time(), "cause": cause, "rank": rank, "host": socket.gethostname(), "why": why} | more
+    with contextlib.suppress(OSError):
+        file = os.open(run / FAULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)  # one write: ranks do not mix lines
+        os.write(file, (json.dumps(line) + "\n").encode())
+        os.close(file)
+
+
+def read_faults(run: Path, start: int = 0) -> list[dict[str, Any]]:
+    """The lines from byte `start` on, oldest first."""
+    path = run / FAULTS
+    if not path.is_file():
+        return []
+    lines = path.read_bytes()[start:].decode(errors="replace").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def faults_size(run: Path) -> int:
+    """Where the next line will start."""
+    path = run / FAULTS
+    return path.stat().st_size if path.is_file() else 0
+
+
+@contextlib.contextmanager
+def faults_noted(run: Path, rank: int, peer_lost: Callable[[BaseException], bool]) -> Iterator[None]:
+    """Note what ends the block, and raise it as what it is to the user.
+
+    A collective that broke is a node fault, a disk that takes no more is storage; neither says so by itself.
+    """
+    try:
+        yield
+    except Requeue:
+        raise
+    except Exception as error:
+        told: Exception = error
+        if not isinstance(error, TesseraError) and peer_lost(error):
+            told = NodeFault(f"rank {rank} lost a peer: {str(error).splitlines()[0]}")
+        elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            told = DataError(f"rank {rank}: {error}; make room or mend the disk, then start the same command again")
+        record_fault(run, cause_of(told), f"{type(told).__name__}: {told}", rank)
+        if told is error:
+            raise
+        raise told from error

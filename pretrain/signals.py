@@ -1,0 +1,77 @@
+"""Being asked to stop: the same rules for the processes that train and for what launched them. Imports no torch.
+
+The first SIGTERM, SIGINT or SIGUSR1 asks for a save at the step's end, a second one to leave at once. SIGUSR1 is a
+scheduler's announcement (Slurm's --signal): repeated it says nothing new, and the SIGTERM that follows it when time is
+up does not cut off the save which it asked for; only the one after that does.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+ASK_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+INSISTED_EXIT = 130
+
+
+class StopSignals:
+    """Between enter and exit `count` says what was asked for: 0 nothing, 1 save and leave, 2 leave at once.
+
+    A thread reads the signals from a socket that the interpreter writes them to: Python's own handlers would wait
+    until the main thread comes back from C, which a collective that hangs never does.
+    """
+
+    def __init__(self, leave: Callable[[], None] | None = None) -> None:
+        self.count = 0
+        self.received: list[int] = []
+        self._leave = leave
+        self._before: dict[int, Any] = {}
+        self._inlet, self._outlet = socket.socketpair()
+        self._wakeup = -1
+
+    def __enter__(self) -> "StopSignals":
+        self._inlet.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._inlet.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in ASK_TO_STOP}
+        threading.Thread(target=self._listen, name="stop signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        with contextlib.suppress(OSError):
+            self._outlet.shutdown(socket.SHUT_RDWR)
+        self._inlet.close()
+
+    def _listen(self) -> None:
+        with self._outlet:
+            while numbers := self._outlet.recv(64):
+                for number in numbers:
+                    if number in ASK_TO_STOP:
+                        self.note(number)
+
+    def note(self, number: int) -> None:
+        """One signal came."""
+        announced = set(self.received) == {signal.SIGUSR1}
+        expected = not self.received or number == signal.SIGUSR1 or (announced and number == signal.SIGTERM)
+        self.received.append(number)
+        self.count = max(self.count, 1 if expected else 2)
+        if self.count == 2 and self._leave is not None:
+            self._leave()
+
+
+def leave_at_once() -> None:
+    """End this process now, whatever its threads are doing; what was committed before stays."""
+    print("asked to stop a second time: leaving without a save", file=sys.stderr, flush=True)
+    os._exit(INSISTED_EXIT)
+
+
+def ignore_stop_signals() -> None:
+    """For worker processes: the process that they work for decides when to stop, and ends them."""
+    for number in ASK_TO_STOP:
+        signal.signal(number, signal.SIG_IGN)
