@@ -23,6 +23,12 @@ class NodeFault(TesseraError):
     exit_code = 70
 
 
+class TrainingFault(TesseraError):
+    """The numbers of a training blew up, the same on every rank; another attempt would do it again."""
+
+    exit_code = 70
+
+
 class DataError(TesseraError):
     """Storage or data is missing, damaged or not what the manifest says."""
 
