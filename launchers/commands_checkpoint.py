@@ -1,4 +1,4 @@
-"""`tessera checkpoint ...`: what is saved, is it whole, take it elsewhere, tidy up."""
+"""`tessera checkpoint ...`: what is saved, is it whole, name it, take it elsewhere, tidy up."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,10 +7,12 @@ import typer
 
 from launchers.arguments import AsJson, Run, as_dict, emit
 
+Step = Annotated[int | None, typer.Option(help="Of this step instead of the newest.")]
+
 
 def list_checkpoints(run: Run, json: AsJson = False) -> None:
-    """The committed checkpoints of a run, oldest first."""
-    from pretrain.checkpoint import list_
+    """The committed checkpoints of a run, oldest first, and why each is kept."""
+    from pretrain.checkpoint.verbs import list_
 
     rows = [as_dict(row) for row in list_(run)]
     if json:
@@ -22,24 +24,41 @@ def list_checkpoints(run: Run, json: AsJson = False) -> None:
 
 def verify(run: Run, json: AsJson = False) -> None:
     """Sizes and digests of every file; leaves with 74 when something is off."""
-    from pretrain.checkpoint import verify as run_verify
+    from pretrain.checkpoint.verbs import verify as run_verify
 
     emit(as_dict(run_verify(run)), json)
 
 
 def export(
     run: Run,
-    output: Annotated[Path, typer.Argument(help="New folder for config.json and model.safetensors.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the weights.")],
+    form: Annotated[
+        str, typer.Option("--format", help="tessera, deepspeed (universal, with optimizer), or a public layout.")
+    ] = "tessera",
+    step: Step = None,
     json: AsJson = False,
 ) -> None:
-    """The newest checkpoint's weights as one plain folder, without optimizer state."""
-    from pretrain.checkpoint import export as run_export
+    """The newest whole checkpoint as one plain folder: for other commands, other programs, or DeepSpeed."""
+    from pretrain.checkpoint.verbs import export as run_export
 
-    emit({"exported": str(run_export(run, output) or output)}, json)
+    emit({"exported": str(run_export(run, output, step, form))}, json)
+
+
+def name(
+    run: Run,
+    label: Annotated[str, typer.Argument(metavar="NAME", help="Letters, digits, '_', '-' and '.'.")],
+    step: Step = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the name away.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Keep the newest whole checkpoint from retention under a name."""
+    from pretrain.checkpoint.verbs import name as run_name
+
+    emit(run_name(run, label, step, remove), json)
 
 
 def gc(run: Run, json: AsJson = False) -> None:
     """Remove what no manifest names and what retention no longer keeps."""
-    from pretrain.checkpoint import gc as run_gc
+    from pretrain.checkpoint.verbs import gc as run_gc
 
     emit(as_dict(run_gc(run)), json)

@@ -145,7 +145,9 @@ class Engine:
             for group, count, theirs in zip(self.groups, counts, hyper, strict=True)
         ]
         plain = {group["name"]: row for group, row in zip(self.groups, groups, strict=True)}
-        return dict(json.loads(json.dumps({"updates": self.updates, "groups": plain, "loss_scale": self._loss_scale()})))
+        return dict(
+            json.loads(json.dumps({"updates": self.updates, "groups": plain, "loss_scale": self._loss_scale()}))
+        )
 
     def load_scalars(self, saved: dict[str, Any], where: str) -> None:
         """Go on from `scalars()`. Raises DataError where a group has other members or settings than it was saved with.

@@ -15,7 +15,7 @@ from data_pipeline.schema import Sample
 from data_pipeline.stream.mixture import Source
 from data_pipeline.stream.reader import Stream
 from data_pipeline.vocabulary import Vocabulary
-from pretrain.checkpoint import load_trained
+from pretrain.checkpoint.trained import load_trained
 from pretrain.config import RunConfig
 from pretrain.inputs import INPUTS
 from pretrain.inputs.pixels import resize

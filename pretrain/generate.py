@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from data_pipeline.errors import ConfigError
 from data_pipeline.shards.codes import ImageTokenizer
 from data_pipeline.vocabulary import Vocabulary
-from pretrain.checkpoint import load_trained
+from pretrain.checkpoint.trained import load_trained
 from pretrain.inputs.codes import text_ids
 from pretrain.interchange.tokenizer import load_tokenizer
 from pretrain.models.gpt import Gpt

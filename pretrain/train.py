@@ -21,7 +21,10 @@ from data_pipeline.errors import ConfigError, NodeFault, Requeue
 from data_pipeline.settings import digest
 from data_pipeline.stream.mixture import Source
 from data_pipeline.vocabulary import Vocabulary
-from pretrain.checkpoint import Checkpoints, check_identity, identity, restore
+from pretrain.checkpoint.catalog import Retention, Saved, checkpoint_root
+from pretrain.checkpoint.identity import check_identity, identity
+from pretrain.checkpoint.restore import restore
+from pretrain.checkpoint.saver import Checkpoints, start_attempt
 from pretrain.config import RunConfig, micro_batch_of
 from pretrain.engine import Engine
 from pretrain.inputs import INPUTS
@@ -68,11 +71,14 @@ def train(run: "Run", stop: "StopFlag") -> None:
         means["grad_norm"] = engine.update(lr)
         run.after_update()
         run.log(positions, means | {"lr": lr}, time.monotonic() - began)
+        run.checkpoints.note(means)
         stopping = bool(run.mesh.maximum([stop.count])[0])
         if stopping or run.step % config.train.checkpoint_every_steps == 0 or run.step == config.train.steps:
             run.save()
         if stopping and run.step < config.train.steps:
+            run.checkpoints.finish()
             raise Requeue(f"stopped and saved at step {run.step} of {config.train.steps}; the same command goes on")
+    run.checkpoints.finish()
 
 
 @dataclasses.dataclass
@@ -99,36 +105,37 @@ class Run:
         micro_batch, accumulation = check_batch(config, mesh.world)
         stream, vocabulary = open_data(config)
         objective = build_objective(config, mesh)
-        run_folder = Path(config.run)
-        attempt = agree_on_attempt(run_folder, mesh)
+        root = checkpoint_root(config.run, config.train.checkpoints)
+        attempt = start_attempt(root, mesh, attempts_noted(Path(config.run)))
+        checkpoints = Checkpoints(root, mesh, attempt, Retention.of(config.train))
+        saved = checkpoints.newest()
+        if saved is None and config.initial:
+            start_from_initial(config.initial, objective, mesh)
         inputs = INPUTS[config.objective.kind](config, stream, vocabulary)
         shard = (mesh.rank, mesh.world)
         ledger = Ledger(Path(config.run) / f"bad_samples/rank-{mesh.rank:05d}.jsonl", config.data.max_bad_rate)
         ahead, workers = config.data.prefetch_steps, config.data.workers
         feed = Feed(stream, inputs, config.train.global_batch, shard, micro_batch, ahead, workers, ledger)
         engine = Engine(objective, config, mesh, micro_batch, accumulation)
-        checkpoints = Checkpoints(run_folder, mesh, attempt, config.train.keep_checkpoints)
         run = cls(config, mesh, stream, feed, objective, engine, checkpoints, None)
-        run.resume()
+        if saved is not None:
+            run.resume(saved)
         if mesh.rank == 0:
             run.writer = Writer(config, attempt, run.step, mesh.world)
         return run
 
-    def resume(self) -> None:
-        """Go to the newest checkpoint, if there is one of this configuration and this dataset."""
-        saved = self.checkpoints.newest()
-        if saved is None:
-            return
-        check_identity(saved.state["identity"], identity(self.config), str(saved.folder))
+    def resume(self, saved: Saved) -> None:
+        """Go to a checkpoint. Raises ConfigError or DataError when it is of another configuration or dataset."""
+        check_identity(saved.state["identity"], identity(self.config), saved.folder)
         self.stream.check(saved.state["stream"])
         restore(saved, self.engine)
         self.step, self.position = saved.step, saved.state["stream"]["position"]
 
     def save(self) -> None:
-        """Commit a checkpoint of the present step."""
+        """Stage a checkpoint of the present step; it is written and committed beside the next ones."""
         state = {
             "step": self.step,
-            "updates": self.engine.updates,
+            "optimizer": self.engine.scalars(),
             "stream": self.stream.state(self.position),
             "identity": identity(self.config),
             "config": digest(self.config),
@@ -136,9 +143,7 @@ class Run:
             "zero_stage": self.config.train.zero_stage,
             "versions": {"torch": torch.__version__},
         }
-        folder = self.checkpoints.save(self.engine, self.step, state)
-        if self.writer:
-            self.writer.say(f"saved {folder}")
+        self.checkpoints.save(self.engine, self.step, state)
 
     def after_update(self) -> None:
         """What follows a step: dead codes are revived, pictures drawn."""
@@ -174,7 +179,8 @@ class Run:
         return dict(zip(names, self.mesh.mean(table.mean(0).tolist()), strict=True))
 
     def close(self) -> None:
-        """Flush what is written for people; never raises for MLflow's sake."""
+        """End a save under way, flush what is written for people; never raises for MLflow's sake."""
+        self.checkpoints.close()
         if self.writer:
             self.writer.close()
 
@@ -240,13 +246,19 @@ def build_objective(config: RunConfig, mesh: Mesh) -> nn.Module:
     return OBJECTIVES[config.objective.kind](model, config.objective, collectives).train()
 
 
-def agree_on_attempt(run: Path, mesh: Mesh) -> int:
-    """The number of this attempt, counted by rank 0 in RUN/attempts.jsonl, the same on all ranks."""
+def attempts_noted(run: Path) -> int:
+    """How many attempts RUN/attempts.jsonl knows of: the next one's number is not below it."""
+    path = run / "attempts.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def start_from_initial(source: str, objective: nn.Module, mesh: Mesh) -> None:
+    """Weights of another run or of an exported model, as far as they fit; rank 0 prints what did."""
+    from pretrain.checkpoint.trained import start_from
+
+    table = start_from(objective.get_submodule("model"), source)
     if mesh.rank == 0:
-        path = run / "attempts.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        mesh.store.set("attempt", str(len(lines)))
-    return int(mesh.store.get("attempt"))
+        print(table, flush=True)
 
 
 def seed_model(seed: int, position: int, rank: int, index: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.stream.reader import Stream
-from pretrain.checkpoint import committed
+from pretrain.checkpoint.catalog import committed
 from tests.pretrain.commands import finish, interrupted, kill_rank_1, rows_of, steps_of, tessera, two_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]

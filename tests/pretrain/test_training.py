@@ -18,7 +18,8 @@ import torch
 
 from data_pipeline.settings import check_settings
 from launchers.local import free_port
-from pretrain.checkpoint import Saved, Slices, committed
+from pretrain.checkpoint.catalog import Saved, committed
+from pretrain.checkpoint.layout import Slices
 from pretrain.config import RunConfig
 from pretrain.interchange.folder import export_model
 from pretrain.interchange.tokenizer import load_tokenizer
@@ -51,7 +52,7 @@ def tensors(saved: Saved) -> dict[str, torch.Tensor]:
     slices = Slices(saved.folder)
     kinds = ("param", "exp_avg", "exp_avg_sq")
     found = {f"{kind}/{name}": slices.whole(kind, name) for name in slices.shapes for kind in kinds}
-    return found | {key: slices.buffer(key) for key in slices.buffers}
+    return found | {f"buffer/{name}": slices.buffer(name) for name in slices.buffers}
 
 
 def assert_same_state(run: Path, other: Path) -> None:

@@ -1,0 +1,226 @@
+"""What lies where checkpoints lie: names, manifests, digests, claims, retention. Knows no tensors and no ranks."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from pretrain.config import TrainConfig
+
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+INDEX = "index.json"
+VERSION = 2
+BUFFER = 8 << 20
+"""Bytes held at once while a file is hashed or read."""
+FOLDER = re.compile(r"step-(\d+)\.attempt-(\d+)")
+CLAIM = re.compile(r"attempt-(\d+)\.json")
+NAME = re.compile(r"name-([A-Za-z0-9_.-]+)\.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """One committed checkpoint. folder: its path or URL."""
+
+    folder: str
+
+    @property
+    def name(self) -> str:
+        return self.folder.rsplit("/", 1)[1]
+
+    @property
+    def step(self) -> int:
+        return numbers(self.name)[0]
+
+    @property
+    def attempt(self) -> int:
+        return numbers(self.name)[1]
+
+    @cached_property
+    def storage(self) -> Storage:
+        return open_storage(self.folder)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return read_json(self.storage, MANIFEST)
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        return read_json(self.storage, STATE)
+
+    def faults(self, part: int = 0, parts: int = 1) -> list[str]:
+        """What differs from the manifest, a line for each file; empty when all is whole.
+
+        Only every `parts`-th file from `part` on is looked at: ranks share the work.
+        """
+        try:
+            if self.manifest.get("version") != VERSION:
+                return [f"{MANIFEST}: format {self.manifest.get('version')}, this program reads {VERSION}"]
+            files = self.manifest["files"]
+        except (DataError, KeyError) as error:
+            return [f"{MANIFEST}: {error}"]
+        found = (file_fault(self.storage, entry) for entry in files[part::parts])
+        return [line for line in found if line]
+
+
+def checkpoint_root(run: str | Path, elsewhere: str | None) -> str:
+    """Where the checkpoints of a run lie: in its folder, unless its configuration names another place."""
+    return elsewhere or f"{run}/checkpoints"
+
+
+def folder_name(step: int, attempt: int) -> str:
+    """The folder of a checkpoint under its root."""
+    return f"step-{step:08d}.attempt-{attempt}"
+
+
+def numbers(name: str) -> tuple[int, int]:
+    """-> (step, attempt) of a checkpoint's folder; (-1, -1) of anything else."""
+    match = FOLDER.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else (-1, -1)
+
+
+def committed(root: str | Path) -> list[Saved]:
+    """Checkpoints that have a manifest, by step and attempt."""
+    found = (Saved(f"{root}/{name}") for name in _folders(root))
+    return [saved for saved in found if saved.storage.exists(MANIFEST)]
+
+
+def _folders(root: str | Path) -> list[str]:
+    return sorted((name for name in open_storage(root).folders() if FOLDER.fullmatch(name)), key=numbers)
+
+
+def read_json(storage: Storage, name: str) -> dict[str, Any]:
+    """Raises DataError where the object is missing or is no JSON."""
+    data = storage.get(name)
+    try:
+        return dict(json.loads(data))
+    except ValueError as error:
+        raise DataError(f"{storage.root}/{name} cannot be read: {error}") from None
+
+
+def as_json(tree: Any) -> bytes:
+    """The bytes under which a tree is stored: the same for equal trees."""
+    return json.dumps(tree, indent=1, sort_keys=True).encode()
+
+
+def put_once(storage: Storage, name: str, data: bytes) -> dict[str, Any]:
+    """Create an object -> its entry in the manifest. Raises DataError where the name is taken."""
+    if not storage.put_if_absent(name, data):
+        raise DataError(f"{storage.root}/{name} exists already; another attempt committed it")
+    return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def file_fault(storage: Storage, entry: dict[str, Any]) -> str:
+    """How an object differs from its entry in a manifest; empty when it does not."""
+    name = entry["name"]
+    try:
+        if not storage.exists(name):
+            return f"{name}: missing"
+        size, _ = storage.stat(name)
+        if size != entry["bytes"]:
+            return f"{name}: {size} bytes, the manifest says {entry['bytes']}"
+        digest = hashlib.sha256()
+        for start in range(0, size, BUFFER):
+            digest.update(storage.get_range(name, start, min(start + BUFFER, size)))
+    except DataError as error:
+        return f"{name}: {error}"
+    same = digest.hexdigest() == entry["sha256"]
+    return "" if same else f"{name}: sha256 {digest.hexdigest()[:12]}, the manifest says another"
+
+
+# ------------------------------------------------------------------------------------------------- claims
+
+
+def claim_attempt(root: str | Path, at_least: int, by: dict[str, Any]) -> int:
+    """Take the next free attempt number, from `at_least` on, for this process alone; earlier attempts are fenced."""
+    storage = open_storage(root)
+    number = max(at_least, newest_claim(root) + 1)
+    while not storage.put_if_absent(f"attempt-{number:05d}.json", as_json(by)):
+        number += 1
+    return number
+
+
+def newest_claim(root: str | Path) -> int:
+    """The attempt that owns the run; -1 when none was made."""
+    return max((int(match[1]) for name in open_storage(root).list() if (match := CLAIM.fullmatch(name))), default=-1)
+
+
+def refuse_overtaken(root: str | Path, attempt: int) -> None:
+    """Raises ConfigError when a later attempt has claimed the run: it must neither see our commits nor our removals."""
+    owner = newest_claim(root)
+    if owner > attempt:
+        raise ConfigError(f"attempt {owner} has taken over the run from attempt {attempt}; end this one")
+
+
+# ---------------------------------------------------------------------------------------------- retention
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the last ones, every M-th step, the one with the lowest `best`, and named ones."""
+
+    last: int
+    every_steps: int = 0
+    best: str = ""
+
+    @classmethod
+    def of(cls, train: "TrainConfig") -> "Retention":
+        """As a run's configuration has it."""
+        return cls(train.keep_checkpoints, train.keep_every_steps, train.keep_best)
+
+    def reasons(self, root: str | Path, rows: list[Saved]) -> dict[str, list[str]]:
+        """Folder name -> why it stays; no reason, no stay."""
+        kept: dict[str, list[str]] = {saved.name: [] for saved in rows}
+        for saved in rows[-self.last :]:
+            kept[saved.name].append("last")
+        for saved in rows:
+            if self.every_steps and saved.step % self.every_steps == 0:
+                kept[saved.name].append(f"every {self.every_steps}")
+        scores = {saved.name: score for saved in rows if (score := self._score(saved)) is not None}
+        if scores:
+            winner = min(scores, key=lambda name: (scores[name], name))
+            kept[winner].append(f"best {self.best}={scores[winner]:.6g}")
+        for name, label in names(root):
+            kept.get(name, []).append(f"named {label}")
+        return kept
+
+    def _score(self, saved: Saved) -> float | None:
+        """Mean of the metric over the steps before the save; a checkpoint without one cannot be the best."""
+        try:
+            return saved.state.get("means", {}).get(self.best) if self.best else None
+        except DataError:
+            return None
+
+
+def names(root: str | Path) -> Iterator[tuple[str, str]]:
+    """-> (folder name, label) of every named checkpoint."""
+    storage = open_storage(root)
+    for entry in storage.list():
+        if match := NAME.fullmatch(entry):
+            yield read_json(storage, entry)["checkpoint"], match[1]
+
+
+def tidy(root: str | Path, retention: Retention, may_go: Callable[[int, int], bool]) -> list[str]:
+    """Remove what nothing keeps, and folders without a manifest for which `may_go(step, attempt)` -> their names.
+
+    The manifest goes first, so that no checkpoint is ever half there.
+    """
+    rows = committed(root)
+    kept = retention.reasons(root, rows)
+    gone = [saved for saved in rows if not kept[saved.name]]
+    for saved in gone:
+        saved.storage.remove(MANIFEST)
+        saved.storage.remove_all()
+    whole = {saved.name for saved in rows}
+    orphans = [name for name in _folders(root) if name not in whole and may_go(*numbers(name))]
+    for name in orphans:
+        open_storage(f"{root}/{name}").remove_all()
+    return sorted([saved.name for saved in gone] + orphans)

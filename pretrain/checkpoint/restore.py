@@ -1,0 +1,35 @@
+"""A checkpoint -> the engine of this rank, whatever ranks and stage wrote it: it reads only the bytes that it keeps."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from data_pipeline.errors import DataError
+from pretrain.checkpoint.catalog import Saved
+from pretrain.checkpoint.layout import Slices
+
+if TYPE_CHECKING:
+    from pretrain.engine import Engine
+
+
+@torch.no_grad()
+def restore(saved: Saved, engine: "Engine") -> None:
+    """Fill the engine's masters, moments, working copies, buffers and counts.
+
+    Raises DataError for another model's checkpoint.
+    """
+    slices = Slices(saved.folder)
+    unknown = sorted(set(engine.names.values()) ^ set(slices.shapes))
+    if unknown:
+        raise DataError(f"{saved.folder} belongs to another model: {len(unknown)} names differ, first {unknown[:3]}")
+    parts = engine.owned()
+    for owned in parts:
+        if slices.shapes[owned.name] != owned.shape:
+            was = list(slices.shapes[owned.name])
+            raise DataError(f"{saved.folder}: {owned.name} has shape {was}, this model {list(owned.shape)}")
+    slices.fill((kind, owned.name, owned.lo, view) for owned in parts for kind, view in owned.tensors.items())
+    engine.refresh()
+    buffers = dict(engine.deepspeed.module.named_buffers())
+    for name in slices.buffers:
+        buffers[name].copy_(slices.buffer(name))
+    engine.load_scalars(saved.state["optimizer"], saved.folder)

@@ -1,0 +1,266 @@
+"""Checkpoints as ranks write and choose them together: staged, written beside training, committed by rank 0.
+
+Ranks tell each other through a store of their own, never through the training group: a storage error on one must not
+leave the others in a collective, and a slow disk must not hold up a step.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.errors import DataError, TesseraError
+from data_pipeline.storage import open_storage
+from pretrain.checkpoint.catalog import (
+    INDEX,
+    MANIFEST,
+    STATE,
+    VERSION,
+    Retention,
+    Saved,
+    as_json,
+    claim_attempt,
+    committed,
+    folder_name,
+    put_once,
+    refuse_overtaken,
+    tidy,
+)
+from pretrain.checkpoint.layout import Shard, Staging, index_of, shard_of, write_shard
+
+if TYPE_CHECKING:
+    from pretrain.engine import Engine
+    from pretrain.mesh import KeyValues, Mesh
+
+COMMIT_TIMEOUT_S = 600.0
+"""How long a rank waits for the others once its own part is written."""
+LOAD_TIMEOUT_S = 3600.0
+ABANDON_S = 5.0
+"""What a save in flight is given when the run ends by an error: enough for one whose parts are all written."""
+POLL_S = (0.005, 0.25)
+
+
+class Abandoned(TesseraError):
+    """The run ended while a save was under way; its folder has no manifest and is reaped later."""
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, root: str | Path, mesh: "Mesh", attempt: int, retention: Retention) -> None:
+        self.root = str(root)
+        self.mesh = mesh
+        self.attempt = attempt
+        self.retention = retention
+        self.blocked_s = 0.0
+        """How long saves have held up training, in total: staging, and waiting for the save before."""
+        self._staging = Staging()
+        self._sums: dict[str, list[float]] = {}
+        self._save: Save | None = None
+        self._choices = 0
+
+    def note(self, means: dict[str, float]) -> None:
+        """Take in one step's metrics: their mean since the last save says which checkpoint is the best."""
+        for name, value in means.items():
+            self._sums.setdefault(name, []).append(value)
+
+    def save(self, engine: "Engine", step: int, state: dict[str, Any]) -> None:
+        """Stage this rank's shard; the rest is done by a thread. Waits for the save before, whose failure is no error.
+
+        A failed save is reported by rank 0 and the run goes on: the checkpoints before it are untouched.
+        """
+        began = time.monotonic()
+        means = {name: sum(values) / len(values) for name, values in self._sums.items()}
+        self._sums = {}
+        stuck = self._save is not None and not self._save.ended(COMMIT_TIMEOUT_S)
+        shard = None if stuck else self._staging.copy(shard_of(engine, self.mesh))
+        self._save = Save(self, step, shard, state | {"means": means})
+        self._save.start()
+        self.blocked_s += time.monotonic() - began
+
+    def finish(self) -> Saved | None:
+        """Wait for the last save -> the checkpoint, or None when there was none. Raises DataError when it failed."""
+        if self._save is None:
+            return None
+        if not self._save.ended(COMMIT_TIMEOUT_S):
+            self._save.failure = f"it was not done within {COMMIT_TIMEOUT_S:.0f} s"
+        if self._save.failure:
+            raise DataError(f"{self._save.folder} was not committed: {self._save.failure}; {UNTOUCHED}")
+        return Saved(self._save.folder)
+
+    def close(self) -> None:
+        """Give a save in flight a moment, then abandon it: never raises, never holds up an end by error."""
+        if self._save is not None and not self._save.ended(ABANDON_S):
+            self._save.abandoned.set()
+            self._save.ended(ABANDON_S)
+
+    def newest(self, every_steps: int = 1) -> Saved | None:
+        """The newest whole checkpoint, the same on every rank; damaged ones are passed over with a word why.
+
+        Only those whose step `every_steps` divides are looked at. Every rank checks sizes and digests of an equal part
+        of the files. Raises DataError when none is whole.
+        """
+        if self._save is not None:
+            self._save.ended(COMMIT_TIMEOUT_S)
+        self._choices += 1
+        store, key = self.mesh.store, f"choice-{self._choices}"
+        if self.mesh.rank == 0:
+            store.set(key, json.dumps(_outcome(lambda: self._candidates(every_steps))))
+        folders = _result(_get(store, key, LOAD_TIMEOUT_S))
+        for number, folder in enumerate(folders):
+            if self._is_whole(Saved(folder), f"{key}/{number}"):
+                return Saved(folder)
+        if folders:
+            raise DataError(
+                f"{self.root}: none of {len(folders)} checkpoints is whole; restore one or empty the folder"
+            )
+        return None
+
+    def _candidates(self, every_steps: int) -> list[str]:
+        return [saved.folder for saved in reversed(committed(self.root)) if saved.step % every_steps == 0]
+
+    def _folders(self, every: int) -> list[str]:
+        return [saved.folder for saved in reversed(committed(self.root)) if saved.step % every == 0]
+
+    def _is_whole(self, saved: Saved, key: str) -> bool:
+        store, mesh = self.mesh.store, self.mesh
+        store.set(f"{key}/{mesh.rank}", json.dumps(_outcome(lambda: saved.faults(mesh.rank, mesh.world))))
+        if mesh.rank == 0:
+            reports = [_result(_get(store, f"{key}/{rank}", LOAD_TIMEOUT_S)) for rank in range(mesh.world)]
+            faults = list(dict.fromkeys(line for report in reports for line in report))
+            if faults:
+                print(f"checkpoint {saved.name} is passed over: {'; '.join(faults)}", flush=True)
+            store.set(key, json.dumps({"result": not faults}))
+        return bool(_result(_get(store, key, LOAD_TIMEOUT_S)))
+
+
+UNTOUCHED = "the checkpoints before it are untouched"
+
+
+class Save(threading.Thread):
+    """One save under way: this rank's file, its report, and on rank 0 the commit."""
+
+    def __init__(self, owner: Checkpoints, step: int, shard: Shard | None, state: dict[str, Any]) -> None:
+        super().__init__(name=f"save-{step}", daemon=True)  # a dead disk must not keep the process alive
+        self.owner = owner
+        self.step = step
+        self.folder = f"{owner.root}/{folder_name(step, owner.attempt)}"
+        self.shard = shard
+        self.state = state
+        self.failure = ""
+        self.abandoned = threading.Event()
+        self.key = f"save-{step}"
+
+    def ended(self, timeout_s: float) -> bool:
+        """Wait for the end, whatever it is -> whether it came."""
+        self.join(timeout_s)
+        return not self.is_alive()
+
+    def run(self) -> None:
+        """Write, report, and (rank 0) commit. What goes wrong is kept in `failure`, and said by rank 0."""
+        try:
+            store = self.owner.mesh.side_store()
+            store.set(f"{self.key}/{self.owner.mesh.rank}", json.dumps(_outcome(self._write)))
+            if self.owner.mesh.rank == 0:
+                store.set(self.key, json.dumps(_outcome(lambda: self._commit(store))))
+            _result(_get(store, self.key, COMMIT_TIMEOUT_S, self.abandoned))
+        except (OSError, RuntimeError, TesseraError) as error:  # RuntimeError: the store's server is gone
+            self.failure = str(error)
+        if self.owner.mesh.rank == 0:
+            self._follow()
+
+    def _follow(self) -> None:
+        """Rank 0, after the commit: say what became of it, and let retention work."""
+        if self.failure:
+            print(f"{self.folder} was not committed: {self.failure}; {UNTOUCHED}, the run goes on", flush=True)
+        else:
+            print(f"saved {self.folder}", flush=True)
+            self._tidy()
+
+    def _write(self) -> dict[str, Any]:
+        if self.shard is None:
+            raise DataError(f"the save before is still being written after {COMMIT_TIMEOUT_S:.0f} s")
+        return write_shard(open_storage(self.folder), self.shard)
+
+    def _commit(self, store: "KeyValues") -> None:
+        """Rank 0: all reports, index, state, and last the manifest."""
+        owner, storage = self.owner, open_storage(self.folder)
+        reports, errors = self._reports(store)
+        if errors:
+            raise DataError("; ".join(errors))
+        files = [{key: report[key] for key in ("name", "bytes", "sha256")} for report in reports]
+        files.append(put_once(storage, INDEX, json.dumps(index_of(reports)).encode()))
+        files.append(put_once(storage, STATE, as_json(self.state)))
+        refuse_overtaken(owner.root, owner.attempt)
+        manifest = {"version": VERSION, "step": self.step, "attempt": owner.attempt, "world": owner.mesh.world}
+        put_once(storage, MANIFEST, as_json(manifest | {"files": files}))
+
+    def _reports(self, store: "KeyValues") -> tuple[list[dict[str, Any]], list[str]]:
+        """What every rank wrote, and what went wrong, by rank."""
+        reports, errors = [], []
+        deadline = time.monotonic() + COMMIT_TIMEOUT_S
+        for rank in range(self.owner.mesh.world):
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                reports.append(_result(_get(store, f"{self.key}/{rank}", left, self.abandoned)))
+            except Abandoned:
+                raise
+            except TesseraError as error:
+                errors.append(f"rank {rank}: {error}")
+        return reports, errors
+
+    def _tidy(self) -> None:
+        """The new checkpoint stands, whatever becomes of the old ones: what cannot be removed is said."""
+        owner = self.owner
+
+        def may_go(step: int, attempt: int) -> bool:
+            return attempt < owner.attempt or (attempt == owner.attempt and step < self.step)
+
+        try:
+            tidy(owner.root, owner.retention, may_go)
+        except (OSError, TesseraError) as error:
+            print(f"{owner.root}: old checkpoints could not be removed: {error}", flush=True)
+
+
+def start_attempt(root: str | Path, mesh: "Mesh", at_least: int) -> int:
+    """The number of this attempt, claimed by rank 0 for all; attempts before it can no longer commit."""
+    if mesh.rank == 0:
+        by = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "world": mesh.world}
+        mesh.store.set("attempt", json.dumps(_outcome(lambda: claim_attempt(root, at_least, by))))
+    return int(_result(_get(mesh.store, "attempt", LOAD_TIMEOUT_S)))
+
+
+# ------------------------------------------------------------------------------------- words between ranks
+
+
+def _outcome(call: Callable[[], Any]) -> dict[str, Any]:
+    """What a rank tells the others: a result or, where it failed, the reason."""
+    try:
+        return {"result": call()}
+    except Abandoned:
+        raise
+    except (OSError, RuntimeError, TesseraError) as error:
+        return {"error": str(error)}
+
+
+def _result(told: dict[str, Any]) -> Any:
+    if "error" in told:
+        raise DataError(told["error"])
+    return told["result"]
+
+
+def _get(store: "KeyValues", key: str, timeout_s: float, abandoned: threading.Event | None = None) -> dict[str, Any]:
+    """The value of a key once it is there. Polls: a blocking wait could not be abandoned."""
+    deadline, pause = time.monotonic() + timeout_s, POLL_S[0]
+    while not store.check([key]):
+        if abandoned is not None and abandoned.is_set():
+            raise Abandoned("the run ended before all parts were written")
+        if time.monotonic() > deadline:
+            raise DataError(f"no word within {timeout_s:.0f} s")
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_S[1])
+    return dict(json.loads(store.get(key)))

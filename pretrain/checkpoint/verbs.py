@@ -1,0 +1,102 @@
+"""What `tessera checkpoint` does: what is saved and why it stays, is it whole, name it, take it elsewhere, tidy up."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.storage import open_storage
+from pretrain.checkpoint.catalog import (
+    NAME,
+    Retention,
+    as_json,
+    committed,
+    names,
+    newest_claim,
+    numbers,
+    put_once,
+    tidy,
+)
+from pretrain.checkpoint.trained import load_trained, newest_whole, root_of, run_config
+from pretrain.interchange.folder import WEIGHTS_FILE, export_model
+from pretrain.interchange.layouts import LAYOUTS, export_state
+
+
+def list_(run: str | Path) -> list[dict[str, Any]]:
+    """The committed checkpoints of a run, oldest first, and why each stays."""
+    root = root_of(run)
+    rows = committed(root)
+    kept = _retention(run).reasons(root, rows)
+    return [
+        {"step": saved.step, "attempt": saved.attempt, "world": saved.manifest["world"], "folder": saved.folder,
+         "bytes": sum(entry["bytes"] for entry in saved.manifest["files"]), "kept": ", ".join(kept[saved.name])}
+        for saved in rows
+    ]  # fmt: skip
+
+
+def verify(run: str | Path) -> dict[str, Any]:
+    """Sizes and digests of all checkpoints. Raises DataError naming each file that is off, or when there is none."""
+    rows = committed(root_of(run))
+    if not rows:
+        raise DataError(f"{run}: no committed checkpoint; train the run first")
+    faults = [f"{saved.name}/{line}" for saved in rows for line in saved.faults()]
+    if faults:
+        raise DataError(f"{run}: {len(faults)} files are off\n  " + "\n  ".join(faults))
+    return {"checkpoints": len(rows), "newest_step": rows[-1].step, "whole": True}
+
+
+def export(run: str | Path, output: str | Path, step: int | None = None, form: str = "tessera") -> Path:
+    """The newest whole checkpoint (or that of a step) as `form`: tessera, deepspeed, or one of LAYOUTS.
+
+    tessera: config.json and model.safetensors, which every other command reads. A layout: model.safetensors under the
+    names of that public model.
+    """
+    model, config = load_trained(run, step)
+    if form == "tessera":
+        return export_model(output, config.model, model.state_dict())
+    if form not in LAYOUTS:
+        raise ConfigError(f"--format {form} is not known; use tessera, {', '.join(sorted(LAYOUTS))}")
+    weights = export_state(form, config.model, model.state_dict())
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    return folder
+
+
+def name(run: str | Path, label: str, step: int | None = None, remove: bool = False) -> dict[str, Any]:
+    """Keep a checkpoint from retention under a name, or (`remove`) no longer."""
+    root, entry = root_of(run), f"name-{label}.json"
+    if not NAME.fullmatch(entry):
+        raise ConfigError(f"name {label!r}: use letters, digits, '_', '-' and '.' only")
+    if remove:
+        open_storage(root).remove(entry)
+        return {"removed": label}
+    saved = newest_whole(run, step)
+    taken = {label for _, label in names(root)}
+    if label in taken:
+        raise ConfigError(f"{run}: a checkpoint is named {label!r} already; remove that name first with --remove")
+    put_once(open_storage(root), entry, as_json({"checkpoint": saved.name}))
+    return {"named": label, "folder": saved.folder}
+
+
+def gc(run: str | Path, keep: int | None = None) -> dict[str, Any]:
+    """Remove checkpoints that nothing keeps (`keep` of the newest instead of the run's own number) and orphans.
+
+    An orphan, a folder that was never committed, goes when its attempt was overtaken or a later step was committed: a
+    newer one may be one that a live run is writing.
+    """
+    root, kept = root_of(run), _retention(run)
+    rows = committed(root)
+    newest = numbers(rows[-1].name) if rows else (-1, -1)
+    owner = newest_claim(root)
+
+    def may_go(step: int, attempt: int) -> bool:
+        return attempt < owner or (step, attempt) < newest
+
+    return {"removed": tidy(root, Retention(keep or kept.last, kept.every_steps, kept.best), may_go)}
+
+
+def _retention(run: str | Path) -> Retention:
+    known = (Path(run) / "config.json").is_file()
+    return Retention.of(run_config(run).train) if known else Retention(1)

@@ -1,0 +1,172 @@
+"""Slices on disk: any interval, any world, only the bytes asked for, and files that the safetensors library reads."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipeline.errors import DataError
+from data_pipeline.storage import LocalStorage, open_storage
+from pretrain.checkpoint import layout
+from pretrain.checkpoint.layout import Shard, Share, Slices, Staging, index_of, write_shard
+from pretrain.checkpoint.trained import load_trained
+from tests.pretrain.checkpoint.simulated import KINDS, config_of, folder_of, write
+
+
+def stored(folder: Path, shards: list[Shard]) -> Slices:
+    storage = open_storage(folder)
+    reports = [write_shard(storage, shard) for shard in shards]
+    storage.put_if_absent("index.json", json.dumps(index_of(reports)).encode())
+    return Slices(str(folder))
+
+
+def squares(*intervals: tuple[int, int]) -> list[Shard]:
+    """The 23 squares as `param`, one and two more as moments, in one file for each interval."""
+    values = torch.arange(23, dtype=torch.float32) ** 2
+    return [
+        Shard(
+            f"r{rank:05d}.safetensors",
+            [Share("w", (23,), lo, hi, {kind: values[lo:hi] + i for i, kind in enumerate(KINDS)})],
+            {},
+        )
+        for rank, (lo, hi) in enumerate(intervals)
+    ]
+
+
+def test_any_interval_is_what_a_loop_over_the_whole_array_gives(tmp_path: Path) -> None:
+    values = np.arange(23, dtype=np.float32) ** 2
+    slices = stored(tmp_path, squares((0, 7), (7, 8), (8, 23)))
+    for lo in range(23):
+        for hi in range(lo + 1, 24):
+            for i, kind in enumerate(KINDS):
+                expected = [float(values[at]) + i for at in range(lo, hi)]
+                assert slices.interval(kind, "w", lo, hi).tolist() == expected
+
+
+@pytest.mark.parametrize("buffer", [4, 8, 20, 1 << 20])
+def test_many_tensors_are_read_alike_whatever_the_buffer(
+    buffer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "BUFFER", buffer)
+    draw = random.Random(3)
+    whole = {f"t{i}": torch.randn(draw.randint(1, 40)) for i in range(12)}
+    shards = []
+    for rank in range(3):
+        bounds = {name: (len(t) * rank // 3, len(t) * (rank + 1) // 3) for name, t in whole.items()}
+        shares = [
+            Share(name, (len(whole[name]),), lo, hi, {k: whole[name][lo:hi] * i for i, k in enumerate(KINDS, 1)})
+            for name, (lo, hi) in bounds.items()
+            if lo < hi
+        ]
+        shards.append(Shard(f"r{rank:05d}.safetensors", shares, {}))
+    slices = stored(tmp_path, shards)
+    wanted = [(kind, name, lo, torch.empty(hi - lo)) for kind in KINDS for name, t in whole.items()
+              for lo, hi in itertools.pairwise(sorted({0, len(t) // 2, len(t)}))]  # fmt: skip
+    slices.fill(wanted)
+    for kind, name, lo, tensor in wanted:
+        assert torch.equal(tensor, whole[name][lo : lo + len(tensor)] * (KINDS.index(kind) + 1))
+
+
+def test_only_the_bytes_of_the_interval_are_read_and_touching_ones_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slices = stored(tmp_path, squares((0, 10), (10, 23)))
+    read: list[tuple[str, int]] = []
+    original = LocalStorage.get_range
+
+    def counted(self: LocalStorage, name: str, start: int, stop: int) -> bytes:
+        read.append((name, stop - start))
+        return original(self, name, start, stop)
+
+    monkeypatch.setattr(LocalStorage, "get_range", counted)
+    slices.interval("param", "w", 8, 13)
+    assert sorted(read) == [("r00000.safetensors", 2 * 4), ("r00001.safetensors", 3 * 4)]
+    read.clear()
+    slices.fill([(kind, "w", 0, torch.empty(10)) for kind in KINDS])  # they stand together in the file
+    assert read == [("r00000.safetensors", 3 * 10 * 4)]
+
+
+def test_what_is_written_is_what_the_safetensors_library_reads(tmp_path: Path) -> None:
+    buffers = {
+        "count": torch.tensor(7), "mask": torch.tensor([True, False]), "half": torch.ones(3, dtype=torch.bfloat16),
+        "empty": torch.empty(0, 4), "matrix": torch.randn(2, 3),
+    }  # fmt: skip
+    share = Share("w", (2, 3), 1, 4, {kind: torch.randn(3) for kind in KINDS})
+    shard = Staging().copy(Shard("r00000.safetensors", [share], buffers))
+    slices = stored(tmp_path, [shard])
+    theirs = load_file(tmp_path / "r00000.safetensors")
+    assert theirs.keys() == {f"buffer/{name}" for name in buffers} | {f"{kind}/w" for kind in KINDS}
+    for name, buffer in buffers.items():
+        for found in (slices.buffer(name), theirs[f"buffer/{name}"]):
+            assert found.dtype == buffer.dtype and torch.equal(found, buffer)
+    for kind in KINDS:
+        assert torch.equal(theirs[f"{kind}/w"], share.views[kind])
+        assert torch.equal(slices.interval(kind, "w", 1, 4), share.views[kind])
+
+
+def test_staged_tensors_do_not_follow_the_originals_and_memory_is_taken_once() -> None:
+    tensor = torch.arange(5.0)
+    staging = Staging()
+    shard = Shard("f", [Share("w", (5,), 0, 5, {"param": tensor})], {"b": torch.tensor([1, 2])})
+    copy = staging.copy(shard)
+    tensor += 1
+    assert copy.shares[0].views["param"].tolist() == [0, 1, 2, 3, 4]
+    assert copy.buffers["b"].tolist() == [1, 2]
+    address = copy.shares[0].views["param"].data_ptr()
+    assert staging.copy(shard).shares[0].views["param"].data_ptr() == address
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_the_weights_are_the_same_whatever_world_wrote_them(world: int, tmp_path: Path) -> None:
+    model = write(tmp_path, 3, world=world)
+    loaded, config = load_trained(tmp_path)
+    assert config == config_of(tmp_path)
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_missing_part_is_named_and_not_filled_in(tmp_path: Path) -> None:
+    slices = stored(tmp_path, squares((0, 7), (8, 23)))
+    with pytest.raises(DataError, match="param of w only up to element 7 of 23"):
+        slices.whole("param", "w")
+    assert slices.interval("param", "w", 9, 11).tolist() == [81, 100]
+
+
+def test_a_frozen_parameter_has_no_moments_to_read(tmp_path: Path) -> None:
+    frozen = Share("w", (4,), 0, 4, {"param": torch.ones(4)})
+    slices = stored(tmp_path, [Shard("r00000.safetensors", [frozen], {})])
+    assert slices.kinds("w") == ("param",)
+    with pytest.raises(DataError, match="exp_avg of w"):
+        slices.interval("exp_avg", "w", 0, 4)
+
+
+def test_an_index_of_a_thousand_ranks_stays_small(tmp_path: Path) -> None:
+    names = [f"model.encoder.blocks.{i}.attention.qkv.weight" for i in range(300)]
+    report: dict[str, Any] = {"buffers": {}}
+    reports = [
+        report | {"name": f"r{rank:05d}", "slices": [[name, [768, 768], 0, 590, 12345678, 3] for name in names]}
+        for rank in range(1000)
+    ]
+    text = json.dumps(index_of(reports), separators=(",", ":"))
+    assert len(text) < 30 * len(names) * len(reports)
+
+
+def test_a_rank_file_is_read_back_from_the_folder_that_a_run_wrote(tmp_path: Path) -> None:
+    model = write(tmp_path, 3, world=3)
+    whole = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    found = {name: torch.zeros_like(tensor).flatten() for name, tensor in whole.items()}
+    for path in sorted(folder_of(tmp_path, 0).glob("r*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        tensors = load_file(path)
+        for name, (shape, lo, hi) in json.loads(header["__metadata__"]["slices"]).items():
+            assert tuple(shape) == whole[name].shape
+            found[name][lo:hi] = tensors[f"param/{name}"]
+    assert all(torch.equal(found[name].view_as(tensor), tensor) for name, tensor in whole.items())
