@@ -68,7 +68,7 @@ def faults_noted(run: Path, rank: int, peer_lost: Callable[[BaseException], bool
     except Exception as error:
         told: Exception = error
         if not isinstance(error, TesseraError) and peer_lost(error):
-            told = NodeFault(f"rank {rank} lost a peer: {str(error).splitlines()[0]}")
+            told = NodeFault(f"rank {rank} lost a peer: {str(error).splitlines()[0].partition('. ')[0]}")
         elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
             told = DataError(f"rank {rank}: {error}; make room or mend the disk, then start the same command again")
         record_fault(run, cause_of(told), f"{type(told).__name__}: {told}", rank)

@@ -1,37 +1,97 @@
-"""What a run tells: metrics.jsonl and samples/ are the truth, MLflow is fed from them beside the training.
+"""What a run tells: metrics.jsonl, system-NODE.jsonl and samples/ are the truth, MLflow is fed from them.
 
 An MLflow server that is slow or gone never holds up a step: a thread reads what was written and sends it on; what could
 not be sent stays where it is and goes with the next try, in this process or in a later one. RUN/mlflow.json remembers
-the MLflow run and how far it has come.
+the MLflow run and how far it has come; where that was lost, the tag `tessera.run` finds the MLflow run again.
 """
 
 import json
 import logging
 import re
+import resource
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
+import psutil
 from PIL import Image
+from torch import Tensor
 
 from data_pipeline.settings import digest, flatten
 from pretrain.config import RunConfig
+from pretrain.goodput import ATTEMPTS, METRICS, goodput
+from pretrain.metrics import ProgressLine, save_grid
 
-METRICS = "metrics.jsonl"
 RECORD = "mlflow.json"
+SYSTEM = "system-{node}.jsonl"
 INTERVAL_S = 3.0
+SYSTEM_INTERVAL_S = 10.0
 CLOSE_TIMEOUT_S = 60.0
-NOT_CURVES = ("step", "attempt", "loss_hex", "positions")
+NOT_CURVES = ("step", "attempt", "loss_hex", "positions", "time_ms")
+RUN_TAG = "tessera.run"
+
+# ------------------------------------------------------------------------------------------ what is written
+
+
+class Writer:
+    """What rank 0 writes for people and for MLflow."""
+
+    def __init__(self, config: RunConfig, attempt: int, step: int, world: int) -> None:
+        self.config = config
+        self.attempt = attempt
+        self.folder = Path(config.run)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        line = {"attempt": attempt, "from_step": step, "world": world, "time": time.time()}
+        with (self.folder / ATTEMPTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line | {"started": psutil.Process().create_time()}) + "\n")
+        self.metrics = MetricsLog(self.folder)
+        self.progress = ProgressLine(config.train.steps, step, config.train.log_every_steps)
+        self.mlflow = MlflowFeed(self.folder, config) if config.tracking.uri else None
+        if self.mlflow:
+            self.mlflow.start()
+        self.say(f"{config.model.kind}: steps {step} to {config.train.steps}, {world} processes, attempt {attempt}")
+
+    def step(
+        self,
+        step: int,
+        positions: tuple[int, int],
+        means: dict[str, float],
+        seconds: dict[str, float],
+        told: dict[str, str],
+    ) -> None:
+        """One line of metrics.jsonl: numbers, times, and `told` by the guards."""
+        row: dict[str, Any] = {"step": step, "attempt": self.attempt, "loss": means["loss"]}
+        row |= {"loss_hex": means["loss"].hex(), "positions": list(positions)}
+        row |= {key: value for key, value in means.items() if key != "loss"}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self.metrics.write(row | seconds | {"peak_memory_gib": peak, "time_ms": int(time.time() * 1000)} | told)
+        self.progress.step(step, means)
+        if told:
+            self.say(f"step {step}: {told['guard']}")
+
+    def picture(self, pixels: Tensor, name: str, step: int) -> None:
+        """pixels float32 [n, 3, S, S] in [-1, 1] -> samples/NAME-step-S.png"""
+        save_grid(pixels, self.folder / "samples" / f"{name}-step-{step:08d}.png")
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        self.metrics.close()
+        if self.mlflow:
+            self.mlflow.close()
 
 
 class MetricsLog:
     """Appends to metrics.jsonl, a line a step, each flushed: a killed process loses none that it wrote."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, name: str = METRICS) -> None:
         run.mkdir(parents=True, exist_ok=True)
-        _end_last_line(run / METRICS)
-        self._file = (run / METRICS).open("a", encoding="utf-8")
+        _end_last_line(run / name)
+        self._file = (run / name).open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """One step."""
@@ -40,6 +100,52 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class SystemLog(threading.Thread):
+    """Appends what one node's processor, memory, disk, network and devices do to RUN/system-NODE.jsonl, now and then.
+
+    Names are those of MLflow's own system metrics, under the node's name, so that its page shows them.
+    """
+
+    def __init__(self, run: Path, node: str) -> None:
+        super().__init__(name="system", daemon=True)
+        self.node = re.sub(r"[^\w.-]+", "-", node, flags=re.ASCII)
+        self.log = MetricsLog(run, SYSTEM.format(node=self.node))
+        self._ending = threading.Event()
+
+    def run(self) -> None:
+        psutil.cpu_percent()  # the first call only sets the mark from which the next one counts
+        count = 0
+        while not self._ending.wait(SYSTEM_INTERVAL_S if count else INTERVAL_S):
+            row = {f"system/{self.node}/{name}": value for name, value in system_figures().items()}
+            self.log.write({"step": count, "time_ms": int(time.time() * 1000)} | row)
+            count += 1
+
+    def close(self) -> None:
+        self._ending.set()
+
+
+def system_figures() -> dict[str, float]:
+    """What this machine does now; of CUDA devices the memory in use."""
+    memory, network = psutil.virtual_memory(), psutil.net_io_counters()
+    figures = {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": memory.used / 1e6,
+        "system_memory_usage_percentage": memory.percent,
+        "disk_usage_percentage": psutil.disk_usage("/").percent,
+        "network_receive_megabytes": network.bytes_recv / 1e6,
+        "network_transmit_megabytes": network.bytes_sent / 1e6,
+    }
+    import torch
+
+    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(device)
+        figures[f"gpu_{device}_memory_usage_percentage"] = 100 * (1 - free / total)
+    return figures
+
+
+# --------------------------------------------------------------------------------------- what MLflow is told
 
 
 class MlflowFeed(threading.Thread):
@@ -56,7 +162,7 @@ class MlflowFeed(threading.Thread):
         while True:
             ending = self._ending.wait(INTERVAL_S)
             try:
-                send(self.folder, self.config)
+                send(self.folder, self.config, ended=ending)
                 self.fault = ""
             except Exception as error:  # whatever MLflow or its transport raises: tracking must not end a run
                 self.fault = f"{type(error).__name__}: {error}"
@@ -75,8 +181,11 @@ class MlflowFeed(threading.Thread):
             )
 
 
-def send(run: Path, config: RunConfig, figures: dict[str, float] | None = None) -> None:
-    """Send what MLflow does not have yet: lines of metrics.jsonl, pictures in samples/, and `figures` if given."""
+def send(run: Path, config: RunConfig, figures: dict[str, float] | None = None, ended: bool = True) -> None:
+    """Send what MLflow does not have yet: lines of metrics.jsonl and of the nodes, goodput, pictures, and `figures`.
+
+    `ended`: whether the newest attempt's goodput is final.
+    """
     from mlflow import MlflowClient  # seconds to import, so not before it is needed
     from mlflow.entities import Metric
 
@@ -86,28 +195,57 @@ def send(run: Path, config: RunConfig, figures: dict[str, float] | None = None) 
 
     client = MlflowClient(config.tracking.uri)
     record = _record(run, client, config)
-    lines, end = _new_lines(run / METRICS, record["sent_bytes"])
-    rows = [json.loads(line) for line in lines]
-    now = int(time.time() * 1000)
-    metrics = [
-        Metric(key, float(value), int(row.get("time_ms", now)), row["step"])
-        for row in rows
-        for key, value in row.items()
-        if key not in NOT_CURVES and key != "time_ms" and isinstance(value, int | float)
-    ]
-    metrics += [Metric(f"final/{key}", float(value), now, 0) for key, value in (figures or {}).items()]
-    for at in range(0, len(metrics), 1000):
-        client.log_batch(record["run_id"], metrics=metrics[at : at + 1000])
+    rows, record["sent_bytes"] = _send_lines(run / METRICS, record["sent_bytes"], client, record)
     if rows:
         client.set_tag(record["run_id"], "attempt", str(rows[-1]["attempt"]))
-    _write_record(run, record | {"sent_bytes": end})
+    for path in sorted(run.glob(SYSTEM.format(node="*"))):
+        _, record["nodes"][path.name] = _send_lines(path, record["nodes"].get(path.name, 0), client, record)
+    _write_record(run, record)
+    _log(client, record, [metric for row in _goodput_rows(run, ended) for metric in _points(row)])
+    now = int(time.time() * 1000)
+    _log(client, record, [Metric(f"final/{key}", float(value), now, 0) for key, value in (figures or {}).items()])
+    _send_pictures(run, client, record)
+
+
+def _send_lines(path: Path, start: int, client: Any, record: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """Send the complete lines from byte `start` on -> (the lines, where they end)."""
+    lines, end = _new_lines(path, start)
+    rows = [json.loads(line) for line in lines]
+    _log(client, record, [point for row in rows for point in _points(row)])
+    return rows, end
+
+
+def _points(row: dict[str, Any]) -> list[Any]:
+    """The numbers of a line as MLflow's points; one that it has already it takes for the same."""
+    from mlflow.entities import Metric
+
+    numbers = {key: value for key, value in row.items() if key not in NOT_CURVES and isinstance(value, int | float)}
+    return [Metric(key, float(value), int(row["time_ms"]), row["step"]) for key, value in numbers.items()]
+
+
+def _goodput_rows(run: Path, ended: bool) -> list[dict[str, Any]]:
+    """Where each attempt's time went (the attempt stands where a curve has its step), without one still under way."""
+    table = goodput(run)["attempts"]
+    return [
+        {"step": row["attempt"], "time_ms": row["end_ms"]}
+        | {f"goodput/{key}": value for key, value in row.items() if key not in ("attempt", "end_ms")}
+        for row in (table if ended else table[:-1])
+    ]
+
+
+def _log(client: Any, record: dict[str, Any], metrics: list[Any]) -> None:
+    for at in range(0, len(metrics), 1000):
+        client.log_batch(record["run_id"], metrics=metrics[at : at + 1000])
+
+
+def _send_pictures(run: Path, client: Any, record: dict[str, Any]) -> None:
     for picture in sorted((run / "samples").glob("*.png")):
         if picture.name not in record["pictures"]:
             key, step = picture_key(picture.name)
             with Image.open(picture) as image:
                 client.log_image(record["run_id"], image.convert("RGB"), key=key, step=step)
             record["pictures"].append(picture.name)
-            _write_record(run, record | {"sent_bytes": end})
+            _write_record(run, record)
 
 
 def picture_key(name: str) -> tuple[str, int]:
@@ -118,28 +256,43 @@ def picture_key(name: str) -> tuple[str, int]:
 
 
 def _record(run: Path, client: Any, config: RunConfig) -> dict[str, Any]:
+    """What MLflow has of this run; its MLflow run is made at the first call, and only once.
+
+    The tag is written down before the MLflow run is made: a process killed in between finds that run by it.
+    """
     path = run / RECORD
-    if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["uri"] == config.tracking.uri:
-            return dict(record)
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if record.get("uri") == config.tracking.uri and "run_id" in record:
+        return dict(record)
+    fresh = {
+        "uri": config.tracking.uri,
+        "tag": record.get("tag", uuid.uuid4().hex),
+        "sent_bytes": 0,
+        "nodes": {},
+        "pictures": [],
+    }
+    _write_record(run, fresh)
+    experiment_id = _experiment(client, config)
+    found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{fresh['tag']}'")
+    tags = {"config": digest(config), RUN_TAG: fresh["tag"]}
+    run_id = (found[0] if found else client.create_run(experiment_id, run_name=run.name, tags=tags)).info.run_id
+    _log_settings(client, run_id, config)
+    _write_record(run, fresh | {"run_id": run_id})
+    return fresh | {"run_id": run_id}
+
+
+def _experiment(client: Any, config: RunConfig) -> str:
+    name, uri = config.tracking.experiment, config.tracking.uri
+    experiment = client.get_experiment_by_name(name)
+    return str(experiment.experiment_id if experiment else client.create_experiment(name, pictures_beside(uri)))
+
+
+def _log_settings(client: Any, run_id: str, config: RunConfig) -> None:
     from mlflow.entities import Param
 
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
-    experiment_id = (
-        experiment.experiment_id
-        if experiment
-        else client.create_experiment(
-            config.tracking.experiment, artifact_location=pictures_beside(config.tracking.uri)
-        )
-    )
-    created = client.create_run(experiment_id, run_name=run.name, tags={"config": digest(config)})
     params = [Param(key, str(value)[:500]) for key, value in flatten(config.model_dump(mode="json")).items()]
     for at in range(0, len(params), 100):
-        client.log_batch(created.info.run_id, params=params[at : at + 100])
-    record = {"uri": config.tracking.uri, "run_id": created.info.run_id, "sent_bytes": 0, "pictures": []}
-    _write_record(run, record)
-    return record
+        client.log_batch(run_id, params=params[at : at + 100])
 
 
 def _make_room(uri: str) -> None:

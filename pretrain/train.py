@@ -5,79 +5,81 @@ it was interrupted: batches and randomness are functions of the position, the le
 """
 
 import dataclasses
-import json
-import math
-import resource
-import signal
+import functools
+import socket
 import time
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import ConfigError, NodeFault, Requeue
+from data_pipeline.errors import ConfigError, NodeFault, Requeue, TrainingFault
 from data_pipeline.settings import digest
 from data_pipeline.stream.mixture import Source
 from data_pipeline.vocabulary import Vocabulary
+from pretrain import deadline
 from pretrain.checkpoint.catalog import Retention, Saved, checkpoint_root
 from pretrain.checkpoint.identity import check_identity, identity
 from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.saver import Checkpoints, start_attempt
 from pretrain.config import RunConfig, micro_batch_of
 from pretrain.engine import Engine
+from pretrain.faults import faults_noted
+from pretrain.goodput import PhaseClock
+from pretrain.guards import Guards
 from pretrain.inputs import INPUTS
 from pretrain.inputs.bad import Ledger
 from pretrain.inputs.feed import Batch, Feed
 from pretrain.inputs.source import open_stream
 from pretrain.interchange.folder import load_config
-from pretrain.mesh import Mesh
-from pretrain.metrics import ProgressLine, save_grid
+from pretrain.mesh import Mesh, peer_lost
 from pretrain.models import MODELS
 from pretrain.objectives import OBJECTIVES, FollowsSteps, Previews
 from pretrain.objectives.collectives import Collectives
 from pretrain.schedule import learning_rate
-from pretrain.tracking import MetricsLog, MlflowFeed
+from pretrain.signals import StopSignals, leave_at_once
+from pretrain.tracking import SystemLog, Writer
+from pretrain.watchdog import Watchdog
 
 
 def main(config: RunConfig) -> None:
     """Train to the end, or until asked to stop (then raises Requeue, after a save)."""
-    with StopFlag() as stop:
+    with StopSignals(leave_at_once) as stop:
         mesh = Mesh.start(config.train.collective_timeout_s)
         try:
-            run = Run.start(config, mesh)
-            try:
-                train(run, stop)
-            finally:
-                run.close()
+            with faults_noted(Path(config.run), mesh.rank, peer_lost):
+                run = Run.start(config, mesh)
+                try:
+                    train(run, stop)
+                finally:
+                    run.close()
         finally:
             mesh.stop()
 
 
-def train(run: "Run", stop: "StopFlag") -> None:
+def train(run: "Run", stop: StopSignals) -> None:
     """The loop."""
     config, engine = run.config, run.engine
     for positions, batches in run.feed.steps(run.step, config.train.steps, run.position):
-        began = time.monotonic()
+        run.clock.enter("step")
         losses: list[dict[str, Tensor]] = []
         for index, batch in enumerate(run.with_counts(batches)):
             seed_model(config.seed, positions[0], run.mesh.rank, index)
             losses.append(engine.forward(batch | {"step": torch.tensor(run.step)}))
             engine.backward(losses[-1]["loss"])
         means = run.mean_over_batches_and_ranks(losses)
-        refuse_non_finite(means["loss"], run.step, config.train.steps)
         lr = learning_rate(run.step, config.train.steps, config.optim)
-        means["grad_norm"] = engine.update(lr)
+        means["grad_norm"] = engine.update(lr, functools.partial(run.guards.accepts, means["loss"]))
         run.after_update()
-        run.log(positions, means | {"lr": lr}, time.monotonic() - began)
-        run.checkpoints.note(means)
-        stopping = bool(run.mesh.maximum([stop.count])[0])
+        run.log(positions, means | {"lr": lr})
+        run.follow_guards()
+        stopping = run.agree(stop.count)
         if stopping or run.step % config.train.checkpoint_every_steps == 0 or run.step == config.train.steps:
             run.save()
         if stopping and run.step < config.train.steps:
             run.checkpoints.finish()
             raise Requeue(f"stopped and saved at step {run.step} of {config.train.steps}; the same command goes on")
+        run.clock.enter("wait")
     run.checkpoints.finish()
 
 
@@ -92,7 +94,11 @@ class Run:
     objective: nn.Module
     engine: Engine
     checkpoints: Checkpoints
-    writer: "Writer | None"
+    guards: Guards
+    clock: PhaseClock
+    watchdog: Watchdog
+    system: SystemLog | None = None
+    writer: Writer | None = None
     step: int = 0
     position: int = 0
 
@@ -117,11 +123,18 @@ class Run:
         ahead, workers = config.data.prefetch_steps, config.data.workers
         feed = Feed(stream, inputs, config.train.global_batch, shard, micro_batch, ahead, workers, ledger)
         engine = Engine(objective, config, mesh, micro_batch, accumulation)
-        run = cls(config, mesh, stream, feed, objective, engine, checkpoints, None)
+        clock, guards = PhaseClock(), Guards(config.guards)
+        watchdog = Watchdog(mesh, Path(config.run), attempt, clock, config.train.collective_timeout_s)
+        run = cls(config, mesh, stream, feed, objective, engine, checkpoints, guards, clock, watchdog)
         if saved is not None:
             run.resume(saved)
         if mesh.rank == 0:
             run.writer = Writer(config, attempt, run.step, mesh.world)
+        if mesh.place.local_rank == 0:
+            run.system = SystemLog(Path(config.run), socket.gethostname())
+            run.system.start()
+        watchdog.start()
+        run.warn_of_deadline()
         return run
 
     def resume(self, saved: Saved) -> None:
@@ -129,14 +142,29 @@ class Run:
         check_identity(saved.state["identity"], identity(self.config), saved.folder)
         self.stream.check(saved.state["stream"])
         restore(saved, self.engine)
+        self.guards.load(saved.state["guards"])
         self.step, self.position = saved.step, saved.state["stream"]["position"]
+
+    def warn_of_deadline(self) -> None:
+        """Say it now when a stop signal would leave no time for a save. All ranks try the disk together."""
+        lead = deadline.lead_s()
+        if lead < float("inf"):
+            speed = deadline.write_speed(Path(self.config.run))
+            size = sum(tensor.nbytes for owned in self.engine.owned() for tensor in owned.tensors.values())
+            needs, slowest = self.mesh.maximum([size, -int(speed)])
+            step_s = deadline.slowest_recent_step_s(Path(self.config.run))
+            text = deadline.warning(lead, step_s, needs, -slowest)
+            if self.writer and text:
+                self.writer.say(text)
 
     def save(self) -> None:
         """Stage a checkpoint of the present step; it is written and committed beside the next ones."""
+        self.clock.enter("save")
         state = {
             "step": self.step,
             "optimizer": self.engine.scalars(),
             "stream": self.stream.state(self.position),
+            "guards": self.guards.state(),
             "identity": identity(self.config),
             "config": digest(self.config),
             "world": self.mesh.world,
@@ -155,10 +183,34 @@ class Run:
             shown = self.feed.inputs(self.stream.read(0, 16))
             self.writer.picture(self.objective.preview(shown), "reconstructions", self.step)
 
-    def log(self, positions: tuple[int, int], means: dict[str, float], step_s: float) -> None:
+    def log(self, positions: tuple[int, int], means: dict[str, float]) -> None:
         """One line of metrics.jsonl, and now and then one for the person who watches."""
+        if self.guards.action == "accept":
+            self.checkpoints.note(means)
         if self.writer:
-            self.writer.step(self.step, positions, means, step_s, self.feed.waited_s)
+            seconds = {"step_s": time.monotonic() - self.clock.since, "waited_s": self.feed.waited_s}
+            seconds["saved_s"] = self.clock.spent("save")
+            self.writer.step(self.step, positions, means, seconds, self.guards.told())
+
+    def follow_guards(self) -> None:
+        """After a refused step: end the run, or take the last regular checkpoint's weights and go on from here.
+
+        A checkpoint that a stop signal asked for is passed over: the signal must not be visible in the result.
+        """
+        self.guards.refuse_to_go_on(self.step)
+        if self.guards.action == "roll_back":
+            saved = self.checkpoints.newest(self.config.train.checkpoint_every_steps)
+            if saved is None:
+                raise TrainingFault(f"step {self.step}: {self.guards.reason}, and no checkpoint to roll back to yet")
+            restore(saved, self.engine)
+            self.guards.remember(saved.state["guards"])
+
+    def agree(self, asked: int) -> bool:
+        """Is any rank asked to stop? Raises NodeFault when the guards of the ranks did not judge alike."""
+        asked, most, least = self.mesh.maximum([asked, self.guards.events, -self.guards.events])
+        if most != -least:
+            raise NodeFault(f"step {self.step}: ranks refused {-least} to {most} steps; a device computes wrongly")
+        return asked > 0
 
     def with_counts(self, batches: list[Batch]) -> list[Batch]:
         """Accumulation must not weigh words by the micro-batch they stand in: each gets the step's mean counts."""
@@ -180,6 +232,9 @@ class Run:
 
     def close(self) -> None:
         """End a save under way, flush what is written for people; never raises for MLflow's sake."""
+        self.watchdog.stop()
+        if self.system:
+            self.system.close()
         self.checkpoints.close()
         if self.writer:
             self.writer.close()
@@ -264,80 +319,3 @@ def start_from_initial(source: str, objective: nn.Module, mesh: Mesh) -> None:
 def seed_model(seed: int, position: int, rank: int, index: int) -> None:
     """Dropout's randomness: a function of the seed and the place in the global batch, so nothing needs to be saved."""
     torch.manual_seed((seed * 1_000_003 + position) * 65_537 + rank * 257 + index)
-
-
-def refuse_non_finite(loss: float, step: int, steps: int) -> None:
-    """Raises NodeFault before the update, on every rank alike."""
-    if not math.isfinite(loss):
-        raise NodeFault(
-            f"loss={loss} at step {step} of {steps}, before its update; go on from the last checkpoint with a lower "
-            "optim.lr, a longer warm-up or train.precision=fp32"
-        )
-
-
-# ------------------------------------------------------------------------------------------------- writing
-
-
-class Writer:
-    """What rank 0 writes for people and for MLflow."""
-
-    def __init__(self, config: RunConfig, attempt: int, step: int, world: int) -> None:
-        self.config = config
-        self.attempt = attempt
-        self.folder = Path(config.run)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        with (self.folder / "attempts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"attempt": attempt, "from_step": step, "world": world, "time": time.time()}) + "\n")
-        self.metrics = MetricsLog(self.folder)
-        self.progress = ProgressLine(config.train.steps, step, config.train.log_every_steps)
-        self.mlflow = MlflowFeed(self.folder, config) if config.tracking.uri else None
-        if self.mlflow:
-            self.mlflow.start()
-        self.say(f"{config.model.kind}: steps {step} to {config.train.steps}, {world} processes, attempt {attempt}")
-
-    def step(
-        self, step: int, positions: tuple[int, int], means: dict[str, float], step_s: float, waited_s: float
-    ) -> None:
-        """One line of metrics.jsonl."""
-        row: dict[str, Any] = {"step": step, "attempt": self.attempt, "loss": means["loss"]}
-        row |= {"loss_hex": means["loss"].hex(), "positions": list(positions)}
-        row |= {key: value for key, value in means.items() if key != "loss"}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        row |= {"step_s": step_s, "waited_s": waited_s, "peak_memory_gib": peak, "time_ms": int(time.time() * 1000)}
-        self.metrics.write(row)
-        self.progress.step(step, means)
-
-    def picture(self, pixels: Tensor, name: str, step: int) -> None:
-        """pixels float32 [n, 3, S, S] in [-1, 1] -> samples/NAME-step-S.png"""
-        save_grid(pixels, self.folder / "samples" / f"{name}-step-{step:08d}.png")
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def close(self) -> None:
-        self.metrics.close()
-        if self.mlflow:
-            self.mlflow.close()
-
-
-class StopFlag:
-    """Counts SIGTERM, SIGINT and SIGUSR1; the first asks for a save at the step's end, the second leaves at once."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopFlag":
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-        if self.count > 1 and number != signal.SIGUSR1:
-            raise KeyboardInterrupt

@@ -61,17 +61,17 @@ class Verdict:
 
 def judge(signs: Mapping[int, Sign], silent_s: Mapping[int, float], timeout_s: float) -> Verdict | None:
     """The rule of this module, for the ranks that were heard of; `silent_s`: since their last sign."""
-    silent = tuple(rank for rank in sorted(signs) if silent_s[rank] > timeout_s)
-    if silent:
-        words = "; ".join(_silence(rank, signs[rank], silent_s[rank]) for rank in silent)
-        return Verdict(silent, f"{words}; the others wait for it")
     waiting = [rank for rank in sorted(signs) if signs[rank].waits and signs[rank].stuck_s > timeout_s]
+    # Who is waited for and stopped in the middle of a step began to be silent a moment after the others began to wait.
+    silent = tuple(rank for rank in sorted(signs) if silent_s[rank] > (timeout_s / 2 if waiting else timeout_s))
+    if silent:
+        return Verdict(silent, "; ".join(_silence(rank, signs[rank], silent_s[rank]) for rank in silent))
     if not waiting:
         return None
     elsewhere = tuple(rank for rank in sorted(signs) if not signs[rank].waits or signs[rank].phase == "wait")
     if elsewhere:
         words = "; ".join(f"{_name(rank, signs[rank])} is {signs[rank].where}" for rank in elsewhere)
-        return Verdict(elsewhere, f"{words}; {len(signs) - len(elsewhere)} ranks wait in a collective")
+        return Verdict(elsewhere, f"{words}; {len(signs) - len(elsewhere)} of {len(signs)} ranks wait in a collective")
     first = waiting[0]
     return Verdict((), f"all ranks wait in collectives, rank {first} {signs[first].where}; is the network up?")
 
@@ -198,8 +198,7 @@ class Watchdog:
         faulthandler.dump_traceback(self._file, all_threads=True)
         record_fault(self.run, "node", verdict.why, self.mesh.rank, blamed=verdict.blamed, stacks=self.stacks.name)
         time.sleep(3 * self.interval_s)  # a peer that saw this process gone would not write its stacks
-        who = f"rank {', '.join(map(str, verdict.blamed))} hangs: " if verdict.blamed else ""
-        print(f"error: {who}{verdict.why}. Stacks of every rank: {self.stacks.parent}", file=sys.stderr, flush=True)
+        print(f"error: the run hangs: {verdict.why}. Stacks: {self.stacks.parent}", file=sys.stderr, flush=True)
         os._exit(NodeFault.exit_code)
 
     def _tell(self, verdict: Verdict) -> None:
