@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -105,12 +106,11 @@ class Feed:
         """
         position = start * self.global_batch if position is None else position
         with self._pool() as pool:
-            prepare = _prepare_here if self.workers else self.preparer.at
             ahead: collections.deque[Future[Prepared]] = collections.deque()
             try:
                 for step in range(start, stop):
                     while len(ahead) <= self.ahead and step + len(ahead) < stop:
-                        ahead.append(pool.submit(prepare, position + len(ahead) * self.global_batch))
+                        ahead.append(self._submit(pool, position + len(ahead) * self.global_batch))
                     prepared = self._wait(ahead.popleft())
                     self.ledger.note(prepared.replaced, self.global_batch // self.preparer.shard[1])
                     yield (position, position + self.global_batch), prepared.batches
@@ -131,7 +131,10 @@ class Feed:
         finally:
             self.waited_s += time.monotonic() - began
 
-    def _pool(self) -> Executor:
+    def _submit(self, pool: Executor, position: int) -> Future[Prepared]:
+        return pool.submit(_prepare_here if self.workers else self.preparer.at, position)
+
+    def _pool(self) -> contextlib.AbstractContextManager[Executor]:
         if not self.workers:
             return ThreadPoolExecutor(1, thread_name_prefix="feed")
         context = multiprocessing.get_context("spawn")  # a fork would take threads' locks and s3 clients along
