@@ -57,6 +57,7 @@ app.command("stop")(commands_run.stop)
 app.add_typer(checkpoint, name="checkpoint")
 app.command("generate")(commands_run.generate)
 app.command("evaluate")(commands_run.evaluate)
+app.command("chaos")(commands_run.chaos)
 
 # ------------------------------------------------------------------------------------ errors and exit codes
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from data_pipeline.errors import NodeFault
 from launchers.arguments import AsJson, Overrides, Run, as_dict, emit
 
 
@@ -78,3 +79,30 @@ def stop(
     from launchers.watch import stop_run
 
     emit(stop_run(run, timeout_s), json)
+
+
+def chaos(
+    config: Annotated[Path, typer.Argument(help="YAML of the run; it is trained in folders of the campaign's own.")],
+    overrides: Overrides = None,
+    kills: Annotated[int, typer.Option(min=1, help="How many strikes.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other strikes.")] = 0,
+    procs_per_node: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 2,
+    json: AsJson = False,
+) -> None:
+    """Kill a run again and again, start it again, and hold the result against an undisturbed one; verdict last."""
+    from launchers.chaos import figures, run_campaign, write_report
+    from launchers.laws import broken_laws
+
+    def say(text: str) -> None:
+        typer.echo(text, err=json)
+
+    campaign = run_campaign(config, overrides or [], kills, seed, procs_per_node, say)
+    told, laws = figures(campaign), broken_laws(campaign)
+    say(f"report: {write_report(campaign, told | {'laws': laws})}")
+    for law, complaints in laws.items():
+        say(f"{law}: {'held' if not complaints else f'BROKEN ({len(complaints)}): ' + '; '.join(complaints[:3])}")
+    broken = [law for law, complaints in laws.items() if complaints]
+    verdict = f"broken: {', '.join(broken)}" if broken else "every law held"
+    emit(told | {"strikes": len(campaign.events), "seed": seed, "verdict": verdict}, json)
+    if broken:
+        raise typer.Exit(NodeFault.exit_code)

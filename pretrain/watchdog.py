@@ -32,6 +32,7 @@ FOLDER = "faults"
 DUMP_SIGNAL = signal.SIGUSR2
 WAITS_FOR_PEERS = ("torch/distributed/distributed_c10d.py", "pretrain/mesh.py")
 INTERVAL_S = (0.1, 5.0)
+DUMP_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,11 +194,11 @@ class Watchdog:
         """Tell the others, write the stacks, leave. The training thread is out of reach: it stands in a C call."""
         if self.mesh.rank == 0:
             threading.Thread(target=self._tell, args=(verdict,), daemon=True).start()
-        self._wake(verdict)
         print(f"rank {self.mesh.rank} of {self.mesh.world}: {verdict.why}", file=self._file, flush=True)
         faulthandler.dump_traceback(self._file, all_threads=True)
         record_fault(self.run, "node", verdict.why, self.mesh.rank, blamed=verdict.blamed, stacks=self.stacks.name)
-        time.sleep(3 * self.interval_s)  # a peer that saw this process gone would not write its stacks
+        time.sleep(3 * self.interval_s)  # a peer that saw another process gone would not write its stacks
+        self._end_blamed(verdict)
         print(f"error: the run hangs: {verdict.why}. Stacks: {self.stacks.parent}", file=sys.stderr, flush=True)
         os._exit(NodeFault.exit_code)
 
@@ -205,14 +206,19 @@ class Watchdog:
         with contextlib.suppress(RuntimeError):
             self.store.set("verdict", json.dumps(dataclasses.asdict(verdict)))
 
-    def _wake(self, verdict: Verdict) -> None:
-        """Have the silent ranks of this machine write their stacks too, be they stopped or stuck with Python's lock."""
-        for rank in verdict.blamed:
-            sign = self._signs.get(rank)
-            if rank != self.mesh.rank and sign is not None and sign.host == socket.gethostname():
+    def _end_blamed(self, verdict: Verdict) -> None:
+        """Have the blamed on this machine write their stacks, be they stopped or stuck with Python's lock, and go.
+
+        One that was only stopped would train on, and the run with it, after it was said to be at its end.
+        """
+        signs = [self._signs[rank] for rank in verdict.blamed if rank in self._signs]
+        here = [sign.pid for sign in signs if sign.host == socket.gethostname()]
+        for number in (DUMP_SIGNAL, signal.SIGCONT, signal.SIGKILL):
+            for pid in here:
                 with contextlib.suppress(OSError):
-                    os.kill(sign.pid, DUMP_SIGNAL)
-                    os.kill(sign.pid, signal.SIGCONT)
+                    os.kill(pid, number)
+            if here and number == signal.SIGCONT:
+                time.sleep(DUMP_S)
 
 
 def _stack_of(frame: FrameType | None) -> tuple[Any, ...]:
