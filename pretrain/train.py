@@ -34,7 +34,7 @@ from pretrain.inputs.source import open_stream
 from pretrain.interchange.folder import load_config
 from pretrain.mesh import Mesh, peer_lost
 from pretrain.models import MODELS
-from pretrain.objectives import OBJECTIVES, FollowsSteps, Previews
+from pretrain.objectives import OBJECTIVES, CachesGradients, FollowsSteps, Previews
 from pretrain.objectives.collectives import Collectives
 from pretrain.schedule import learning_rate
 from pretrain.signals import StopSignals, leave_at_once
@@ -63,7 +63,7 @@ def train(run: "Run", stop: StopSignals) -> None:
     for positions, batches in run.feed.steps(run.step, config.train.steps, run.position):
         run.clock.enter("step")
         losses: list[dict[str, Tensor]] = []
-        for index, batch in enumerate(run.with_counts(batches)):
+        for index, batch in enumerate(run.with_whole_step(batches, positions[0])):
             seed_model(config.seed, positions[0], run.mesh.rank, index)
             losses.append(engine.forward(batch | {"step": torch.tensor(run.step)}))
             engine.backward(losses[-1]["loss"])
@@ -212,6 +212,23 @@ class Run:
             raise NodeFault(f"step {self.step}: ranks refused {-least} to {most} steps; a device computes wrongly")
         return asked > 0
 
+    def with_whole_step(self, batches: list[Batch], position: int) -> list[Batch]:
+        """Each micro-batch with what it must know of the whole step: accumulation must not be visible in the loss."""
+        if len(batches) > 1 and isinstance(self.objective, CachesGradients):
+            return self.with_slopes(self.objective, batches, position)
+        return self.with_counts(batches)
+
+    @torch.no_grad()
+    def with_slopes(self, objective: CachesGradients, batches: list[Batch], position: int) -> list[Batch]:
+        """Gradient caching: the embeddings of all micro-batches first, then each one's slope of the global loss."""
+        rows = []
+        for index, batch in enumerate(batches):
+            seed_model(self.config.seed, position, self.mesh.rank, index)  # the same noise as in the second pass
+            rows.append(self.engine.forward(batch | {"step": torch.tensor(self.step), "embed": torch.tensor(1)}))
+        with torch.enable_grad():
+            slopes = objective.slopes(rows)
+        return [batch | more for batch, more in zip(batches, slopes, strict=True)]
+
     def with_counts(self, batches: list[Batch]) -> list[Batch]:
         """Accumulation must not weigh words by the micro-batch they stand in: each gets the step's mean counts."""
         counts = getattr(self.objective, "counts", None)
@@ -244,17 +261,11 @@ class Run:
 
 
 def check_batch(config: RunConfig, world: int) -> tuple[int, int]:
-    """-> (micro-batch, accumulation). Raises ConfigError when the batch does not divide, or must not be divided."""
+    """-> (micro-batch, accumulation). Raises ConfigError when the batch does not divide."""
     try:
-        micro_batch, accumulation = micro_batch_of(config.train, world)
+        return micro_batch_of(config.train, world)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if config.objective.kind == "contrastive" and accumulation > 1:
-        raise ConfigError(
-            f"train.micro_batch={micro_batch}: a contrastive loss compares the whole global batch, which accumulation "
-            f"would cut into {accumulation}; leave micro_batch out, or use more ranks"
-        )
-    return micro_batch, accumulation
 
 
 def open_data(config: RunConfig, dataset: str | None = None) -> tuple[Source, Vocabulary | None]:

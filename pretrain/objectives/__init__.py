@@ -31,6 +31,17 @@ class FollowsSteps(Protocol):
 
 
 @runtime_checkable
+class CachesGradients(Protocol):
+    """An objective that needs the embeddings of the whole batch before the gradient of any part of it.
+
+    `forward` of a batch with the key "embed" returns embeddings; `slopes` of those of all micro-batches returns what
+    to add to each micro-batch.
+    """
+
+    def slopes(self, rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]: ...
+
+
+@runtime_checkable
 class Previews(Protocol):
     """An objective whose outputs are pictures to look at."""
 

@@ -1,4 +1,10 @@
-"""Symmetric cross-entropy between the images and the texts of the global batch (CLIP, arXiv:2103.00020, fig. 3)."""
+"""Symmetric cross-entropy between the images and the texts of the global batch (CLIP, arXiv:2103.00020, fig. 3).
+
+The loss compares every pair of the batch, so a sum over micro-batches is another loss. Gradient caching (GradCache, Gao
+et al. 2021, arXiv:2101.06983) makes it independent of the split: all micro-batches are embedded without gradient, the
+loss of the whole batch is differentiated with respect to the embeddings, and each micro-batch is embedded once more to
+carry its part of that gradient into the weights. It costs one more forward and bounds memory by the micro-batch.
+"""
 
 from typing import ClassVar
 
@@ -12,7 +18,7 @@ from pretrain.objectives.collectives import Collectives
 
 
 class Contrastive(nn.Module):
-    """Every rank gathers all embeddings and takes the loss of the whole micro-batch, so all ranks return the same."""
+    """Every rank gathers all embeddings and takes the loss of the whole global batch, so all ranks return the same."""
 
     keys: ClassVar[tuple[str, ...]] = ("pixels", "tokens", "eot")
 
@@ -22,8 +28,38 @@ class Contrastive(nn.Module):
         self.collectives = collectives
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """pixels float [b, 3, H, W], tokens int64 [b, S], eot int64 [b] -> loss and in-batch accuracies."""
+        """pixels float [b, 3, H, W], tokens int64 [b, S], eot int64 [b] -> loss and in-batch accuracies.
+
+        With "embed" in the batch: the embeddings instead. With `slopes` in it: the loss and metrics that they carry,
+        the loss with the gradient of this micro-batch's part.
+        """
         image, text, scale = self.model(batch["pixels"], batch["tokens"], batch["eot"])
+        if "embed" in batch:
+            return {"image": image, "text": text, "scale": scale}
+        if "image_slope" in batch:
+            carried = (image * batch["image_slope"]).sum() + (text * batch["text_slope"]).sum()
+            carried = carried + (scale * batch["scale_slope"]).sum()
+            whole = {name.removeprefix("whole/"): value for name, value in batch.items() if name.startswith("whole/")}
+            return whole | {"loss": whole["loss"] + carried - carried.detach()}
+        return self._of_global_batch(image, text, scale)
+
+    def slopes(self, rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The embeddings of this rank's micro-batches, in order -> what each one's second `forward` needs to know.
+
+        The engine takes the mean of gradients over n micro-batches and over ranks; `gather` sums over ranks. So parts
+        of the sum over samples are scaled by n, and the scale's gradient, the same everywhere, is not.
+        """
+        image, text = (torch.cat([row[name] for row in rows]).detach().requires_grad_() for name in ("image", "text"))
+        scale = rows[0]["scale"].detach().requires_grad_()
+        whole = self._of_global_batch(image, text, scale)
+        of_image, of_text, of_scale = torch.autograd.grad(whole["loss"], (image, text, scale))
+        sizes = [len(row["image"]) for row in rows]
+        shared = {f"whole/{name}": value.detach() for name, value in whole.items()} | {"scale_slope": of_scale}
+        parts = zip((of_image * len(rows)).split(sizes), (of_text * len(rows)).split(sizes), strict=True)
+        return [shared | {"image_slope": a, "text_slope": b} for a, b in parts]
+
+    def _of_global_batch(self, image: Tensor, text: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """image, text float32 [b, E] of this rank, scale [1] -> loss and metrics of all ranks' rows."""
         logits = scale * self.collectives.gather(image) @ self.collectives.gather(text).T
         pairs = torch.arange(len(logits), device=logits.device)
         found = logits.detach()

@@ -1,0 +1,73 @@
+"""Gradient caching against the whole batch at once: same loss, same gradient, however the batch is cut."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.config import ClipConfig, ContrastiveConfig
+from pretrain.models.clip import Clip
+from pretrain.objectives.collectives import ONE_DEVICE
+from pretrain.objectives.contrastive import Contrastive, contrastive_loss
+
+BATCH = 12
+CONFIG = ClipConfig.model_validate({
+    "vision": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2},
+    "text": {"vocab_size": 40, "context": 6, "width": 16, "layers": 1, "heads": 2},
+    "embed_dim": 8,
+})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def objective() -> Contrastive:
+    torch.manual_seed(0)
+    return Contrastive(Clip(CONFIG), ContrastiveConfig(), ONE_DEVICE)
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, 40, (BATCH, 6), generator=draw)
+    eot = torch.randint(1, 6, (BATCH,), generator=draw)
+    return {"pixels": torch.randn(BATCH, 3, 16, 16, generator=draw), "tokens": tokens, "eot": eot}
+
+
+def test_the_loss_is_that_of_a_loop_over_pairs() -> None:
+    logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(2)).double()
+    total = 0.0
+    for i in range(5):
+        for rows in (logits, logits.T):
+            total -= float(torch.log(torch.exp(rows[i, i]) / sum(torch.exp(rows[i, j]) for j in range(5))))
+    assert float(contrastive_loss(logits)) == pytest.approx(total / 10)
+
+
+@pytest.mark.parametrize("micro", [1, 3, 4, 6, 12])
+def test_micro_batches_carry_the_loss_and_gradient_of_the_whole_batch(
+    micro: int, objective: Contrastive, batch: dict[str, Tensor]
+) -> None:
+    whole = copy.deepcopy(objective)
+    expected = whole(batch)
+    expected["loss"].backward()
+    parts: list[dict[str, Any]] = [
+        {name: tensor[at : at + micro] for name, tensor in batch.items()} for at in range(0, BATCH, micro)
+    ]
+    cut = copy.deepcopy(objective)
+    with torch.no_grad():
+        rows = [cut(part | {"embed": torch.tensor(1)}) for part in parts]
+    for part, slopes in zip(parts, cut.slopes(rows), strict=True):
+        found = cut(part | slopes)
+        assert found.keys() == expected.keys()
+        assert [value.item() for value in found.values()] == pytest.approx(
+            [value.item() for value in expected.values()], rel=1e-6
+        )
+        (found["loss"] / len(parts)).backward()  # as the engine does
+    for (name, ours), theirs in zip(cut.named_parameters(), whole.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_a_plain_sum_over_micro_batches_is_another_loss(objective: Contrastive, batch: dict[str, Tensor]) -> None:
+    halves = [objective({name: tensor[at : at + 6] for name, tensor in batch.items()})["loss"] for at in (0, 6)]
+    assert abs(float(sum(halves) / 2) - float(objective(batch)["loss"])) > 0.1
