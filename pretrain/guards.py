@@ -40,7 +40,7 @@ class Guards:
         self.in_a_row += 1
         if self.in_a_row > self.config.patience_steps:
             self.action = "stop"
-            self.reason += f", the {self.in_a_row}th refused step in a row"
+            self.reason += f", {self.in_a_row} steps in a row were refused"
         return False
 
     def _judge(self, loss: float, norm: float) -> tuple[Action, str]:

@@ -1,0 +1,71 @@
+"""What a process notes about its end, and as what the user sees it."""
+
+import contextlib
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue, TrainingFault
+from pretrain.faults import FAULTS, cause_of, faults_noted, faults_size, read_faults, record_fault
+from pretrain.mesh import peer_lost
+
+GLOO = "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typical"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (ConfigError("x"), "configuration"),
+        (NodeFault("x"), "node"),
+        (DataError("x"), "storage"),
+        (Requeue("x"), "preemption"),
+        (TrainingFault("x"), "user code"),
+        (ValueError("x"), "user code"),
+        (MemoryError(), "user code"),
+    ],
+)
+def test_every_error_has_a_cause(error: Exception, cause: str) -> None:
+    assert cause_of(error) == cause
+
+
+@pytest.mark.parametrize(
+    ("error", "seen_as", "cause"),
+    [
+        (RuntimeError(GLOO), NodeFault, "node"),
+        (RuntimeError("shapes do not fit"), RuntimeError, "user code"),
+        (OSError(errno.ENOSPC, "No space left on device"), DataError, "storage"),
+        (FileNotFoundError(errno.ENOENT, "no such file"), FileNotFoundError, "user code"),
+        (TrainingFault("loss nan"), TrainingFault, "user code"),
+    ],
+)
+def test_what_ends_a_block_is_noted_and_raised_as_what_it_is(
+    error: Exception, seen_as: type[Exception], cause: str, tmp_path: Path
+) -> None:
+    with pytest.raises(seen_as) as raised, faults_noted(tmp_path, 3, peer_lost):
+        raise error
+    (line,) = read_faults(tmp_path)
+    assert (line["cause"], line["rank"]) == (cause, 3)
+    assert str(raised.value) in line["why"]
+    assert "typical" not in str(raised.value)
+
+
+def test_a_stop_that_was_asked_for_is_no_fault(tmp_path: Path) -> None:
+    with contextlib.suppress(Requeue), faults_noted(tmp_path, 0, peer_lost):
+        raise Requeue("saved")
+    assert not (tmp_path / FAULTS).exists()
+
+
+def test_nothing_is_written_where_there_is_no_run_yet(tmp_path: Path) -> None:
+    record_fault(tmp_path / "run", "node", "gone", 0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_attempt_reads_its_own_lines_only(tmp_path: Path) -> None:
+    record_fault(tmp_path, "node", "first", 0)
+    start = faults_size(tmp_path)
+    record_fault(tmp_path, "storage", "second", 1, blamed=[1])
+    with (tmp_path / FAULTS).open("a") as file:
+        file.write(json.dumps({"cause": "node"})[:5])
+    assert [line["why"] for line in read_faults(tmp_path, start)] == ["second"]

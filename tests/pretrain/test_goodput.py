@@ -1,0 +1,88 @@
+"""Where the time went: a run of three attempts told by hand; and the save-deadline contract."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain import deadline
+from pretrain.goodput import ATTEMPTS, METRICS, PhaseClock, goodput
+
+
+def write(path: Path, rows: list[dict[str, Any]], rest: str = "") -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + rest)
+
+
+def row(step: int, attempt: int, at_s: float, step_s: float, waited_s: float = 0.0) -> dict[str, Any]:
+    times = {"time_ms": int(at_s * 1000), "step_s": step_s, "waited_s": waited_s, "saved_s": 0.5}
+    return {"step": step, "attempt": attempt} | times
+
+
+def test_each_attempt_s_time_is_accounted_for(tmp_path: Path) -> None:
+    """Attempt 0: steps 1 to 4 of 2 s, saved at 2. Killed; 10 s later attempt 1 starts at step 2, with steps 3 to 5."""
+    first = [row(step, 0, 105 + 2 * step, 2, waited_s=step) for step in (1, 2, 3, 4)]
+    second = [row(step, 1, 131 + 2 * step, 2) for step in (3, 4, 5)]
+    write(tmp_path / METRICS, first + second, rest='{"step": 6')
+    write(tmp_path / ATTEMPTS, [{"attempt": 0, "started": 100}, {"attempt": 1, "started": 123}])
+    told = goodput(tmp_path)
+    assert told["attempts"] == [
+        {"attempt": 0, "from_step": 0, "to_step": 4, "lost_steps": 2, "end_ms": 113000, "wall_s": 13, "down_s": 0,
+         "start_s": 5, "steps_s": 4, "lost_s": 4, "waited_s": 4, "saved_s": 0.5},
+        {"attempt": 1, "from_step": 2, "to_step": 5, "lost_steps": 0, "end_ms": 141000, "wall_s": 28, "down_s": 10,
+         "start_s": 12, "steps_s": 6, "lost_s": 0, "waited_s": 0, "saved_s": 0.5},
+    ]  # fmt: skip
+    assert told["goodput"] == pytest.approx((4 + 6) / (13 + 28))
+
+
+def test_a_run_without_steps_has_none(tmp_path: Path) -> None:
+    assert goodput(tmp_path) == {"goodput": 0.0, "attempts": []}
+
+
+def test_the_clock_adds_up_what_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 5.0, 7.0, 8.0, 12.0])
+    monkeypatch.setattr("pretrain.goodput.time.monotonic", lambda: next(now))
+    clock = PhaseClock()
+    for phase in ("step", "save", "step", "save"):
+        clock.enter(phase)
+    assert clock.seconds == {"start": 5.0, "step": 6.0, "save": 1.0}
+    assert (clock.phase, clock.since, clock.spent("wait")) == ("save", 12.0, 0.0)
+
+
+# -------------------------------------------------------------------------------------- the save-deadline contract
+
+
+@pytest.mark.parametrize(
+    ("lead", "step_s", "megabytes", "speed", "warned"),
+    [
+        (300, 5.0, 1000, 100e6, ""),
+        (120, 5.0, 14000, 100e6, "120 s lead, a save needs about 210 s .*a step takes 5 s.* to 215 s"),
+        (10, 0.0, 2000, 100e6, "a step's time is not known yet"),
+        (10, 20.0, 1, 100e6, "a step takes 20 s"),
+        (float("inf"), 1e9, 10**9, 1.0, ""),
+    ],
+)
+def test_the_warning_comes_when_step_and_save_do_not_fit(
+    lead: float, step_s: float, megabytes: int, speed: float, warned: str
+) -> None:
+    import re
+
+    text = deadline.warning(lead, step_s, megabytes * 10**6, speed)
+    assert bool(text) == bool(warned)
+    assert re.search(warned, text)
+
+
+def test_the_lead_is_what_the_launcher_said() -> None:
+    assert deadline.lead_s({deadline.LEAD_VARIABLE: "120"}) == 120
+    assert deadline.lead_s({}) == float("inf")
+
+
+def test_a_trial_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    assert deadline.write_speed(tmp_path / "run") > 0
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_slowest_of_the_recent_steps_counts(tmp_path: Path) -> None:
+    assert deadline.slowest_recent_step_s(tmp_path) == 0
+    write(tmp_path / METRICS, [row(step, 0, step, 100 if step == 1 else step / 10) for step in range(1, 70)])
+    assert deadline.slowest_recent_step_s(tmp_path) == pytest.approx(6.9)

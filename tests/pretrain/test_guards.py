@@ -1,0 +1,117 @@
+"""The guards against a loop over all of a run's history, and whole runs whose numbers are made to blow up."""
+
+import itertools
+import json
+import math
+import statistics
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import TrainingFault
+from pretrain.config import GuardsConfig
+from pretrain.guards import Guards
+
+NAN, INF = math.nan, math.inf
+
+
+def guards(**settings: Any) -> Guards:
+    return Guards(GuardsConfig(**settings))
+
+
+def by_hand(history: list[tuple[float, float]], window: int, sigmas: float) -> list[bool]:
+    """Accepted or not, from the definition: each step against the accepted ones before it."""
+    accepted: list[tuple[float, float]] = []
+    verdicts = []
+    for step in history:
+        past = accepted[-window:]
+        fine = all(map(math.isfinite, step))
+        if fine and len(past) >= window / 2:
+            for column in (0, 1):
+                values = [pair[column] for pair in past]
+                fine &= step[column] <= statistics.fmean(values) + sigmas * statistics.pstdev(values)
+        verdicts.append(fine)
+        if fine:
+            accepted.append(step)
+    return verdicts
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "settings", "action"),
+    [
+        (1.0, 1.0, {}, "accept"),
+        (NAN, 1.0, {}, "stop"),
+        (1.0, INF, {}, "stop"),
+        (-INF, 1.0, {"non_finite": "skip"}, "skip"),
+        (1.0, NAN, {"non_finite": "roll_back"}, "roll_back"),
+        (1e9, 1e9, {"spike": "skip"}, "accept"),  # nothing to compare it with yet
+    ],
+)
+def test_the_first_step_is_judged_by_its_numbers_alone(
+    loss: float, norm: float, settings: dict[str, Any], action: str
+) -> None:
+    judge = guards(**settings)
+    assert judge.accepts(loss, norm) == (action == "accept")
+    assert judge.action == action
+    assert bool(judge.told()) == (action != "accept")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_spikes_are_those_of_the_definition(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    history = [(float(a), float(b)) for a, b in draw.normal(5, 1, (300, 2))]
+    for at in draw.integers(20, 300, 12):
+        history[at] = (
+            history[at][0] + float(draw.choice([0, 4, 30, NAN])),
+            history[at][1] * float(draw.choice([1, 9])),
+        )
+    judge = guards(spike="skip", non_finite="skip", window_steps=32, spike_sigmas=4)
+    assert [judge.accepts(*step) for step in history] == by_hand(history, 32, 4)
+    assert judge.events == by_hand(history, 32, 4).count(False) > 0
+
+
+def test_a_run_continued_from_any_step_judges_alike() -> None:
+    history = [(math.sin(step) + (50 if step % 37 == 30 else 0), 1 + math.cos(step)) for step in range(150)]
+    whole = guards(spike="skip", window_steps=16)
+    expected = [whole.accepts(*step) for step in history]
+    for stop in range(0, 150, 7):
+        before = guards(spike="skip", window_steps=16)
+        first = [before.accepts(*step) for step in history[:stop]]
+        after = guards(spike="skip", window_steps=16)
+        after.load(json.loads(json.dumps(before.state())))
+        assert first + [after.accepts(*step) for step in history[stop:]] == expected
+        assert after.state() == whole.state()
+
+
+def test_too_many_refused_steps_in_a_row_stop_the_run() -> None:
+    judge = guards(non_finite="skip", patience_steps=3)
+    judge.accepts(1.0, 1.0)
+    actions = []
+    for _ in range(4):
+        judge.accepts(NAN, 1.0)
+        actions.append(judge.action)
+    assert actions == ["skip", "skip", "skip", "stop"]
+    with pytest.raises(
+        TrainingFault, match=r"step 7: loss nan, 4 steps in a row were refused.*guards\.non_finite=skip"
+    ):
+        judge.refuse_to_go_on(7)
+
+
+def test_one_accepted_step_starts_the_count_again() -> None:
+    judge = guards(non_finite="skip", patience_steps=2)
+    for loss in itertools.islice(itertools.cycle([NAN, NAN, 1.0]), 30):
+        judge.accepts(loss, 1.0)
+        judge.refuse_to_go_on(1)
+    assert judge.events == 20
+
+
+def test_a_roll_back_takes_over_the_checkpoint_s_past_but_not_its_count() -> None:
+    judge = guards(non_finite="roll_back", window_steps=4)
+    judge.accepts(1.0, 2.0)
+    saved = judge.state()
+    judge.accepts(3.0, 4.0)
+    judge.accepts(NAN, 1.0)
+    judge.remember(saved)
+    assert list(judge.accepted) == [(1.0, 2.0)]
+    assert (judge.events, judge.in_a_row) == (1, 1)
