@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, IPvAnyNetwork, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_pipeline.settings import Settings
 
@@ -28,30 +28,62 @@ class FolderSource(Settings):
 
 
 class TarsSource(Settings):
-    """WebDataset tars: a folder of them, one file, or a pattern such as `dir/{00000..00099}.tar`."""
+    """WebDataset tars: a folder of them, one file, or a pattern such as `dir/{00000..00099}.tar`, joined by `::`.
+
+    Where img2dataset left a NAME.parquet beside NAME.tar, its columns become attributes of the samples too.
+    """
 
     kind: Literal["tars"] = "tars"
     path: str
 
 
 class TableSource(Settings):
-    """Rows of a table. `path`: the table, or the folder that holds it under the name `table`.
+    """Rows of tables. `path`: files or folders, here or behind s3:// and http(s)://, with {00..99}, * and `::`.
 
+    table: name of the table where `path` is the folder that holds it.
     key: column of unique names; without it a row is named by its number.
-    image: column of file names within `images` (a folder or a tar, beside the table), or, in parquet, of bytes.
+    image: column of http(s) addresses, of file names within `images` (a folder or a tar, beside the table), or, in
+    parquet, of bytes; with `base64` the column holds the file itself, in either alphabet.
     captions: columns, each of text or of a list of texts.
+    columns: names of the columns of csv or tsv files without a header line. quotes: False where a quotation mark is a
+    letter like any other, as in CC3M. sha256, md5: columns that what is fetched is compared with.
     """
 
-    kind: Literal["csv", "tsv", "jsonl", "parquet"]
+    kind: Literal["csv", "tsv", "json", "jsonl", "parquet"]
     path: str
     table: str | None = None
     images: str = "."
     key: str | None = None
     image: str = "image"
     captions: tuple[str, ...] = Field(("caption",), min_length=1)
+    columns: tuple[str, ...] | None = None
+    quotes: bool = True
+    base64: bool = False
+    sha256: str | None = None
+    md5: str | None = None
 
 
-SourceConfig = Annotated[ScenesSource | FolderSource | TarsSource | TableSource, Field(discriminator="kind")]
+class PairsSource(Settings):
+    """Published tables whose columns are known: cc3m (caption TAB address), muge (id TAB caption TAB base64 image)."""
+
+    kind: Literal["cc3m", "muge"]
+    path: str
+
+
+class CocoSource(Settings):
+    """COCO's captions JSON (also .gz): one row an image, with all of its captions.
+
+    images: folder or tar of the files, beside the JSON; without it they are fetched from the JSON's coco_url.
+    """
+
+    kind: Literal["coco"] = "coco"
+    path: str
+    images: str | None = None
+
+
+SourceConfig = Annotated[
+    ScenesSource | FolderSource | TarsSource | TableSource | PairsSource | CocoSource, Field(discriminator="kind")
+]
 
 # ----------------------------------------------------------------------------------------------- rules
 
@@ -59,15 +91,20 @@ SourceConfig = Annotated[ScenesSource | FolderSource | TarsSource | TableSource,
 class ImageRules(Settings):
     """How an image is stored.
 
-    mode: none; fit (longer side at most `size`); center_crop (square, the shorter side scaled); stretch (square).
+    mode: none; fit (longer side at most `size`); keep_ratio (shorter side `size`); keep_ratio_largest (longer side
+    `size`); border (the same, padded with white to a square); center_crop (square, the shorter side scaled); stretch
+    (square). For image codes take center_crop or stretch: their sizes are exact.
     format: keep stores the file as it came where it is a plain 8-bit RGB JPEG or PNG and `mode` is none.
-    quality: of JPEG.
+    quality: of JPEG and WebP.
+    decode: scaled lets libjpeg shrink large JPEGs while decoding, to no less than twice the size; about 1.6 times as
+    fast on megapixel photographs, and about 36 dB beside exact.
     """
 
-    mode: Literal["none", "fit", "center_crop", "stretch"] = "none"
+    mode: Literal["none", "fit", "keep_ratio", "keep_ratio_largest", "border", "center_crop", "stretch"] = "none"
     size: PositiveInt | None = None
-    format: Literal["keep", "jpeg", "png"] = "keep"
+    format: Literal["keep", "jpeg", "png", "webp"] = "keep"
     quality: Annotated[int, Field(ge=1, le=100)] = 95
+    decode: Literal["exact", "scaled"] = "exact"
     max_pixels: PositiveInt = 89_478_485
     min_side: NonNegativeInt = 0
 
@@ -79,15 +116,61 @@ class ImageRules(Settings):
 
 
 class CaptionRules(Settings):
-    """How captions are cleaned; lengths in characters, a caption outside of them is left out."""
+    """How captions are cleaned; a caption outside of the rules is left out, a row without any is rejected.
+
+    Lengths in characters. languages: ISO 639-1 codes; a caption is left out where it is clearly another language.
+    deny: file of words and phrases, one a line; a caption with one of them is left out, letter case and width aside.
+    """
 
     fix_text: bool = True
     min_chars: PositiveInt = 1
     max_chars: PositiveInt | None = None
+    languages: tuple[str, ...] = ()
+    deny: str | None = None
+
+
+class FetchRules(Settings):
+    """How images are fetched by http(s).
+
+    concurrency: requests at once of one fetching process (there is one for two workers), per_host: of those to one
+    host. timeout_s: of one attempt, as a whole; the pauses between attempts are at most attempts * timeout_s. opt_out: directives of the X-Robots-Tag header that keep an
+    image out. allow_networks: private networks that may be asked all the same, as 10.1.0.0/16.
+    cache: folder or s3:// prefix that keeps fetched bytes by their sha256, for other builds too; without it they are
+    kept in the output until the build is done.
+    """
+
+    concurrency: PositiveInt = 64
+    per_host: PositiveInt = 16
+    timeout_s: PositiveFloat = 10.0
+    attempts: PositiveInt = 3
+    max_bytes: PositiveInt = 50_000_000
+    opt_out: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    allow_networks: tuple[IPvAnyNetwork, ...] = ()
+    cache: str | None = None
+
+
+class DedupRules(Settings):
+    """Images that occur more than once: of equals the first row stays, whatever the shards.
+
+    exact: the same bytes. near_bits: images whose 64-bit perceptual hashes differ in at most so many bits; None: no.
+    Both look at every image once before any shard is written.
+    """
+
+    exact: bool = False
+    near_bits: Annotated[int, Field(ge=0, le=12)] | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Is anything looked for?"""
+        return self.exact or self.near_bits is not None
 
 
 class BuildConfig(Settings):
-    """Raw pairs -> shards. Shard k holds what remains of rows [k * shard_size, (k + 1) * shard_size)."""
+    """Raw pairs -> shards. Shard k holds what remains of rows [k * shard_size, (k + 1) * shard_size).
+
+    filters: name -> condition that a row must meet, else it is rejected under that name; over the columns of the
+    source and width, height, aspect, area, bytes, caption, chars. grow: add the rows that a finished output lacks.
+    """
 
     source: SourceConfig
     output: str
@@ -95,6 +178,10 @@ class BuildConfig(Settings):
     shard_size: PositiveInt = 1000
     images: ImageRules = ImageRules()
     captions: CaptionRules = CaptionRules()
+    fetch: FetchRules = FetchRules()
+    filters: dict[str, str] = {}
+    dedup: DedupRules = DedupRules()
+    grow: bool = False
     ray_address: str | None = None
 
 

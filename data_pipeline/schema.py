@@ -1,4 +1,4 @@
-"""What flows: sources yield Pairs (or Drops), stages turn a Pair into a Pair or a Drop, a stream yields Samples."""
+"""What flows: sources yield Pairs, Links or Drops, stages turn them into Pairs or Drops, a stream yields Samples."""
 
 import dataclasses
 from typing import Any
@@ -14,6 +14,18 @@ class Pair:
     image: bytes
     captions: tuple[str, ...]
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Link:
+    """One row whose image has to be fetched first. sha256, md5: what its bytes must have, in hex; empty: anything."""
+
+    key: str
+    url: str
+    captions: tuple[str, ...]
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sha256: str = ""
+    md5: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -44,30 +44,29 @@ def ray_session(workers: int, address: str | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def run_tasks(submit: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[tuple[Any, Any]]:
+def run_tasks(
+    submit: Callable[[Any], Any], items: Sequence[Any], workers: int, ahead: int | None = None
+) -> Iterator[tuple[Any, Any]]:
     """Results of `submit(item)` (a Ray reference) as (item, result), in the order in which they end.
 
-    At most two tasks a worker are in flight. A task whose worker or node is lost is submitted again, OUTER_RETRIES
-    times beyond Ray's own; then NodeFault. A TesseraError raised in a task is raised here.
+    At most `ahead` tasks a worker, two unless told, are in flight. A task whose worker or node is lost is submitted
+    again, OUTER_RETRIES times beyond Ray's own; then NodeFault. A TesseraError raised in a task is raised here.
     """
     import ray
 
     waiting, losses = list(reversed(items)), dict.fromkeys(items, 0)
     running: dict[Any, Any] = {}
     while waiting or running:
-        while waiting and len(running) < _IN_FLIGHT_PER_WORKER * workers:
+        while waiting and len(running) < (ahead or _IN_FLIGHT_PER_WORKER) * workers:
             item = waiting.pop()
             running[submit(item)] = item
         done, _ = ray.wait(list(running), num_returns=1)
         for reference in done:
             item = running.pop(reference)
             try:
-                yield item, ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, TesseraError):
-                    raise error.cause from None
-                raise
-            except (ray.exceptions.RayError, ray.exceptions.RayActorError) as error:
+                result = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                _raise_unless_lost(error)
                 losses[item] += 1
                 if losses[item] > OUTER_RETRIES:
                     raise NodeFault(
@@ -75,6 +74,22 @@ def run_tasks(submit: Callable[[Any], Any], items: Sequence[Any], workers: int) 
                         "look at memory and disk of the nodes, then run the same command again"
                     ) from None
                 waiting.append(item)
+            else:
+                yield item, result
+
+
+def _raise_unless_lost(error: Any) -> None:
+    """Raise what a task or the constructor of its actor raised; return where a process or node was lost."""
+    import ray
+
+    if isinstance(error, ray.exceptions.RayTaskError):
+        if isinstance(error.cause, TesseraError):
+            raise error.cause from None
+        if not isinstance(error.cause, ray.exceptions.RayError):
+            raise error
+        error = error.cause  # a task whose input was lost with the actor that makes it
+    if getattr(error, "actor_init_failed", False):
+        raise NodeFault(f"an actor could not start, which trying again would not change: {error}") from None
 
 
 class Counter:

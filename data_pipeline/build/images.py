@@ -3,6 +3,7 @@
 JPEG goes through simplejpeg, plain PNG through OpenCV, the rest through Pillow with a fixed list of formats (none of
 which runs other programs). Sixteen bits keep their upper eight, transparency is laid on white, of an animation the
 first frame is taken, EXIF orientation is applied. Letters: H, W height and width in pixels.
+These functions run in the process that calls them; the build calls them through `sandbox`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "ICO", "AVIF", "PPM", "JPEG2000")
 
 Image.init()  # formats can be named once they are registered
+
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+SCALED_GUARD = 2  # a JPEG decoded at a fraction keeps at least twice the pixels a side that are wanted
 
 _ORIENTATION = 0x0112
 _JPEG = b"\xff\xd8\xff"
@@ -39,49 +43,101 @@ class Reject(Exception):
         self.detail = detail
 
 
+class Decoded(NamedTuple):
+    """pixels: uint8 [H, W, 3]. kept: "jpeg" or "png" where the file shows them as it is, else empty.
+
+    width, height: of the upright image, larger than the pixels' where a JPEG was decoded at a fraction.
+    """
+
+    pixels: np.ndarray
+    kept: str
+    width: int
+    height: int
+    frames: int = 1
+
+
+class Prepared(NamedTuple):
+    """An image as it is stored, W and H, and what it was before; frames: of which the first was taken."""
+
+    data: bytes
+    extension: str
+    width: int
+    height: int
+    source_width: int
+    source_height: int
+    frames: int
+
+
 def decode_rgb(data: bytes, max_pixels: int = 89_478_485) -> np.ndarray:
-    """-> uint8 [H, W, 3], upright. Raises Reject: empty_file, not_an_image, too_many_pixels, truncated, corrupt."""
-    return _decode(data, max_pixels)[0]
+    """-> uint8 [H, W, 3], upright.
+
+    Raises Reject: empty_file, not_an_image, too_many_pixels, too_much_memory, truncated, corrupt.
+    """
+    return decode(data, max_pixels).pixels
 
 
-def prepare(data: bytes, rules: ImageRules) -> tuple[bytes, str, int, int]:
-    """-> (file, extension jpg or png, W, H) as it is stored. Raises Reject; also too_small."""
-    pixels, kept = _decode(data, rules.max_pixels)
-    if min(pixels.shape[:2]) < rules.min_side:
-        raise Reject("too_small", f"{pixels.shape[1]} x {pixels.shape[0]}, the shorter side must have {rules.min_side}")
-    if rules.mode == "none" and kept and rules.format in ("keep", kept):
-        stored, kind = data, kept
+def prepare(data: bytes, rules: ImageRules) -> Prepared:
+    """The file as the rules want it stored. Raises Reject; also too_small."""
+    return store(data, decode(data, rules.max_pixels, rules if rules.decode == "scaled" else None), rules)
+
+
+def store(data: bytes, decoded: Decoded, rules: ImageRules) -> Prepared:
+    """The same for an image that is decoded already."""
+    check_side(decoded, rules)
+    width, height = decoded.width, decoded.height
+    pixels = decoded.pixels
+    if rules.mode == "none" and decoded.kept and rules.format in ("keep", decoded.kept):
+        stored, kind = data, decoded.kept
     else:
         if rules.size is not None:
-            pixels = resize(pixels, rules.mode, rules.size)
+            pixels = resize(pixels, rules.mode, rules.size, (width, height))
         kind = rules.format if rules.format != "keep" else ("jpeg" if data.startswith(_JPEG) else "png")
         stored = encode(pixels, kind, rules.quality)
-    return stored, {"jpeg": "jpg", "png": "png"}[kind], pixels.shape[1], pixels.shape[0]
+    return Prepared(stored, EXTENSIONS[kind], pixels.shape[1], pixels.shape[0], width, height, frames=decoded.frames)
 
 
-def resize(pixels: np.ndarray, mode: str, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> by `mode`; none: as it is, fit: longer side at most `size`, center_crop and stretch: square.
+def check_side(decoded: Decoded, rules: ImageRules) -> None:
+    """Raises Reject, too_small, for an image below `min_side`."""
+    if min(decoded.width, decoded.height) < rules.min_side:
+        shape = f"{decoded.width} x {decoded.height}"
+        raise Reject("too_small", f"{shape}, the shorter side must have {rules.min_side}")
+
+
+def scaled_size(width: int, height: int, mode: str, size: int) -> tuple[int, int]:
+    """W and H after scaling and before cropping or padding, by `ImageRules.mode`."""
+    if mode == "none" or (mode == "fit" and max(width, height) <= size):
+        return width, height
+    if mode == "stretch":
+        return size, size
+    side = min(width, height) if mode in ("center_crop", "keep_ratio") else max(width, height)
+    return max(1, round(width * size / side)), max(1, round(height * size / side))
+
+
+def resize(pixels: np.ndarray, mode: str, size: int, source: tuple[int, int] | None = None) -> np.ndarray:
+    """uint8 [H, W, 3] -> by `ImageRules.mode`; source: W, H of the image where the pixels are a fraction of it.
 
     Areas are averaged when shrinking, cubic interpolation when growing.
     """
-    height, width = pixels.shape[:2]
-    if mode == "none" or (mode == "fit" and max(height, width) <= size):
-        return pixels
-    if mode == "stretch":
-        return _scale(pixels, size, size)
-    side = max(height, width) if mode == "fit" else min(height, width)
-    scaled = _scale(pixels, max(1, round(width * size / side)), max(1, round(height * size / side)))
-    if mode == "fit":
+    width, height = source or (pixels.shape[1], pixels.shape[0])
+    scaled = _scale(pixels, *scaled_size(width, height, mode, size))
+    if mode not in ("center_crop", "border"):
         return scaled
-    top, left = (scaled.shape[0] - size) // 2, (scaled.shape[1] - size) // 2
-    return np.ascontiguousarray(scaled[top : top + size, left : left + size])
+    height, width = scaled.shape[:2]
+    if mode == "center_crop":
+        top, left = (height - size) // 2, (width - size) // 2
+        return np.ascontiguousarray(scaled[top : top + size, left : left + size])
+    square = np.full((size, size, 3), 255, np.uint8)
+    top, left = (size - height) // 2, (size - width) // 2
+    square[top : top + height, left : left + width] = scaled
+    return square
 
 
 def encode(pixels: np.ndarray, kind: str, quality: int) -> bytes:
-    """uint8 [H, W, 3] -> a JPEG (full colour resolution) or PNG file."""
+    """uint8 [H, W, 3] -> a JPEG (full colour resolution), WebP or PNG file; quality: 1 to 100, PNG is exact."""
     if kind == "jpeg":
         return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "444"))
-    done, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 6])
+    options = [cv2.IMWRITE_PNG_COMPRESSION, 6] if kind == "png" else [cv2.IMWRITE_WEBP_QUALITY, quality]
+    done, data = cv2.imencode(f".{kind}", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)
     assert done
     return data.tobytes()
 
@@ -89,37 +145,46 @@ def encode(pixels: np.ndarray, kind: str, quality: int) -> bytes:
 # --------------------------------------------------------------------------------------------- decoding
 
 
-def _decode(data: bytes, max_pixels: int) -> tuple[np.ndarray, str]:
-    """-> (pixels, "jpeg" or "png" where the file shows them as it is, else empty)."""
+def decode(data: bytes, max_pixels: int, wanted: ImageRules | None = None) -> Decoded:
+    """Upright RGB; a JPEG may be decoded at a fraction that suffices for the `wanted` size. Raises Reject."""
     if not data:
         raise Reject("empty_file", "0 bytes")
     if data.startswith(_JPEG):
-        pixels, colours = _fast_jpeg(data, max_pixels)
-        if pixels is not None:
-            one_picture = b"MPF\0" not in data[:65536]
-            return pixels, "jpeg" if colours != "Gray" and one_picture else ""
+        decoded = _fast_jpeg(data, max_pixels, wanted)
+        if decoded is not None:
+            return decoded
     elif data.startswith(_PNG) and _is_plain_png(data):
         width, height = struct.unpack(">II", data[16:24])
         _check_pixels(width, height, max_pixels)
-        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        if decoded is not None and decoded.shape[:2] == (height, width):
-            return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), "png" if data[25] == 2 else ""
-    return _slow(data, max_pixels), ""
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        if pixels is not None and pixels.shape[:2] == (height, width):
+            return Decoded(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), "png" if data[25] == 2 else "", width, height)
+    return _slow(data, max_pixels)
 
 
-def _fast_jpeg(data: bytes, max_pixels: int) -> tuple[np.ndarray | None, str]:
-    """-> (pixels of an upright three- or one-channel JPEG without defects, colour space); None leaves it to Pillow."""
+def _fast_jpeg(data: bytes, max_pixels: int, wanted: ImageRules | None) -> Decoded | None:
+    """An upright three- or one-channel JPEG without defects; None leaves it to Pillow."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
-        return None, ""
+        return None
     _check_pixels(width, height, max_pixels)
     if colours in ("CMYK", "YCCK") or (b"Exif\0\0" in data[:65536] and _orientation(data) not in (0, 1)):
-        return None, colours
+        return None
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", strict=True), colours
+        pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True, **_fraction(width, height, wanted))
     except ValueError:
-        return None, colours
+        return None
+    one_picture = b"MPF\0" not in data[:65536]
+    return Decoded(pixels, "jpeg" if colours != "Gray" and one_picture else "", width, height)
+
+
+def _fraction(width: int, height: int, wanted: ImageRules | None) -> dict[str, int]:
+    """simplejpeg's arguments for the smallest fraction that keeps SCALED_GUARD times the wanted pixels a side."""
+    if wanted is None or wanted.size is None:
+        return {}
+    target_width, target_height = scaled_size(width, height, wanted.mode, wanted.size)
+    return {"min_width": target_width, "min_height": target_height, "min_factor": SCALED_GUARD}
 
 
 def _orientation(data: bytes) -> int:
@@ -141,21 +206,26 @@ def _is_plain_png(data: bytes) -> bool:
     )
 
 
-def _slow(data: bytes, max_pixels: int) -> np.ndarray:
+def _slow(data: bytes, max_pixels: int) -> Decoded:
     """Pillow, with everything that it can raise turned into a reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_pixels(*image.size, max_pixels)
+                frames = int(getattr(image, "n_frames", 1))
+                image.seek(0)
                 image.load()
-                return _to_rgb(image)
+                pixels = _to_rgb(image)
+                return Decoded(pixels, "", pixels.shape[1], pixels.shape[0], frames)
     except Reject:
         raise
     except Image.DecompressionBombError as error:
         raise Reject("too_many_pixels", str(error)) from None
     except UnidentifiedImageError:
         raise Reject("not_an_image", f"begins with {data[:16]!r}") from None
+    except MemoryError:
+        raise Reject("too_much_memory", f"{len(data)} bytes unpack to more than the decoder may use") from None
     except Exception as error:  # decoders raise nearly anything on damaged files
         reason = "truncated" if "runcated" in str(error) or isinstance(error, EOFError) else "corrupt"
         raise Reject(reason, f"{type(error).__name__}: {error}"[:200]) from None

@@ -1,31 +1,42 @@
-"""Where rows come from. A source counts its rows once, then any worker reads any range of them.
+"""Where rows come from. A source is planned once, then any worker reads any range of its rows.
 
-Every row of a range comes back, in order, as a Pair or as a Drop: a row that cannot be read is a counted rejection.
+Every row of a range comes back, in order, as a Pair, as a Link to be fetched, or as a Drop: a row that cannot be read
+is a counted rejection.
 """
 
-import csv
-import gzip
-import io
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipeline.config import FolderSource, ScenesSource, SourceConfig, TableSource, TarsSource
-from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.schema import Drop, Pair
+import numpy as np
+import pyarrow.parquet
+import xxhash
+
+from data_pipeline.build.inputs import beside, expand_braces, input_paths, is_remote, must_exist, open_input
+from data_pipeline.build.layout import Layout, Part, Row, lines_layout
+from data_pipeline.build.records import ImageStore, as_captions, captions_of_json, is_json
+from data_pipeline.build.tables import Table, load_json, published_table
+from data_pipeline.config import CocoSource, FolderSource, ScenesSource, SourceConfig, TarsSource
+from data_pipeline.errors import DataError
+from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.tar import Member, scan, split_name
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ico", "ppm", "jp2")
+__all__ = ["SOURCES", "Row", "Source", "expand_braces", "open_source", "tar_paths"]
 
-Row = Pair | Drop
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ico", "ppm", "jp2")
+TAR_STRIDE = 64  # samples between two noted places of a tar
 
 
 class Source(Protocol):
     """Rows 0 .. count() - 1 of what a configuration names."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where the rows are, planned now unless it was handed over. Raises as `count` does."""
+        ...
 
     def count(self) -> int:
         """Number of rows. Raises DataError for a source that is missing or empty, ConfigError for a wrong column."""
@@ -40,9 +51,9 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: SourceConfig) -> Source:
-    """The source that `config.kind` names."""
-    return SOURCES[config.kind](config)
+def open_source(config: SourceConfig, layout: Layout | None = None) -> Source:
+    """The source that `config.kind` names; `layout` is that of the same source opened before."""
+    return SOURCES[config.kind](config, layout)
 
 
 # ---------------------------------------------------------------------------------------------- scenes
@@ -51,8 +62,9 @@ def open_source(config: SourceConfig) -> Source:
 class Scenes:
     """Drawn, not read."""
 
-    def __init__(self, config: ScenesSource) -> None:
+    def __init__(self, config: ScenesSource, layout: Layout | None = None) -> None:
         self._config = config
+        self.layout = Layout((Part("scenes", config.count, "drawn", np.array([], np.int64)),))
 
     def count(self) -> int:
         return self._config.count
@@ -74,25 +86,29 @@ class Scenes:
 class Folder:
     """Images below a folder, sorted by name; captions stand beside them."""
 
-    def __init__(self, config: FolderSource) -> None:
+    def __init__(self, config: FolderSource, layout: Layout | None = None) -> None:
         self._root = Path(config.path)
+        self._given = layout
 
     @cached_property
-    def _files(self) -> list[str]:
-        _must_exist(self._root, "source.path")
+    def layout(self) -> Layout:
+        if self._given is not None:
+            return self._given
+        must_exist(self._root, "source.path")
         found = (path.relative_to(self._root) for path in self._root.rglob("*") if path.is_file())
-        return sorted(path.as_posix() for path in found if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        names = (path.as_posix() for path in found if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        return lines_layout(str(self._root), sorted(names))
 
     def count(self) -> int:
-        if not self._files:
+        if not self.layout.rows:
             raise DataError(f"{self._root}: no images ({', '.join(IMAGE_EXTENSIONS)}) here; check source.path")
-        return len(self._files)
+        return self.layout.rows
 
     def keys(self) -> Iterator[str]:
-        return (name.rpartition(".")[0] for name in self._files)
+        return (name.rpartition(".")[0] for name in self.layout.texts(0, self.layout.rows))
 
     def rows(self, start: int, stop: int) -> Iterator[Row]:
-        for name in self._files[start:stop]:
+        for name in self.layout.texts(start, stop):
             key, path = name.rpartition(".")[0], self._root / name
             try:
                 captions, meta = _beside(path)
@@ -112,185 +128,70 @@ def _beside(image: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
     return (), {}
 
 
-def captions_of_json(tree: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """A caption file: text, a list of texts, or a mapping with captions / caption / text -> (captions, the rest)."""
-    if not isinstance(tree, dict):
-        return as_captions(tree), {}
-    for name in ("captions", "caption", "text"):
-        if name in tree:
-            return as_captions(tree[name]), {key: value for key, value in tree.items() if key != name}
-    return (), tree
+# ------------------------------------------------------------------------------------------------ COCO
 
 
-def as_captions(value: Any) -> tuple[str, ...]:
-    """Text or a list of texts -> captions; None counts as none. Raises TypeError for anything else."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    raise TypeError(f"a caption is text or a list of texts, not {value!r:.80}")
+class Coco:
+    """COCO's captions JSON: one row an image, its captions in the order of their ids; licences stay as attributes."""
 
-
-# ---------------------------------------------------------------------------------------------- tables
-
-
-class Table:
-    """csv, tsv (with a header line), jsonl (also .gz), parquet; images in a folder, in a tar, or inline."""
-
-    def __init__(self, config: TableSource) -> None:
+    def __init__(self, config: CocoSource, layout: Layout | None = None) -> None:
         self._config = config
-        path = Path(config.path)
-        self._file = path / config.table if config.table else path
+        self._given = layout
+
+    @cached_property
+    def layout(self) -> Layout:
+        if self._given is not None:
+            return self._given
+        lines = [line for path in input_paths(self._config.path, (".json", ".json.gz")) for line in _coco_lines(path)]
+        return lines_layout(self._config.path, lines)
 
     def count(self) -> int:
-        _must_exist(self._file, "source.path (and source.table)")
-        if self._file.is_dir():
-            raise ConfigError(f"{self._file}: a folder; name the {self._config.kind} file in it as source.table")
-        self._check_columns()
-        rows = self._parquet.metadata.num_rows if self._config.kind == "parquet" else sum(1 for _ in self._records())
-        if not rows:
-            raise DataError(f"{self._file}: no rows; a dataset needs at least one")
-        return rows
+        if not self.layout.rows:
+            raise DataError(f"{self._config.path}: no images; check source.path")
+        return self.layout.rows
 
-    def keys(self) -> Iterator[str] | None:
-        column = self._config.key
-        if column is None:
-            return None
-        return (str(record.get(column)) for record in self._records([column]))
+    def keys(self) -> Iterator[str]:
+        return (str(json.loads(line)["id"]) for line in self.layout.texts(0, self.layout.rows))
 
     def rows(self, start: int, stop: int) -> Iterator[Row]:
-        for number, record in enumerate(itertools.islice(self._records(start=start), stop - start), start):
-            yield self._row(number, record)
-
-    def _row(self, number: int, record: dict[str, Any]) -> Row:
-        config = self._config
-        key = f"{number:09d}" if config.key is None else str(record.get(config.key))
-        if _UNREADABLE in record:
-            return Drop(key, "unreadable_row", record[_UNREADABLE])
-        try:
-            captions = tuple(text for column in config.captions for text in as_captions(record.get(column)))
-        except TypeError as error:
-            return Drop(key, "unreadable_caption", str(error))
-        value = record.get(config.image)
-        if value is None or value == "":
-            return Drop(key, "no_image", f"column {config.image!r} is empty")
-        try:
-            image = value if isinstance(value, bytes) else self._images.read(str(value))
-        except OSError as error:
-            return Drop(key, "unreadable_file", str(error))
-        used = {config.key, config.image, *config.captions}
-        meta = {name: item for name, item in record.items() if name not in used and _is_json(item)}
-        return Pair(key, image, captions, meta)
+        for line in self.layout.texts(start, stop):
+            record = json.loads(line)
+            key = str(record["id"])
+            meta = {name: record[name] for name in ("license", "license_url", "flickr_url") if name in record}
+            name = record.get("coco_url") if self._images is None else record.get("file_name")
+            try:
+                captions = as_captions(record["captions"])
+                if name is None:
+                    yield Drop(key, "no_image", "neither file_name nor coco_url")
+                elif self._images is None:
+                    yield Link(key, str(name), captions, meta)
+                else:
+                    yield Pair(key, self._images.read(str(name)), captions, meta)
+            except TypeError as error:
+                yield Drop(key, "unreadable_caption", str(error))
+            except OSError as error:
+                yield Drop(key, "unreadable_file", str(error))
 
     @cached_property
-    def _images(self) -> "ImageStore":
-        return ImageStore(self._file.parent / self._config.images)
-
-    @cached_property
-    def _parquet(self) -> Any:
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.ParquetFile(self._file)
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{self._file}: not a parquet file ({error})") from None
-
-    def _records(self, columns: list[str] | None = None, start: int = 0) -> Iterator[dict[str, Any]]:
-        """Every row from `start` as a mapping; parquet reads `columns` only and skips row groups before `start`."""
-        if self._config.kind == "parquet":
-            return self._parquet_records(columns, start)
-        reader = self._json_records() if self._config.kind == "jsonl" else self._csv_records()
-        return itertools.islice(reader, start, None)
-
-    def _parquet_records(self, columns: list[str] | None, start: int) -> Iterator[dict[str, Any]]:
-        file = self._parquet
-        groups, before = [], 0
-        for group in range(file.metadata.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if before + rows <= start:
-                before += rows
-            else:
-                groups.append(group)
-        batches = file.iter_batches(batch_size=256, row_groups=groups, columns=columns) if groups else iter(())
-        records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        return itertools.islice(records, start - before, None)
-
-    def _json_records(self) -> Iterator[dict[str, Any]]:
-        with self._text() as file:
-            for line in file:
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                    yield record if isinstance(record, dict) else {_UNREADABLE: f"not a JSON object: {line:.80}"}
-                except ValueError as error:
-                    yield {_UNREADABLE: f"{error}: {line:.80}"}
-
-    def _csv_records(self) -> Iterator[dict[str, Any]]:
-        with self._text() as file:
-            reader = csv.DictReader(file, delimiter="\t" if self._config.kind == "tsv" else ",", restkey=_REST)
-            for record in reader:
-                yield {_UNREADABLE: "more fields than columns"} if _REST in record else dict(record)
-
-    def _text(self) -> io.TextIOBase:
-        options: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "replace", "newline": ""}
-        if self._file.suffix == ".gz":
-            return gzip.open(self._file, "rt", **options)  # noqa: SIM115
-        return self._file.open(**options)
-
-    def _check_columns(self) -> None:
-        config = self._config
-        if config.kind == "parquet":
-            there = list(self._parquet.schema_arrow.names)
-        else:
-            there = [name for name in next(iter(self._records()), {}) if name != _UNREADABLE]
-            if not there:
-                return
-        asked = [("key", config.key), ("image", config.image), *(("captions", column) for column in config.captions)]
-        for name, column in asked:
-            if column is not None and column not in there:
-                raise ConfigError(f"source.{name}={column!r}: not a column of {self._file}, it has {', '.join(there)}")
+    def _images(self) -> ImageStore | None:
+        if self._config.images is None:
+            return None
+        return ImageStore(beside(self._config.path, self._config.images))
 
 
-_UNREADABLE = "\0unreadable"
-_REST = "\0rest"
-
-
-def _is_json(value: Any) -> bool:
-    """Can the value stand in a .json file?"""
-    if isinstance(value, list):
-        return all(_is_json(item) for item in value)
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
-    return value is None or isinstance(value, str | int | float | bool)
-
-
-class ImageStore:
-    """Files by name, in a folder or in one tar (scanned once)."""
-
-    def __init__(self, path: Path) -> None:
-        _must_exist(path, "source.images")
-        self._path = path
-        self._members: dict[str, Member] | None = None
-        if path.is_file():
-            with path.open("rb") as file:
-                self._members = {member.name.removeprefix("./"): member for member in scan(file, str(path))}
-
-    def read(self, name: str) -> bytes:
-        """Raises OSError where there is no such file; names that leave the folder are refused."""
-        if self._members is None:
-            path = (self._path / name).resolve()
-            if not path.is_relative_to(self._path.resolve()):
-                raise OSError(f"{name!r} lies outside of {self._path}")
-            return path.read_bytes()
-        member = self._members.get(name.removeprefix("./"))
-        if member is None:
-            raise FileNotFoundError(f"{name!r} is not in {self._path}")
-        with self._path.open("rb") as file:
-            file.seek(member.data)
-            return file.read(member.size)
+def _coco_lines(path: str) -> Iterator[str]:
+    """One JSON text an image: its record with `captions` and the address of its licence."""
+    tree = load_json(path)
+    if not isinstance(tree, dict) or not {"images", "annotations"} <= set(tree):
+        raise DataError(f"{path}: no COCO captions; they have `images` and `annotations`, check source.kind")
+    licenses = {entry.get("id"): entry.get("url") for entry in tree.get("licenses", ())}
+    captions: dict[Any, list[tuple[Any, Any]]] = {}
+    for annotation in tree["annotations"]:
+        captions.setdefault(annotation.get("image_id"), []).append((annotation.get("id"), annotation.get("caption")))
+    for image in sorted(tree["images"], key=lambda image: str(image["id"]).zfill(20)):
+        texts = [text for _, text in sorted(captions.get(image["id"], ()), key=lambda pair: str(pair[0]).zfill(20))]
+        license_url = {"license_url": licenses[image["license"]]} if image.get("license") in licenses else {}
+        yield json.dumps({**image, **license_url, "captions": texts}, ensure_ascii=False)
 
 
 # ------------------------------------------------------------------------------------------------ tars
@@ -299,40 +200,45 @@ class ImageStore:
 class Tars:
     """Samples of WebDataset tars, in the order of the files; a key is TAR/KEY, as keys repeat between tars."""
 
-    def __init__(self, config: TarsSource) -> None:
+    def __init__(self, config: TarsSource, layout: Layout | None = None) -> None:
         self._path = config.path
+        self._given = layout
 
     @cached_property
-    def _samples(self) -> list[tuple[Path, str, list[Member]]]:
-        """(tar, key, members) of every sample."""
-        return [(path, *sample) for path in tar_paths(self._path) for sample in _grouped(path)]
+    def layout(self) -> Layout:
+        return self._given or Layout(tuple(_plan_tar(path) for path in input_paths(self._path, (".tar",))))
 
     def count(self) -> int:
-        if not self._samples:
+        if not self.layout.rows:
             raise DataError(f"{self._path}: no samples in these tars; check source.path")
-        return len(self._samples)
+        return self.layout.rows
 
     def keys(self) -> Iterator[str]:
-        return (f"{path.stem}/{key}" for path, key, _ in self._samples)
+        for part in self.layout.parts:
+            with open_input(part.path) as file:
+                yield from (f"{_stem(part.path)}/{key}" for key, _ in _grouped(scan(file, part.path)))
 
     def rows(self, start: int, stop: int) -> Iterator[Row]:
-        for path, key, members in self._samples[start:stop]:
-            yield self._row(f"{path.stem}/{key}", path, members)
+        for part, first, last in self.layout.ranges(start, stop):
+            table = _beside_tar(part.path)
+            with open_input(part.path) as file:
+                members = scan(file, part.path, int(part.offsets[first // TAR_STRIDE]))
+                skipped = first % TAR_STRIDE
+                for key, group in itertools.islice(_grouped(members), skipped, skipped + last - first):
+                    parts = {split_name(member.name)[1]: _contents(file, member) for member in group}
+                    yield sample_row(f"{_stem(part.path)}/{key}", parts, table.get(key, {}))
 
-    def _row(self, key: str, path: Path, members: list[Member]) -> Row:
-        parts: dict[str, bytes] = {}
-        with path.open("rb") as file:
-            for member in members:
-                file.seek(member.data)
-                parts[split_name(member.name)[1]] = file.read(member.size)
-        images = [parts[extension] for extension in parts if extension in IMAGE_EXTENSIONS]
-        if not images:
-            return Drop(key, "no_image", f"files: {', '.join(sorted(parts))}")
-        try:
-            captions, meta = captions_of_parts(parts)
-        except (ValueError, TypeError) as error:
-            return Drop(key, "unreadable_caption", str(error))
-        return Pair(key, images[0], captions, meta)
+
+def sample_row(key: str, parts: dict[str, bytes], attributes: dict[str, Any]) -> Row:
+    """The files of a sample by their extension, and attributes from elsewhere that its .json does not have -> row."""
+    images = [parts[extension] for extension in parts if extension in IMAGE_EXTENSIONS]
+    if not images:
+        return Drop(key, "no_image", f"files: {', '.join(sorted(parts))}")
+    try:
+        captions, meta = captions_of_parts(parts)
+    except (ValueError, TypeError) as error:
+        return Drop(key, "unreadable_caption", str(error))
+    return Pair(key, images[0], captions, {**attributes, **meta})
 
 
 def captions_of_parts(parts: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -344,44 +250,62 @@ def captions_of_parts(parts: dict[str, bytes]) -> tuple[tuple[str, ...], dict[st
     return captions, meta
 
 
-def _grouped(path: Path) -> Iterator[tuple[str, list[Member]]]:
-    with path.open("rb") as file:
-        for key, members in itertools.groupby(scan(file, str(path)), key=lambda member: split_name(member.name)[0]):
-            yield key, list(members)
+def _plan_tar(path: str) -> Part:
+    """Count the samples and note where every TAR_STRIDE-th begins. digest: of the headers' names and places."""
+    offsets, rows, described = [], 0, xxhash.xxh3_128()
+    with open_input(path) as file:
+        for rows, (key, members) in enumerate(_grouped(scan(file, path)), 1):
+            if (rows - 1) % TAR_STRIDE == 0:
+                offsets.append(members[0].start)
+            described.update(f"{key} {[(member.name, member.data, member.size) for member in members]}".encode())
+    return Part(path, rows, described.hexdigest(), np.array(offsets, np.int64))
+
+
+def _grouped(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
+    for key, group in itertools.groupby(members, key=lambda member: split_name(member.name)[0]):
+        yield key, list(group)
+
+
+def _contents(file: Any, member: Member) -> bytes:
+    file.seek(member.data)
+    return bytes(file.read(member.size))
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].removesuffix(".tar")
+
+
+def _beside_tar(path: str) -> dict[str, dict[str, Any]]:
+    """img2dataset's NAME.parquet beside NAME.tar -> attributes by key; empty where there is none."""
+    table_path = Path(path.removesuffix(".tar") + ".parquet")
+    if is_remote(path) or not table_path.is_file():
+        return {}
+    table = pyarrow.parquet.read_table(table_path)
+    if "key" not in table.column_names:
+        return {}
+    kept = [name for name in table.column_names if name not in ("caption", "captions", "status", "error_message")]
+    records = table.select(kept).to_pylist()
+    return {
+        str(record["key"]): {name: value for name, value in record.items() if name != "key" and is_json(value)}
+        for record in records
+    }
 
 
 def tar_paths(pattern: str) -> list[Path]:
-    """A folder, a file, `{00000..00099}` ranges and `::` unions -> paths. Raises DataError for what is not there."""
-    paths: list[Path] = []
-    for part in pattern.split("::"):
-        for name in expand_braces(part):
-            path = Path(name)
-            _must_exist(path, "source.path")
-            paths += sorted(path.glob("*.tar")) if path.is_dir() else [path]
-    return paths
+    """Tars of this machine by folder, file, `{00000..00099}` ranges, * and `::` unions. Raises DataError."""
+    return [Path(name) for name in input_paths(pattern, (".tar",))]
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """`a-{08..11}.tar` -> a-08.tar ... a-11.tar; the width is that of the first number."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last = match.groups()
-    heads = [f"{pattern[: match.start()]}{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    return [head + tail for head in heads for tail in expand_braces(pattern[match.end() :])]
-
-
-def _must_exist(path: Path, field: str) -> None:
-    if not path.exists():
-        raise DataError(f"{path}: not there; {field} names a file or folder of this machine, relative to {Path.cwd()}")
-
-
-SOURCES: dict[str, Callable[[Any], Source]] = {
+SOURCES: dict[str, Callable[[Any, Layout | None], Source]] = {
     "scenes": Scenes,
     "folder": Folder,
     "tars": Tars,
+    "coco": Coco,
+    "cc3m": published_table,
+    "muge": published_table,
     "csv": Table,
     "tsv": Table,
+    "json": Table,
     "jsonl": Table,
     "parquet": Table,
 }

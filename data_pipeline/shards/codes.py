@@ -198,17 +198,23 @@ class _Encoder:
     """Lives in a Ray actor: loads the tokenizer once, encodes shard after shard."""
 
     def __init__(self, dataset: str, source: tuple[TokenizerFactory, str], tokenizer_id: str) -> None:
-        factory, directory = source
-        self._dataset = dataset
-        self._tokenizer = factory(directory)
-        if self._tokenizer.id != tokenizer_id:
-            raise DataError(
-                f"{directory}: tokenizer {self._tokenizer.id} on this node, {tokenizer_id} where the command runs; "
-                "the folder must be the same on every node"
-            )
+        self._dataset, self._source, self._id = dataset, source, tokenizer_id
+        self._tokenizer: ImageTokenizer | None = None
 
     def encode(self, shard: int) -> int:
+        if self._tokenizer is None:  # not in the constructor: Ray reports what is raised there as a lost actor
+            self._tokenizer = self._load()
         return encode_shard(self._dataset, shard, self._tokenizer)
+
+    def _load(self) -> ImageTokenizer:
+        factory, directory = self._source
+        tokenizer = factory(directory)
+        if tokenizer.id != self._id:
+            raise DataError(
+                f"{directory}: tokenizer {tokenizer.id} on this node, {self._id} where the command runs; "
+                "the folder must be the same on every node"
+            )
+        return tokenizer
 
 
 class _Actors:

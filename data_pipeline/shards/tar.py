@@ -145,13 +145,14 @@ def parse_members(data: bytes, where: str) -> Iterator[Member]:
         start, long_name = position, ""
 
 
-def scan(file: BinaryIO, where: str) -> Iterator[Member]:
-    """The regular files of a whole tar, reading headers only. Raises DataError when the tar ends within a file.
+def scan(file: BinaryIO, where: str, position: int = 0) -> Iterator[Member]:
+    """The regular files of a tar from the header at `position` on, reading headers only.
 
-    A tar without its two closing blocks was cut between files, which nothing else can see: refused too.
+    Raises DataError when the tar ends within a file. A tar without its two closing blocks was cut between files, which
+    nothing else can see: refused too.
     """
     total = file.seek(0, 2)
-    position, start, long_name = 0, 0, ""
+    start, long_name = position, ""
     while True:
         file.seek(position)
         block = file.read(BLOCK)

@@ -133,7 +133,8 @@ def _check_accounting(storage: Storage, manifest: Manifest) -> None:
     for stats in [totals, *each]:
         if stats["in"] != stats["out"] + sum(stats["rejected"].values()):
             raise DataError(f"{storage.root} {stats.get('name', STATS)}: in {stats['in']} != out + rejected: {stats}")
-    if totals["in"] != sum(stats["in"] for stats in each) or totals["out"] != manifest.samples:
+    first = sum(stats["in"] for stats in each if "retried" not in stats)  # a row that was tried again counts once
+    if totals["in"] != first or totals["out"] != manifest.samples:
         raise DataError(f"{storage.root}/{STATS}: {totals['in']} in, {totals['out']} out do not add up over the shards")
     for shard, stats in zip(manifest.shards, each, strict=True):
         if (stats["out"], stats["digest"]) != (shard.n, shard.digest):

@@ -1,12 +1,16 @@
 """Small datasets, built in this process or by a real Ray."""
 
 import contextlib
+import functools
 import hashlib
+import http.server
 import io
 import itertools
 import json
+import re
 import tarfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +44,8 @@ def make_config() -> Callable[..., BuildConfig]:
 def build_here(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> Callable[..., dict[str, Any]]:
     """build(config) with every shard made in this process, which takes milliseconds instead of Ray's seconds."""
     monkeypatch.setattr(run, "ray_session", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(run, "_submitter", lambda plan: lambda shard: run.build_shard(plan, shard))
-    monkeypatch.setattr(run, "run_tasks", lambda submit, items, _: ((item, submit(item)) for item in items))
+    monkeypatch.setattr(run, "_submitter", lambda plan, task, _: lambda shard: task(plan, shard))
+    monkeypatch.setattr(run, "run_tasks", lambda submit, items, *_: ((item, submit(item)) for item in items))
     return lambda **tree: run.build(make_config(**tree), progress=False)
 
 
@@ -77,6 +81,46 @@ def tree_digests() -> Callable[[Path], dict[str, str]]:
         for path in sorted(root.rglob("*"))
         if path.is_file()
     }
+
+
+class RangeHandler(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, whole or by one byte range, as any object store serves them."""
+
+    def log_message(self, *_: object) -> None:
+        return None
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            return self.send_error(404)
+        data = path.read_bytes()
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first, last = (int(match[1]), int(match[2] or len(data) - 1)) if match else (0, len(data) - 1)
+        body = data[first : last + 1]
+        self.send_response(206 if match else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(body)))
+        if match:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{len(data)}")
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], str]]:
+    """serve(folder) -> address of a server of its files, with byte ranges."""
+    servers: list[http.server.ThreadingHTTPServer] = []
+
+    def start(folder: Path) -> str:
+        handler = functools.partial(RangeHandler, directory=str(folder))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture(scope="session")

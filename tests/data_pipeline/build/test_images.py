@@ -100,6 +100,11 @@ def test_the_pixel_limit_counts_before_anything_is_decoded():
         ("fit", 20, 15, 20),
         ("fit", 80, 30, 40),
         ("center_crop", 24, 24, 24),
+        ("keep_ratio", 20, 20, 27),
+        ("keep_ratio", 60, 60, 80),
+        ("keep_ratio_largest", 20, 15, 20),
+        ("keep_ratio_largest", 80, 60, 80),
+        ("border", 24, 24, 24),
         ("stretch", 9, 9, 9),
     ],
 )
@@ -122,13 +127,58 @@ def test_center_crop_takes_the_middle():
         (picture("RGBA"), {}, "png", False),
         (picture(kind="webp"), {}, "png", False),
         (picture(), {"format": "jpeg"}, "jpg", False),
+        (picture(), {"format": "webp"}, "webp", False),
         (picture(kind="jpeg"), {"mode": "fit", "size": 20}, "jpg", False),
     ],
 )
 def test_plain_files_are_kept_and_others_written_anew(data, rules, extension, same):
-    stored, kind, width, height = prepare(data, ImageRules(**rules))
+    stored, kind, width, height, *_ = prepare(data, ImageRules(**rules))
     assert kind == extension and (stored == data) == same
     assert decode_rgb(stored).shape == (height, width, 3)
+
+
+def test_a_border_is_white_and_on_both_sides():
+    square = resize(np.zeros((10, 30, 3), np.uint8), "border", 30)
+    assert square[:10].min() == square[20:].min() == 255 and square[10:20].max() == 0
+
+
+def photo(width=1024, height=768):
+    """A photograph-like JPEG: smooth, with edges and some grain."""
+    y, x = np.mgrid[:height, :width]
+    plane = 128 + 60 * np.sin(x / 37) + 50 * np.cos(y / 23) + 15 * ((x // 40 + y // 40) % 2)
+    grain = np.random.default_rng(0).normal(0, 4, (height, width))
+    return encode(
+        np.clip(np.stack([plane, plane[::-1], 255 - plane], -1) + grain[..., None], 0, 255).astype("u1"), "jpeg", 90
+    )
+
+
+def psnr(first, second):
+    return 10 * np.log10(255**2 / max(np.mean((first.astype(float) - second) ** 2), 1e-9))
+
+
+@pytest.mark.parametrize("mode", ["fit", "keep_ratio", "keep_ratio_largest", "border", "center_crop", "stretch"])
+@pytest.mark.parametrize("width", [1024, 1023, 300])
+def test_scaled_decoding_gives_the_same_size_and_nearly_the_same_picture(mode, width):
+    exact, scaled = (
+        prepare(photo(width), ImageRules(mode=mode, size=256, format="png", decode=way)) for way in ("exact", "scaled")
+    )
+    assert exact[1:] == scaled[1:] and (exact.source_width, exact.source_height) == (width, 768)
+    assert psnr(decode_rgb(exact.data), decode_rgb(scaled.data)) > 33
+
+
+def test_webp_quality_is_the_one_asked_for():
+    pixels = decode_rgb(photo(256, 256))
+    sizes = [len(encode(pixels, "webp", quality)) for quality in (30, 60, 90)]
+    assert sizes == sorted(sizes) and psnr(decode_rgb(encode(pixels, "webp", 90)), pixels) > 33
+
+
+def test_the_first_of_several_frames_is_taken_and_their_number_told():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, "gif", save_all=True, append_images=frames[1:])
+    prepared = prepare(file.getvalue(), ImageRules())
+    assert prepared.frames == 3
+    np.testing.assert_array_equal(decode_rgb(prepared.data), np.asarray(frames[0]))
 
 
 def test_small_images_are_rejected_where_asked():

@@ -1,16 +1,22 @@
+import base64
 import csv
 import gzip
 import io
+import itertools
 import json
+import lzma
 import tarfile
 
+import cv2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipeline.build import sources, tables
 from data_pipeline.build.sources import SOURCES, expand_braces, open_source
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.schema import Drop, Pair
+from data_pipeline.schema import Drop, Link, Pair
 
 ROWS = [
     {"name": "k0", "file": "0.png", "en": "zero", "zh": "零", "score": "1"},
@@ -66,7 +72,9 @@ def table(tmp_path, make_png, make_config):
 
 
 def test_every_kind_of_source_is_in_the_table():
-    assert sorted(SOURCES) == ["csv", "folder", "jsonl", "parquet", "scenes", "tars", "tsv"]
+    assert sorted(SOURCES) == [
+        *("cc3m", "coco", "csv", "folder", "json", "jsonl", "muge", "parquet", "scenes", "tars", "tsv")
+    ]
 
 
 @pytest.mark.parametrize("in_tar", [False, True])
@@ -167,3 +175,238 @@ def test_a_missing_or_empty_source_is_refused(tmp_path, make_config, source, mes
     config = make_config(source={**source, "path": paths.get(source["path"], source["path"])}, output="unused")
     with pytest.raises((DataError, ConfigError), match=message):
         open_source(config.source).count()
+
+
+# ------------------------------------------------------------------------------------ published formats
+
+
+def opened(make_config, **source):
+    return open_source(make_config(source=source, output="unused").source)
+
+
+def test_coco_captions_are_grouped_by_image_and_keep_their_licences(shared, make_config):
+    path = shared / "data/metadata-formats/coco-captions-val2017-subset.json.gz"
+    tree = json.loads(gzip.decompress(path.read_bytes()))
+    source = opened(make_config, kind="coco", path=str(path))
+    rows = list(source.rows(0, source.count()))
+    assert len(rows) == len(tree["images"]) == 1000
+    assert sum(len(row.captions) for row in rows) == len(tree["annotations"]) == 5002
+    by_id = {str(image["id"]): image for image in tree["images"]}
+    licenses = {entry["id"]: entry["url"] for entry in tree["licenses"]}
+    for row in rows:
+        assert isinstance(row, Link) and row.url == by_id[row.key]["coco_url"]
+        assert row.meta["license_url"] == licenses[by_id[row.key]["license"]]
+    first = [a for a in tree["annotations"] if str(a["image_id"]) == rows[7].key]
+    assert sorted(rows[7].captions) == sorted(a["caption"] for a in first)
+
+
+def test_coco_images_may_lie_in_a_folder(tmp_path, make_png, make_config):
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img/a.png").write_bytes(make_png())
+    images = [{"id": 2, "file_name": "b.png"}, {"id": 1, "file_name": "a.png"}, {"id": 3}]
+    annotations = [{"image_id": 1, "id": 9, "caption": "second"}, {"image_id": 1, "id": 8, "caption": "first"}]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    rows = list(opened(make_config, kind="coco", path=f"{tmp_path}/c.json", images="img").rows(0, 3))
+    assert rows[0] == Pair("1", make_png(), ("first", "second"), {})
+    assert [row.reason for row in rows[1:]] == ["unreadable_file", "no_image"]
+
+
+def test_cc3m_lines_are_captions_and_addresses_without_quotation_rules(shared, make_config):
+    path = shared / "data/metadata-formats/cc3m-validation-sample.tsv"
+    lines = [line.split("\t") for line in path.read_text().splitlines()]
+    rows = list(opened(make_config, kind="cc3m", path=str(path)).rows(0, 1500))
+    assert [(row.captions[0], row.url) for row in rows] == [(caption, url.strip()) for caption, url in lines]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "image", "caption", "count"),
+    [("sample.parquet", "parquet", "URL", "TEXT", 1000), ("sample.csv", "csv", "url", "caption", 300)],
+)
+def test_laion_tables_give_addresses_to_fetch(shared, make_config, name, kind, image, caption, count):
+    path = f"{shared}/data/metadata-formats/laion400m-{name}"
+    source = opened(make_config, kind=kind, path=path, image=image, captions=[caption])
+    rows = list(source.rows(0, source.count()))
+    assert len(rows) == count and all(isinstance(row, Link) and row.url.startswith("http") for row in rows)
+    assert len({row.key for row in rows}) == count
+
+
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
+def test_muge_lines_hold_their_images(tmp_path, make_png, make_config, encode):
+    images = [encode(make_png(number)).decode().rstrip("=" if number else "") for number in range(3)]
+    lines = [f'{7 + number}\t“红色"外套\t{image}\n' for number, image in enumerate(images)]
+    (tmp_path / "x.tsv").write_text("".join(lines) + "9\t短\t@@@\n")
+    rows = list(opened(make_config, kind="muge", path=f"{tmp_path}/x.tsv").rows(0, 4))
+    assert [row.image for row in rows[:3]] == [make_png(number) for number in range(3)]
+    assert (rows[0].captions, rows[0].meta) == (('“红色"外套',), {"id": "7"})
+    assert (rows[3].reason, rows[3].key) == ("wrong_base64", "000000003")
+
+
+def test_fruits_and_fashion_are_read_inline(shared, tmp_path, make_config):
+    path = f"{shared}/data/fruits32/test.parquet"
+    fruits = opened(make_config, kind="parquet", path=path, key="id", captions=["class_name"])
+    rows = list(fruits.rows(0, fruits.count()))
+    assert len(rows) == 200 and all(row.image.startswith(b"\x89PNG") and row.captions[0] for row in rows)
+    packed = lzma.decompress((shared / "data/fashion-mnist/t10k-images-idx3-ubyte.xz").read_bytes())
+    pixels = np.frombuffer(packed, np.uint8, offset=16).reshape(-1, 28, 28)[:20]
+    labels = np.frombuffer(
+        gzip.decompress((shared / "data/fashion-mnist/t10k-labels-idx1-ubyte.gz").read_bytes()), "u1"
+    )
+    files = [cv2.imencode(".png", picture)[1].tobytes() for picture in pixels]
+    table = [
+        {"image": {"bytes": file, "path": None}, "caption": str(label)}
+        for file, label in zip(files, labels[8:28], strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "fashion.parquet")
+    rows = list(opened(make_config, kind="parquet", path=f"{tmp_path}/fashion.parquet").rows(0, 20))
+    assert [row.image for row in rows] == files
+
+
+def test_a_json_list_is_a_table(tmp_path, make_png, make_config):
+    (tmp_path / "0.png").write_bytes(make_png())
+    (tmp_path / "x.json").write_text(json.dumps([{"image": "0.png", "caption": "c", "n": 1}, 5]))
+    rows = list(opened(make_config, kind="json", path=f"{tmp_path}/x.json").rows(0, 2))
+    assert rows[0] == Pair("000000000", make_png(), ("c",), {"n": 1}) and rows[1].reason == "unreadable_row"
+
+
+def test_img2dataset_tars_keep_the_columns_of_their_parquet(tmp_path, make_png, make_config):
+    files = [("000.jpg", make_png()), ("000.txt", b"c"), ("000.json", b'{"key": "000", "sha256": "s"}')]
+    tar_of(tmp_path / "00000.tar", files)
+    records = [
+        {"key": "000", "similarity": 0.3, "caption": "c", "status": "success", "sha256": "older"},
+        {"key": "001", "similarity": 0.1, "caption": "d", "status": "failed_to_download", "sha256": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "00000.parquet")
+    (row,) = opened(make_config, kind="tars", path=str(tmp_path)).rows(0, 1)
+    assert (row.key, row.captions, row.meta) == ("00000/000", ("c",), {"key": "000", "sha256": "s", "similarity": 0.3})
+
+
+# ------------------------------------------------------------------------------------- unions and ranges
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "jsonl.gz", "parquet"])
+def test_unions_and_braces_are_their_tables_one_after_another(tmp_path, make_config, kind):
+    (tmp_path / "more").mkdir()
+    names = ["a-08", "a-09", "a-10", "more/b"]
+    for number, name in enumerate(names):
+        rows = [{"image": f"http://h/{name}/{row}", "caption": f"{number} {row}"} for row in range(3 + number)]
+        write_table(tmp_path / f"{name}.{kind}", kind, rows)
+    path = f"{tmp_path}/a-{{08..10}}.{kind}::{tmp_path}/more"
+    source = opened(make_config, kind=kind.removesuffix(".gz"), path=path)
+    assert source.count() == 3 + 4 + 5 + 6
+    everything = [row.captions[0] for row in source.rows(0, 18)]
+    assert everything == [f"{number} {row}" for number in range(4) for row in range(3 + number)]
+    for start in range(18):
+        for stop in range(start, 19):
+            assert [row.captions[0] for row in source.rows(start, stop)] == everything[start:stop]
+
+
+DIRTY = [
+    "plain",
+    'a "quoted" word',
+    '5" screen, new',
+    '"leading',
+    "line\nbreak",
+    "ends\r\nwith",
+    "comma, and ; tab\t",
+    "Ünï 图片",
+    "",
+    '""',
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_every_range_of_a_dirty_csv_is_what_the_standard_library_reads(tmp_path, make_config, monkeypatch, kind):
+    monkeypatch.setattr(tables, "STRIDE", 4)
+    rows = [{"image": f"http://h/{number}", "caption": DIRTY[number % len(DIRTY)]} for number in range(57)]
+    write_table(tmp_path / f"x.{kind}", kind, rows)
+    source = opened(make_config, kind=kind, path=f"{tmp_path}/x.{kind}")
+    assert source.count() == 57
+    for start, stop in itertools.combinations(range(0, 58, 3), 2):
+        found = [(row.url, row.captions[0] if row.captions else "") for row in source.rows(start, stop)]
+        assert found == [(row["image"], row["caption"]) for row in rows[start:stop]]
+
+
+def test_the_layout_of_rows_is_read_once_and_handed_on(tmp_path, make_config, monkeypatch):
+    lines = [json.dumps({"image": f"http://h/{number}", "caption": "x" * 50}) + "\n" for number in range(5000)]
+    (tmp_path / "x.jsonl").write_text("".join(lines))
+    config = make_config(source={"kind": "jsonl", "path": f"{tmp_path}/x.jsonl"}, output="u").source
+    layout = open_source(config).layout
+    assert len(layout.parts[0].offsets) == 5
+    read = []
+    monkeypatch.setattr(tables, "open_input", lambda path: Counting(path, read))
+    assert [row.url for row in open_source(config, layout).rows(4500, 4510)] == [
+        f"http://h/{number}" for number in range(4500, 4510)
+    ]
+    assert len(read) <= 4510 - 4096  # lines from the noted place before the range, none from the first row
+
+
+class Counting(io.FileIO):
+    """A file that notes every line that is read from it."""
+
+    def __init__(self, path, read):
+        super().__init__(path)
+        self._read = read
+
+    def readline(self, size=-1):
+        self._read.append(1)
+        return super().readline(size)
+
+
+def test_a_long_tar_is_read_from_the_noted_place(tmp_path, make_png, make_config, monkeypatch):
+    monkeypatch.setattr(sources, "TAR_STRIDE", 4)
+    tar_of(
+        tmp_path / "x.tar",
+        [(f"{n:03d}.{e}", make_png() if e == "png" else b"c") for n in range(11) for e in ("png", "txt")],
+    )
+    source = opened(make_config, kind="tars", path=f"{tmp_path}/x.tar")
+    for start in range(11):
+        assert [row.key for row in source.rows(start, 11)] == [f"x/{number:03d}" for number in range(start, 11)]
+
+
+def test_a_tar_cut_between_two_files_is_refused(tmp_path, make_png, make_config):
+    tar_of(tmp_path / "x.tar", [("0.png", make_png()), ("0.txt", b"c"), ("1.png", make_png()), ("1.txt", b"c")])
+    data = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(data[: data.index(b"1.png")])
+    with pytest.raises(DataError, match="x.tar: ends at byte .* closing blocks"):
+        opened(make_config, kind="tars", path=f"{tmp_path}/x.tar").count()
+
+
+def test_a_file_address_in_a_table_is_never_opened(tmp_path, make_config):
+    (tmp_path / "x.jsonl").write_text('{"image": "file:///etc/passwd", "caption": "x"}\n')
+    (row,) = opened(make_config, kind="jsonl", path=f"{tmp_path}/x.jsonl").rows(0, 1)
+    assert (row.reason, "No such file" in row.detail) == ("unreadable_file", True)
+
+
+def test_a_quotation_mark_that_never_closes_costs_rows_that_are_named(tmp_path, make_config):
+    (tmp_path / "x.csv").write_text('image,caption\nhttp://h/0,a\nhttp://h/1,"open\nhttp://h/2,c\n')
+    source = opened(make_config, kind="csv", path=f"{tmp_path}/x.csv")
+    assert [row.captions for row in source.rows(0, source.count())] == [("a",), ("open\nhttp://h/2,c\n",)]
+    plain = opened(make_config, kind="csv", path=f"{tmp_path}/x.csv", quotes=False)
+    assert [row.captions for row in plain.rows(0, plain.count())] == [("a",), ('"open',), ("c",)]
+
+
+def test_rows_of_several_tables_find_the_images_beside_their_own(tmp_path, make_png, make_config):
+    for number, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(make_png(number))
+        (tmp_path / name / "x.csv").write_text("image,caption\n0.png,c\n")
+    source = opened(make_config, kind="csv", path=f"{tmp_path}/a/x.csv::{tmp_path}/b/x.csv")
+    assert [row.image for row in source.rows(0, 2)] == [make_png(0), make_png(1)]
+
+
+def test_tables_and_tars_are_read_over_http(tmp_path, make_png, make_config, serve):
+    (tmp_path / "rows.csv").write_text("image,caption\n0.png,one\n0.png,two\n")
+    (tmp_path / "0.png").write_bytes(make_png())
+    pq.write_table(pa.Table.from_pylist([{"image": make_png(1), "caption": "p"}]), tmp_path / "rows.parquet")
+    tar_of(tmp_path / "00.tar", [("k.png", make_png(2)), ("k.txt", b"t")])
+    address = serve(tmp_path)
+    (first, second) = opened(make_config, kind="csv", path=f"{address}/rows.csv").rows(0, 2)
+    assert (first.image, second.captions) == (make_png(), ("two",))
+    assert next(iter(opened(make_config, kind="parquet", path=f"{address}/rows.parquet").rows(0, 1))).image == make_png(
+        1
+    )
+    assert next(iter(opened(make_config, kind="tars", path=f"{address}/{{00..00}}.tar").rows(0, 1))).image == make_png(
+        2
+    )
+    with pytest.raises(DataError, match="gone.csv"):
+        opened(make_config, kind="csv", path=f"{address}/gone.csv").count()

@@ -1,0 +1,53 @@
+"""Fetched bytes by their sha256: what an address gives changes from day to day, what was fetched once does not."""
+
+import contextlib
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+from data_pipeline.errors import DataError
+from data_pipeline.storage import open_storage
+
+
+class RawCache:
+    """A folder or an s3:// prefix of files named by their contents; many writers may put the same."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._storage = open_storage(root) if root.startswith("s3://") else None
+
+    def put(self, data: bytes) -> str:
+        """-> sha256 of the bytes, under which they now stand. Raises DataError where they cannot be written."""
+        digest = hashlib.sha256(data).hexdigest()
+        if self._storage is not None:
+            self._storage.put_if_absent(digest, data)
+            return digest
+        path = self._path(digest)
+        if not path.exists():
+            temporary = path.with_name(f".{uuid.uuid4().hex}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(data)
+                os.replace(temporary, path)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise DataError(f"{self.root}: {error.strerror or error}; see to the storage and run again") from None
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        """Raises DataError where the bytes are missing or no longer those of their name."""
+        if self._storage is not None:
+            data = self._storage.get(digest)
+        else:
+            try:
+                data = self._path(digest).read_bytes()
+            except OSError as error:
+                raise DataError(f"{self._path(digest)}: {error.strerror}; it was fetched before, restore it") from None
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise DataError(f"{self.root}: {digest} holds other bytes than its name says; restore it, or build anew")
+        return data
+
+    def _path(self, digest: str) -> Path:
+        return Path(self.root) / digest[:2] / digest

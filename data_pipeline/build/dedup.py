@@ -1,0 +1,114 @@
+"""Images that occur more than once, over the whole build: which rows go is a function of the rows in their order.
+
+A row is a duplicate when an earlier row that stays has the same bytes, or a perceptual hash that differs in at most d
+bits. To find the latter the 64 bits are cut into d + 1 bands: two hashes that differ in d bits agree in at least one
+band, so comparing the hashes that share a band finds every pair, exactly. Letters: n rows, u different hashes.
+"""
+
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+
+BITS = 64
+_SIDE, _KEPT = 32, 8
+_PLAIN = 16 * _SIDE  # a frequency below it has an amplitude of about one grey level
+_PAIRS_AT_ONCE = 1 << 22
+
+
+def perceptual_hash(pixels: np.ndarray) -> int | None:
+    """uint8 [H, W, 3] -> 64 bits: signs of the lowest 8 x 8 cosine frequencies about their median (pHash).
+
+    Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", section 3.2.1. It sees brightness
+    only; None for an image so plain that there is nothing to compare.
+    """
+    grey = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(grey, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA).astype(np.float64)
+    low = np.rint(cv2.dct(small)[:_KEPT, :_KEPT] * 16).ravel()  # whole numbers: the last bits of a float decide nothing
+    if np.abs(low[1:]).max() < _PLAIN:
+        return None
+    bits = low > np.median(low[1:])
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def first_of_equals(digests: np.ndarray) -> np.ndarray:
+    """digests: uint64 [n, 2] -> int64 [n]: the first row with the same digest, of a first row itself."""
+    if not len(digests):
+        return np.zeros(0, np.int64)
+    ranked = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
+    starts = np.ones(len(ranked), bool)
+    starts[1:] = (digests[ranked[1:]] != digests[ranked[:-1]]).any(1)
+    firsts = np.empty(len(digests), np.int64)
+    firsts[ranked] = ranked[np.flatnonzero(starts)[np.cumsum(starts) - 1]]
+    return firsts
+
+
+def first_of_alike(hashes: np.ndarray, bits: int) -> np.ndarray:
+    """hashes: uint64 [n] -> int64 [n]: the earliest staying row within `bits` differing bits; of a staying row itself.
+
+    Rows are taken in order: a row goes when a row that stays is alike, so that chains of small steps do not all go.
+    """
+    values, firsts, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    ranked = np.argsort(firsts)
+    place = np.empty(len(ranked), np.int64)
+    place[ranked] = np.arange(len(ranked))  # values in the order of their first rows
+    pairs = [place[pair] for pair in _alike(values, bits)] if bits else []
+    keeper = np.arange(len(values))
+    for earlier, later in _sorted_pairs(pairs):
+        if keeper[earlier] == earlier and keeper[later] == later:
+            keeper[later] = earlier
+    return firsts[ranked][keeper[place[inverse]]]
+
+
+def _alike(values: np.ndarray, bits: int) -> Iterator[np.ndarray]:
+    """All pairs of distinct `values` within `bits` differing bits: int64 [pairs, 2], some more than once."""
+    edges = np.linspace(0, BITS, bits + 2).astype(int)
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        mask = np.uint64(((1 << int(high - low)) - 1) << int(low))
+        ranked = np.argsort(values & mask, kind="stable")
+        banded = (values & mask)[ranked]
+        ends = np.searchsorted(banded, banded, side="right")
+        for first, second in _pairs_in_runs(ends):
+            left, right = ranked[first], ranked[second]
+            near = np.bitwise_count(values[left] ^ values[right]) <= bits
+            yield np.stack([left[near], right[near]], 1)
+
+
+def _pairs_in_runs(ends: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """ends[i]: end of the run that i is in -> all i < j of one run, a bounded number at a time."""
+    counts = ends - np.arange(len(ends)) - 1
+    start = 0
+    while start < len(ends):
+        stop = start + max(1, int(np.searchsorted(np.cumsum(counts[start:]), _PAIRS_AT_ONCE)))
+        first = np.repeat(np.arange(start, stop), counts[start:stop])
+        begins = np.cumsum(counts[start:stop]) - counts[start:stop]
+        second = first + 1 + np.arange(len(first)) - np.repeat(begins, counts[start:stop])
+        yield first, second
+        start = stop
+
+
+def _sorted_pairs(pairs: list[np.ndarray]) -> Iterator[tuple[int, int]]:
+    """Each pair once as (earlier, later), by the later and then the earlier: int64 [k, 2] arrays -> pairs."""
+    if not pairs:
+        return
+    both = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
+    yield from map(tuple, both[np.lexsort((both[:, 0], both[:, 1]))].tolist())
+
+
+def duplicates(
+    digests: np.ndarray | None, hashes: np.ndarray, hashed: np.ndarray, bits: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """-> (int64 [n] the row that stays in place of each, -1 where it stays itself; bool [n] by its bytes).
+
+    digests: uint64 [n, 2] of the raw bytes, None where equal bytes are not looked for. hashes: uint64 [n], of the rows
+    where `hashed`, bool [n]; bits None: not looked for.
+    """
+    own = np.arange(len(hashes))
+    exact = own if digests is None else first_of_equals(digests)
+    alike = own.copy()
+    if bits is not None:
+        candidates = np.flatnonzero(hashed & (exact == own))  # of equal bytes only the first is compared further
+        alike[candidates] = candidates[first_of_alike(hashes[candidates], bits)]
+    keeper = np.where(exact != own, exact, alike)
+    keeper = keeper[keeper]  # the equal of a row that went as alike stays out for the row that stays
+    return np.where(keeper == own, -1, keeper), exact != own

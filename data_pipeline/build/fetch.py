@@ -1,0 +1,290 @@
+"""Addresses -> bytes, bounded and safe.
+
+Every attempt ends within `timeout_s`, and the pauses between them within `attempts * timeout_s`; a body is cut off at
+`max_bytes` while it arrives; redirects are followed one by one, and each address on the way is looked at: only http(s),
+and no private network, checked on the numbers that are connected to, so that a name cannot change its mind in between.
+What may be different next time (a stall, a cut, a busy or broken server) is tried again and, in the end, noted as
+transient: it never counts as bad data, and `tessera data retry` asks once more.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import ipaddress
+import random
+import socket
+import ssl
+import time
+import zlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from data_pipeline.build.cache import RawCache
+from data_pipeline.config import FetchRules
+from data_pipeline.schema import Link
+
+MAX_REDIRECTS = 5
+DNS_TTL_S = 300.0
+USER_AGENT = "tessera"
+
+_BACKOFF_S = 0.5
+_CHUNK = 65536
+_REDIRECTS = {301, 302, 303, 307, 308}
+_BUSY = {408, 425, 429}
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one address: sha256 of its bytes in the cache, or why there are none.
+
+    http_status: of the last answer, 0 where none came. attempts: how many were made.
+    """
+
+    sha256: str = ""
+    reason: str = ""
+    detail: str = ""
+    http_status: int = 0
+    attempts: int = 1
+    transient: bool = False
+
+
+class FetchError(Exception):
+    """One attempt failed. transient: another may not, after the `wait_s` that the server asks for."""
+
+    def __init__(
+        self, reason: str, detail: str = "", status: int = 0, transient: bool = False, wait_s: float = 0.0
+    ) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail, self.status = reason, detail, status
+        self.transient, self.wait_s = transient, wait_s
+
+
+class PrivateAddress(OSError):
+    """A name that leads into a network that must not be asked."""
+
+
+def fetch_all(links: list[Link], rules: FetchRules, cache: RawCache) -> list[Outcome]:
+    """Outcomes of the links in order; the bytes are in the cache."""
+
+    async def run() -> list[Outcome]:
+        async with Fetcher(rules, cache) as fetcher:
+            return await fetcher.fetch_all(links)
+
+    return asyncio.run(run())
+
+
+class Fetcher:
+    """Fetches within one event loop: `concurrency` addresses at once in all, `per_host` of one host."""
+
+    def __init__(self, rules: FetchRules, cache: RawCache) -> None:
+        self._rules = rules
+        self._cache = cache
+        self._all = asyncio.Semaphore(rules.concurrency)
+        self._hosts: dict[str, asyncio.Semaphore] = {}
+
+    async def __aenter__(self) -> "Fetcher":
+        connector = aiohttp.TCPConnector(resolver=GuardedResolver(self._rules), limit=0, use_dns_cache=False)
+        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Accept": "image/*,*/*;q=0.5"}
+        options: dict[str, Any] = {"cookie_jar": aiohttp.DummyCookieJar(), "trust_env": False, "auto_decompress": False}
+        self._session = aiohttp.ClientSession(connector=connector, headers=headers, **options)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def fetch_all(self, links: list[Link]) -> list[Outcome]:
+        """Outcomes in the order of the links."""
+        return list(await asyncio.gather(*(self.fetch(link) for link in links)))
+
+    async def fetch(self, link: Link) -> Outcome:
+        """Never raises for what the other side does."""
+        url = link.url.replace("&amp;", "&")
+        patience_s = self._rules.attempts * self._rules.timeout_s  # while being asked or left alone, not in the queue
+        host = self._hosts.setdefault(_host(url), asyncio.Semaphore(self._rules.per_host))
+        attempt = 0
+        while True:
+            attempt += 1
+            async with host, self._all:
+                outcome, wait_s = await self._attempt(url, link, attempt, self._rules.timeout_s)
+            pause_s = max(wait_s, _BACKOFF_S * 2 ** (attempt - 1) * (0.5 + random.random()))
+            if not outcome.transient or attempt == self._rules.attempts or pause_s > patience_s:
+                return outcome
+            patience_s -= pause_s
+            await asyncio.sleep(pause_s)
+
+    async def _attempt(self, url: str, link: Link, attempt: int, timeout_s: float) -> tuple[Outcome, float]:
+        """-> (outcome, seconds that the server wants to be left alone)."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                data, status = await self._get(url)
+            check_digests(data, link)
+            # on S3 a put waits for the network: the other addresses must not wait with it
+            put: Callable[[bytes], str] = self._cache.put
+            digest = await asyncio.to_thread(put, data) if self._cache.root.startswith("s3://") else put(data)
+            return Outcome(digest, http_status=status, attempts=attempt), 0.0
+        except FetchError as error:
+            return Outcome("", error.reason, error.detail, error.status, attempt, error.transient), error.wait_s
+        except TimeoutError:
+            return Outcome("", "fetch_timeout", f"{timeout_s:.0f} s", 0, attempt, True), 0.0
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            reason, transient = _reason_of(error)
+            return Outcome("", reason, type(error).__name__, 0, attempt, transient), 0.0
+
+    async def _get(self, url: str) -> tuple[bytes, int]:
+        for _ in range(MAX_REDIRECTS + 1):
+            check_address(url, self._rules)
+            async with self._session.get(url, allow_redirects=False, timeout=_NO_TIMEOUT) as response:
+                if response.status in _REDIRECTS and "Location" in response.headers:
+                    url = urljoin(url, response.headers["Location"])
+                    continue
+                check_answer(response, self._rules)
+                return await _body(response, self._rules.max_bytes), response.status
+        raise FetchError("too_many_redirects", f"more than {MAX_REDIRECTS}, the last to {url:.100}")
+
+
+_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None, sock_read=None)  # asyncio.timeout holds over all
+
+
+async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """The body, unpacked where it comes packed all the same; no more than max_bytes are ever held."""
+    if (response.content_length or 0) > max_bytes:
+        raise FetchError("too_large", f"{response.content_length} bytes, at most {max_bytes}", status=response.status)
+    packing = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if packing not in ("identity", "gzip", "deflate", ""):
+        raise FetchError("unknown_encoding", packing[:40], status=response.status)
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32) if packing in ("gzip", "deflate") else None
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(_CHUNK):
+        body += unpacker.decompress(chunk, max_bytes + 1 - len(body)) if unpacker else chunk
+        if len(body) > max_bytes or (unpacker and unpacker.unconsumed_tail):
+            raise FetchError("too_large", f"more than {max_bytes} bytes", status=response.status)
+    return bytes(body)
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def check_address(url: str, rules: FetchRules) -> None:
+    """Raises FetchError for what is not http(s) and for numbers of a private network."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise FetchError("wrong_url", f"{error}: {url:.100}") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise FetchError("wrong_url", f"only http and https are fetched: {url:.100}")
+    with contextlib.suppress(ValueError):
+        if not is_allowed(host, rules):
+            raise FetchError("private_address", host)
+
+
+def is_allowed(address: str, rules: FetchRules) -> bool:
+    """May this IP address be asked? Raises ValueError for what is none."""
+    number = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(number, ipaddress.IPv6Address):
+        inner = number.ipv4_mapped or number.sixtofour or (number.teredo[1] if number.teredo else None)
+        if number in _NAT64:
+            inner = ipaddress.IPv4Address(int(number) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_allowed(str(inner), rules)
+    if any(number.version == network.version and number in network for network in rules.allow_networks):
+        return True
+    return number.is_global and not number.is_multicast
+
+
+def check_answer(response: aiohttp.ClientResponse, rules: FetchRules) -> None:
+    """Raises FetchError for any status but 200 and where the owner opts out."""
+    status = response.status
+    if status in _BUSY or status >= 500:
+        wait = response.headers.get("Retry-After", "")
+        raise FetchError(f"http_{status}", "", status, True, float(wait) if wait.isdigit() else 0.0)
+    if status != 200:
+        raise FetchError(f"http_{status}", status=status)
+    for value in response.headers.getall("X-Robots-Tag", []):
+        for directive in opt_outs(value):
+            if directive in rules.opt_out:
+                raise FetchError("opted_out", f"X-Robots-Tag: {value:.80}", status=status)
+
+
+def opt_outs(value: str) -> list[str]:
+    """An X-Robots-Tag value -> directives that are meant for us: those without a name, or with ours."""
+    agent, colon, rest = value.partition(":")
+    named = colon and not agent.strip().lower().startswith(("unavailable_after", "max-"))
+    if named and agent.strip().lower() not in (USER_AGENT, "*"):
+        return []
+    return [directive.strip().lower() for directive in (rest if named else value).split(",")]
+
+
+def check_digests(data: bytes, link: Link) -> None:
+    """Raises FetchError where the bytes are not those that the source's sha256 or md5 column says."""
+    for name, wanted in (("sha256", link.sha256), ("md5", link.md5)):
+        if wanted and (found := hashlib.new(name, data, usedforsecurity=False).hexdigest()) != wanted.strip().lower():
+            raise FetchError(f"wrong_{name}", f"{found[:16]} came, {wanted[:16]} is wanted", status=200)
+
+
+def _reason_of(error: Exception) -> tuple[str, bool]:
+    """-> (reason, transient) of what aiohttp or the operating system raised."""
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, PrivateAddress):
+        return "private_address", False
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return ("unknown_host", False) if _is_unknown(error.os_error) else ("fetch_dns", True)
+    if isinstance(error, aiohttp.ClientSSLError | ssl.SSLError):
+        return "tls_error", False
+    if isinstance(error, aiohttp.InvalidURL | ValueError):
+        return "wrong_url", False
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "fetch_cut_short", True
+    return "fetch_connection", True
+
+
+def _is_unknown(error: OSError) -> bool:
+    return isinstance(error, socket.gaierror) and error.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
+
+
+def _host(url: str) -> str:
+    with contextlib.suppress(ValueError):
+        return urlsplit(url).netloc.lower()
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------- DNS
+
+
+class GuardedResolver(AbstractResolver):
+    """Names -> addresses, each name asked once in DNS_TTL_S whatever comes of it; private networks are refused."""
+
+    def __init__(self, rules: FetchRules, lookup: Callable[..., Awaitable[list[ResolveResult]]] | None = None) -> None:
+        self._rules = rules
+        self._lookup = lookup or aiohttp.ThreadedResolver().resolve
+        self._known: dict[tuple[str, int], tuple[float, asyncio.Task[list[ResolveResult]]]] = {}
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        asked, task = self._known.get((host, port), (0.0, None))
+        if task is None or time.monotonic() - asked > DNS_TTL_S:
+            task = asyncio.ensure_future(self._ask(host, port, family))
+            self._known[host, port] = time.monotonic(), task
+        try:
+            return await asyncio.shield(task)
+        except OSError as error:
+            if not (isinstance(error, PrivateAddress) or _is_unknown(error)):
+                self._known.pop((host, port), None)  # a name server's bad moment is not remembered
+            raise
+
+    async def close(self) -> None:
+        for _, task in self._known.values():
+            task.cancel()
+        await asyncio.gather(*(task for _, task in self._known.values()), return_exceptions=True)
+
+    async def _ask(self, host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
+        found = await self._lookup(host, port, family)
+        if refused := [entry["host"] for entry in found if not is_allowed(entry["host"], self._rules)]:
+            raise PrivateAddress(f"{host} is {', '.join(refused)}")
+        return found

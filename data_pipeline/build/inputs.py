@@ -1,0 +1,137 @@
+"""Input files by name: on this machine, on S3 or behind http(s), with {00..99} ranges, * patterns and `::` unions."""
+
+import gzip
+import io
+import re
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import xxhash
+
+from data_pipeline.errors import DataError
+
+_BUFFER = 1 << 20
+
+
+def is_remote(path: str) -> bool:
+    """Does the path name a scheme, such as s3:// or https://?"""
+    return "://" in path
+
+
+def beside(path: str, name: str) -> str:
+    """`name` relative to the folder of `path`."""
+    if is_remote(name) or not is_remote(path):
+        return name if is_remote(name) else str(Path(path).parent / name)
+    return path.rpartition("/")[0] + "/" + name.removeprefix("./")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{08..11}.tar` -> a-08.tar ... a-11.tar; the width is that of the first number."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    heads = [f"{pattern[: match.start()]}{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return [head + tail for head in heads for tail in expand_braces(pattern[match.end() :])]
+
+
+def input_paths(pattern: str, suffixes: tuple[str, ...], field: str = "source.path") -> list[str]:
+    """Files that a pattern names, in its order; of a folder those with one of `suffixes`, sorted.
+
+    Raises DataError for what is not there; `field` is the setting that is named then.
+    """
+    paths: list[str] = []
+    for part in pattern.split("::"):
+        for name in expand_braces(part):
+            paths += _remote_paths(name, suffixes, field) if is_remote(name) else _local_paths(name, suffixes, field)
+    return paths
+
+
+def _local_paths(name: str, suffixes: tuple[str, ...], field: str) -> list[str]:
+    path = Path(name)
+    if "*" in name and not path.exists():
+        root = Path(path.anchor or ".")
+        found = sorted(str(file) for file in root.glob(str(path.relative_to(path.anchor))) if file.is_file())
+        if found:
+            return found
+    must_exist(path, field)
+    if path.is_dir():
+        return sorted(str(file) for file in path.iterdir() if file.name.endswith(suffixes))
+    return [name]
+
+
+def _remote_paths(name: str, suffixes: tuple[str, ...], field: str) -> list[str]:
+    if name.startswith(("http://", "https://")):
+        return [name]
+    with _named(name, field):
+        system, path = _filesystem(name)
+        if "*" in name:
+            found = sorted(str(file) for file in system.glob(path))
+        elif system.isdir(path):
+            found = sorted(str(file) for file in system.ls(path, detail=False) if str(file).endswith(suffixes))
+        else:
+            system.info(path)
+            found = [path]
+        if not found:
+            raise FileNotFoundError(name)
+    return [system.unstrip_protocol(file) for file in found]
+
+
+def open_input(path: str) -> BinaryIO:
+    """A seekable stream of the file's bytes, unpacked where its name ends in .gz. Raises DataError for a missing one.
+
+    Seeking in a .gz unpacks what lies before; many files are better than one large one there.
+    """
+    if not is_remote(path):
+        must_exist(Path(path), "source.path")
+        packed = path.endswith(".gz")
+        return cast(BinaryIO, gzip.open(path, "rb") if packed else open(path, "rb", buffering=_BUFFER))  # noqa: SIM115
+    with _named(path, "source.path"):
+        system, inner = _filesystem(path)
+        file = cast(BinaryIO, io.BufferedReader(system.open(inner, "rb"), _BUFFER))
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.endswith(".gz") else file
+
+
+def input_digest(path: str) -> tuple[str, int]:
+    """What tells a file from an edited one: (xxh3 of its bytes, their number), or, elsewhere, (size and tag, 0)."""
+    if is_remote(path):
+        with _named(path, "source.path"):
+            system, inner = _filesystem(path)
+            info = system.info(inner)
+        return f"{info.get('size')}-{info.get('ETag', '')}", 0
+    digest, size = xxhash.xxh3_128(), 0
+    with open_input(path) as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest.hexdigest(), size
+
+
+def must_exist(path: Path, field: str) -> None:
+    """Raises DataError naming the setting where there is no such file or folder."""
+    if not path.exists():
+        raise DataError(f"{path}: not there; {field} names a file or folder of this machine, relative to {Path.cwd()}")
+
+
+def _filesystem(path: str) -> tuple[Any, str]:
+    import fsspec
+
+    system, inner = fsspec.core.url_to_fs(path)
+    return system, inner
+
+
+class _named:
+    """Turns what a remote file system raises into a DataError naming the address and the setting."""
+
+    def __init__(self, path: str, field: str) -> None:
+        self._path, self._field = path, field
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, DataError):
+            raise DataError(
+                f"{self._path}: {type(error).__name__}: {error}; {self._field} must name something that can be read "
+                "from this machine"
+            ) from None

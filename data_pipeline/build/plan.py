@@ -1,0 +1,295 @@
+"""What a build is going to do, fixed before anything is made: a function of source, configuration and what is there.
+
+A dataset grows by generations. Generation 0 is all rows of the source at the time; a later one adds the rows that are
+new (`grow`), or those that were rejected (`data retry`), as further shards. Each is pinned by a file of its own,
+created once, and ends with a new manifest; the shards, and the manifests before it, stay as they are.
+A position counts the rows of one generation; a row's id is its number in the whole dataset, and never changes.
+"""
+
+import hashlib
+import io
+import json
+from collections import Counter as Tally
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import PIL
+import pyarrow.parquet as pq
+import simplejpeg
+import xxhash
+
+from data_pipeline.build.captions import check_languages, deny_digest
+from data_pipeline.build.dedup import first_of_equals
+from data_pipeline.build.filters import IMAGE_NAMES, TEXT_NAMES, Filters
+from data_pipeline.build.inputs import open_input
+from data_pipeline.build.layout import Layout, Row
+from data_pipeline.build.sources import Source, open_source
+from data_pipeline.config import BuildConfig
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.schema import Drop
+from data_pipeline.shards.manifest import Manifest, canonical_json
+from data_pipeline.storage import Storage
+
+BUILD = "build.json"
+FINAL_REASONS = frozenset({"duplicate_key", "duplicate_image", "near_duplicate"})  # trying again changes nothing
+
+_WITH_COLUMNS = ("csv", "tsv", "parquet", "cc3m", "muge")
+_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One generation, as every task needs it; arrays are int64.
+
+    duplicates: sorted positions whose key an earlier row has. selected: rows of the source by position, None for all.
+    ids: of the rows by position, None where they are the positions. repeats: [m, 3] of sorted positions of images that
+    are there already, the ids of those that stay, and 1 where the bytes are the same. reasons: by position, why a row
+    that is tried again was rejected.
+    """
+
+    config: BuildConfig
+    layout: Layout
+    rows: int
+    duplicates: np.ndarray
+    first_shard: int = 0
+    selected: np.ndarray | None = None
+    ids: np.ndarray | None = None
+    repeats: np.ndarray | None = None
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def shards(self) -> range:
+        """Numbers of the shards of this generation."""
+        return range(self.first_shard, self.first_shard - (-self.rows // self.config.shard_size))
+
+    def bounds(self, shard: int) -> tuple[int, int]:
+        """Positions [start, stop) of a shard."""
+        start = (shard - self.first_shard) * self.config.shard_size
+        return start, min(start + self.config.shard_size, self.rows)
+
+    def read(self, shard: int) -> Iterator[tuple[int, Row]]:
+        """(id, row) of every position of a shard; the source is opened anew."""
+        start, stop = self.bounds(shard)
+        duplicates = set(self.duplicates[slice(*np.searchsorted(self.duplicates, [start, stop]))].tolist())
+        source = open_source(self.config.source, self.layout)
+        rows = (row for first, last in self._runs(start, stop) for row in source.rows(first, last))
+        for position, row in enumerate(rows, start):
+            known = Drop(row.key, "duplicate_key", "an earlier row has this key") if position in duplicates else row
+            yield position if self.ids is None else int(self.ids[position]), known
+
+    def tried_again(self, shard: int) -> dict[str, int]:
+        """Why the rows of a shard were rejected before, counted; empty where they are new."""
+        return dict(Tally(self.reasons[slice(*self.bounds(shard))]))
+
+    def repeats_of(self, shard: int) -> dict[int, Drop]:
+        """id -> why its image is left out, without the key."""
+        if self.repeats is None:
+            return {}
+        start, stop = self.bounds(shard)
+        part = self.repeats[slice(*np.searchsorted(self.repeats[:, 0], [start, stop]))].tolist()
+        ids = range(self.rows) if self.ids is None else self.ids
+        return {
+            int(ids[position]): Drop("", *(("duplicate_image", f"the bytes of row {keeper}") if same else
+                                           ("near_duplicate", f"looks like row {keeper}")))
+            for position, keeper, same in part
+        }  # fmt: skip
+
+    def _runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Positions [start, stop) as runs of consecutive rows of the source."""
+        if self.selected is None:
+            yield start, stop
+            return
+        rows = self.selected[start:stop]
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        for run in np.split(rows, breaks):
+            if len(run):
+                yield int(run[0]), int(run[-1]) + 1
+
+
+# ------------------------------------------------------------------------------------------- generations
+
+
+def make_plan(config: BuildConfig) -> Plan:
+    """Generation 0: every row. Raises ConfigError and DataError for what is wrong with source or rules."""
+    check_rules(config)
+    source = open_source(config.source)
+    rows = source.count()
+    _check_filter_names(config, source)
+    keys = source.keys()
+    return Plan(config, source.layout, rows, _repeated(key_digests(keys)) if keys is not None else _none())
+
+
+def grown_plan(whole: Plan, storage: Storage, manifest: Manifest, pinned: dict[str, Any]) -> Plan:
+    """The rows of the source that the dataset lacks, as the next generation: by key, or those after its last row.
+
+    Raises DataError where rows without keys are no longer those that were built.
+    """
+    source = open_source(whole.config.source, whole.layout)
+    keys, known = source.keys(), _rows_in(storage, manifest)
+    if keys is None:
+        _check_prefix(whole.layout, pinned["parts"], storage)
+        selected = np.arange(known, whole.rows)
+    else:
+        old, new = key_digests(_keys_of(storage, manifest)), key_digests(keys)
+        firsts = first_of_equals(np.concatenate([old, new]))[len(old) :]
+        selected = np.flatnonzero(firsts == np.arange(len(old), len(old) + len(new)))
+    ids = known + np.arange(len(selected))
+    return Plan(whole.config, whole.layout, len(selected), _none(), len(manifest.shards), selected, ids)
+
+
+def retry_plan(config: BuildConfig, manifest: Manifest, rejects: list[dict[str, Any]]) -> Plan:
+    """The rejected rows that the source still has, duplicates aside, as the next generation."""
+    check_rules(config)
+    source = open_source(config.source)
+    rows = source.count()
+    again = [reject for reject in rejects if reject["reason"] not in FINAL_REASONS]
+    keys = source.keys()
+    if keys is None:
+        places = {reject["key"]: int(reject["key"]) for reject in again if int(reject["key"]) < rows}
+    else:
+        wanted = {reject["key"] for reject in again}
+        places = {key: row for row, key in reversed(list(enumerate(keys))) if key in wanted}
+    again = sorted((reject for reject in again if reject["key"] in places), key=lambda reject: places[reject["key"]])
+    selected = np.array([places[reject["key"]] for reject in again], np.int64)
+    ids = np.array([reject["row"] for reject in again], np.int64)
+    reasons = tuple(reject["reason"] for reject in again)
+    return Plan(config, source.layout, len(again), _none(), len(manifest.shards), selected, ids, reasons=reasons)
+
+
+def check_rules(config: BuildConfig) -> None:
+    """Raises ConfigError for a condition or language that is not understood."""
+    Filters(config.filters)
+    check_languages(config.captions.languages)
+
+
+def _check_filter_names(config: BuildConfig, source: Source) -> None:
+    """A name that no row can have is a slip of the pen; only tables with fixed columns can tell."""
+    first = next(iter(source.rows(0, 1)))
+    if config.source.kind not in _WITH_COLUMNS or isinstance(first, Drop):
+        return
+    known = {*first.meta, *IMAGE_NAMES, *TEXT_NAMES}
+    for name in sorted(Filters(config.filters).names - known):
+        raise ConfigError(f"filters: {name!r} is no column of the source; there are {', '.join(sorted(known))}")
+
+
+def _check_prefix(layout: Layout, pinned: list[dict[str, Any]], storage: Storage) -> None:
+    """The files that were built come first and are the same; the last of them may have become longer."""
+    for number, (old, part) in enumerate(zip(pinned, layout.parts, strict=False)):
+        longer = number == len(pinned) - 1 and part.rows > old["rows"] and _begins_with(part.path, old)
+        if (part.rows, part.digest) != (old["rows"], old["digest"]) and not longer:
+            raise DataError(
+                f"{part.path}: not what {storage.root} was built from; rows without a key can only be added after the "
+                "others, name a source.key or build into a new output"
+            )
+
+
+def _begins_with(path: str, old: dict[str, Any]) -> bool:
+    if not old["bytes"]:
+        return False
+    digest = xxhash.xxh3_128()
+    left = old["bytes"]
+    with open_input(path) as file:
+        while left and (chunk := file.read(min(left, 1 << 22))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return bool(digest.hexdigest() == old["digest"])
+
+
+# --------------------------------------------------------------------------------------------------- keys
+
+
+def key_digests(keys: Iterable[str]) -> np.ndarray:
+    """-> uint64 [n, 2]: 128-bit hashes (xxh3), by which keys are compared."""
+    blocks, digests = [], []
+    for key in keys:
+        digests.append(xxhash.xxh3_128_digest(key.encode("utf-8", "surrogatepass")))
+        if len(digests) == _AT_ONCE:
+            blocks.append(np.frombuffer(b"".join(digests), np.uint64))
+            digests = []
+    return np.concatenate([*blocks, np.frombuffer(b"".join(digests), np.uint64)]).reshape(-1, 2)
+
+
+def _repeated(digests: np.ndarray) -> np.ndarray:
+    """Sorted positions whose key an earlier row has."""
+    return np.flatnonzero(first_of_equals(digests) != np.arange(len(digests)))
+
+
+def _none() -> np.ndarray:
+    return np.array([], np.int64)
+
+
+def _rows_in(storage: Storage, manifest: Manifest) -> int:
+    """Rows that a dataset has looked at: those tried again count once."""
+    stats = (json.loads(storage.get(shard.name.replace(".tar", "_stats.json"))) for shard in manifest.shards)
+    return sum(tree["in"] for tree in stats if "retried" not in tree)
+
+
+def _keys_of(storage: Storage, manifest: Manifest) -> Iterator[str]:
+    for shard in manifest.shards:
+        data = storage.get(shard.name.replace(".tar", ".parquet"))
+        yield from pq.read_table(io.BytesIO(data), columns=["key"]).column("key").to_pylist()
+
+
+# ---------------------------------------------------------------------------------------------------- pins
+
+
+def pin_name(generation: int) -> str:
+    """build.json, build-0001.json, ..."""
+    return f"build-{generation:04d}.json" if generation else BUILD
+
+
+def rules_of(config: BuildConfig) -> dict[str, Any]:
+    """What decides the bytes besides the source; the same for all generations of a dataset."""
+    return {
+        "images": config.images.model_dump(mode="json"),
+        "captions": {**config.captions.model_dump(mode="json"), "deny": deny_digest(config.captions.deny)},
+        "fetch": {"max_bytes": config.fetch.max_bytes, "opt_out": list(config.fetch.opt_out)},
+        "filters": config.filters,
+        "dedup": config.dedup.model_dump(mode="json"),
+        "shard_size": config.shard_size,
+        "encoders": {"opencv": cv2.__version__, "pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__},
+    }
+
+
+def source_pin(plan: Plan) -> dict[str, Any]:
+    """What a generation reads."""
+    parts = [{"rows": part.rows, "digest": part.digest, "bytes": int(part.bytes)} for part in plan.layout.parts]
+    return {
+        "source": plan.config.source.model_dump(mode="json"),
+        "parts": parts,
+        "rows": plan.rows,
+        "duplicates": hashlib.sha256(plan.duplicates.astype("<i8").tobytes()).hexdigest(),
+    }
+
+
+def pin(storage: Storage, generation: int, tree: dict[str, Any]) -> None:
+    """Create the generation's pin, or raise ConfigError where one with other contents stands."""
+    tree = {"version": 2, **tree}
+    if storage.put_if_absent(pin_name(generation), canonical_json(tree)):
+        return
+    there = read_pin(storage, generation)
+    compare_pins(storage, there, tree, tuple(tree))
+
+
+def read_pin(storage: Storage, generation: int) -> dict[str, Any]:
+    """The contents of a pin."""
+    tree: dict[str, Any] = json.loads(storage.get(pin_name(generation)))
+    return tree
+
+
+def compare_pins(storage: Storage, there: dict[str, Any], now: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Raises ConfigError with a line for each of `names` that differs."""
+    differ = [name for name in names if there.get(name) != json.loads(json.dumps(now[name]))]
+    if not differ:
+        return
+    only_source = set(differ) <= {"source", "parts", "rows", "duplicates"}
+    lines = [f"{name}: {there.get(name)!r:.300} there, {now[name]!r:.300} now" for name in differ]
+    raise ConfigError(
+        f"{storage.root}: begun by another build, nothing was changed; use a new output, or its configuration"
+        + (", or grow=true to add the new rows of a source to a finished build" if only_source else "")
+        + "\n  "
+        + "\n  ".join(lines)
+    )

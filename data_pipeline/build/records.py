@@ -1,0 +1,137 @@
+"""One record of a table -> a Pair, a Link or a Drop: columns are mapped, images looked up, captions taken apart."""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.build.inputs import beside, is_remote, must_exist, open_input
+from data_pipeline.build.layout import Row
+from data_pipeline.config import TableSource
+from data_pipeline.errors import DataError
+from data_pipeline.schema import Drop, Link, Pair
+from data_pipeline.shards.tar import Member, scan
+
+UNREADABLE = "\0unreadable"  # the only column of a record that could not be read: why
+
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+
+
+class RecordReader:
+    """Records of one table as rows; `path` is the table's, where images are looked for beside it."""
+
+    def __init__(self, config: TableSource, path: str) -> None:
+        self._config = config
+        self._path = path
+        self._store: ImageStore | None = None
+        self._used = {config.key, config.image, config.sha256, config.md5, *config.captions}
+
+    def row(self, number: int, record: Mapping[str, Any]) -> Row:
+        """Never raises for what is in the record: a Drop says what is wrong with it."""
+        config = self._config
+        key = f"{number:09d}" if config.key is None else str(record.get(config.key))
+        if UNREADABLE in record:
+            return Drop(key, "unreadable_row", record[UNREADABLE])
+        try:
+            captions = tuple(text for column in config.captions for text in as_captions(record.get(column)))
+        except TypeError as error:
+            return Drop(key, "unreadable_caption", str(error))
+        meta = {name: item for name, item in record.items() if name not in self._used and is_json(item)}
+        value = record.get(config.image)
+        if value is None or value in ("", b""):
+            return Drop(key, "no_image", f"column {config.image!r} is empty")
+        if isinstance(value, str) and value.lstrip().lower().startswith(("http://", "https://")):
+            digests = [str(record.get(column) or "") if column else "" for column in (config.sha256, config.md5)]
+            return Link(key, value.strip(), captions, meta, *digests)
+        try:
+            return Pair(key, self._image(value), captions, meta)
+        except binascii.Error as error:
+            return Drop(key, "wrong_base64", f"column {config.image!r}: {error}")
+        except (OSError, ValueError) as error:
+            return Drop(key, "unreadable_file", str(error))
+
+    def _image(self, value: Any) -> bytes:
+        if isinstance(value, Mapping):  # {"bytes": ..., "path": ...}, as Hugging Face's datasets writes images
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes) and not self._config.base64:
+            return value
+        if self._config.base64:
+            text = value if isinstance(value, bytes) else str(value).encode("ascii", "replace")
+            text = text.strip().rstrip(b"=").translate(_STANDARD_ALPHABET)
+            return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+        if self._store is None:
+            self._store = ImageStore(beside(self._path, self._config.images))
+        return self._store.read(str(value))
+
+
+class ImageStore:
+    """Files by name, in a folder or in one tar (scanned once), here or on S3."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._members: dict[str, Member] | None = None
+        if not is_remote(path):
+            must_exist(Path(path), "source.images")
+        if path.endswith(".tar"):
+            with open_input(path) as file:
+                self._members = {member.name.removeprefix("./"): member for member in scan(file, path)}
+
+    def read(self, name: str) -> bytes:
+        """Raises OSError where there is no such file; names that leave the folder are refused."""
+        if self._members is not None:
+            return self._member(name)
+        if is_remote(self._path):
+            return self._remote(name)
+        path = (Path(self._path) / name).resolve()
+        if not path.is_relative_to(Path(self._path).resolve()):
+            raise OSError(f"{name!r} lies outside of {self._path}")
+        return path.read_bytes()
+
+    def _member(self, name: str) -> bytes:
+        assert self._members is not None
+        member = self._members.get(name.removeprefix("./"))
+        if member is None:
+            raise FileNotFoundError(f"{name!r} is not in {self._path}")
+        with open_input(self._path) as file:
+            file.seek(member.data)
+            return file.read(member.size)
+
+    def _remote(self, name: str) -> bytes:
+        if "://" in name or name.startswith("/") or ".." in name.split("/"):
+            raise OSError(f"{name!r} lies outside of {self._path}")
+        try:
+            with open_input(f"{self._path}/{name}") as file:
+                return file.read()
+        except DataError as error:
+            raise OSError(str(error)) from None
+
+
+def captions_of_json(tree: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """A caption file: text, a list of texts, or a mapping with captions / caption / text -> (captions, the rest)."""
+    if not isinstance(tree, dict):
+        return as_captions(tree), {}
+    for name in ("captions", "caption", "text"):
+        if name in tree:
+            return as_captions(tree[name]), {key: value for key, value in tree.items() if key != name}
+    return (), tree
+
+
+def as_captions(value: Any) -> tuple[str, ...]:
+    """Text or a list of texts -> captions; None counts as none. Raises TypeError for anything else."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise TypeError(f"a caption is text or a list of texts, not {value!r:.80}")
+
+
+def is_json(value: Any) -> bool:
+    """Can the value stand in a .json file?"""
+    if isinstance(value, list):
+        return all(is_json(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_json(item) for key, item in value.items())
+    return value is None or isinstance(value, str | int | float | bool)

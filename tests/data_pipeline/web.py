@@ -1,0 +1,150 @@
+"""A real HTTP server that misbehaves: what it does is in the path. Runs in a thread, or alone as a program.
+
+    python -m tests.data_pipeline.web FOLDER      serves FOLDER/NAME under /NAME, prints its address
+
+/file/NAME the file; the rest are its ways to fail, each followed by anything: /status/503/... /once/503/NAME (the first
+time only), /stall/..., /drip/..., /cut/NAME (half of what it announced), /endless/..., /huge/..., /packed-bomb/...,
+/packed/NAME, /redirect/COUNT/NAME, /to?URL, /robots/DIRECTIVES/NAME, /garbage/..., /closed/....
+"""
+
+import contextlib
+import functools
+import gzip
+import http.server
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from urllib.parse import unquote
+
+
+class Misbehaving(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: "Web"
+
+    def log_message(self, *_):
+        return None
+
+    def setup(self):
+        super().setup()
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def do_GET(self):
+        path = unquote(self.path)
+        self.server.asked[path] += 1
+        path, _, query = path.partition("?")
+        way, _, rest = path.lstrip("/").partition("/")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            getattr(self, "way_" + way.replace("-", "_"))(rest or query)
+
+    def answer(self, body=b"", status=200, length=None, **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def way_file(self, name):
+        path = self.server.folder / name
+        self.answer(path.read_bytes()) if path.is_file() else self.answer(status=404)
+
+    def way_status(self, rest):
+        self.answer(status=int(rest.partition("/")[0]))
+
+    def way_once(self, rest):
+        status, _, name = rest.partition("/")
+        self.answer(status=int(status)) if self.server.asked[unquote(self.path)] == 1 else self.way_file(name)
+
+    def way_stall(self, _):
+        self.answer(b"\xff\xd8\xff", length=1000)
+        self.server.ended.wait(60)
+        self.close_connection = True
+
+    def way_drip(self, _):
+        self.answer(length=10_000)
+        while not self.server.ended.wait(0.05):
+            self.wfile.write(b"x")
+
+    def way_cut(self, name):
+        data = (self.server.folder / name).read_bytes()
+        self.answer(data[: len(data) // 2], length=len(data))
+        self.close_connection = True
+
+    def way_endless(self, _):
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        while not self.server.ended.is_set():
+            self.wfile.write(bytes(65536))
+
+    def way_huge(self, _):
+        self.answer(b"x", length=10**12)
+        self.close_connection = True
+
+    def way_packed_bomb(self, _):
+        self.answer(packed_bomb(), Content_Encoding="gzip")
+
+    def way_packed(self, name):
+        self.answer(gzip.compress((self.server.folder / name).read_bytes()), Content_Encoding="gzip")
+
+    def way_redirect(self, rest):
+        count, _, name = rest.partition("/")
+        left = int(count) - 1
+        self.answer(status=302, Location=f"/redirect/{left}/{name}" if left else f"/file/{name}")
+
+    def way_to(self, url):
+        self.answer(status=301, Location=url)
+
+    def way_robots(self, rest):
+        directives, _, name = rest.partition("/")
+        self.answer((self.server.folder / name).read_bytes(), X_Robots_Tag=directives)
+
+    def way_garbage(self, _):
+        self.wfile.write(b"this is not HTTP\r\n\r\n")
+        self.close_connection = True
+
+    def way_closed(self, _):
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+
+@functools.cache
+def packed_bomb():
+    """50 KB that unpack to 50 MB."""
+    return gzip.compress(bytes(50_000_000))
+
+
+class Web(http.server.ThreadingHTTPServer):
+    """address; asked: how often each path was; folder: what /file/ serves."""
+
+    daemon_threads = True
+    request_queue_size = 512
+
+    def __init__(self, folder, port=0):
+        super().__init__(("127.0.0.1", port), Misbehaving)
+        self.folder, self.asked, self.ended = Path(folder), Counter(), threading.Event()
+        packed_bomb()
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address):
+        return None
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.shutdown()
+        self.server_close()
+
+
+if __name__ == "__main__":
+    with Web(sys.argv[1]) as web:
+        print(web.address, flush=True)
+        while True:
+            time.sleep(3600)
