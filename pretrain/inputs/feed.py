@@ -29,6 +29,7 @@ from data_pipeline.errors import BadSample, NodeFault
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import share
 from pretrain.inputs.bad import Ledger, Replaced, Usable
+from pretrain.signals import ignore_stop_signals
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
@@ -147,9 +148,10 @@ _preparer: Preparer | None = None
 
 
 def _start_worker(preparer: Preparer) -> None:
-    """Set this process up as a data worker: one thread, and gone when its trainer is."""
+    """Set this process up as a data worker: one thread, no ear for stop signals, and gone when its trainer is."""
     global _preparer
     _preparer = preparer
+    ignore_stop_signals()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
