@@ -115,19 +115,28 @@ class ContrastiveConfig(Settings):
     kind: Literal["contrastive"] = "contrastive"
 
 
-class MlmNspConfig(Settings):
+class MaskingConfig(Settings):
+    """What is masked: pieces, whole words (Chinese ones by jieba), or n-grams of one to three words.
+
+    packing: several samples share a row, each attending to itself alone, so that next to no padding is computed.
+    """
+
+    mask_rate: PositiveFloat = Field(0.15, lt=1.0)
+    masking: Literal["piece", "word", "ngram"] = "piece"
+    packing: bool = False
+
+
+class MlmNspConfig(MaskingConfig):
     """Masked language model, with next-sentence prediction where `nsp` is set (BERT)."""
 
     kind: Literal["mlm"] = "mlm"
-    mask_rate: PositiveFloat = Field(0.15, lt=1.0)
     nsp: bool = True
 
 
-class RtdConfig(Settings):
+class RtdConfig(MaskingConfig):
     """Replaced-token detection: MLM + weight * RTD (ELECTRA)."""
 
     kind: Literal["rtd"] = "rtd"
-    mask_rate: PositiveFloat = Field(0.15, lt=1.0)
     rtd_weight: NonNegativeFloat = 50.0
 
 
@@ -199,6 +208,7 @@ class DataConfig(Settings):
     tokenizer: str | None = None
     evaluation: str | None = None
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
     flip: bool = False
     prefetch_steps: PositiveInt = 2
     workers: NonNegativeInt = 0
@@ -319,6 +329,8 @@ def check_sections(config: RunConfig) -> None:
         raise ValueError(
             f"data.vocabulary is missing; a {config.model.kind} reads text, name a SentencePiece .model file"
         )
+    if config.objective.kind == "mlm" and config.objective.nsp and config.objective.packing:
+        raise ValueError("objective.packing leaves no row of its own to a pair of sentences; set objective.nsp=false")
     if config.model.kind == "gpt" and config.data.tokenizer is None:
         raise ValueError("data.tokenizer is missing; a gpt reads image codes, name the folder of the image tokenizer")
     if config.model.kind == "vqgan" and config.train.zero_stage != 0:

@@ -36,9 +36,10 @@ class ReconstructionInputs:
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         """The batch of these samples, in their order."""
+        data = self.data
         pictures = [
-            pixels(sample, self.image_size, self.data.crop_scale, self.data.flip, crop_generator(self.seed, sample))
-            for sample in samples
+            pixels(s, self.image_size, data.crop_scale, data.flip, crop_generator(self.seed, s), data.crop_ratio)
+            for s in samples
         ]
         return {"pixels": to_tensor(np.stack(pictures))}
 
@@ -54,11 +55,13 @@ def pixels(
     crop_scale: tuple[float, float] = (1.0, 1.0),
     flip: bool = False,
     generator: np.random.Generator | None = None,
+    crop_ratio: tuple[float, float] = (1.0, 1.0),
 ) -> np.ndarray:
-    """Decode, crop a square, flip by chance, resize -> uint8 [S, S, 3], RGB.
+    """Decode, crop, flip by chance, resize -> uint8 [S, S, 3], RGB.
 
-    The crop's area is drawn from `crop_scale`, in units of the largest square of the image, its place uniformly; at
-    (1, 1), or without a generator, it is that largest square, centred. Raises BadSample when the image does not decode.
+    The crop's area is drawn from `crop_scale`, in units of the largest square of the image, its width / height from
+    `crop_ratio`, evenly in the logarithm, its place uniformly; a side beyond the image is cut to it. At (1, 1) both, or
+    without a generator, it is that largest square, centred. Raises BadSample when the image does not decode.
     """
     try:
         image = decode_rgb(sample.image, MAX_PIXELS)
@@ -68,21 +71,24 @@ def pixels(
         ) from error
     height, width = image.shape[:2]
     whole = min(height, width)
-    top, left, side = (height - whole) // 2, (width - whole) // 2, whole
-    if generator is not None and tuple(crop_scale) != (1.0, 1.0):
-        side = max(1, round(whole * float(np.sqrt(generator.uniform(*crop_scale)))))
-        top, left = int(generator.integers(height - side + 1)), int(generator.integers(width - side + 1))
-    square = image[top : top + side, left : left + side]
+    top, left, rows, columns = (height - whole) // 2, (width - whole) // 2, whole, whole
+    if generator is not None and (tuple(crop_scale), tuple(crop_ratio)) != ((1.0, 1.0), (1.0, 1.0)):
+        side = whole * float(np.sqrt(generator.uniform(*crop_scale)))
+        stretch = 1.0 if tuple(crop_ratio) == (1.0, 1.0) else np.exp(generator.uniform(*np.log(crop_ratio)) / 2)
+        rows = min(height, max(1, round(side / stretch)))
+        columns = min(width, max(1, round(side * stretch)))
+        top, left = int(generator.integers(height - rows + 1)), int(generator.integers(width - columns + 1))
+    crop = image[top : top + rows, left : left + columns]
     if flip and generator is not None and generator.random() < 0.5:
-        square = square[:, ::-1]
-    return resize(square, image_size)
+        crop = crop[:, ::-1]
+    return resize(crop, image_size)
 
 
 def resize(image: np.ndarray, image_size: int) -> np.ndarray:
-    """uint8 [s, s, 3] -> uint8 [S, S, 3]: area average when shrinking, cubic when growing."""
-    if image.shape[0] == image_size:
+    """uint8 [h, w, 3] -> uint8 [S, S, 3]: area average when shrinking, cubic when a side grows."""
+    if image.shape[:2] == (image_size, image_size):
         return np.ascontiguousarray(image)
-    method = cv2.INTER_AREA if image.shape[0] > image_size else cv2.INTER_CUBIC
+    method = cv2.INTER_AREA if min(image.shape[:2]) > image_size else cv2.INTER_CUBIC
     return cv2.resize(np.ascontiguousarray(image), (image_size, image_size), interpolation=method)
 
 

@@ -6,7 +6,8 @@ Letters: b batch, S the model's context, M masked positions, the most that a ful
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,16 +16,18 @@ from torch import Tensor
 from data_pipeline.errors import BadSample, ConfigError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
+from pretrain.inputs.masking import draw_positions, mask_slots, replace_bert, replace_electra
+from pretrain.inputs.packing import Example, packed, pad, padded
 from pretrain.inputs.pixels import crop_generator, pixels
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
     from data_pipeline.vocabulary import Vocabulary
-    from pretrain.config import RunConfig
+    from pretrain.config import MlmNspConfig, RtdConfig, RunConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], as in the authors' preprocessing
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-SPECIALS = 5  # [PAD] [UNK] [CLS] [SEP] [MASK] are the first ids
+SENTENCE_END = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])\s*(?=\S)")
 SHORT_PAIRS = 0.1  # share of sentence pairs that are cut to a random length below the context (BERT)
 
 # ---------------------------------------------------------------------------------------------- contrastive
@@ -45,7 +48,9 @@ class ContrastiveInputs:
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         """The batch of these samples, in their order."""
         size, data = self.image_size, self.data
-        images = [pixels(s, size, data.crop_scale, data.flip, crop_generator(self.seed, s)) for s in samples]
+        images = [
+            pixels(s, size, data.crop_scale, data.flip, crop_generator(self.seed, s), data.crop_ratio) for s in samples
+        ]
         texts = [self.text(caption_of(sample, self.seed)) for sample in samples]
         return {
             "pixels": normalise(np.stack(images)),
@@ -70,32 +75,33 @@ def normalise(images: np.ndarray) -> Tensor:
 
 
 class MlmInputs:
-    """Samples -> tokens, types int64 [b, S]; attention bool [b, S]; positions, labels int64 [b, M];
-    label_weights float32 [b, M], 0 where a slot is empty; is_random int64 [b], 0 where the second segment follows.
+    """Samples -> the tensors of `packing.padded` with is_random, 0 where the second segment follows; or, where the
+    objective packs, those of `packing.packed`.
     """
 
     def __init__(self, config: RunConfig, stream: Source, vocabulary: Vocabulary | None) -> None:
         assert config.model.kind == "bert" and config.objective.kind == "mlm" and vocabulary is not None
         check_vocabulary(vocabulary, config.model.vocab_size)
         self.context = config.model.context
-        self.rate = config.objective.mask_rate
+        self.objective = config.objective
         self.pairs = config.objective.nsp
         self.seed = config.seed
         self.stream = stream
         self.vocabulary = vocabulary
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """The batch of these samples, in their order."""
-        return stack([self.one(sample) for sample in samples])
+        """The batch of these samples: a row each in their order, or packed."""
+        return rows_of([self.one(sample) for sample in samples], self.context, self.objective)
 
-    def one(self, sample: Sample) -> dict[str, Any]:
-        """The row of one sample."""
+    def one(self, sample: Sample) -> Example:
+        """One masked sample."""
         first, second, is_random = self.segments(sample)
         tokens, types = join(first, second, self.vocabulary)
         generator = sample_generator(self.seed, sample.epoch, sample.id, "mask")
-        positions = masked_positions(tokens, self.rate, self.context, generator)
+        rule = (self.objective.masking, self.objective.mask_rate, self.context, self.vocabulary)
+        positions = draw_positions(tokens, *rule, generator)
         masked = replace_bert(tokens, positions, self.vocabulary, generator)
-        return {**row(tokens, masked, types, positions, self.context, self.rate), "is_random": np.int64(is_random)}
+        return Example(tokens, masked, types, positions, is_random=is_random)
 
     def segments(self, sample: Sample) -> tuple[list[int], list[int], bool]:
         """-> pieces of the first and second segment, and whether the second is another sample's."""
@@ -114,11 +120,19 @@ class MlmInputs:
         return *trim(first, second, room, generator), is_random
 
     def neighbours(self, sample: Sample, generator: np.random.Generator) -> tuple[list[int], list[int]]:
-        """Two captions of the sample in drawn order, or its only caption cut in two at a drawn place."""
+        """Two captions of the sample in drawn order, or its only one cut in two at a drawn end of a sentence; where it
+        has but one sentence, at a drawn piece.
+        """
         if len(sample.captions) > 1:
             one, two = generator.permutation(len(sample.captions))[:2]
             return self.vocabulary.encode(sample.captions[one]), self.vocabulary.encode(sample.captions[two])
-        pieces = self.vocabulary.encode(choose(sample, generator))
+        caption = choose(sample, generator)
+        sentences = SENTENCE_END.split(caption)
+        if len(sentences) > 1:
+            end = int(generator.integers(1, len(sentences)))
+            first, second = " ".join(sentences[:end]), " ".join(sentences[end:])
+            return self.vocabulary.encode(first), self.vocabulary.encode(second)
+        pieces = self.vocabulary.encode(caption)
         cut = int(generator.integers(1, len(pieces))) if len(pieces) > 1 else len(pieces)
         return pieces[:cut], pieces[cut:]
 
@@ -130,25 +144,31 @@ class RtdInputs:
         assert config.model.kind == "electra" and config.objective.kind == "rtd" and vocabulary is not None
         check_vocabulary(vocabulary, config.model.vocab_size)
         self.context = config.model.context
-        self.rate = config.objective.mask_rate
+        self.objective = config.objective
         self.seed = config.seed
         self.vocabulary = vocabulary
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """The batch of these samples, in their order."""
-        return stack([self.one(sample) for sample in samples])
+        """The batch of these samples: a row each in their order, or packed."""
+        return rows_of([self.one(sample) for sample in samples], self.context, self.objective)
 
-    def one(self, sample: Sample) -> dict[str, Any]:
-        """The row of one sample."""
+    def one(self, sample: Sample) -> Example:
+        """One masked sample."""
         pieces = self.vocabulary.encode(caption_of(sample, self.seed))[: self.context - 2]
         tokens, types = join(pieces, [], self.vocabulary)
         generator = sample_generator(self.seed, sample.epoch, sample.id, "mask")
-        positions = masked_positions(tokens, self.rate, self.context, generator)
+        rule = (self.objective.masking, self.objective.mask_rate, self.context, self.vocabulary)
+        positions = draw_positions(tokens, *rule, generator)
         masked = replace_electra(tokens, positions, self.vocabulary, generator)
         uniforms = sample_generator(self.seed, sample.epoch, sample.id, "replace").random(
-            mask_slots(self.rate, self.context), dtype=np.float32
+            mask_slots(self.objective.mask_rate, self.context), dtype=np.float32
         )
-        return {**row(tokens, masked, types, positions, self.context, self.rate), "uniforms": uniforms}
+        return Example(tokens, masked, types, positions, uniforms=uniforms)
+
+
+def rows_of(examples: list[Example], context: int, objective: MlmNspConfig | RtdConfig) -> dict[str, Tensor]:
+    """A sample a row, or as few rows as they fit in."""
+    return packed(examples, context) if objective.packing else padded(examples, context, objective.mask_rate)
 
 
 # ------------------------------------------------------------------------------------------------- captions
@@ -190,71 +210,3 @@ def trim(first: list[int], second: list[int], room: int, generator: np.random.Ge
         longer = first if len(first) > len(second) else second
         del longer[0 if generator.random() < 0.5 else -1]
     return first, second
-
-
-# -------------------------------------------------------------------------------------------------- masking
-
-
-def mask_slots(rate: float, context: int) -> int:
-    """M: how many words a full context masks."""
-    return max(1, round(rate * context))
-
-
-def masked_positions(tokens: np.ndarray, rate: float, context: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw max(1, round(rate * length)) positions, never of [CLS], [SEP] or [PAD] -> int64 [n], ascending.
-
-    tokens: int64 [length] without padding; the length counts [CLS] and [SEP]. Without a word there is no position.
-    """
-    candidates = np.flatnonzero((tokens >= SPECIALS) | (tokens == 1))  # [UNK] stands for a word
-    wanted = min(mask_slots(rate, context), max(1, round(rate * len(tokens))))
-    return np.sort(generator.permutation(candidates)[:wanted])
-
-
-def replace_bert(
-    tokens: np.ndarray, positions: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
-) -> np.ndarray:
-    """80 % [MASK], 10 % unchanged, 10 % a random piece (no special one), each piece by itself -> int64 [length]."""
-    chance = generator.random(len(positions))
-    pieces = generator.integers(SPECIALS, vocabulary.size, len(positions))
-    masked = tokens.copy()
-    masked[positions] = np.where(chance < 0.8, vocabulary.mask, np.where(chance < 0.9, tokens[positions], pieces))
-    return masked
-
-
-def replace_electra(
-    tokens: np.ndarray, positions: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
-) -> np.ndarray:
-    """85 % [MASK], 15 % unchanged -> int64 [length]."""
-    masked = tokens.copy()
-    masked[positions] = np.where(generator.random(len(positions)) < 0.85, vocabulary.mask, tokens[positions])
-    return masked
-
-
-# ----------------------------------------------------------------------------------------------------- rows
-
-
-def row(
-    tokens: np.ndarray, masked: np.ndarray, types: np.ndarray, positions: np.ndarray, context: int, rate: float
-) -> dict[str, np.ndarray]:
-    """tokens, masked, types: int64 [length], positions: int64 [n] -> one padded row of the batch."""
-    slots = mask_slots(rate, context)
-    return {
-        "tokens": pad(masked, context),
-        "types": pad(types, context),
-        "attention": np.arange(context) < len(tokens),
-        "positions": pad(positions, slots),
-        "labels": pad(tokens[positions], slots),
-        "label_weights": (np.arange(slots) < len(positions)).astype(np.float32),
-    }
-
-
-def pad(values: list[int] | np.ndarray, length: int) -> np.ndarray:
-    """int64 [n] -> int64 [length], zeros ([PAD]) behind."""
-    padded = np.zeros(length, np.int64)
-    padded[: len(values)] = values
-    return padded
-
-
-def stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Rows -> the batch: a new first dimension for every key."""
-    return {key: torch.from_numpy(np.stack([one[key] for one in rows])) for key in rows[0]}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.models.layers import MlmHead, TextEmbeddings, TextEncoder, init_bert
+from pretrain.models.layers import MlmHead, TextEmbeddings, TextEncoder, init_bert, own_segment
 
 if TYPE_CHECKING:
     from pretrain.config import ElectraConfig
@@ -66,17 +66,22 @@ class Electra(nn.Module):
         labels: Tensor,
         label_weights: Tensor,
         uniforms: Tensor,
+        segments: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> ElectraOutput:
         """tokens (masked), types: int64 [B, S]; attention: bool [B, S]; the rest [B, M]: positions and labels int64,
         label_weights float (0 where a slot is empty), uniforms float32 in [0, 1).
+
+        segments, places: int64 [B, S], of rows of several samples (see `inputs.packing`).
         """
-        hidden = self.generator(self.embeddings(tokens, types), attention)
+        key_mask = own_segment(attention, segments)
+        hidden = self.generator(self.embeddings(tokens, types, places), key_mask)
         word_logits = self.mlm(hidden, positions, self.embeddings.word)
         filled = label_weights > 0
         sampled = sample_words(word_logits.detach(), uniforms)
         corrupted = put(tokens, positions, sampled, filled)
         original = put(tokens, positions, labels, filled)
-        judged = self.discriminator(self.embeddings(corrupted, types), attention)
+        judged = self.discriminator(self.embeddings(corrupted, types, places), key_mask)
         return ElectraOutput(word_logits, self.rtd(judged), corrupted != original, corrupted)
 
 

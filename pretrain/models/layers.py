@@ -56,10 +56,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x: [B, S, D], key_mask: bool [B, S], True where a key may be attended to -> [B, S, D]."""
+        """x: [B, S, D], key_mask: bool [B, S], True where a key may be attended to (or [B, S, S]) -> [B, S, D]."""
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mask = None if key_mask is None else key_mask[:, None, None, :]
+        mask = None if key_mask is None else key_mask.view(batch, 1, -1, length)
         dropout = self.dropout if self.training else 0.0
         mixed = attend(q, k, v, mask, dropout, causal)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
@@ -115,6 +115,14 @@ class PostNormBlock(nn.Module):
 # ------------------------------------------------------------------------------- text encoders (BERT, ELECTRA)
 
 
+def own_segment(attention: Tensor, segments: Tensor | None) -> Tensor:
+    """The key mask: attention bool [B, S] as it is, or, with segments int64 [B, S], bool [B, S, S], block by block.
+
+    Padding is a segment too, so that no query is left without a key.
+    """
+    return attention if segments is None else segments[:, :, None] == segments[:, None, :]
+
+
 class WordEmbedding(nn.Embedding):
     """One matrix that reads tokens and, transposed, writes logits over them.
 
@@ -139,9 +147,10 @@ class TextEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, tokens: Tensor, types: Tensor) -> Tensor:
-        """tokens, types: int64 [B, S] -> [B, S, embedding width]."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
+    def forward(self, tokens: Tensor, types: Tensor, places: Tensor | None = None) -> Tensor:
+        """tokens, types, places (0, 1, ... where not given): int64 [B, S] -> [B, S, embedding width]."""
+        if places is None:
+            places = torch.arange(tokens.shape[1], device=tokens.device)
         return self.dropout(self.norm(self.word(tokens) + self.position(places) + self.segment(types)))
 
 

@@ -40,7 +40,8 @@ class Mlm(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of MlmInputs -> loss and, over all ranks, mlm_loss, mlm_accuracy (nsp_loss, nsp_accuracy)."""
-        words, pairs = self.model(batch["tokens"], batch["types"], batch["attention"], batch["positions"])
+        several = {key: batch[key] for key in ("segments", "places") if key in batch}  # samples in a row
+        words, pairs = self.model(batch["tokens"], batch["types"], batch["attention"], batch["positions"], **several)
         labels, weights = batch["labels"], batch["label_weights"]
         nll = word_loss(words, labels, weights)
         right = ((words.detach().argmax(-1) == labels) * weights).sum()

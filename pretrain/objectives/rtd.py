@@ -34,7 +34,8 @@ class Rtd(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of RtdInputs -> loss and, over all ranks, the losses and accuracies of both towers."""
-        out = self.model(**{key: batch[key] for key in self.keys})
+        several = {key: batch[key] for key in ("segments", "places") if key in batch}  # samples in a row
+        out = self.model(**{key: batch[key] for key in self.keys}, **several)
         labels, weights, real = batch["labels"], batch["label_weights"], batch["attention"]
         nll = word_loss(out.word_logits, labels, weights)
         rtd = replaced_loss(out.replaced_logits, out.replaced, real)

@@ -41,6 +41,24 @@ def test_a_crop_depends_on_seed_epoch_and_sample_and_not_on_the_position():
     assert len({crop(0, 1, 2, 3), crop(1, 1, 2, 3), crop(0, 2, 2, 3), crop(0, 1, 3, 3)}) == 4
 
 
+def test_a_resized_crop_has_an_area_and_a_ratio_from_their_ranges():
+    found = []
+    for number in range(200):
+        one = sample(GRADIENT, number)
+        crop = pixels(one, 60, (0.3, 0.6), False, crop_generator(0, one), (0.5, 2.0)).astype(int)
+        height, width = crop[-1, 0, 0] - crop[0, 0, 0] + 1, (crop[0, -1, 1] - crop[0, 0, 1]) / 2 + 1
+        found.append((width * height / 3600, width / height))
+    areas, ratios = np.array(found).T
+    assert 0.25 < areas.min() < 0.35 and 0.55 < areas.max() < 0.65
+    assert 0.45 < ratios.min() < 0.6 and 1.7 < ratios.max() < 2.2
+    assert abs(np.log(ratios).mean()) < 0.1  # as often wide as high
+
+
+def test_a_crop_wider_than_the_image_is_cut_to_it():
+    tall = sample(np.zeros((90, 20, 3), np.uint8))
+    assert pixels(tall, 16, (1.0, 1.0), False, crop_generator(0, tall), (4.0, 4.0)).shape == (16, 16, 3)
+
+
 def test_half_of_the_samples_are_flipped():
     whole = pixels(sample(GRADIENT), 60)
     flips = 0

@@ -13,7 +13,8 @@ from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
 from pretrain.config import RunConfig
 from pretrain.inputs import INPUTS
-from pretrain.inputs.text import mask_slots, masked_positions, replace_bert, replace_electra, trim
+from pretrain.inputs.masking import mask_slots, masked_positions, replace_bert, replace_electra
+from pretrain.inputs.text import trim
 
 CONTEXT, VOCABULARY = 16, 60
 
@@ -118,6 +119,36 @@ def test_half_of_the_second_segments_come_from_another_sample() -> None:
         assert set(first) <= {own} and len(first) + len(second) <= CONTEXT - 3
         assert not second or (set(second) == {own}) is not is_random
     assert np.mean([is_random for _, _, is_random in rows]) == pytest.approx(0.5, abs=0.04)
+
+
+def test_a_caption_of_several_sentences_is_cut_where_one_ends() -> None:
+    reader, cuts = inputs("mlm"), set()
+    for epoch in range(60):
+        one = Sample(2, epoch, 0, "k", b"", ("a. b! \u732b\u3002c",), {})
+        first, second = reader.neighbours(one, sample_generator(5, epoch, 2, "segments"))
+        cuts.add((len(first), len(second)))
+    assert cuts == {(2, 7), (5, 4), (8, 1)}  # letters of "a." | "b! 猫。 c", and so on
+
+
+@pytest.mark.parametrize("kind", ["mlm", "rtd"])
+def test_a_packed_sample_is_the_sample_of_a_row_of_its_own(kind: str) -> None:
+    options: dict[str, Any] = {"nsp": False} if kind == "mlm" else {}
+    alone = inputs(kind, **options)([sample(n) for n in range(6)])
+    both = inputs(kind, packing=True, **options)([sample(n) for n in range(6)])
+    assert len(both["tokens"]) < 6 and set(both) - set(alone) == {"segments", "places"}
+
+    def rows(batch: dict[str, Any], row: int, chosen: torch.Tensor) -> tuple[list[int], ...]:
+        slots = (batch["label_weights"][row] > 0) & chosen[batch["positions"][row]]
+        return batch["tokens"][row, chosen].tolist(), batch["labels"][row, slots].tolist()
+
+    expected = [rows(alone, row, alone["attention"][row]) for row in range(6)]
+    found = [
+        rows(both, row, both["segments"][row] == segment)
+        for row in range(len(both["tokens"]))
+        for segment in range(int(both["segments"][row].max()) + 1)
+    ]
+    assert sorted(found) == sorted(expected)
+    assert torch.equal(both["segments"] >= 0, both["attention"])
 
 
 @given(first=st.integers(0, 40), second=st.integers(0, 40), room=st.integers(2, 30), seed=st.integers(0, 99))

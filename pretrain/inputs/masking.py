@@ -1,0 +1,141 @@
+"""Which words are masked and what stands in their place. BERT (arXiv:1810.04805), its whole-word masking, n-grams as in
+ALBERT (arXiv:1909.11942, section 3.1), ELECTRA (arXiv:2003.10555).
+
+Every draw comes from the generator handed in, which is the sample's own.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from data_pipeline.vocabulary import Vocabulary
+
+SPECIALS = 5  # [PAD] [UNK] [CLS] [SEP] [MASK] are the first ids
+LONGEST_NGRAM = 3
+_SPACE, _UNKNOWN = "\u2581", "\ufffd"
+
+
+def mask_slots(rate: float, context: int) -> int:
+    """M: how many pieces a full context masks."""
+    return max(1, round(rate * context))
+
+
+def draw_positions(
+    tokens: np.ndarray, masking: str, rate: float, context: int, vocabulary: Vocabulary, generator: np.random.Generator
+) -> np.ndarray:
+    """tokens: int64 [length] -> int64 [n], ascending: by "piece", whole "word" or "ngram" of up to three words."""
+    if masking == "piece":
+        return masked_positions(tokens, rate, context, generator)
+    longest = LONGEST_NGRAM if masking == "ngram" else 1
+    return masked_words(tokens, word_starts(tokens.tolist(), vocabulary), rate, context, longest, generator)
+
+
+def masked_positions(tokens: np.ndarray, rate: float, context: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw max(1, round(rate * length)) positions, never of [CLS], [SEP] or [PAD] -> int64 [n], ascending.
+
+    tokens: int64 [length] without padding; the length counts [CLS] and [SEP]. Without a word there is no position.
+    """
+    candidates = np.flatnonzero(_maskable(tokens))
+    return np.sort(generator.permutation(candidates)[: _wanted(tokens, rate, context)])
+
+
+def masked_words(
+    tokens: np.ndarray, starts: np.ndarray, rate: float, context: int, longest: int, generator: np.random.Generator
+) -> np.ndarray:
+    """As `masked_positions` by whole words, which begin at `starts`, bool [length]: never a part of a word.
+
+    Words are taken in drawn order, with longest > 1 as n-grams of n words with a chance in proportion to 1 / n, shorter
+    where n do not fit. Words that would exceed the number are passed over; where none fits it is the shortest.
+    """
+    words = _words(_maskable(tokens), starts)
+    chosen, room = np.zeros(len(tokens), bool), _wanted(tokens, rate, context)
+    chances = np.cumsum(1 / np.arange(1, longest + 1))
+    for first in generator.permutation(len(words)).tolist():
+        if not room:
+            break
+        drawn = 1 + int(np.searchsorted(chances, generator.random() * chances[-1], side="right"))
+        for count in range(min(drawn, len(words) - first), 0, -1):
+            gram = np.concatenate(words[first : first + count])
+            if len(gram) <= room and not chosen[gram].any():
+                chosen[gram] = True
+                room -= len(gram)
+                break
+    shortest = min(words, key=len, default=None)
+    if not chosen.any() and shortest is not None and len(shortest) <= mask_slots(rate, context):
+        chosen[shortest] = True
+    return np.flatnonzero(chosen)
+
+
+def word_starts(ids: list[int], vocabulary: Vocabulary) -> np.ndarray:
+    """Where a word begins: bool [n]. Text with Chinese characters is cut into words by jieba.
+
+    Raises ConfigError where jieba is needed and not installed: without it the masks would be others.
+    """
+    pieces = [_UNKNOWN if i == vocabulary.unk else " " if i < SPECIALS else vocabulary.piece(i) for i in ids]
+    pieces = [piece.replace(_SPACE, " ") for piece in pieces]
+    text = "".join(pieces)
+    if not any("\u3400" <= letter <= "\u9fff" for letter in text):
+        return np.array([vocabulary.starts_word(i) for i in ids], bool)
+    words = [len(word) for word in _segmenter().cut(text)]
+    begins = {0, *np.cumsum(words).tolist()}
+    offsets = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1]
+    gaps = [len(piece) - len(piece.lstrip(" ")) if piece.strip(" ") else 0 for piece in pieces]
+    return np.array([int(at) + gap in begins for at, gap in zip(offsets, gaps, strict=True)], bool)
+
+
+@lru_cache(maxsize=1)
+def _segmenter() -> Any:
+    try:
+        import jieba
+    except ImportError:
+        raise ConfigError(
+            "objective.masking by whole words needs jieba for Chinese text; pip install 'tessera[chinese]', or mask by "
+            "piece"
+        ) from None
+    tokenizer = jieba.Tokenizer()
+    # its own start-up would load a cache from the temporary folder, where anybody may have put one
+    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
+    tokenizer.initialized = True
+    return tokenizer
+
+
+def replace_bert(
+    tokens: np.ndarray, positions: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
+) -> np.ndarray:
+    """80 % [MASK], 10 % unchanged, 10 % a random piece (no special one), each piece by itself -> int64 [length]."""
+    chance = generator.random(len(positions))
+    pieces = generator.integers(SPECIALS, vocabulary.size, len(positions))
+    masked = tokens.copy()
+    masked[positions] = np.where(chance < 0.8, vocabulary.mask, np.where(chance < 0.9, tokens[positions], pieces))
+    return masked
+
+
+def replace_electra(
+    tokens: np.ndarray, positions: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
+) -> np.ndarray:
+    """85 % [MASK], 15 % unchanged -> int64 [length]."""
+    masked = tokens.copy()
+    masked[positions] = np.where(generator.random(len(positions)) < 0.85, vocabulary.mask, tokens[positions])
+    return masked
+
+
+def _maskable(tokens: np.ndarray) -> np.ndarray:
+    return (tokens >= SPECIALS) | (tokens == 1)  # [UNK] stands for a word
+
+
+def _wanted(tokens: np.ndarray, rate: float, context: int) -> int:
+    return min(mask_slots(rate, context), max(1, round(rate * len(tokens))))
+
+
+def _words(maskable: np.ndarray, starts: np.ndarray) -> list[np.ndarray]:
+    """Places of the pieces of each word; what cannot be masked parts words."""
+    places = np.flatnonzero(maskable)
+    begins = starts[places].copy()
+    begins[1:] |= np.diff(places) > 1
+    return np.split(places, np.flatnonzero(begins[1:]) + 1) if len(places) else []
