@@ -6,12 +6,14 @@ import shutil
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.errors import DataError
 
-_OPEN_FILES = 128
+_OPEN_FILES = 512
+_PIECE = 1 << 20
 
 
 class Storage(Protocol):
@@ -51,6 +53,10 @@ class Storage(Protocol):
         """Bytes [start, stop). Raises DataError when there are fewer."""
         ...
 
+    def stream(self, name: str) -> Iterator[bytes]:
+        """The whole object in pieces. Raises DataError where it is missing."""
+        ...
+
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Create the object at once and whole; False, and nothing changed, where the name is taken."""
         ...
@@ -87,15 +93,10 @@ class LocalStorage:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self._files: OrderedDict[str, int] = OrderedDict()
+        self._files: OrderedDict[str, FileIO] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "_files": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in self._files.values():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
 
     def path(self, name: str) -> Path:
         """The file of an object."""
@@ -130,14 +131,26 @@ class LocalStorage:
             return self.path(name).read_bytes()
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
+        data = bytearray(stop - start)
+        self.read_into(name, start, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Bytes from `start` on, as many as the buffer takes. Raises DataError when there are fewer."""
         try:
-            data = os.pread(self._open(name), stop - start, start)
+            count = os.preadv(self._open(name).fileno(), [buffer], start)
         except OSError:
             with _named(self.root, name):
                 raise
-        if len(data) != stop - start:
-            raise DataError(f"{self.path(name)}: bytes {start}..{stop} asked for, {len(data)} there; it was cut off")
-        return data
+        if count != len(buffer):
+            raise DataError(
+                f"{self.path(name)}: bytes {start}..{start + len(buffer)} asked for, {count} there; it was cut off"
+            )
+
+    def stream(self, name: str) -> Iterator[bytes]:
+        with _named(self.root, name), self.path(name).open("rb", buffering=0) as file:
+            while piece := file.read(_PIECE):
+                yield piece
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         if self.exists(name):
@@ -181,13 +194,14 @@ class LocalStorage:
     def clean(self) -> None:
         shutil.rmtree(Path(self.root) / ".tmp", ignore_errors=True)
 
-    def _open(self, name: str) -> int:
-        descriptor = self._files.get(name)
-        if descriptor is None:
-            descriptor = self._files[name] = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._files) > _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        return descriptor
+    def _open(self, name: str) -> FileIO:
+        """One of the files kept open; it is closed once no thread reads it any more."""
+        file = self._files.get(name)
+        if file is None:
+            file = self._files[name] = FileIO(self.path(name))
+            while len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        return file
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from data_pipeline.build.images import Reject, decode_rgb, resize
 from data_pipeline.errors import DataError
 from data_pipeline.shards.manifest import Manifest, canonical_json, publish, read_index, read_manifest
 from data_pipeline.shards.tar import BLOCK, parse_files, split_name
-from data_pipeline.storage import Storage, open_storage
+from data_pipeline.storage import LocalStorage, Storage, open_storage
 from data_pipeline.workers import Counter, ray_session, run_tasks
 
 CHUNK = 64  # images a call of the tokenizer, counted from the start of a shard: bytes do not depend on who encodes
@@ -78,18 +78,18 @@ class CodesFile:
     """The codes of a dataset, read by shard and row."""
 
     storage: Storage
-    names: list[str]
+    files: list[tuple[str, int, str]]  # name, bytes, sha256 of each shard's codes
     codes_per_image: int
     codebook_size: int
 
-    def read(self, shard: int, row: int) -> np.ndarray:
-        """-> uint16 [codes_per_image]"""
+    def place(self, shard: int, row: int) -> tuple[str, int, int]:
+        """-> object, first byte and end of the codes of a sample: uint16 little endian [codes_per_image]"""
         stride = 2 * self.codes_per_image
-        return np.frombuffer(self.storage.get_range(self.names[shard], row * stride, (row + 1) * stride), "<u2")
+        return self.files[shard][0], row * stride, (row + 1) * stride
 
     def read_shard(self, shard: int) -> np.ndarray:
         """-> uint16 [samples of the shard, codes_per_image]"""
-        return np.frombuffer(self.storage.get(self.names[shard]), "<u2").reshape(-1, self.codes_per_image)
+        return np.frombuffer(self.storage.get(self.files[shard][0]), "<u2").reshape(-1, self.codes_per_image)
 
 
 def read_codes(dataset: str | Path, tokenizer_id: str) -> np.ndarray:
@@ -114,12 +114,13 @@ def open_codes(storage: Storage, manifest: Manifest, tokenizer_id: str) -> Codes
             f"{storage.root}/{meta_name(tokenizer_id)}: codes of dataset {meta['dataset'][:12]}, this one is "
             f"{manifest.fingerprint[:12]}; run `tessera data encode` on this one"
         )
-    names = [codes_name(shard.name, tokenizer_id) for shard in manifest.shards]
-    for name, shard in zip(names, manifest.shards, strict=True):
-        size, wanted = storage.stat(name)[0], 2 * meta["codes_per_image"] * shard.n
-        if size != wanted:
-            raise DataError(f"{storage.root}/{name}: {size} bytes instead of {wanted}; delete it and encode again")
-    return CodesFile(storage, names, meta["codes_per_image"], meta["codebook_size"])
+    files = [(entry["name"], entry["bytes"], entry["digest"]) for entry in meta["shards"]]
+    for (name, size, _), entry in zip(files, manifest.shards, strict=True):
+        wanted = 2 * meta["codes_per_image"] * entry.n
+        found = storage.stat(name)[0] if isinstance(storage, LocalStorage) else size  # a GET tells it of remote ones
+        if not found == size == wanted:
+            raise DataError(f"{storage.root}/{name}: {found} bytes instead of {wanted}; delete it and encode again")
+    return CodesFile(storage, files, meta["codes_per_image"], meta["codebook_size"])
 
 
 # --------------------------------------------------------------------------------------------- encoding

@@ -1,18 +1,24 @@
 """What a dataset says about itself: an index beside each tar, and one manifest whose hash is the dataset's name.
 
 `NAME.tar.idx`, little endian: magic "TESSIDX\\0", version u32, reserved u32, tar bytes u64, xxh3-64 of the tar u64,
-samples u64, then samples + 1 offsets u32 in blocks of 512 bytes: sample i is blocks [offset i, offset i + 1).
+samples u64, then samples + 1 offsets u32 in blocks of 512 bytes: sample i is blocks [offset i, offset i + 1); from
+version 2 on samples sums u32: the lower half of the xxh3-64 of each sample's blocks. Where that name belongs to another
+program (Energon writes its own NAME.tar.idx) ours is NAME.tar.tessera.idx.
 """
 
 import hashlib
 import json
 import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from data_pipeline.errors import DataError
+from data_pipeline.shards.tar import BLOCK, checksum, samples_of
 from data_pipeline.storage import Storage
 
 MANIFEST = "manifest.json"
@@ -20,16 +26,18 @@ STATS = "stats.json"
 VERSION = 1
 
 _MAGIC = b"TESSIDX\0"
+_NAMES = ("{}.idx", "{}.tessera.idx")
 _HEADER = struct.Struct("<8sIIQQQ")
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where the samples of one tar lie. offsets: uint32 [n + 1], in blocks."""
+    """Where the samples of one tar lie. offsets: uint32 [n + 1], in blocks; sums: uint32 [n], None before version 2."""
 
     tar_bytes: int
     xxh3: int
     offsets: np.ndarray
+    sums: np.ndarray | None = None
 
     @property
     def samples(self) -> int:
@@ -54,12 +62,12 @@ class Manifest:
     shards: tuple[Shard, ...]
     version: int = VERSION
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """Number of samples of all shards."""
         return sum(shard.n for shard in self.shards)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON."""
         return hashlib.sha256(self.to_json()).hexdigest()
@@ -95,10 +103,35 @@ def read_manifest(storage: Storage) -> Manifest:
     return manifest
 
 
+def index_tar(pieces: Iterable[bytes], where: str) -> tuple[Index, str]:
+    """A tar that comes piece by piece -> (its index, its sha256). Raises DataError where it is cut off or damaged."""
+    xxh3, sha256, total = xxhash.xxh3_64(), hashlib.sha256(), 0
+
+    def hashed() -> Iterator[bytes]:
+        nonlocal total
+        for piece in pieces:
+            xxh3.update(piece)
+            sha256.update(piece)
+            total += len(piece)
+            yield piece
+
+    offsets, sums, end = list[int](), list[int](), 0
+    source = hashed()
+    for start, sample in samples_of(source, where):
+        offsets.append(start // BLOCK)
+        sums.append(checksum(sample))
+        end = start + len(sample)
+    for _ in source:  # what follows the closing blocks belongs to the digests
+        pass
+    offsets.append(end // BLOCK)
+    return Index(total, xxh3.intdigest(), np.array(offsets, np.uint32), np.array(sums, np.uint32)), sha256.hexdigest()
+
+
 def pack_index(index: Index) -> bytes:
     """Index -> the bytes of a .idx file."""
-    offsets = np.ascontiguousarray(index.offsets, "<u4")
-    return _HEADER.pack(_MAGIC, VERSION, 0, index.tar_bytes, index.xxh3, index.samples) + offsets.tobytes()
+    sums = b"" if index.sums is None else index.sums.astype("<u4").tobytes()
+    head = _HEADER.pack(_MAGIC, 2 if sums else 1, 0, index.tar_bytes, index.xxh3, index.samples)
+    return head + index.offsets.astype("<u4").tobytes() + sums
 
 
 def unpack_index(data: bytes, where: str) -> Index:
@@ -106,21 +139,34 @@ def unpack_index(data: bytes, where: str) -> Index:
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
         raise DataError(f"{where}: not an index of shards; run `tessera data index` on its tar")
     _, version, _, tar_bytes, digest, samples = _HEADER.unpack_from(data)
-    if version != VERSION or len(data) != _HEADER.size + 4 * (samples + 1):
+    words = {1: samples + 1, 2: 2 * samples + 1}.get(version, -1)
+    if len(data) != _HEADER.size + 4 * words:
         raise DataError(f"{where}: version {version}, {samples} samples, {len(data)} bytes; damaged, index it again")
-    return Index(tar_bytes, digest, np.frombuffer(data, "<u4", offset=_HEADER.size))
+    values = np.frombuffer(data, "<u4", offset=_HEADER.size)
+    return Index(tar_bytes, digest, values[: samples + 1], values[samples + 1 :] if version > 1 else None)
 
 
 def read_index(storage: Storage, shard: Shard) -> Index:
     """The index of a shard, checked against the manifest. Raises DataError on a difference."""
-    name = f"{shard.name}.idx"
-    index = unpack_index(storage.get(name), f"{storage.root}/{name}")
+    ours, other = (pattern.format(shard.name) for pattern in _NAMES)
+    data = storage.get(ours)
+    if not data.startswith(_MAGIC) and storage.exists(other):
+        ours, data = other, storage.get(other)
+    index = unpack_index(data, f"{storage.root}/{ours}")
     if (index.tar_bytes, index.samples) != (shard.bytes, shard.n):
         raise DataError(
-            f"{storage.root}/{name}: {index.samples} samples in {index.tar_bytes} bytes, the manifest says {shard.n} "
+            f"{storage.root}/{ours}: {index.samples} samples in {index.tar_bytes} bytes, the manifest says {shard.n} "
             f"in {shard.bytes}; the index belongs to another tar, fetch both again"
         )
     return index
+
+
+def publish_index(storage: Storage, shard_name: str, index: Index) -> None:
+    """Write the index of a shard beside it, under a name that is free or ours. Raises DataError when ours differs."""
+    ours, other = (pattern.format(shard_name) for pattern in _NAMES)
+    data = pack_index(index)
+    if not storage.put_if_absent(ours, data):
+        publish(storage, ours if storage.get(ours).startswith(_MAGIC) else other, data)
 
 
 def publish(storage: Storage, name: str, data: bytes) -> None:

@@ -3,7 +3,7 @@
 A sample is a run of neighbouring files with one base name up to the first dot: 000000012.png, .txt, .json.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -16,6 +16,7 @@ _MAX_NAME = 100
 _MAX_SIZE = 8 * 1024**3
 _END = bytes(2 * BLOCK)
 _REGULAR = ord("0")
+_SUM = (1 << 32) - 1
 
 
 class Member(NamedTuple):
@@ -71,8 +72,10 @@ class TarWriter:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._hash = xxhash.xxh3_64()
+        self._sample = xxhash.xxh3_64()
         self.bytes = 0
         self.offsets = [0]
+        self.sums: list[int] = []
 
     @property
     def xxh3(self) -> int:
@@ -86,6 +89,8 @@ class TarWriter:
             self._write(data)
             self._write(bytes(padded(len(data)) - len(data)))
         self.offsets.append(self.bytes // BLOCK)
+        self.sums.append(self._sample.intdigest() & _SUM)
+        self._sample.reset()
 
     def close(self) -> None:
         """Two empty blocks end the archive; the file stays open."""
@@ -95,32 +100,36 @@ class TarWriter:
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._hash.update(data)
+        self._sample.update(data)
         self.bytes += len(data)
 
 
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def parse_files(data: bytes, where: str) -> list[tuple[str, bytes]]:
+def parse_files(data: bytes | memoryview, where: str) -> list[tuple[str, bytes]]:
     """(name, contents) of the regular files within `data`, which begins at a header.
 
     The path of every sample that is read: plain headers are taken apart here, whatever else occurs in tars is left to
     `parse_members`, and header checksums to `scan` and `verify`.
     """
+    view = memoryview(data)
     files: list[tuple[str, bytes]] = []
-    position, total = 0, len(data)
+    position, total = 0, len(view)
     while position < total:
-        name_end = data.find(b"\0", position, position + _MAX_NAME)
-        if name_end <= position or data[position + 156] != _REGULAR or data[position + 345]:
-            return [(m.name, data[m.data : m.data + m.size]) for m in parse_members(data, where)]
+        block = bytes(view[position : position + BLOCK])
+        name_end = block.find(b"\0", 0, _MAX_NAME)
+        if name_end <= 0 or len(block) < BLOCK or block[156] != _REGULAR or block[345]:
+            whole = bytes(view)
+            return [(m.name, whole[m.data : m.data + m.size]) for m in parse_members(whole, where)]
         try:
-            size = int(data[position + 124 : position + 135], 8)
+            size = int(block[124:135], 8)
         except ValueError:
             raise DataError(f"{where}: no tar header at byte {position}; the file is damaged or no tar") from None
         body = position + BLOCK
         if body + size > total:
             raise DataError(f"{where}: a file claims {size} bytes, {total - body} are there; the tar was cut off")
-        files.append((data[position:name_end].decode("utf-8", "surrogateescape"), data[body : body + size]))
+        files.append((block[:name_end].decode("utf-8", "surrogateescape"), bytes(view[body : body + size])))
         position = body + padded(size)
     return files
 
@@ -188,6 +197,73 @@ def scan_samples(path: Path) -> tuple[list[int], int]:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return [*offsets, end // BLOCK], digest.intdigest()
+
+
+def samples_of(pieces: Iterable[bytes], where: str) -> Iterator[tuple[int, bytes]]:
+    """The samples of a tar that comes piece by piece -> (first byte, the bytes from it to the next sample).
+
+    Holds one sample at a time. Raises DataError where the tar is cut off, also between files, or damaged.
+    """
+    source = _Pieces(pieces)
+    start, key, sample = 0, "", list[bytes]()
+    ahead_start, long_name, ahead = 0, "", list[bytes]()  # headers that belong to the next file
+    while True:
+        position = source.taken
+        block = source.take(BLOCK)
+        if len(block) < BLOCK:
+            raise DataError(f"{where}: ends at byte {source.taken} without the closing blocks of a tar; fetch it again")
+        if block[0] == 0 and not any(block):
+            break
+        name, size, kind = parse_header(block, where, position)
+        body = source.take(padded(size))
+        if len(body) < padded(size):
+            raise DataError(f"{where}: {name!r} claims {size} bytes, {len(body)} are there; the tar was cut off")
+        ahead_start = ahead_start if ahead else position
+        ahead += (block, body)
+        if kind in b"xL":
+            long_name = _long_name(body[:size], kind) or long_name
+            continue
+        if kind in b"0\0":
+            found = split_name(long_name or name)[0]
+            if sample and found != key:
+                yield start, b"".join(sample)
+                sample = []
+            start, key = (start, key) if sample else (ahead_start, found)
+            sample += ahead
+        elif sample:
+            sample += ahead  # a folder or the like lies within the sample before it
+        ahead, long_name = [], ""
+    if sample:
+        yield start, b"".join(sample)
+
+
+class _Pieces:
+    """Bytes in the sizes asked for, out of pieces of any size."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+        self._rest = memoryview(b"")
+        self.taken = 0
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes; fewer at the end."""
+        parts = []
+        wanted = count
+        while wanted:
+            if not self._rest:
+                self._rest = memoryview(next(self._pieces, b""))
+                if not self._rest:
+                    break
+            parts.append(self._rest[:wanted])
+            self._rest = self._rest[len(parts[-1]) :]
+            wanted -= len(parts[-1])
+        self.taken += count - wanted
+        return b"".join(parts)
+
+
+def checksum(sample: bytes | memoryview) -> int:
+    """What an index keeps of a sample's bytes: the lower half of their xxh3-64."""
+    return xxhash.xxh3_64_intdigest(sample) & _SUM
 
 
 def parse_header(block: bytes, where: str, position: int, checked: bool = True) -> tuple[str, int, bytes]:

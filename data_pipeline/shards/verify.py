@@ -1,30 +1,31 @@
 """Is a dataset what it says? And: making a dataset of tars that came from elsewhere."""
 
 import hashlib
-import io
 import json
+import multiprocessing
+import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.build.sources import tar_paths
+from data_pipeline.build.sources import expand_braces
 from data_pipeline.errors import DataError
 from data_pipeline.shards.codes import meta_name, tokenizers_of
 from data_pipeline.shards.manifest import (
     MANIFEST,
     STATS,
-    Index,
     Manifest,
     Shard,
-    pack_index,
+    index_tar,
     publish,
+    publish_index,
     read_index,
     read_manifest,
 )
-from data_pipeline.shards.tar import scan, scan_samples, split_name
-from data_pipeline.storage import LocalStorage, Storage, open_storage
+from data_pipeline.storage import Storage, open_storage
 
 
 def verify(dataset: str | Path) -> dict[str, Any]:
@@ -55,34 +56,54 @@ def verify(dataset: str | Path) -> dict[str, Any]:
     }
 
 
-def index(tars: list[str]) -> dict[str, Any]:
-    """Index tars made elsewhere: NAME.tar.idx beside each, one manifest.json in their folder; the tars stay.
+def index(tars: list[str], workers: int | None = None) -> dict[str, Any]:
+    """Index tars made elsewhere: an .idx beside each, one manifest.json in their folder; the tars stay as they are.
 
+    tars: files or folders, local or s3://, with {00000..00099} and `::`. workers: processes, one a CPU unless told.
     -> {dataset, fingerprint, samples, shards}. Raises DataError for tars of several folders, cut or damaged ones.
     """
-    paths = sorted({path for pattern in tars for path in tar_paths(pattern)})
-    folders = sorted({str(path.parent) for path in paths})
-    if len(folders) != 1:
-        raise DataError(f"{len(paths)} tars in the folders {folders}: a dataset is one folder; index each by itself")
-    storage = open_storage(folders[0])
-    manifest = Manifest(tuple(_index_one(storage, path) for path in paths))
+    storage, names = _tars(tars)
+    tasks = [(storage.root, name) for name in names]
+    workers = min(workers or os.cpu_count() or 1, len(tasks))
+    if workers > 1:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            shards = tuple(pool.map(_index_one, *zip(*tasks, strict=True)))
+    else:
+        shards = tuple(_index_one(*task) for task in tasks)
+    manifest = Manifest(shards)
     if not manifest.samples:
-        raise DataError(f"{folders[0]}: {len(paths)} tars without a sample; nothing to index")
+        raise DataError(f"{storage.root}: {len(names)} tars without a sample; nothing to index")
     publish(storage, MANIFEST, manifest.to_json())
+    storage.clean()
     return {
-        "dataset": folders[0],
+        "dataset": storage.root,
         "fingerprint": manifest.fingerprint,
         "samples": manifest.samples,
         "shards": len(manifest.shards),
     }
 
 
-def _index_one(storage: Storage, path: Path) -> Shard:
-    offsets, xxh3 = scan_samples(path)
-    size = path.stat().st_size
-    publish(storage, f"{path.name}.idx", pack_index(Index(size, xxh3, np.array(offsets, np.uint32))))
-    with path.open("rb") as file:
-        return Shard(path.name, len(offsets) - 1, size, hashlib.file_digest(file, "sha256").hexdigest())
+def _tars(patterns: list[str]) -> tuple[Storage, list[str]]:
+    """-> the one folder of these tars, and their names in it, sorted."""
+    found: set[tuple[str, str]] = set()
+    for pattern in patterns:
+        for path in (name for part in pattern.split("::") for name in expand_braces(part)):
+            folder, _, name = path.rpartition("/") if path.endswith(".tar") else (path, "", "")
+            names = [name] if name else [name for name in open_storage(folder).list() if name.endswith(".tar")]
+            found |= {(folder.rstrip("/") or ".", name) for name in names}
+    folders = sorted({folder for folder, _ in found})
+    if len(folders) != 1:
+        raise DataError(
+            f"{patterns}: {len(found)} tars in the folders {folders}: index the tars of one folder at a time"
+        )
+    return open_storage(folders[0]), sorted(name for _, name in found)
+
+
+def _index_one(folder: str, name: str) -> Shard:
+    storage = open_storage(folder)
+    found, digest = index_tar(storage.stream(name), f"{folder}/{name}")
+    publish_index(storage, name, found)
+    return Shard(name, found.samples, found.tar_bytes, digest)
 
 
 def _note(faults: list[str], check: Callable[..., None], *arguments: Any) -> None:
@@ -93,37 +114,21 @@ def _note(faults: list[str], check: Callable[..., None], *arguments: Any) -> Non
 
 
 def _check_shard(storage: Storage, shard: Shard) -> None:
-    """Size, then digest, then every sample of the index where the headers say."""
+    """Size, digest, and every sample of the index where the headers say."""
     where = f"{storage.root}/{shard.name}"
     size, _ = storage.stat(shard.name)
     if size != shard.bytes:
         raise DataError(f"{where}: {size} bytes, the manifest says {shard.bytes}")
-    if isinstance(storage, LocalStorage):
-        with storage.path(shard.name).open("rb") as file:
-            _check_bytes(file, shard, where)
-            starts = _sample_starts(file, where)
-    else:
-        data = io.BytesIO(storage.get(shard.name))
-        _check_bytes(data, shard, where)
-        starts = _sample_starts(data, where)
-    if read_index(storage, shard).offsets[:-1].tolist() != starts:
-        raise DataError(f"{where}.idx: offsets differ from the headers of the tar")
-
-
-def _check_bytes(file: Any, shard: Shard, where: str) -> None:
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    stored = read_index(storage, shard)
+    try:
+        found, digest = index_tar(storage.stream(shard.name), where)
+    except DataError as error:
+        raise DataError(f"{error} (its sha256 is not the {shard.digest[:12]} of the manifest)") from None
     if digest != shard.digest:
         raise DataError(f"{where}: sha256 {digest[:12]}, the manifest says {shard.digest[:12]}")
-
-
-def _sample_starts(file: Any, where: str) -> list[int]:
-    starts, previous = [], None
-    for member in scan(file, where):
-        key = split_name(member.name)[0]
-        if key != previous:
-            starts.append(member.start // 512)
-        previous = key
-    return starts
+    sums_differ = stored.sums is not None and stored.sums.tolist() != list(found.sums if found.sums is not None else ())
+    if stored.xxh3 != found.xxh3 or not np.array_equal(stored.offsets, found.offsets) or sums_differ:
+        raise DataError(f"{where}.idx: the index of another tar; remove it and run `tessera data index`")
 
 
 def _check_accounting(storage: Storage, manifest: Manifest) -> None:

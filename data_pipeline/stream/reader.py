@@ -3,21 +3,28 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from data_pipeline.errors import BadSample, DataError
+from data_pipeline.remote import CONNECTIONS, RemoteStorage
 from data_pipeline.schema import Sample
 from data_pipeline.shards.codes import CodesFile, open_codes
-from data_pipeline.shards.manifest import Manifest, Shard, read_index, read_manifest
-from data_pipeline.shards.tar import BLOCK, parse_files, split_name
-from data_pipeline.storage import open_storage
+from data_pipeline.shards.manifest import Index, Manifest, read_index, read_manifest
+from data_pipeline.shards.tar import BLOCK, checksum, parse_files, split_name
+from data_pipeline.storage import LocalStorage, open_storage
+from data_pipeline.stream.cache import BlockCache, Range
 from data_pipeline.stream.order import DEFAULT, ORDER, ORDER_VERSION, Geometry, lanes_of, order, share
 from data_pipeline.stream.state import check_state
 
 STATE_VERSION = 1
+
+_INDICES = 4096  # of shards, kept in memory: more than the blocks that the order has open at once
+_PORTION = 1024  # positions that are looked ahead at once, at least
 
 _IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"))
 
@@ -42,8 +49,12 @@ class Stream:
             raise DataError(f"{dataset}: 0 samples; build it from a source that has some")
         counts = [shard.n for shard in self._manifest.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
-        self._offsets: dict[int, list[int]] = {}
+        self._starts = self._ends - counts
+        self._indices: dict[int, tuple[str, Index]] = {}
         self._codes: CodesFile | None = None if codes is None else open_codes(self._storage, self._manifest, codes)
+        self._cache = None if isinstance(self._storage, LocalStorage) else self._open_cache()
+        self._last: int | None = None
+        self._ahead = 0
 
     def read(self, start: int, stop: int) -> list[Sample]:
         """The samples of positions [start, stop), in that order."""
@@ -51,6 +62,8 @@ class Stream:
 
     def take(self, positions: np.ndarray) -> list[Sample]:
         """The samples of any positions, int64 [n], in the order given."""
+        if self._cache is not None and len(positions):
+            self._look_ahead(self._cache, positions)
         epochs, ids = order(positions, self.samples, self.seed, self.geometry)
         return self._load(ids, epochs.tolist(), positions.tolist())
 
@@ -102,35 +115,143 @@ class Stream:
     # ----------------------------------------------------------------------------------------- reading
 
     def _load(self, ids: np.ndarray, epochs: list[int], positions: list[int]) -> list[Sample]:
-        shards = np.searchsorted(self._ends, ids, side="right")
-        starts = np.concatenate([[0], self._ends])[shards]
-        rows = (ids - starts).tolist()
+        places = self._places(ids)
+        codes = [None] * len(places) if self._codes is None else self._read_codes(self._codes, places)
         return [
-            self._sample(*place) for place in zip(ids.tolist(), epochs, positions, shards.tolist(), rows, strict=True)
+            Sample(sample_id, epoch, position, *parse_sample(data, place.where), mine)
+            for sample_id, epoch, position, place, data, mine in zip(
+                ids.tolist(), epochs, positions, places, self._read_tars(places), codes, strict=True
+            )
         ]
 
-    def _sample(self, sample_id: int, epoch: int, position: int, shard: int, row: int) -> Sample:
-        offsets = self._offsets.get(shard)
-        if offsets is None:
-            offsets = self._offsets[shard] = self._open(self._manifest.shards[shard])
-        name = self._manifest.shards[shard].name
-        data = self._storage.get_range(name, offsets[row] * BLOCK, offsets[row + 1] * BLOCK)
-        codes = None if self._codes is None else self._codes.read(shard, row)
-        key, image, captions, meta = parse_sample(data, f"{self.dataset}/{name} sample {row}")
-        return Sample(sample_id, epoch, position, key, image, captions, meta, codes)
+    def _places(self, ids: np.ndarray) -> list["Place"]:
+        """Where the samples with these ids lie, int64 [n]."""
+        numbers = np.searchsorted(self._ends, ids, side="right")
+        indices = self._indices_of(np.unique(numbers).tolist())
+        places = []
+        for shard, row in zip(numbers.tolist(), (ids - self._starts[numbers]).tolist(), strict=True):
+            name, index = indices[shard]
+            start, stop = index.offsets[row : row + 2].tolist()
+            expected = None if index.sums is None else int(index.sums[row])
+            places.append(Place(shard, row, self.dataset, (name, start * BLOCK, stop * BLOCK), expected))
+        return places
 
-    def _open(self, shard: Shard) -> list[int]:
-        """The offsets of a shard, once its tar has the size that the manifest says."""
-        size, _ = self._storage.stat(shard.name)
-        if size != shard.bytes:
-            raise DataError(
-                f"{self.dataset}/{shard.name}: {size} bytes, the manifest says {shard.bytes}; the file was cut off or "
-                "replaced, run `tessera data verify` and fetch it again"
-            )
-        return read_index(self._storage, shard).offsets.tolist()
+    def _indices_of(self, shards: list[int]) -> dict[int, tuple[str, Index]]:
+        """Name and index of each shard; those used last are kept."""
+        missing = [shard for shard in shards if shard not in self._indices]
+        if self._cache is not None and len(missing) > 1:
+            with ThreadPoolExecutor(CONNECTIONS) as pool:
+                opened = dict(zip(missing, pool.map(self._open, missing), strict=True))
+        else:
+            opened = {shard: self._open(shard) for shard in missing}
+        found = {shard: opened.get(shard) or self._indices[shard] for shard in shards}
+        self._indices = {**self._indices, **opened}
+        if len(self._indices) > _INDICES:
+            self._indices = found
+        return found
+
+    def _open(self, number: int) -> tuple[str, Index]:
+        """Name and index of a shard whose tar has the size that the manifest says; of remote ones a GET tells it."""
+        shard = self._manifest.shards[number]
+        if self._cache is None:
+            size, _ = self._storage.stat(shard.name)
+            if size != shard.bytes:
+                raise DataError(
+                    f"{self.dataset}/{shard.name}: {size} bytes, the manifest says {shard.bytes}; the file was cut off "
+                    "or replaced, run `tessera data verify` and fetch it again"
+                )
+        return shard.name, read_index(self._storage, shard)
+
+    def _read_tars(self, places: list["Place"]) -> Iterator[bytes | memoryview]:
+        """The bytes of each sample, checked; local ones lie in one buffer, until the next is asked for."""
+        if self._cache is not None:
+            for place, data in zip(places, self._cache.get_ranges([place.range for place in places]), strict=True):
+                yield data if place.fits(data) else self._again(self._cache, place)
+            return
+        assert isinstance(self._storage, LocalStorage)
+        buffer = memoryview(bytearray(max((stop - start for _, start, stop in (p.range for p in places)), default=0)))
+        for place in places:
+            name, start, stop = place.range
+            self._storage.read_into(name, start, view := buffer[: stop - start])
+            yield view if place.fits(view) else place.refuse()
+
+    def _read_ranges(self, ranges: list[Range]) -> list[bytes]:
+        if self._cache is not None:
+            return self._cache.get_ranges(ranges)
+        return [self._storage.get_range(*wanted) for wanted in ranges]
+
+    def _read_codes(self, codes: CodesFile, places: list["Place"]) -> list[Any]:
+        """-> uint16 [codes per image] of each sample."""
+        ranges = [codes.place(place.shard, place.row) for place in places]
+        return [np.frombuffer(data, "<u2") for data in self._read_ranges(ranges)]
+
+    # ---------------------------------------------------------------------------------------- remote data
+
+    def _open_cache(self) -> BlockCache:
+        assert isinstance(self._storage, RemoteStorage)
+        cache = BlockCache(self._storage)
+        for shard in self._manifest.shards:
+            cache.add(shard.name, shard.bytes, shard.digest)
+        for name, size, digest in () if self._codes is None else self._codes.files:
+            cache.add(name, size, digest)
+        return cache
+
+    def _again(self, cache: BlockCache, place: "Place") -> bytes:
+        """What came over a network and did not fit is asked for once more."""
+        cache.drop(place.range)
+        [data] = cache.get_ranges([place.range])
+        return data if place.fits(data) else place.refuse()
+
+    def _look_ahead(self, cache: BlockCache, positions: np.ndarray) -> None:
+        """Who reads on finds what comes next on the lanes that it reads: a quarter window at a time, one ahead."""
+        last, self._last = self._last, int(positions.max())
+        if last is None or int(positions.min()) <= last:
+            return
+        geometry = self.geometry
+        portion = max(_PORTION, geometry.lanes_for(self.samples) * geometry.block * geometry.window // 4)
+        current = int(positions.min()) // portion
+        if not current <= self._ahead <= current + 2:
+            self._ahead = current
+        lanes = np.unique(self.lanes(positions))
+        while self._ahead <= current + 1:
+            first = max(self._ahead * portion, int(positions.min()))
+            coming = np.arange(first, (self._ahead + 1) * portion, dtype=np.int64)
+            cache.prefetch(partial(self._ranges_at, coming[np.isin(self.lanes(coming), lanes)]))
+            self._ahead += 1
+
+    def _ranges_at(self, positions: np.ndarray) -> list[Range]:
+        _, ids = order(positions, self.samples, self.seed, self.geometry)
+        return [place.range for place in self._places(ids)]
 
 
-def parse_sample(data: bytes, where: str) -> tuple[str, bytes, tuple[str, ...], dict[str, Any]]:
+class Place(NamedTuple):
+    """Where a sample lies. expected: the sum that its index has of its bytes; None in indices before version 2."""
+
+    shard: int
+    row: int
+    dataset: str
+    range: Range
+    expected: int | None
+
+    @property
+    def where(self) -> str:
+        """For people."""
+        return f"{self.dataset}/{self.range[0]} sample {self.row}"
+
+    def fits(self, data: bytes | memoryview) -> bool:
+        """Are these the bytes that were indexed?"""
+        return self.expected is None or checksum(data) == self.expected
+
+    def refuse(self) -> NoReturn:
+        """Raises DataError: they are not."""
+        _, start, stop = self.range
+        raise DataError(
+            f"{self.where}, bytes {start}..{stop}, is not what its index was made of: a flipped bit, another tar or "
+            "another index; `tessera data verify` tells which, fetch or build that file again"
+        )
+
+
+def parse_sample(data: bytes | memoryview, where: str) -> tuple[str, bytes, tuple[str, ...], dict[str, Any]]:
     """The tar members of one sample -> (key, image, captions, meta).
 
     Raises BadSample where there is no image, or text that is not UTF-8 or JSON.
