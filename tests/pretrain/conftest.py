@@ -21,8 +21,8 @@ def build_scenes() -> Callable[[Path, int, int], Path]:
         tree = {"source": {"kind": "scenes", "count": count, "seed": seed}, "output": str(output), "shard_size": 50}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run, "ray_session", lambda *_: contextlib.nullcontext())
-            patch.setattr(run, "_submitter", lambda plan: lambda shard: run.build_shard(plan, shard))
-            patch.setattr(run, "run_tasks", lambda submit, items, _: ((item, submit(item)) for item in items))
+            patch.setattr(run, "_submitter", lambda plan, task, linked: lambda shard: task(plan, shard))
+            patch.setattr(run, "run_tasks", lambda submit, items, *_: ((item, submit(item)) for item in items))
             run.build(check_settings(BuildConfig, tree, "test"), progress=False)
         return output
 
