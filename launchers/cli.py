@@ -26,10 +26,12 @@ app = typer.Typer(
 
 data = typer.Typer(no_args_is_help=True, help="Raw pairs -> shards, codes and their checks.")
 data.command("build")(commands_data.build)
+data.command("retry")(commands_data.retry)
 data.command("encode")(commands_data.encode)
 data.command("index")(commands_data.index)
 data.command("verify")(commands_data.verify)
 data.command("order")(commands_data.order)
+data.command("report")(commands_data.report)
 
 vocab = typer.Typer(no_args_is_help=True, help="SentencePiece vocabularies.")
 vocab.command("train")(commands_data.vocab_train)

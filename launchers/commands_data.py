@@ -20,6 +20,32 @@ def build(config: Config, overrides: Overrides = None, json: AsJson = False) -> 
     emit(as_dict(run_build(load_settings(BuildConfig, config, overrides or []), progress=not json)), json)
 
 
+def retry(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
+    """Only the rows that a finished build rejected, as new shards; what stands stays as it is."""
+    from data_pipeline.build.run import retry as run_retry
+    from data_pipeline.config import BuildConfig
+    from data_pipeline.settings import load_settings
+
+    emit(as_dict(run_retry(load_settings(BuildConfig, config, overrides or []), progress=not json)), json)
+
+
+def report(
+    dataset: Dataset,
+    output: Annotated[Path | None, typer.Option(help="The page; DATASET/report.html unless named.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Image tokenizer whose reconstructions are shown.")] = None,
+    json: AsJson = False,
+) -> None:
+    """One HTML page that shows a dataset: what went in and out, examples, sizes, captions, codes."""
+    from data_pipeline.build.report import write_report
+
+    model = None
+    if tokenizer is not None:
+        from pretrain.interchange.tokenizer import load_tokenizer
+
+        model = load_tokenizer(str(tokenizer))
+    emit({"report": write_report(dataset, output, model)}, json)
+
+
 def encode(
     dataset: Dataset,
     tokenizer: Annotated[Path, typer.Option(help="Folder of an exported image tokenizer.")],

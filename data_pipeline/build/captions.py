@@ -81,6 +81,16 @@ def may_be(text: str, languages: tuple[str, ...]) -> bool:
     return found in wanted or probability < SURE
 
 
+def language_of(text: str) -> str:
+    """The most likely language, zh for every Chinese; ? where py3langid is not sure."""
+    scripts = Counter(script for letter in text if (script := script_of(letter)))
+    for language in ("zh", "ja", "ko"):
+        if scripts and _fits(scripts, _SCRIPTS[language]):
+            return language
+    found, probability = _identifier().classify(text)
+    return str(found) if scripts and probability >= SURE else "?"
+
+
 def _fits(scripts: Counter[str], own: set[str]) -> bool:
     """Are most letters its own, and is none of them Japanese where it is not?"""
     kana = scripts["HIRAGANA"] + scripts["KATAKANA"]

@@ -4,13 +4,15 @@ Each task is a pure function of (plan, shard) and of what an earlier task of the
 fetched is written down (`NNNNN_fetch.parquet`) before anything is made of it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import io
 import json
 from collections import Counter as Tally
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -24,13 +26,15 @@ from data_pipeline.build.fetch import Fetcher, Outcome, fetch_all
 from data_pipeline.build.filters import Filters
 from data_pipeline.build.images import Prepared, Reject
 from data_pipeline.build.layout import Row
-from data_pipeline.build.plan import Plan
 from data_pipeline.config import BuildConfig
 from data_pipeline.errors import DataError
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.manifest import Index, canonical_json, pack_index, publish
 from data_pipeline.shards.tar import TarWriter, scan_samples
 from data_pipeline.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from data_pipeline.build.plan import Plan
 
 RESERVED = ("captions", "key")
 RAW = ".raw"

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 REAL = [("emoji", "emoji-captions", 2852, 2), ("photos", "photo-captions", 39, 5)]
 
 
-@pytest.mark.parametrize("name", ["data/emoji", "data/photos", "data/folder", "demo/data"])
+@pytest.mark.parametrize("name", ["data/emoji", "data/photos", "data/folder", "data/laion", "demo/data"])
 def test_every_data_recipe_validates_and_says_how_to_run_it(name):
     path = REPOSITORY / "configs" / f"{name}.yaml"
     load_settings(BuildConfig, path)
