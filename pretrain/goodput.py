@@ -52,17 +52,17 @@ def _attempt(
     attempt: int, rows: list[dict[str, Any]], line: dict[str, Any], owner: dict[int, int], end: float | None
 ) -> dict[str, Any]:
     """One row; `owner` says which attempt made each step last, `end` when the attempt before made its last."""
-    first, last = rows[0]["time_ms"] / 1000 - rows[0]["step_s"], rows[-1]["time_ms"] / 1000
+    first, last = rows[0]["time_ms"] / 1000 - rows[0].get("step_s", 0.0), rows[-1]["time_ms"] / 1000
     born = min(first, line.get("started", first))
     before = born if end is None else min(end, born)
-    useful = sum(row["step_s"] for row in rows if owner[row["step"]] == attempt)
+    useful = sum(row.get("step_s", 0.0) for row in rows if owner[row["step"]] == attempt)
     seconds = {
         "wall_s": last - before,
         "down_s": born - before,
         "start_s": first - born,
         "steps_s": useful,
-        "lost_s": sum(row["step_s"] for row in rows) - useful,
-        "waited_s": rows[-1]["waited_s"],
+        "lost_s": sum(row.get("step_s", 0.0) for row in rows) - useful,
+        "waited_s": rows[-1].get("waited_s", 0.0),
         "saved_s": rows[-1].get("saved_s", 0.0),
     }
     lost = sum(owner[row["step"]] != attempt for row in rows)

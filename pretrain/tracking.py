@@ -7,6 +7,7 @@ the MLflow run and how far it has come; where that was lost, the tag `tessera.ru
 
 import json
 import logging
+import os
 import re
 import resource
 import threading
@@ -31,6 +32,8 @@ SYSTEM_INTERVAL_S = 10.0
 CLOSE_TIMEOUT_S = 60.0
 NOT_CURVES = ("step", "attempt", "loss_hex", "positions", "time_ms")
 RUN_TAG = "tessera.run"
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""MLflow's client would try for minutes before it says that a server is gone."""
 
 # ------------------------------------------------------------------------------------------ what is written
 
@@ -159,6 +162,8 @@ class MlflowFeed(threading.Thread):
         self._ending = threading.Event()
 
     def run(self) -> None:
+        for name, value in IMPATIENT.items():  # what failed is tried again soon anyway, and the end shall not wait
+            os.environ.setdefault(name, value)
         while True:
             ending = self._ending.wait(INTERVAL_S)
             try:

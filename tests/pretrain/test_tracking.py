@@ -1,8 +1,11 @@
 """metrics.jsonl is the truth; a real MLflow server gets each of its lines and each picture once, sooner or later."""
 
+import contextlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +22,17 @@ from launchers.local import free_port
 from pretrain import tracking
 from pretrain.config import RunConfig
 from pretrain.tracking import MetricsLog, picture_key, send
-from tests.pretrain.commands import TRACEBACK, Material, command, environment, interrupted, recipe, rows_of, vqgan
+from tests.pretrain.commands import (
+    TRACEBACK,
+    Material,
+    command,
+    environment,
+    interrupted,
+    recipe,
+    rows_of,
+    steps_of,
+    vqgan,
+)
 
 NO_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 
@@ -64,7 +77,13 @@ def test_a_picture_s_name_becomes_a_key_and_a_step(name: str, key: tuple[str, in
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An MLflow server over a sqlite file."""
     folder = tmp_path_factory.mktemp("mlflow")
-    port = free_port()
+    with serving(folder, free_port()) as uri:
+        yield uri
+
+
+@contextlib.contextmanager
+def serving(folder: Path, port: int) -> Iterator[str]:
+    """A server over the sqlite file in `folder`, at `port`, until the block ends."""
     argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     argv += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
     process = subprocess.Popen(
@@ -167,3 +186,63 @@ def test_lines_sent_by_a_process_that_died_before_it_noted_so_are_not_doubled(
     (run / "mlflow.json").write_text(json.dumps(record | {"sent_bytes": 0}))
     send(run, config)
     assert arrived(server, run) == written(run)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_server_that_goes_and_comes_back_during_a_run_has_everything_once(material: Material, tmp_path: Path) -> None:
+    """Training goes on while it is away; nodes and goodput arrive as well."""
+    run, port = tmp_path / "outage", free_port()
+    tree = vqgan(material, run) | {"tracking": {"uri": f"http://127.0.0.1:{port}", "experiment": run.name}}
+    tree["train"] |= {"steps": 60, "sample_every_steps": 20}
+    path = recipe(tree, run.with_suffix(".yaml"))
+    (tmp_path / "server").mkdir()
+    with contextlib.ExitStack() as servers:
+        first = servers.enter_context(contextlib.ExitStack())
+        first.enter_context(serving(tmp_path / "server", port))
+
+        def outage(launcher: int) -> None:
+            first.close()
+            gone_at = max(steps_of(run))
+            deadline = time.monotonic() + 120
+            while max(steps_of(run)) < gone_at + 10:
+                assert time.monotonic() < deadline, "training stands still without the server"
+                time.sleep(0.05)
+            servers.enter_context(serving(tmp_path / "server", port))
+
+        code, output = interrupted(command("train", path), run, 10, outage)
+        assert code == 0 and TRACEBACK not in output, output[-3000:]
+        send(run, load_settings(RunConfig, path))
+        uri = f"http://127.0.0.1:{port}"
+        assert arrived(uri, run) == written(run)
+        known = metrics_of(uri, run)
+        node = re.sub(r"[^\w.-]+", "-", socket.gethostname())
+        assert f"system/{node}/cpu_utilization_percentage" in known
+        assert [point[0] for point in known["goodput/steps_s"]] == [0]
+        assert known["goodput/steps_s"][0][1] == pytest.approx(sum(row["step_s"] for row in rows_of(run)), abs=0.01)
+
+
+def metrics_of(uri: str, run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every curve that the server has: name -> (step, value)."""
+    from mlflow import MlflowClient
+
+    client, run_id = MlflowClient(uri), json.loads((run / "mlflow.json").read_text())["run_id"]
+    names = client.get_run(run_id).data.metrics
+    return {name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)] for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_an_mlflow_run_made_by_a_process_that_died_before_it_noted_so_is_found_again(
+    server: str, material: Material, tmp_path: Path
+) -> None:
+    run = tmp_path / "unnoted"
+    config = load_settings(RunConfig, described(material, run, server))
+    MetricsLog(run).write({"step": 1, "attempt": 0, "loss": 1.5, "time_ms": 1000, "step_s": 1.0, "waited_s": 0.0})
+    send(run, config)
+    record = json.loads((run / "mlflow.json").read_text())
+    forgotten = {key: record[key] for key in ("uri", "tag")}
+    (run / "mlflow.json").write_text(json.dumps(forgotten))
+    send(run, config)
+    assert arrived(server, run) == {"runs": 1, "loss": [(1, 1.5)], "pictures": 0}
+    assert json.loads((run / "mlflow.json").read_text())["run_id"] == record["run_id"]
