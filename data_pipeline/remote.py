@@ -100,6 +100,22 @@ class Patience:
                 self.pause(0, fault)
 
 
+_lock = threading.Lock()
+
+
+def process_lock() -> threading.Lock:
+    """One lock a process, for what must be opened once in it."""
+    return _lock
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # it may have been held at the fork, by a thread that is not here
+
+
 class RemoteStorage:
     """Reading, the same for every kind of server. A kind says how to open a GET."""
 
@@ -108,7 +124,6 @@ class RemoteStorage:
         self.requests = 0
         self.received = 0
         self._opened: tuple[int, Any] | None = None
-        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root}
@@ -120,9 +135,7 @@ class RemoteStorage:
     def client(self) -> Any:
         """The client of this process: connections do not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
-            if self._opened is not None:
-                self._lock = threading.Lock()  # a fork may have copied it locked
-            with self._lock:
+            with process_lock():
                 if self._opened is None or self._opened[0] != os.getpid():
                     self._opened = os.getpid(), self._connect()
         return self._opened[1]

@@ -22,14 +22,13 @@ from typing import Any, NamedTuple
 import xxhash
 
 from data_pipeline.errors import DataError
-from data_pipeline.remote import CONNECTIONS, RemoteStorage, Version
+from data_pipeline.remote import CONNECTIONS, RemoteStorage, Version, process_lock
 
 BLOCK_BYTES = 1 << 18
 GET_BYTES = 1 << 23
 FOLDER = "TESSERA_CACHE"  # environment variable: a folder on a local disk that outlives the process
 
 _SUM_BYTES = 8
-_GAP = 1  # blocks that nobody asked for, fetched rather than asked around
 _KEPT = 0.9  # of the limit, after room was made
 _AHEAD_AT_ONCE = 512  # samples
 
@@ -105,7 +104,11 @@ class BlockCache:
     def missing(self, ranges: Iterable[Range]) -> Iterator[tuple[str, int]]:
         """Object and number of each block that is not in the folder, once each, in the order of need."""
         wanted = {(name, number): None for name, start, stop in ranges for number in _blocks(start, stop)}
-        return (block for block in wanted if not self._path(*block).exists())
+        return (block for block in wanted if not self.holds(block))
+
+    def holds(self, block: tuple[str, int]) -> bool:
+        """Is this block of an object in the folder?"""
+        return self._path(*block).exists()
 
     def _check(self, name: str, version: Version) -> None:
         size, _ = self._objects[name]
@@ -118,13 +121,11 @@ class BlockCache:
     def _read(self, process: "_Process", name: str, start: int, stop: int) -> bytes:
         parts = []
         for number in _blocks(start, stop):
-            data = self._load(name, number)
-            if data is None:  # evicted since, or damaged
-                self.fetch(Run(name, number, number + 1), process)
-                data = self._load(name, number)
-            if data is None:
-                raise DataError(f"{self.folder}: a block does not stay; give {FOLDER} a folder with more room")
             first = number * BLOCK_BYTES
+            data = self._load(name, number)
+            if data is None:  # damaged, or gone again: the folder is small
+                end = min(first + BLOCK_BYTES, self._objects[name][0])
+                data = b"".join(self._storage.stream(name, first, end, process.seen))
             parts.append(data[max(start - first, 0) : stop - first])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -155,9 +156,10 @@ class BlockCache:
 
     def _process(self) -> "_Process":
         """Threads and locks of this process: they survive neither a fork nor a spawn."""
-        if self._mine is None or self._mine.pid != os.getpid():
-            self._mine = _Process(self)
-        return self._mine
+        with process_lock():
+            if self._mine is None or self._mine.pid != os.getpid():
+                self._mine = _Process(self)
+            return self._mine
 
 
 class _Process:
@@ -179,7 +181,7 @@ class _Process:
         blocks = list(cache.missing(ranges))
         with self._lock:
             futures = {self._flying[block] for block in blocks if block in self._flying}
-            for run in _runs([block for block in blocks if block not in self._flying]):
+            for run in _runs([block for block in blocks if block not in self._flying and not cache.holds(block)]):
                 future = self._pool.submit(self._fetch, cache, run)
                 self._flying.update(((run.name, number), future) for number in range(run.first, run.stop))
                 futures.add(future)
@@ -224,14 +226,14 @@ def _read_ahead(cache_of: "weakref.ref[BlockCache]", process: _Process) -> None:
 
 
 def _runs(blocks: list[tuple[str, int]]) -> list[Run]:
-    """Neighbouring blocks together, over small gaps, in the order in which the first of each is needed."""
+    """Neighbouring blocks together, in the order in which the first of each is needed."""
     place = {block: number for number, block in enumerate(blocks)}
     runs: list[tuple[int, Run]] = []
     for name, number in sorted(blocks):
         needed = place[name, number]
         if runs:
             earliest, last = runs[-1]
-            near = last.name == name and number - last.stop <= _GAP
+            near = last.name == name and number == last.stop
             if near and (number + 1 - last.first) * BLOCK_BYTES <= GET_BYTES:
                 runs[-1] = min(earliest, needed), Run(name, last.first, number + 1)
                 continue

@@ -208,7 +208,9 @@ class Stream:
         if last is None or int(positions.min()) <= last:
             return
         geometry = self.geometry
-        portion = max(_PORTION, geometry.lanes_for(self.samples) * geometry.block * geometry.window // 4)
+        room = cache.limit * self.samples // (8 * sum(shard.bytes for shard in self._manifest.shards))
+        window = geometry.lanes_for(self.samples) * geometry.block * geometry.window
+        portion = min(max(_PORTION, window // 4), max(1, room))
         current = int(positions.min()) // portion
         if not current <= self._ahead <= current + 2:
             self._ahead = current
