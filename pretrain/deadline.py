@@ -15,6 +15,7 @@ from pretrain.goodput import METRICS, lines_of
 LEAD_VARIABLE = "TESSERA_STOP_LEAD_S"
 TRIAL_BYTES = 16 * 2**20
 RECENT_STEPS = 50
+RECENT_BYTES = RECENT_STEPS * 2000
 MARGIN = 1.5
 """Disks are slower when all write whole checkpoints, and signals come late."""
 
@@ -43,7 +44,7 @@ def write_speed(folder: Path) -> float:
 
 def slowest_recent_step_s(run: Path) -> float:
     """Out of metrics.jsonl; 0 where no step was made yet."""
-    times = [float(row["step_s"]) for row in lines_of(run / METRICS)]
+    times = [float(row["step_s"]) for row in lines_of(run / METRICS, RECENT_BYTES)]
     return max(times[-RECENT_STEPS:], default=0.0)
 
 

@@ -6,6 +6,7 @@ again are lost. Goodput is the share of all wall time that went into steps which
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,10 +71,13 @@ def _attempt(
     return steps | {"end_ms": rows[-1]["time_ms"]} | {name: round(value, 3) for name, value in seconds.items()}
 
 
-def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a file of JSON lines."""
+def lines_of(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The complete lines of a file of JSON lines, or those in its last bytes."""
     if path.is_file():
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
+            if last_bytes is not None and path.stat().st_size > last_bytes:
+                file.seek(-last_bytes, os.SEEK_END)
+                file.readline()
             for line in file:
-                if line.endswith("\n"):
+                if line.endswith(b"\n"):
                     yield json.loads(line)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data_pipeline.settings import digest, flatten
 from pretrain.config import RunConfig
-from pretrain.goodput import ATTEMPTS, METRICS, goodput
+from pretrain.goodput import ATTEMPTS, METRICS, goodput, lines_of
 from pretrain.metrics import ProgressLine, save_grid
 
 RECORD = "mlflow.json"
@@ -206,7 +206,12 @@ def send(run: Path, config: RunConfig, figures: dict[str, float] | None = None, 
     for path in sorted(run.glob(SYSTEM.format(node="*"))):
         _, record["nodes"][path.name] = _send_lines(path, record["nodes"].get(path.name, 0), client, record)
     _write_record(run, record)
-    _log(client, record, [metric for row in _goodput_rows(run, ended) for metric in _points(row)])
+    attempts = [line["attempt"] for line in lines_of(run / ATTEMPTS)]
+    if ended or len(attempts) != record.get("attempts"):  # not every few seconds: all lines are read for it
+        known = [row for row in _goodput_rows(run) if ended or row["step"] != attempts[-1]]
+        _log(client, record, [point for row in known for point in _points(row)])
+        record["attempts"] = len(attempts)
+        _write_record(run, record)
     now = int(time.time() * 1000)
     _log(client, record, [Metric(f"final/{key}", float(value), now, 0) for key, value in (figures or {}).items()])
     _send_pictures(run, client, record)
@@ -228,13 +233,12 @@ def _points(row: dict[str, Any]) -> list[Any]:
     return [Metric(key, float(value), int(row["time_ms"]), row["step"]) for key, value in numbers.items()]
 
 
-def _goodput_rows(run: Path, ended: bool) -> list[dict[str, Any]]:
-    """Where each attempt's time went (the attempt stands where a curve has its step), without one still under way."""
-    table = goodput(run)["attempts"]
+def _goodput_rows(run: Path) -> list[dict[str, Any]]:
+    """Where each attempt's time went; the attempt stands where a curve has its step."""
     return [
         {"step": row["attempt"], "time_ms": row["end_ms"]}
         | {f"goodput/{key}": value for key, value in row.items() if key not in ("attempt", "end_ms")}
-        for row in (table if ended else table[:-1])
+        for row in goodput(run)["attempts"]
     ]
 
 
@@ -268,7 +272,7 @@ def _record(run: Path, client: Any, config: RunConfig) -> dict[str, Any]:
     path = run / RECORD
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if record.get("uri") == config.tracking.uri and "run_id" in record:
-        return dict(record)
+        return {"nodes": {}} | record
     fresh = {
         "uri": config.tracking.uri,
         "tag": record.get("tag", uuid.uuid4().hex),

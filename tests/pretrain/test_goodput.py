@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pretrain import deadline
-from pretrain.goodput import ATTEMPTS, METRICS, PhaseClock, goodput
+from pretrain.goodput import ATTEMPTS, METRICS, PhaseClock, goodput, lines_of
 
 
 def write(path: Path, rows: list[dict[str, Any]], rest: str = "") -> None:
@@ -33,6 +33,14 @@ def test_each_attempt_s_time_is_accounted_for(tmp_path: Path) -> None:
          "start_s": 12, "steps_s": 6, "lost_s": 0, "waited_s": 0, "saved_s": 0.5},
     ]  # fmt: skip
     assert told["goodput"] == pytest.approx((4 + 6) / (13 + 28))
+
+
+@pytest.mark.parametrize("last_bytes", [1, 30, 100, 250, 10**6])
+def test_the_last_bytes_hold_the_last_whole_lines(last_bytes: int, tmp_path: Path) -> None:
+    write(tmp_path / "log", [{"step": step} for step in range(20)], rest='{"st')
+    text = (tmp_path / "log").read_text()
+    expected = [line for line in text[-last_bytes:].splitlines()[last_bytes < len(text) :] if line.endswith("}")]
+    assert [json.dumps(line) for line in lines_of(tmp_path / "log", last_bytes)] == expected
 
 
 def test_a_run_without_steps_has_none(tmp_path: Path) -> None:
