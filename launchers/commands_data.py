@@ -1,11 +1,14 @@
 """`tessera data ...` and `tessera vocab ...`: thin wrappers over data_pipeline; `encode` hands it the model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launchers.arguments import AsJson, Overrides, as_dict, emit
+
+if TYPE_CHECKING:
+    from data_pipeline.stream.mixture import Source
 
 Config = Annotated[Path, typer.Argument(help="YAML of the build, for example configs/data/emoji.yaml.")]
 Dataset = Annotated[Path, typer.Argument(help="Folder of a built dataset.")]
@@ -77,20 +80,32 @@ def verify(dataset: Dataset, json: AsJson = False) -> None:
 
 
 def order(
-    dataset: Dataset,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the order.")] = 0,
+    dataset: Annotated[Path, typer.Argument(help="Folder of a dataset, or the YAML or config.json of a run.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order; a run has its own.")] = 0,
     start: Annotated[int, typer.Option(min=0, help="First position.")] = 0,
     count: Annotated[int, typer.Option(min=0, help="How many positions.")] = 10,
     json: AsJson = False,
 ) -> None:
-    """Sample keys by position, one a line."""
+    """Sample keys by position, one a line: of a dataset, or of what a run reads, its mixture included."""
     from data_pipeline.stream.reader import Stream
 
-    keys = [sample.key for sample in Stream(dataset, seed).read(start, start + count)]
+    stream = _stream_of_run(dataset) if dataset.suffix in (".yaml", ".json") else Stream(dataset, seed)
+    samples = stream.read(start, start + count)
+    keys = [sample.key for sample in samples]
     if json:
-        emit({"start": start, "keys": keys}, json)
+        epochs, ids = [sample.epoch for sample in samples], [sample.id for sample in samples]
+        emit({"start": start, "keys": keys, "ids": ids, "epochs": epochs}, json)
     else:
         typer.echo("\n".join(keys))
+
+
+def _stream_of_run(path: Path) -> "Source":
+    from data_pipeline.settings import load_settings
+    from pretrain.config import RunConfig
+    from pretrain.inputs.source import open_stream
+
+    config = load_settings(RunConfig, path)
+    return open_stream(config.data, config.seed)
 
 
 def vocab_train(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
