@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,6 +70,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective, optimizer=build_optimizer(groups, config.optim), config=settings, dist_init_required=False
         )
+        self.resident = _take_resident(self.deepspeed.optimizer) if self.stage == 3 else []
         self._guard_optimizer()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,8 +104,14 @@ class Engine:
             # DeepSpeed never clears these partitions: a parameter without a gradient in the next first micro-step
             # would be updated by this step's once more.
             self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+            self._gather_resident()
         self.updates += int(self._accepted())
         return self._global_norm()
+
+    def _gather_resident(self) -> None:
+        """One collective for all parameters that stage 3 keeps gathered between steps; DeepSpeed takes one for each."""
+        if self.resident:
+            self.resident[0].all_gather_coalesced(self.resident).wait()
 
     def _global_norm(self) -> float:
         return float(self.deepspeed.optimizer._global_grad_norm or 0.0) if self._norm is None else self._norm
@@ -184,10 +192,9 @@ class Engine:
             for parameter, name in self.names.items():
                 for owned in self._owned_of(name, parameter):
                     parameter.ds_tensor.data.view(-1)[: owned.hi - owned.lo].copy_(owned.tensors["param"])
-            persistent = self.deepspeed.optimizer.persistent_parameters
-            if persistent:
-                persistent[0].partition(persistent)
-                persistent[0].all_gather(persistent)
+            if self.resident:
+                self.resident[0].partition(self.resident)
+                self._gather_resident()
         elif self.stage in (1, 2):
             self.deepspeed.optimizer.update_lp_params()
 
@@ -279,6 +286,12 @@ class ModuleTrace:
                 )
 
 
+def _take_resident(optimizer: Any) -> list[Any]:
+    """The parameters that stage 3 keeps gathered between steps, out of the hands of DeepSpeed's own step."""
+    resident, optimizer.persistent_parameters = list(optimizer.persistent_parameters), []
+    return resident
+
+
 def refuse_scalars(module: nn.Module) -> None:
     """Raises ConfigError for a 0-dim parameter, which DeepSpeed cannot initialise at any stage."""
     for name, parameter in module.named_parameters():
@@ -301,6 +314,7 @@ def deepspeed_settings(
     }
     if config.train.zero_stage == 3:
         resident = size <= RESIDENT_PARAMETERS
+        zero["memory_efficient_linear"] = not resident  # a linear layer in Python that spares autocast's copies
         zero["stage3_prefetch_bucket_size"] = bucket
         zero["stage3_param_persistence_threshold"] = size if resident else 100_000
         zero["stage3_max_live_parameters"] = max(size, BUCKET)
@@ -332,6 +346,8 @@ def _quiet_deepspeed() -> Any:
     logger.setLevel(logging.ERROR)
     # DeepSpeed still calls collectives by names that torch 2.13 wants spelt otherwise, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Without it stage 3 on a CPU starts `numactl` as a process of its own in every step, to count devices.
+    os.environ.setdefault("LOCAL_SIZE", "1")
     # Its shared-memory collectives are compiled for over a minute at the first start; gloo's own do as well here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False)
