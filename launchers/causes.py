@@ -46,7 +46,10 @@ def diagnose(failures: Sequence[Failure], faults: Sequence[dict[str, Any]], code
     telling = next((cause for known, cause in BY_EXIT_CODE.items() if known == code and cause != "node"), None)
     if telling is not None:
         return Diagnosis(telling, next((fault["why"] for fault in faults if fault["cause"] == telling), telling))
+    blamed = next((fault for fault in faults if "blamed" in fault), None)
     killed = next((failure for failure in failures if failure.code < 0), None)
+    if blamed is not None:  # it is the watchdog that killed then
+        return Diagnosis(blamed["cause"], blamed["why"])
     if killed is not None:
         return Diagnosis("node", f"rank {killed.rank} {killed.how}")
     if faults:

@@ -23,6 +23,7 @@ def fault(cause: str, rank: int, time: float, why: str = "") -> dict[str, Any]:
         ([(0, 1)], [], 70, "user code", "rank 0 left with code 1"),
         ([(1, 70)], [fault("node", 1, 5.0, "rank 0 hangs")], 70, "node", "rank 0 hangs"),
         ([(1, 70)], [fault("user code", 1, 5.0, "loss nan")], 70, "user code", "loss nan"),
+        ([(1, -9)], [fault("node", 0, 5.0, "rank 1 is silent") | {"blamed": [1]}], 70, "node", "rank 1 is silent"),
         ([(0, 64)], [], 64, "configuration", "configuration"),
         ([(0, 1), (1, 74)], [fault("user code", 0, 4.0), fault("storage", 1, 5.0, "disk full")], 74, "storage", "disk"),
         ([], [], 75, "preemption", "preemption"),

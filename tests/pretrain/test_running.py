@@ -57,7 +57,7 @@ def test_a_rank_that_is_stopped_is_blamed_and_the_run_starts_again_by_itself(
     blaming = [fault for fault in faults_of(run) if "blamed" in fault]
     assert [fault["blamed"] for fault in blaming] == [[rank]]
     assert "its state is T (stopped)" in blaming[0]["why"]
-    assert f"cause node: rank {rank}" in output and "starting again" in output
+    assert f"cause node: rank {rank} (host" in output and "starting again" in output
     for number in (0, 1):
         stacks = (run / "faults" / f"attempt-00000.rank-{number:05d}.txt").read_text()
         assert "most recent call first" in stacks and "in train" in stacks
