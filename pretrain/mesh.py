@@ -17,6 +17,8 @@ from data_pipeline.errors import ConfigError, NodeFault
 KeyValues = dist.Store
 
 
+JOIN_TIMEOUT_S = 300
+"""Peers may start this much later than oneself: nodes differ in how long they take to read a program."""
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "Broken pipe", "NCCL")
 """gloo raises plain RuntimeErrors; these are its words, and NCCL's."""
 
@@ -84,10 +86,12 @@ class Mesh:
         os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.world))
         os.environ.update(MASTER_ADDR=place.host, MASTER_PORT=str(place.port))
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
-        store = _attempt_store(place, timeout_s)
+        store = _attempt_store(place)
         # The watchdog ends a hang after timeout_s and names who hangs; the group's own deadline is the second line.
         deadline = datetime.timedelta(seconds=2 * timeout_s)
         try:
+            store.set(f"here/{place.rank}", "")
+            store.wait([f"here/{rank}" for rank in range(place.world)], datetime.timedelta(seconds=JOIN_TIMEOUT_S))
             dist.init_process_group(
                 "nccl" if on_cuda else "gloo", store=store, rank=place.rank, world_size=place.world, timeout=deadline
             )
@@ -100,10 +104,6 @@ class Mesh:
     def side_store(self) -> "KeyValues":
         """The same store over a connection of its own: a thread that waits on it does not hold up the others."""
         return self.store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
-
-    def beacon(self, timeout_s: float) -> dist.Store:
-        """A connection to the store of its own, for a thread that must not wait behind the training thread's calls."""
-        return dist.PrefixStore("watchdog", _attempt_store(self.place, timeout_s, may_serve=False))
 
     def stop(self) -> None:
         """Leave the process group."""
@@ -163,17 +163,17 @@ def peer_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_LOST)
 
 
-def _attempt_store(place: Place, timeout_s: float, may_serve: bool = True) -> dist.Store:
+def _attempt_store(place: Place) -> dist.Store:
     """The rendezvous store under a prefix of this attempt.
 
     After a restart the server may be the old one, with addresses of dead peers in it: gloo then fails to connect its
     mesh. A prefix by attempt hides them.
     """
-    is_server = may_serve and place.rank == 0 and not place.agent_store
+    is_server = place.rank == 0 and not place.agent_store
     try:
         store = dist.TCPStore(
             place.host, place.port, place.world, is_server,
-            timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False,
+            timeout=datetime.timedelta(seconds=JOIN_TIMEOUT_S), wait_for_workers=False,
         )  # fmt: skip
     except (RuntimeError, dist.DistError) as error:
         raise NodeFault(f"rank {place.rank} found no store at {place.host}:{place.port}: {error}") from None

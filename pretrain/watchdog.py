@@ -120,7 +120,7 @@ class Watchdog:
         self._file = self.stacks.open("w", encoding="utf-8")
         # Works even where a thread holds the interpreter's lock and never gives it back.
         faulthandler.register(DUMP_SIGNAL, file=self._file, all_threads=True)
-        self.store = self.mesh.beacon(self.timeout_s)
+        self.store = self.mesh.side_store()
         for target in (self._exchange, self._watch):
             threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True).start()
 
@@ -137,18 +137,19 @@ class Watchdog:
 
     def _exchange(self) -> None:
         """Give signs and hear others', until the store is gone: then silence says so."""
-        ranks = [str(rank) for rank in range(1, self.mesh.world)] if self.mesh.rank == 0 else ["0"]
+        ranks = list(range(1, self.mesh.world)) if self.mesh.rank == 0 else [0]
         with contextlib.suppress(RuntimeError):
             while not self._ended.wait(self.interval_s):
                 self._count += 1
-                self.store.set(str(self.mesh.rank), json.dumps(dataclasses.asdict(self._sign())))
-                there = [rank for rank in ranks if int(rank) in self._signs or self.store.check([rank])]
-                for rank, text in zip(map(int, there), self.store.multi_get(there) if there else [], strict=True):
+                self.store.set(_key(self.mesh.rank), json.dumps(dataclasses.asdict(self._sign())))
+                there = [rank for rank in ranks if rank in self._signs or self.store.check([_key(rank)])]
+                texts = self.store.multi_get([_key(rank) for rank in there]) if there else []
+                for rank, text in zip(there, texts, strict=True):
                     sign = Sign(**json.loads(text))
                     if rank not in self._signs or sign.count != self._signs[rank].count:
                         self._signs[rank], self._heard[rank] = sign, time.monotonic()
-                if self.store.check(["verdict"]):
-                    self._told = self.store.get("verdict").decode()
+                if self.store.check([_key("verdict")]):
+                    self._told = self.store.get(_key("verdict")).decode()
                     return
 
     def _sign(self) -> Sign:
@@ -204,7 +205,7 @@ class Watchdog:
 
     def _tell(self, verdict: Verdict) -> None:
         with contextlib.suppress(RuntimeError):
-            self.store.set("verdict", json.dumps(dataclasses.asdict(verdict)))
+            self.store.set(_key("verdict"), json.dumps(dataclasses.asdict(verdict)))
 
     def _end_blamed(self, verdict: Verdict) -> None:
         """Have the blamed on this machine write their stacks, be they stopped or stuck with Python's lock, and go.
@@ -219,6 +220,10 @@ class Watchdog:
                     os.kill(pid, number)
             if here and number == signal.SIGCONT:
                 time.sleep(DUMP_S)
+
+
+def _key(what: int | str) -> str:
+    return f"watchdog/{what}"
 
 
 def _stack_of(frame: FrameType | None) -> tuple[Any, ...]:
