@@ -29,8 +29,8 @@ from data_pipeline.build.layout import Row
 from data_pipeline.config import BuildConfig
 from data_pipeline.errors import DataError
 from data_pipeline.schema import Drop, Link, Pair
-from data_pipeline.shards.manifest import Index, canonical_json, pack_index, publish
-from data_pipeline.shards.tar import TarWriter, scan_samples
+from data_pipeline.shards.manifest import Index, canonical_json, index_tar, pack_index, publish, publish_index
+from data_pipeline.shards.tar import TarWriter
 from data_pipeline.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 RESERVED = ("captions", "key")
 RAW = ".raw"
+SURVEY = "_survey.parquet"
 
 _FETCHED = [("http_status", pa.int32()), ("attempts", pa.int32()), ("transient", pa.bool_())]
 SCHEMA = pa.schema(
@@ -83,7 +84,7 @@ def stats_name(shard: int) -> str:
 
 def survey_name(shard: int) -> str:
     """00000_survey.parquet: what the images of a shard are, for finding duplicates; removed at the end."""
-    return f"{shard:05d}_survey.parquet"
+    return f"{shard:05d}{SURVEY}"
 
 
 def journal_name(shard: int) -> str:
@@ -268,12 +269,12 @@ def build_shard(plan: Plan, shard: int, after: object = None) -> Record:
             writer = TarWriter(file)
             records = [_store(writer, *stages.run(number, row)) for number, row in plan.read(shard)]
             writer.close()
-        index = Index(writer.bytes, writer.xxh3, np.array(writer.offsets, np.uint32))
+        index = Index(writer.bytes, writer.xxh3, np.array(writer.offsets, np.uint32), np.array(writer.sums, np.uint32))
         _read_back(path, index)
         stats = _stats(plan, shard, path, index, records)
         if not storage.put_file_if_absent(stats["name"], path):
             _compare(storage, stats["name"], stats["digest"])
-    publish(storage, f"{stats['name']}.idx", pack_index(index))
+    publish_index(storage, stats["name"], index)
     publish(storage, stats["name"].replace(".tar", ".parquet"), to_parquet(records, SCHEMA))
     publish(storage, stats_name(shard), canonical_json(stats))
     return stats
@@ -292,8 +293,8 @@ def _store(writer: TarWriter, record: Record, image: Prepared | None, pair: Pair
 
 def _read_back(path: Any, index: Index) -> None:
     """What the disk holds must be what was meant. Raises DataError."""
-    offsets, digest = scan_samples(path)
-    if digest != index.xxh3 or offsets != index.offsets.tolist():
+    found, _ = index_tar(open_storage(path.parent).stream(path.name), str(path))
+    if pack_index(found) != pack_index(index):
         raise DataError(f"{path}: reads back differently from what was written; disk or memory is faulty, run again")
 
 

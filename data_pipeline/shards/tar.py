@@ -4,7 +4,6 @@ A sample is a run of neighbouring files with one base name up to the first dot: 
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import xxhash
@@ -180,23 +179,6 @@ def scan(file: BinaryIO, where: str, position: int = 0) -> Iterator[Member]:
         if kind in b"0\0":
             yield Member(long_name or name, start, body, size)
         start, long_name = position, ""
-
-
-def scan_samples(path: Path) -> tuple[list[int], int]:
-    """-> (offsets of the samples and of the end of the last, in blocks [n + 1]; xxh3-64 of the file)."""
-    offsets: list[int] = []
-    previous, end = None, 0
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        for member in scan(file, str(path)):
-            key = split_name(member.name)[0]
-            if key != previous:
-                offsets.append(member.start // BLOCK)
-            previous, end = key, member.stop
-        file.seek(0)
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return [*offsets, end // BLOCK], digest.intdigest()
 
 
 def samples_of(pieces: Iterable[bytes], where: str) -> Iterator[tuple[int, bytes]]:

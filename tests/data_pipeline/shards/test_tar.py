@@ -1,17 +1,21 @@
+import hashlib
 import io
+import itertools
 import tarfile
 
 import pytest
+import xxhash
 
 from data_pipeline.errors import DataError
+from data_pipeline.shards.manifest import index_tar
 from data_pipeline.shards.tar import (
     BLOCK,
     TarWriter,
     header,
     parse_files,
     parse_members,
+    samples_of,
     scan,
-    scan_samples,
     split_name,
 )
 
@@ -54,10 +58,31 @@ def test_a_header_is_the_one_that_tarfile_makes():
     assert header("000000012.json", 123456) == info.tobuf(tarfile.USTAR_FORMAT)
 
 
-def test_the_scanner_finds_the_offsets_that_the_writer_noted(tmp_path):
+@pytest.mark.parametrize("piece", [1, 7, BLOCK, 10_000])
+def test_an_index_made_of_pieces_is_what_the_writer_noted(tmp_path, piece):
     writer = write(tmp_path / "x.tar")
-    assert scan_samples(tmp_path / "x.tar") == (writer.offsets, writer.xxh3)
-    assert writer.bytes == (tmp_path / "x.tar").stat().st_size
+    data = (tmp_path / "x.tar").read_bytes()
+    found, digest = index_tar((data[at : at + piece] for at in range(0, len(data), piece)), "x")
+    assert (found.tar_bytes, found.xxh3) == (writer.bytes, writer.xxh3) == (len(data), xxhash.xxh3_64_intdigest(data))
+    assert (found.offsets.tolist(), found.sums.tolist()) == (writer.offsets, writer.sums)
+    assert digest == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_samples_are_cut_where_the_scanner_sees_the_next_begin(tmp_path, kind):
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
+        for name in ("a/", "a/0.png", "a/0.txt", "b/", f"{'n' * 80}/{'m' * 60}.png", "c.png", "c.json", "d/"):
+            info = tarfile.TarInfo(name)
+            info.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            info.size, info.mtime = 0 if name.endswith("/") else len(name), 1.5
+            tar.addfile(info, io.BytesIO(name.encode()))
+    data = (tmp_path / "x.tar").read_bytes()
+    members = list(scan(io.BytesIO(data), "x"))
+    firsts = [next(group).start for _, group in itertools.groupby(members, key=lambda m: split_name(m.name)[0])]
+    found = list(samples_of([data], "x"))
+    assert [start for start, _ in found] == firsts
+    files = [file for _, sample in found for file in parse_files(sample, "x")]
+    assert files == [(member.name, member.name.encode()) for member in members]
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -84,6 +109,8 @@ def test_a_tar_that_was_cut_off_is_refused_even_between_files(tmp_path, cut):
     data = (tmp_path / "x.tar").read_bytes()
     with pytest.raises(DataError, match="cut off|closing blocks"):
         list(scan(io.BytesIO(data[:cut]), "x.tar"))
+    with pytest.raises(DataError, match="cut off|closing blocks"):
+        list(samples_of([data[:cut]], "x.tar"))
 
 
 def test_a_flipped_bit_in_a_header_is_refused(tmp_path):
