@@ -84,7 +84,11 @@ class GptConfig(Settings):
 
 
 class VqganConfig(Settings):
-    """VQGAN, Esser et al. 2021, arXiv:2012.09841 (taming f16-16384 by default)."""
+    """VQGAN, Esser et al. 2021, arXiv:2012.09841 (taming f16-16384 by default).
+
+    local_encoder: every code is a function of its own patch and a rim of a few pixels. As published, normalisation and
+    wide kernels put what stands elsewhere in the picture into each code, which a small model cannot compose anew.
+    """
 
     kind: Literal["vqgan"] = "vqgan"
     image_size: PositiveInt = 256
@@ -95,6 +99,7 @@ class VqganConfig(Settings):
     latent_channels: PositiveInt = 256
     codebook_size: PositiveInt = Field(16384, le=65536)
     code_width: PositiveInt = 256
+    local_encoder: bool = False
     discriminator_channels: PositiveInt = 64
     discriminator_layers: PositiveInt = 3
 

@@ -46,9 +46,9 @@ BACKGROUNDS: dict[str, tuple[str, tuple[int, int, int]]] = {
     "white": ("白色", (250, 250, 250)),
     "black": ("黑色", (12, 12, 12)),
 }
-SIZES: dict[str, tuple[str, float, float]] = {  # name -> (Chinese name, radius, step of a position), in units of S
-    "small": ("小", 0.22, 0.25),
-    "big": ("大", 0.33, 0.125),
+SIZES: dict[str, tuple[str, float, tuple[float, ...]]] = {  # name -> (Chinese name, radius, distances from the middle)
+    "small": ("小", 0.22, (0.125, 0.25)),
+    "big": ("大", 0.33, (0.125,)),
 }
 POSITIONS: dict[str, tuple[str, int, int]] = {  # name -> (Chinese name, column, row), each -1, 0 or 1
     "top left": ("左上角", -1, -1),
@@ -79,13 +79,12 @@ COMBINATIONS = tuple(itertools.product(SHAPES, COLOURS, SIZES, POSITIONS, BACKGR
 HELD_OUT = tuple(combination for combination in COMBINATIONS if is_held_out(*combination))
 TRAINED = tuple(combination for combination in COMBINATIONS if not is_held_out(*combination))
 
-SHADES = 2  # ink and ground differ from their named colour by at most this, so that no two scenes are the same bytes
 OVERSAMPLING = 4  # drawn this much finer per side, then averaged: smooth edges
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Attributes of one scene; `x`, `y`, `radius` in units of the image side, shades added to the named RGB.
+    """Attributes of one scene; `x`, `y`, `radius` in units of the image side.
 
     Places are multiples of an eighth of the side: a tokenizer with eight codes a side, or a multiple, sees the same
     patches wherever a shape stands.
@@ -99,8 +98,6 @@ class Scene:
     x: float
     y: float
     radius: float
-    ink_shade: tuple[int, ...] = (0, 0, 0)
-    ground_shade: tuple[int, ...] = (0, 0, 0)
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -121,8 +118,7 @@ class Scene:
 
     def draw(self, image_size: int) -> Image:
         """-> uint8 [S, S, 3], RGB."""
-        ink = np.clip(np.array(COLOURS[self.colour][1], np.float64) + self.ink_shade, 0, 255)
-        ground = np.clip(np.array(BACKGROUNDS[self.background][1], np.float64) + self.ground_shade, 0, 255)
+        ink, ground = (np.array(rgb, np.float64) for rgb in (COLOURS[self.colour][1], BACKGROUNDS[self.background][1]))
         cover = coverage(self.shape, self.x * image_size, self.y * image_size, self.radius * image_size, image_size)
         return np.rint(ground + cover[..., None] * (ink - ground)).astype(np.uint8)
 
@@ -134,11 +130,10 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
     generator = np.random.Generator(np.random.Philox(key=[seed, index]))
     choices = HELD_OUT if split == "heldout" else TRAINED
     shape, colour, size, position, background = choices[generator.integers(len(choices))]
-    _, radius, step = SIZES[size]
+    _, radius, distances = SIZES[size]
     _, column, row = POSITIONS[position]
-    shades = generator.integers(-SHADES, SHADES + 1, 6)
-    ink, ground = (tuple(int(shade) for shade in part) for part in (shades[:3], shades[3:]))
-    return Scene(shape, colour, size, position, background, 0.5 + step * column, 0.5 + step * row, radius, ink, ground)
+    x, y = (0.5 + side * distances[generator.integers(len(distances))] for side in (column, row))
+    return Scene(shape, colour, size, position, background, x, y, radius)
 
 
 def scenes(count: int, image_size: int, seed: int = 0, split: Split = "train") -> Iterator[Pair]:

@@ -104,15 +104,37 @@ class Norm(nn.GroupNorm):
         return F.group_norm(x.contiguous(), self.num_groups, weight, bias, self.eps)
 
 
-class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside a skip, which is a 1x1 convolution where the width changes."""
+class PlaceNorm(nn.LayerNorm):
+    """Statistics over the channels of one place: nothing of the rest of the picture comes in."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w], channels last in memory."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def norm_of(channels: int, local: bool) -> nn.Module:
+    """GroupNorm as published, or one that sees a single place."""
+    return PlaceNorm(channels) if local else Norm(channels)
+
+
+def convolution(channels: int, out_channels: int, local: bool) -> nn.Conv2d:
+    """3x3 as published, or 1x1; the side stays."""
+    kernel = 1 if local else 3
+    return nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2)
+
+
+class ResBlock(nn.Module):
+    """Two normalised convolutions beside a skip, which is a 1x1 convolution where the width changes."""
+
+    def __init__(self, channels: int, out_channels: int, local: bool = False) -> None:
         super().__init__()
-        self.norm1 = Norm(channels)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = Norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1 = norm_of(channels, local)
+        self.conv1 = convolution(channels, out_channels, local)
+        self.norm2 = norm_of(out_channels, local)
+        self.conv2 = convolution(out_channels, out_channels, local)
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
@@ -169,10 +191,10 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution; `downsample` or `upsample` is set by the owner where the side changes after it."""
 
-    def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool) -> None:
+    def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool, local: bool = False) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * (blocks - 1)
-        self.block = nn.ModuleList(ResBlock(width, out_channels) for width in widths)
+        self.block = nn.ModuleList(ResBlock(width, out_channels, local) for width in widths)
         self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,11 +215,11 @@ class Middle(nn.Module):
     A code then stands for its own neighbourhood, not for the whole picture.
     """
 
-    def __init__(self, channels: int, attention: bool) -> None:
+    def __init__(self, channels: int, attention: bool, local: bool = False) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels)
+        self.block_1 = ResBlock(channels, channels, local)
         self.attn_1: nn.Module = AttnBlock(channels) if attention else nn.Identity()
-        self.block_2 = ResBlock(channels, channels)
+        self.block_2 = ResBlock(channels, channels, local)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
@@ -205,22 +227,23 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels -> latents."""
+    """Pixels -> latents. `local_encoder`: places meet only in the first convolution and where the side is halved."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
-        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        widths, local = [config.channels * multiplier for multiplier in config.multipliers], config.local_encoder
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.down = nn.ModuleList()
         for index, width in enumerate(widths):
             attention = config.image_size // 2**index in config.attention_at
-            level = Level(widths[index - 1] if index else config.channels, width, config.res_blocks, attention)
+            above = widths[index - 1] if index else config.channels
+            level = Level(above, width, config.res_blocks, attention, local)
             if index < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(widths[-1], bool(config.attention_at))
-        self.norm_out = Norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+        self.mid = Middle(widths[-1], bool(config.attention_at), local)
+        self.norm_out = norm_of(widths[-1], local)
+        self.conv_out = convolution(widths[-1], config.latent_channels, local)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, Z, G, G]."""

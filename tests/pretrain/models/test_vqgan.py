@@ -58,6 +58,29 @@ def test_decoding_the_codes_is_the_reconstruction():
     assert torch.allclose(model.decode(quantised.codes), reconstruction, atol=1e-5)
 
 
+def changed_codes(config: VqganConfig) -> torch.Tensor:
+    """Which of 4 x 4 latents differ once a patch of noise stands in the picture's lower right corner, bool [4, 4]."""
+    torch.manual_seed(0)
+    model, pixels = Vqgan(config).eval(), torch.zeros(1, 3, 16, 16)
+    torch.nn.init.normal_(model.quantize.embedding.weight)
+    other = pixels.clone()
+    other[..., 12:, 12:] = torch.rand(3, 4, 4) * 2 - 1
+    latents = [model.quant_conv(model.encoder(one)) for one in (pixels, other)]
+    return (latents[0] != latents[1]).any(1)[0]
+
+
+def test_codes_of_a_local_encoder_do_not_see_the_rest_of_the_picture():
+    local = changed_codes(SMALL.model_copy(update={"local_encoder": True}))
+    assert local[3, 3] and not local[:2].any() and not local[:, :2].any()
+    assert changed_codes(SMALL).all()
+
+
+def test_a_local_encoder_moves_its_codes_with_the_picture():
+    model, pixels = Vqgan(SMALL.model_copy(update={"local_encoder": True})).eval(), torch.rand(1, 3, 16, 16) * 2 - 1
+    moved = model.encode(pixels.roll(4, -1)).view(4, 4)
+    assert torch.equal(moved[1:3, 2:3], model.encode(pixels).view(4, 4)[1:3, 1:2])
+
+
 @pytest.mark.parametrize(("channels", "groups"), [(16, 4), (64, 16), (128, 32), (512, 32)])
 def test_norm_has_32_groups_from_128_channels_on(channels, groups):
     assert Norm(channels).num_groups == groups
