@@ -23,6 +23,7 @@ import psutil
 
 from data_pipeline.errors import ConfigError, NodeFault
 from data_pipeline.settings import load_settings
+from launchers.local import die_with
 from launchers.spec import LocalCluster, describe
 from pretrain.config import RunConfig
 from pretrain.goodput import METRICS, goodput, lines_of
@@ -166,7 +167,9 @@ class Attempt:
         self.log = run.with_suffix(".log")
         self.rows_before = sum(1 for _ in lines_of(run / METRICS))
         with self.log.open("a", encoding="utf-8") as log:
-            self.launcher = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+            self.launcher = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, process_group=0, preexec_fn=die_with(os.getpid())
+            )
         self.process = psutil.Process(self.launcher.pid)
 
     @property

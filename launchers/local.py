@@ -264,11 +264,11 @@ def _start(group: Group, local_rank: int) -> "subprocess.Popen[str]":
         text=True,
         errors="replace",
         process_group=0,  # Ctrl-C reaches the launcher alone, which asks for a save
-        preexec_fn=_die_with(os.getpid()),  # one system call: safe beside the thread that listens for signals
+        preexec_fn=die_with(os.getpid()),  # one system call: safe beside the thread that listens for signals
     )
 
 
-def _die_with(parent: int) -> Any:
+def die_with(parent: int) -> Any:
     """What a child runs before its program: SIGKILL for it as soon as the launcher is gone (Linux)."""
     if not sys.platform.startswith("linux"):
         return None

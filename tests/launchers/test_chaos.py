@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ from data_pipeline.settings import load_settings
 from launchers.chaos import WHOM, Campaign, Event, Strike, _empty, plan
 from launchers.laws import LAWS, broken_laws
 from pretrain.config import RunConfig
-from tests.pretrain.commands import Material, electra, recipe, tessera
+from tests.pretrain.commands import Material, command, electra, environment, recipe
+from tests.pretrain.processes import ROOT
 
 STEPS, KILLS, SEED = 20, 3, 649
+TIMEOUT_S = 880  # two runs and three restarts: under a minute on two quiet cores
 
 
 # ---------------------------------------------------------------------------------------------- the plan
@@ -60,7 +63,16 @@ def campaign(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Ca
     folder = tmp_path_factory.mktemp("chaos")
     tree = electra(material, folder / "run", steps=STEPS, checkpoint_every_steps=3)
     config = recipe(tree, folder / "run.yaml")
-    done = tessera("chaos", config, "--kills", str(KILLS), "--seed", str(SEED))
+    argv = command("chaos", config, "--kills", str(KILLS), "--seed", str(SEED))
+    done = subprocess.run(
+        argv,
+        env=environment(),
+        cwd=ROOT,
+        text=True,
+        timeout=TIMEOUT_S,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     assert done.stdout.splitlines()[-1].split(maxsplit=1) == ["verdict", "every law held"]
     home = folder / f"run-chaos-{SEED}"
@@ -74,6 +86,7 @@ def campaign(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 @pytest.mark.slow
 @pytest.mark.real
+@pytest.mark.timeout(900)
 def test_every_law_holds_after_a_campaign_and_its_cost_is_told(campaign: Campaign) -> None:
     assert broken_laws(campaign) == {law: [] for law in LAWS}
     told = json.loads((campaign.struck.parent / "chaos.json").read_text())
@@ -133,6 +146,7 @@ def a_long_way_back(run: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.real
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("tamper", "law"),
     [
@@ -157,6 +171,7 @@ def test_a_law_that_is_broken_is_named(
 
 @pytest.mark.slow
 @pytest.mark.real
+@pytest.mark.timeout(900)
 def test_ends_that_no_strike_explains_break_a_law(campaign: Campaign) -> None:
     wrong = dataclasses.replace(campaign.events[0], code=1)
     left = dataclasses.replace(campaign.events[0], orphans=(4711,))
