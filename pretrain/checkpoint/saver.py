@@ -4,6 +4,7 @@ Ranks tell each other through a store of their own, never through the training g
 leave the others in a collective, and a slow disk must not hold up a step.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -61,7 +62,7 @@ class Checkpoints:
         self._staging = Staging()
         self._sums: dict[str, list[float]] = {}
         self._save: Save | None = None
-        self._choices = 0
+        self._saves = self._choices = 0
 
     def note(self, means: dict[str, float]) -> None:
         """Take in one step's metrics: their mean since the last save says which checkpoint is the best."""
@@ -78,7 +79,8 @@ class Checkpoints:
         self._sums = {}
         stuck = self._save is not None and not self._save.ended(COMMIT_TIMEOUT_S)
         shard = None if stuck else self._staging.copy(shard_of(engine, self.mesh))
-        self._save = Save(self, step, shard, state | {"means": means})
+        self._saves += 1
+        self._save = Save(self, self._saves, step, shard, state | {"means": means})
         self._save.start()
         self.blocked_s += time.monotonic() - began
 
@@ -107,7 +109,7 @@ class Checkpoints:
         if self._save is not None:
             self._save.ended(COMMIT_TIMEOUT_S)
         self._choices += 1
-        store, key = self.mesh.store, f"choice-{self._choices}"
+        store, key = self.mesh.store, f"choice-{self._choices} {self.root}"
         if self.mesh.rank == 0:
             store.set(key, json.dumps(_outcome(lambda: self._candidates(every_steps))))
         folders = _result(_get(store, key, LOAD_TIMEOUT_S))
@@ -144,7 +146,7 @@ UNTOUCHED = "the checkpoints before it are untouched"
 class Save(threading.Thread):
     """One save under way: this rank's file, its report, and on rank 0 the commit."""
 
-    def __init__(self, owner: Checkpoints, step: int, shard: Shard | None, state: dict[str, Any]) -> None:
+    def __init__(self, owner: Checkpoints, number: int, step: int, shard: Shard | None, state: dict[str, Any]) -> None:
         super().__init__(name=f"save-{step}", daemon=True)  # a dead disk must not keep the process alive
         self.owner = owner
         self.step = step
@@ -153,7 +155,7 @@ class Save(threading.Thread):
         self.state = state
         self.failure = ""
         self.abandoned = threading.Event()
-        self.key = f"save-{step}"
+        self.key = f"save-{number} {self.folder}"  # a word of an earlier save must not be taken for one of this
 
     def ended(self, timeout_s: float) -> bool:
         """Wait for the end, whatever it is -> whether it came."""
@@ -177,6 +179,7 @@ class Save(threading.Thread):
         """Rank 0, after the commit: say what became of it, and let retention work."""
         if self.failure:
             print(f"{self.folder} was not committed: {self.failure}; {UNTOUCHED}, the run goes on", flush=True)
+            self._discard()
         else:
             print(f"saved {self.folder}", flush=True)
             self._tidy()
@@ -212,6 +215,13 @@ class Save(threading.Thread):
             except TesseraError as error:
                 errors.append(f"rank {rank}: {error}")
         return reports, errors
+
+    def _discard(self) -> None:
+        """Remove what a failed save wrote: on a full disk it would be in the way of the next one."""
+        storage = open_storage(self.folder)
+        with contextlib.suppress(OSError, TesseraError):  # what stays is reaped after the next commit
+            if not storage.exists(MANIFEST):
+                storage.remove_all()
 
     def _tidy(self) -> None:
         """The new checkpoint stands, whatever becomes of the old ones: what cannot be removed is said."""

@@ -64,7 +64,7 @@ def save(ranks: list[Checkpoints], step: int, model: torch.nn.Module, **state: A
         part: Any = Part(model, rank, len(ranks))
         checkpoints.save(part, step, {"step": step, "identity": identity(config_of(Path("unused"))), **state})
     for checkpoints in ranks:
-        assert checkpoints._save is not None and checkpoints._save.ended(60)
+        assert checkpoints._save is not None and checkpoints._save.ended(200)
     for checkpoints in ranks:
         checkpoints.finish()
 

@@ -15,6 +15,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.storage import LocalStorage, open_storage
 from pretrain.checkpoint import saver, verbs
 from pretrain.checkpoint.catalog import Retention, Saved, claim_attempt, committed, put_once
+from pretrain.checkpoint.layout import Slices
 from pretrain.checkpoint.saver import Checkpoints
 from pretrain.checkpoint.trained import load_trained
 from tests.pretrain.checkpoint.simulated import (
@@ -323,3 +324,12 @@ def test_an_overtaken_attempt_is_a_matter_of_configuration(tmp_path: Path) -> No
     refuse_overtaken(tmp_path, 5)
     with pytest.raises(ConfigError, match="end this one"):
         refuse_overtaken(tmp_path, 4)
+
+
+def test_checkpoints_of_two_places_do_not_take_each_other_s_words(tmp_path: Path) -> None:
+    store = torch.distributed.HashStore()
+    for place in ("a", "b"):
+        ranks = [Checkpoints(tmp_path / place, mesh_of(rank, 2, store), 0, Retention(9)) for rank in range(2)]
+        save(ranks, 4, model_of(4) if place == "a" else torch.nn.Linear(3, 5))
+    (saved,) = committed(tmp_path / "b")
+    assert set(Slices(saved.folder).shapes) == {"model.weight", "model.bias"} and not saved.faults()

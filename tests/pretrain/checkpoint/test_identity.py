@@ -16,7 +16,7 @@ from tests.pretrain.checkpoint.simulated import config_of
         ("optim", "lr", 0.5, True),
         ("model", "layers", 3, True),
         ("train", "steps", 99, True),
-        ("train", "global_batch", 99, True),
+        ("train", "global_batch", 99, False),
         ("train", "precision", "fp32", True),
         ("train", "zero_stage", 1, False),
         ("train", "micro_batch", 2, False),

@@ -1,0 +1,99 @@
+"""What a checkpoint becomes elsewhere: an exported model, a public layout, the start of another run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from data_pipeline.errors import ConfigError, DataError
+from pretrain.checkpoint import verbs
+from pretrain.checkpoint.trained import load_trained, start_from
+from pretrain.interchange.folder import load_model
+from pretrain.interchange.layouts import import_state
+from pretrain.models import MODELS
+from tests.pretrain.checkpoint.simulated import config_of, flip_a_bit, folder_of, model_of, write
+
+
+def same(left: nn.Module, right: nn.Module) -> bool:
+    mine, theirs = left.state_dict(), right.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_an_exported_model_has_the_checkpoint_s_weights(tmp_path: Path) -> None:
+    model = write(tmp_path / "run", 3)
+    exported, _ = load_model(verbs.export(tmp_path / "run", tmp_path / "exported"))
+    assert same(exported, model)
+
+
+def test_the_checkpoint_of_a_step_is_exported_where_that_is_asked(tmp_path: Path) -> None:
+    early = write(tmp_path / "run", 4)
+    write(tmp_path / "run", 8)
+    exported, _ = load_model(verbs.export(tmp_path / "run", tmp_path / "exported", step=4))
+    assert same(exported, early)
+    flip_a_bit(folder_of(tmp_path / "run", 0) / "r00000.safetensors")
+    with pytest.raises(DataError, match="no whole checkpoint of step 4"):
+        load_trained(tmp_path / "run", 4)
+
+
+def test_a_public_layout_comes_back_to_the_same_weights(tmp_path: Path) -> None:
+    model = write(tmp_path / "run", 3)
+    folder = verbs.export(tmp_path / "run", tmp_path / "public", form="transformers-electra")
+    theirs = load_file(folder / "model.safetensors")
+    assert any(name.startswith("discriminator.electra.") for name in theirs)
+    ours = import_state("transformers-electra", config_of(tmp_path).model, theirs)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_format_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path) -> None:
+    write(tmp_path / "run", 3)
+    with pytest.raises(ConfigError, match="onnx is not known; use tessera, .*transformers-electra"):
+        verbs.export(tmp_path / "run", tmp_path / "out", form="onnx")
+
+
+# ------------------------------------------------------------------------------------------- partial load
+
+
+def other_model(layers: int = 2, vocabulary: int = 200) -> nn.Module:
+    torch.manual_seed(99)
+    config = config_of(Path("unused")).model
+    return MODELS["electra"](config.model_copy(update={"layers": layers, "vocab_size": vocabulary}))
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_model_starts_from_what_fits_and_the_table_names_every_tensor(exported: bool, tmp_path: Path) -> None:
+    source = write(tmp_path / "run", 3)
+    place = verbs.export(tmp_path / "run", tmp_path / "exported") if exported else tmp_path / "run"
+    model = other_model(layers=3, vocabulary=300)
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lines = start_from(model, place).splitlines()
+    theirs, verdicts = source.state_dict(), {line.split()[1]: line for line in lines[1:]}
+    taken = 0
+    for name, tensor in model.state_dict().items():
+        if name in theirs and theirs[name].shape == tensor.shape:
+            assert torch.equal(tensor, theirs[name]) and verdicts[name].startswith("  taken ")
+            taken += 1
+        else:
+            assert torch.equal(tensor, fresh[name]) and verdicts[name].startswith("  new ")
+    assert verdicts["embeddings.word.weight"].endswith("[300, 32]: [200, 32] in the source")
+    assert "not in the source" in verdicts["discriminator.blocks.2.norm1.weight"]
+    assert verdicts.keys() == theirs.keys() | fresh.keys()
+    assert lines[0].startswith(f"{taken} of {len(fresh)} tensors start from {place}")
+
+
+def test_tensors_of_the_source_that_the_model_lacks_are_left_out_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "run", 3)
+    table = start_from(other_model(layers=1), tmp_path / "run")
+    assert "left out  discriminator.blocks.1.norm1.weight [32]: not in this model" in table
+
+
+def test_a_source_of_which_nothing_fits_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "run", 3)
+    with pytest.raises(DataError, match="no tensor fits this model"):
+        start_from(nn.Linear(2, 2), tmp_path / "run")
+
+
+def test_a_source_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no whole checkpoint"):
+        start_from(model_of(3), tmp_path)
