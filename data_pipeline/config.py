@@ -96,8 +96,8 @@ class ImageRules(Settings):
     (square). For image codes take center_crop or stretch: their sizes are exact.
     format: keep stores the file as it came where it is a plain 8-bit RGB JPEG or PNG and `mode` is none.
     quality: of JPEG and WebP.
-    decode: scaled lets libjpeg shrink large JPEGs while decoding, to no less than twice the size; about 1.6 times as
-    fast on megapixel photographs, and about 36 dB beside exact.
+    decode: scaled lets libjpeg shrink large JPEGs while decoding, to no less than twice the size: faster, and nearly
+    the same picture (tests/benchmarks/bench_decode.py says how much of each).
     """
 
     mode: Literal["none", "fit", "keep_ratio", "keep_ratio_largest", "border", "center_crop", "stretch"] = "none"
@@ -133,8 +133,9 @@ class FetchRules(Settings):
     """How images are fetched by http(s).
 
     concurrency: requests at once of one fetching process (there is one for two workers), per_host: of those to one
-    host. timeout_s: of one attempt, as a whole; the pauses between attempts are at most attempts * timeout_s. opt_out: directives of the X-Robots-Tag header that keep an
-    image out. allow_networks: private networks that may be asked all the same, as 10.1.0.0/16.
+    host. timeout_s: of one attempt, as a whole; the pauses between attempts are at most attempts * timeout_s.
+    opt_out: directives of the X-Robots-Tag header that keep an image out. allow_networks: private networks that may be
+    asked all the same, as 10.1.0.0/16.
     cache: folder or s3:// prefix that keeps fetched bytes by their sha256, for other builds too; without it they are
     kept in the output until the build is done.
     """

@@ -148,7 +148,7 @@ def retry_plan(config: BuildConfig, manifest: Manifest, rejects: list[dict[str, 
     again = [reject for reject in rejects if reject["reason"] not in FINAL_REASONS]
     keys = source.keys()
     if keys is None:
-        places = {reject["key"]: int(reject["key"]) for reject in again if int(reject["key"]) < rows}
+        places = {reject["key"]: int(reject["row"]) for reject in again if reject["row"] < rows}
     else:
         wanted = {reject["key"] for reject in again}
         places = {key: row for row, key in reversed(list(enumerate(keys))) if key in wanted}

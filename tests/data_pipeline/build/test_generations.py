@@ -18,18 +18,18 @@ from data_pipeline.storage import open_storage
 from data_pipeline.stream.reader import Stream
 from tests.data_pipeline.web import Web
 
-FAST = {"allow_networks": ["127.0.0.0/8"], "timeout_s": 0.5, "attempts": 2}
+FAST = {"allow_networks": ["127.0.0.0/8"], "timeout_s": 20, "attempts": 2}
 PATHS = [
     "/file/0.png",
     "/file/gone",
     "/file/1.png",
-    "/stall/x",
+    "/status/503/x",
     "/cut/1.png",
     "/file/html.png",
     "/file/empty",
     "/huge/x",
 ]
-REASONS = {"http_404": 1, "fetch_timeout": 1, "fetch_cut_short": 1, "not_an_image": 1, "empty_file": 1, "too_large": 1}
+REASONS = {"http_404": 1, "http_503": 1, "fetch_cut_short": 1, "not_an_image": 1, "empty_file": 1, "too_large": 1}
 
 
 @pytest.fixture
@@ -73,10 +73,12 @@ def fake_names(digests):
 # ---------------------------------------------------------------------------------------------- fetching
 
 
+@pytest.mark.slow
 def test_a_fetched_build_accounts_for_every_address(web, tmp_path, build_here):
-    write_rows(tmp_path / "rows.jsonl", web, PATHS)
-    stats = build_here(**config_of(tmp_path))
-    assert (stats["in"], stats["out"], stats["rejected"]) == (8, 2, REASONS)
+    write_rows(tmp_path / "rows.jsonl", web, [*PATHS[:3], "/stall/x", *PATHS[4:]])
+    stats = build_here(**config_of(tmp_path, fetch={**FAST, "timeout_s": 2}))
+    stalled = {"fetch_timeout" if name == "http_503" else name: count for name, count in REASONS.items()}
+    assert (stats["in"], stats["out"], stats["rejected"]) == (8, 2, stalled)
     assert keys(tmp_path / "out") == ["k0", "k2"]
     assert Stream(tmp_path / "out", seed=0).fetch(0).meta == {"url": f"{web.address}/file/0.png"}
     found = rejects(tmp_path / "out")
@@ -175,7 +177,7 @@ def test_retry_again_and_again_counts_every_row_once(web, tmp_path, build_here, 
         stats = retry(make_config(**tree), progress=False)
         assert stats["in"] == 8 == stats["out"] + sum(stats["rejected"].values())
         verify(tmp_path / "out")
-    assert stats["rejected"] == {"fetch_timeout": 1, "fetch_cut_short": 1, "too_large": 1}
+    assert stats["rejected"] == {"http_503": 1, "fetch_cut_short": 1, "too_large": 1}
 
 
 def test_retry_with_nothing_to_do_changes_nothing(scenes, make_config, build_here, tree_digests):
