@@ -19,6 +19,7 @@ from pretrain.checkpoint.catalog import (
     tidy,
 )
 from pretrain.checkpoint.trained import load_trained, newest_whole, root_of, run_config
+from pretrain.checkpoint.universal import export_universal
 from pretrain.interchange.folder import WEIGHTS_FILE, export_model
 from pretrain.interchange.layouts import LAYOUTS, export_state
 
@@ -49,14 +50,16 @@ def verify(run: str | Path) -> dict[str, Any]:
 def export(run: str | Path, output: str | Path, step: int | None = None, form: str = "tessera") -> Path:
     """The newest whole checkpoint (or that of a step) as `form`: tessera, deepspeed, or one of LAYOUTS.
 
-    tessera: config.json and model.safetensors, which every other command reads. A layout: model.safetensors under the
-    names of that public model.
+    tessera: config.json and model.safetensors, which every other command reads. deepspeed: a universal checkpoint with
+    the optimizer's state. A layout: model.safetensors under the names of that public model.
     """
+    if form == "deepspeed":
+        return export_universal(newest_whole(run, step), output)
     model, config = load_trained(run, step)
     if form == "tessera":
         return export_model(output, config.model, model.state_dict())
     if form not in LAYOUTS:
-        raise ConfigError(f"--format {form} is not known; use tessera, {', '.join(sorted(LAYOUTS))}")
+        raise ConfigError(f"--format {form} is not known; use tessera, deepspeed, {', '.join(sorted(LAYOUTS))}")
     weights = export_state(form, config.model, model.state_dict())
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)

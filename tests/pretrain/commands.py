@@ -58,6 +58,23 @@ def vqgan(material: Material, run: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def clip(material: Material, run: Path, **train: Any) -> dict[str, Any]:
+    """A run of a tiny CLIP."""
+    return {
+        "run": str(run),
+        "model": {
+            "kind": "clip", "embed_dim": 16,
+            "vision": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "heads": 2},
+            "text": {"vocab_size": 200, "context": 16, "width": 32, "layers": 1, "heads": 2},
+        },
+        "objective": {"kind": "contrastive"},
+        "data": {"dataset": str(material.dataset), "vocabulary": str(material.vocabulary)},
+        "train": {"steps": 12, "global_batch": 12, "checkpoint_every_steps": 4, "log_every_steps": 50} | train,
+        "optim": {"lr": 1e-3, "warmup_steps": 2},
+        "tracking": {"uri": ""},
+    }  # fmt: skip
+
+
 def recipe(tree: dict[str, Any], path: Path) -> Path:
     """Write the run description (JSON is YAML)."""
     path.parent.mkdir(parents=True, exist_ok=True)

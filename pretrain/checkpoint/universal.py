@@ -1,0 +1,62 @@
+"""Export to DeepSpeed's universal layout, which stock DeepSpeed loads at stages 1 to 3 on any world.
+
+OUT/latest_universal names the tag; OUT/TAG/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt hold one parameter each, whole;
+zero/optimizer_state.pt holds the groups. These files are pickles, as DeepSpeed wants them: written here, never read.
+Under stage 3 DeepSpeed gives every group the settings of the first one: set weight decay by hand after loading there.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint.catalog import Saved
+from pretrain.checkpoint.layout import Slices
+
+TAG = "universal"
+DEEPSPEED_VERSION = "0.19.8"  # whose layout this is
+KEYS = {"param": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+"""Stages 1 and 2 look for the first, stage 3 for the second."""
+
+
+def export_universal(saved: Saved, output: str | Path) -> Path:
+    """Write OUTPUT, one parameter in memory at a time -> its path. The tag's name goes last: with it all is there."""
+    folder, slices = Path(output) / TAG, Slices(saved.folder)
+    groups: dict[str, Any] = saved.state["optimizer"]["groups"]
+    updates = {name: group["updates"] for group in groups.values() for name in group["names"]}
+    for name in slices.shapes:
+        place = folder / "zero" / name
+        place.mkdir(parents=True, exist_ok=True)
+        for kind in slices.kinds(name):
+            torch.save({"param": slices.whole(kind, name)}, place / f"{KEYS[kind]}.pt")
+        if name in updates:
+            torch.save(torch.tensor(float(updates[name])), place / "step.pt")
+    rows = [{key: value for key, value in group.items() if key != "names"} for group in groups.values()]
+    hyper = [row | {"betas": tuple(row["betas"]), "params": []} for row in rows]
+    step = torch.tensor(float(max(updates.values(), default=0)))
+    inner = {"state": {0: {"step": step}}, "param_groups": hyper}
+    torch.save(
+        {"param_groups": hyper, "optimizer_state_dict": inner, "ds_version": DEEPSPEED_VERSION},
+        folder / "zero" / "optimizer_state.pt",
+    )
+    for file in MODEL_FILES:
+        torch.save(_model_state(saved, slices), folder / file)
+    (Path(output) / "latest_universal").write_text(TAG)
+    return Path(output)
+
+
+def _model_state(saved: Saved, slices: Slices) -> dict[str, Any]:
+    """What DeepSpeed reads beside the parameters: counts, and buffers for who wants them."""
+    return {
+        "module": {name: slices.buffer(name) for name in slices.buffers},
+        "buffer_names": slices.buffers,
+        "param_shapes": [{name: torch.Size(shape) for name, shape in slices.shapes.items()}],
+        "dp_world_size": saved.manifest["world"],
+        "mp_world_size": 1,
+        "global_steps": saved.step,
+        "global_samples": 0,
+        "skipped_steps": 0,
+        "lr_scheduler": None,
+        "ds_version": DEEPSPEED_VERSION,
+    }
