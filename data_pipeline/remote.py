@@ -209,7 +209,7 @@ class RemoteStorage:
         if answer.start != at:
             raise DataError(
                 f"{self.path(name)}: asked for bytes from {at}, the server sends from {answer.start}: it knows no "
-                "ranges; serve the data with one that does, or read it in sequence with TarSequence"
+                "ranges; serve the data with one that does, or read it in sequence with stream.sequential"
             )
         return version
 

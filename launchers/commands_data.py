@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
 
 Config = Annotated[Path, typer.Argument(help="YAML of the build, for example configs/data/emoji.yaml.")]
-Dataset = Annotated[Path, typer.Argument(help="Folder of a built dataset.")]
+Dataset = Annotated[str, typer.Argument(help="Folder, s3:// or http(s):// address of a built dataset.")]
 
 
 def build(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
@@ -63,13 +63,16 @@ def encode(
 
 
 def index(
-    tars: Annotated[list[str], typer.Argument(help="Tar files, or patterns such as '{00000..00099}.tar'.")],
+    tars: Annotated[
+        list[str], typer.Argument(help="A folder, here or on s3://, or tars such as '{00000..00099}.tar'.")
+    ],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a CPU unless told.")] = None,
     json: AsJson = False,
 ) -> None:
     """Index tars that were made elsewhere, without changing them."""
     from data_pipeline.shards.verify import index as run_index
 
-    emit(as_dict(run_index(tars)), json)
+    emit(as_dict(run_index(tars, workers)), json)
 
 
 def verify(dataset: Dataset, json: AsJson = False) -> None:
@@ -80,7 +83,7 @@ def verify(dataset: Dataset, json: AsJson = False) -> None:
 
 
 def order(
-    dataset: Annotated[Path, typer.Argument(help="Folder of a dataset, or the YAML or config.json of a run.")],
+    dataset: Annotated[str, typer.Argument(help="Folder or address of a dataset, or YAML or config.json of a run.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order; a run has its own.")] = 0,
     start: Annotated[int, typer.Option(min=0, help="First position.")] = 0,
     count: Annotated[int, typer.Option(min=0, help="How many positions.")] = 10,
@@ -89,7 +92,7 @@ def order(
     """Sample keys by position, one a line: of a dataset, or of what a run reads, its mixture included."""
     from data_pipeline.stream.reader import Stream
 
-    stream = _stream_of_run(dataset) if dataset.suffix in (".yaml", ".json") else Stream(dataset, seed)
+    stream = _stream_of_run(Path(dataset)) if dataset.endswith((".yaml", ".json")) else Stream(dataset, seed)
     samples = stream.read(start, start + count)
     keys = [sample.key for sample in samples]
     if json:

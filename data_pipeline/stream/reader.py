@@ -73,6 +73,19 @@ class Stream:
             raise DataError(f"sample id {sample_id}: {self.dataset} has ids 0 to {self.samples - 1}")
         return self._load(np.array([sample_id]), [0], [-1])[0]
 
+    def read_codes(self, start: int, stop: int) -> np.ndarray:
+        """The codes of positions [start, stop) alone, without touching a tar -> uint16 [n, codes per image].
+
+        Raises DataError where the stream was opened without codes.
+        """
+        if self._codes is None:
+            raise DataError(f"{self.dataset}: opened without codes; name the tokenizer, Stream(..., codes=ID)")
+        _, ids = order(np.arange(start, stop, dtype=np.int64), self.samples, self.seed, self.geometry)
+        shards = np.searchsorted(self._ends, ids, side="right")
+        rows = (ids - self._starts[shards]).tolist()
+        ranges = [self._codes.place(*place) for place in zip(shards.tolist(), rows, strict=True)]
+        return np.frombuffer(b"".join(self._read_ranges(ranges)), "<u2").reshape(-1, self._codes.codes_per_image)
+
     def locate(self, position: int) -> tuple[int, int, range]:
         """-> epoch and id of the sample at a position, and the ids of its dataset."""
         epochs, ids = order(np.array([position]), self.samples, self.seed, self.geometry)

@@ -1,62 +1,218 @@
-"""Samples read per second of CPU: Stream.read beside webdataset, the same tars, alternating, in the page cache.
+"""Samples read per second of CPU, beside webdataset (and mosaicml-streaming, Energon where they import), one thread.
 
-python tests/benchmarks/bench_reader.py            30 KB images with .txt and .json, one thread
+python tests/benchmarks/bench_reader.py            the same samples, in the page cache, alternating, medians
+python tests/benchmarks/bench_reader.py huge       the first batch at the middle of 10^9 samples, and what it takes
+
+raw: 30 KB images with .txt and .json. decode: 640 x 480 JPEG, decoded and cropped to 224. codes: 256 codes a sample
+against decoding the JPEG. CPU seconds are the thread's; bytes a second are those of the samples.
 """
 
+import io
+import json
+import os
+import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import webdataset
+from PIL import Image
 
+from data_pipeline.build.images import decode_rgb
+from data_pipeline.shards.codes import codes_name, meta_name
+from data_pipeline.shards.manifest import Manifest, Shard, canonical_json, read_manifest
 from data_pipeline.shards.tar import TarWriter
 from data_pipeline.shards.verify import index
+from data_pipeline.storage import open_storage
 from data_pipeline.stream.reader import Stream
 
-SAMPLES, SHARDS, IMAGE_BYTES, ROUNDS = 4000, 4, 30_000, 7
+SAMPLES, SHARDS, IMAGE_BYTES, ROUNDS, BATCH = 4000, 4, 30_000, 7, 256
+HUGE_SHARDS, HUGE_ROWS = 100_000, 10_000
+TOKENIZER = "0123456789ab"
+Work = Callable[[], int]
 
 
-def write_tars(folder: Path) -> list[str]:
-    image = np.random.default_rng(0).bytes(IMAGE_BYTES)
-    for shard in range(SHARDS):
+def write_tars(folder: Path, image: bytes, samples: int = SAMPLES, shards: int = SHARDS) -> list[str]:
+    """Shards of equal images -> their paths."""
+    for shard in range(shards):
         with (folder / f"{shard:05d}.tar").open("wb") as file:
             writer = TarWriter(file)
-            for row in range(SAMPLES // SHARDS):
+            for row in range(samples // shards):
                 text = f"caption {row}"
                 parts = [("jpg", image), ("txt", text.encode()), ("json", f'{{"captions": ["{text}"]}}'.encode())]
                 writer.add(f"{row:09d}", parts)
             writer.close()
+    index([str(folder)], workers=1)
     return sorted(str(path) for path in folder.glob("*.tar"))
 
 
-def ours(folder: Path) -> int:
-    stream = Stream(folder, seed=0)
-    return sum(len(stream.read(start, start + 256)) for start in range(0, SAMPLES, 256))
+def write_codes(folder: Path) -> None:
+    """256 codes a sample beside the shards."""
+    manifest = read_manifest(open_storage(folder))
+    entries = []
+    for shard in manifest.shards:
+        name = codes_name(shard.name, TOKENIZER)
+        (folder / name).write_bytes(np.zeros((shard.n, 256), "<u2").tobytes())
+        entries.append({"name": name, "bytes": 512 * shard.n, "digest": ""})
+    meta = {"dataset": manifest.fingerprint, "codes_per_image": 256, "codebook_size": 16, "shards": entries}
+    (folder / meta_name(TOKENIZER)).write_bytes(canonical_json(meta))
 
 
-def theirs(urls: list[str]) -> int:
-    return sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False))
+def photo() -> bytes:
+    """A smooth 640 x 480 JPEG with some texture, about 60 KB."""
+    rng = np.random.default_rng(0)
+    pixels = cv2.resize(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8), (640, 480), interpolation=cv2.INTER_CUBIC)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "jpeg", quality=92)
+    return file.getvalue()
 
 
-def rate(work: Callable[[], int]) -> float:
+def crop(pixels: np.ndarray) -> np.ndarray:
+    """The centre square, 224 x 224."""
+    side = min(pixels.shape[:2])
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    return cv2.resize(pixels[top : top + side, left : left + side], (224, 224), interpolation=cv2.INTER_AREA)
+
+
+# ------------------------------------------------------------------------------------------------- works
+
+
+def ours(folder: Path, decode: bool = False) -> Work:
+    def work() -> int:
+        stream, count = Stream(folder, seed=0), 0
+        for start in range(0, stream.samples, BATCH):
+            batch = stream.read(start, start + BATCH)
+            count += len([crop(decode_rgb(sample.image)) for sample in batch] if decode else batch)
+        return count
+
+    return work
+
+
+def theirs(urls: list[str], decode: bool = False) -> Work:
+    def work() -> int:
+        dataset = webdataset.WebDataset(urls, shardshuffle=False)
+        if decode:
+            dataset = dataset.decode("rgb8").map(lambda sample: crop(sample["jpg"]))
+        return sum(1 for _ in dataset)
+
+    return work
+
+
+def codes(folder: Path) -> Work:
+    """Codes by position, from the side-cars alone."""
+
+    def work() -> int:
+        stream, count = Stream(folder, seed=0, codes=TOKENIZER), 0
+        for start in range(0, stream.samples, BATCH):
+            count += len(stream.read_codes(start, start + BATCH))
+        return count
+
+    return work
+
+
+def mosaic(folder: Path, image: bytes) -> Work | None:
+    """The same samples as MDS, in the order of the file; None where the package does not import."""
+    try:
+        from streaming import MDSWriter, StreamingDataset
+    except Exception:
+        return None
+    target = folder / "mds"
+    with MDSWriter(out=str(target), columns={"jpg": "bytes", "txt": "str", "json": "json"}) as writer:
+        for row in range(SAMPLES):
+            writer.write({"jpg": image, "txt": f"caption {row}", "json": {"captions": [f"caption {row}"]}})
+    dataset = StreamingDataset(local=str(target), shuffle=True, batch_size=BATCH)
+    return lambda: sum(1 for number in range(len(dataset)) if dataset[number])
+
+
+def energon(folder: Path) -> Work | None:
+    """Energon's own sequential reader of an indexed tar; None where the package does not import."""
+    try:
+        from megatron.energon.flavors.webdataset.itar import open_itar
+    except Exception:
+        return None
+
+    def work() -> int:
+        count = 0
+        for path in sorted(folder.glob("*.tar")):
+            with open_itar(str(path)) as tar:
+                for member in tar:
+                    if member.name.endswith(".jpg"):
+                        count += 1
+                    tar.extractfile(member).read()
+        return count
+
+    return work
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def rate(work: Work) -> float:
+    """Samples per second of this thread's CPU."""
     start = time.thread_time()
     count = work()
     return count / (time.thread_time() - start)
 
 
-def main() -> None:
+def compare(title: str, work: Work, peers: dict[str, Work | None], rounds: int = ROUNDS) -> None:
+    """Alternating rounds; the median ratio against each peer."""
+    there = {name: peer for name, peer in peers.items() if peer is not None}
+    rows = [(rate(work), {name: rate(peer) for name, peer in there.items()}) for _ in range(rounds)]
+    mine = statistics.median(row[0] for row in rows)
+    print(f"{title:8} Stream {mine:10,.0f}/s")
+    for name in there:
+        theirs_rate = statistics.median(row[1][name] for row in rows)
+        ratios = sorted(row[0] / row[1][name] for row in rows)
+        print(f"{'':8} {name:18} {theirs_rate:10,.0f}/s   ratio {statistics.median(ratios):6.1f}"
+              f"   ({ratios[0]:.1f} to {ratios[-1]:.1f}, {rounds} rounds)", flush=True)  # fmt: skip
+
+
+def side_by_side() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        urls = write_tars(folder)
-        index([name])
-        pairs = [(rate(lambda: ours(folder)), rate(lambda: theirs(urls))) for _ in range(ROUNDS)]
-    stream, peer = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(one / other for one, other in pairs)
-    print(f"Stream.read {stream:,.0f}/s   webdataset {peer:,.0f}/s   median ratio {ratio:.1f}   ({ROUNDS} rounds)")
+        image = np.random.default_rng(0).bytes(IMAGE_BYTES)
+        urls = write_tars(folder, image)
+        compare("raw", ours(folder), {
+            "webdataset": theirs(urls), "mosaicml-streaming": mosaic(folder, image), "energon (itar)": energon(folder),
+        })  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        urls = write_tars(folder, photo(), samples=400, shards=2)
+        write_codes(folder)
+        compare("decode", ours(folder, decode=True), {"webdataset": theirs(urls, decode=True)}, rounds=5)
+        compare("codes", codes(folder), {"ours, decoding": ours(folder, decode=True)}, rounds=5)
+
+
+# --------------------------------------------------------------------------------------------- huge epochs
+
+
+def huge() -> None:
+    """10^9 samples in 100,000 shards, all of them links to one tar of 10,000 small samples."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tars(folder, b"x" * 200, samples=HUGE_ROWS, shards=1)
+        [shard] = read_manifest(open_storage(folder)).shards
+        shards = tuple(Shard(f"{number:06d}.tar", shard.n, shard.bytes, shard.digest) for number in range(HUGE_SHARDS))
+        for entry in shards:
+            os.link(folder / "00000.tar", folder / entry.name)
+            os.link(folder / "00000.tar.idx", folder / f"{entry.name}.idx")
+        (folder / "manifest.json").write_bytes(Manifest(shards).to_json())
+        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        stream = Stream(folder, seed=1)
+        opened = time.perf_counter() - began
+        batch = stream.read(stream.samples // 2, stream.samples // 2 + BATCH)
+        took = time.perf_counter() - began
+        for start in range(0, 40 * BATCH, BATCH):
+            stream.read(start, start + BATCH)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        print(f"{stream.samples:,} samples: {len(batch)} of the middle after {took:.2f} s, {opened:.2f} s to open, "
+              f"state {len(json.dumps(stream.state(1)))} bytes, {grown:.0f} MiB more after 10,240 samples")  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    huge() if sys.argv[1:] == ["huge"] else side_by_side()

@@ -58,6 +58,17 @@ def test_codes_come_back_by_sample_and_all_at_once(small, encode_here, by_tarfil
     assert (meta["samples"], meta["codes_used"]) == (25, len(np.unique(expected)))
 
 
+def test_codes_are_read_by_position_without_touching_the_tars(small, encode_here):
+    encode_here(small)
+    stream = Stream(small, seed=0, codes=Means().id)
+    expected = np.stack([sample.codes for sample in stream.read(3, 60)])
+    for path in small.glob("*.tar*"):
+        path.unlink()
+    np.testing.assert_array_equal(Stream(small, seed=0, codes=Means().id).read_codes(3, 60), expected)
+    with pytest.raises(DataError, match="opened without codes"):
+        Stream(small, seed=0).read_codes(0, 1)
+
+
 def test_codes_leave_the_fingerprint_of_the_dataset_alone(small, encode_here):
     before = Stream(small, seed=0).fingerprint
     encode_here(small)
