@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,6 +67,7 @@ class Engine:
         deepspeed = _quiet_deepspeed()
         groups = self.groups = parameter_groups(objective, config.optim)
         settings = deepspeed_settings(config, objective, mesh.world, micro_batch, accumulation)
+        warn_of_emulation(config, mesh)
         objective.to(mesh.device)
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective, optimizer=build_optimizer(groups, config.optim), config=settings, dist_init_required=False
@@ -297,6 +299,18 @@ def refuse_scalars(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0:
             raise ConfigError(f"parameter {name} has shape (); DeepSpeed needs at least one dimension, make it (1,)")
+
+
+def warn_of_emulation(config: RunConfig, mesh: Mesh) -> None:
+    """Say it when bf16 will be slow; it is not changed, as the result must not depend on the machine."""
+    slow = mesh.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if config.train.precision == "bf16" and slow and mesh.rank == 0:
+        print(
+            "train.precision=bf16: this processor has no such arithmetic and emulates it, some forty times slower than "
+            "float32; take train.precision=fp32 here",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def deepspeed_settings(

@@ -102,6 +102,26 @@ def stale(mesh: Mesh, stage: int) -> dict[str, float]:
     return {"first": moments[0], "second": moments[1]}
 
 
+def costs(mesh: Mesh) -> dict[str, int]:
+    """What one step of stage 3 does, once its first are over: gathers, and processes started."""
+    engine = Engine(Towers(), config(zero_stage=3), mesh, BATCH // mesh.world, 1)
+    mine, started = global_batch(0).chunk(mesh.world)[mesh.rank], [0]
+
+    def step() -> None:
+        engine.backward(engine.forward({"x": mine, "tower": torch.tensor(0)})["loss"])
+        engine.update(LR)
+
+    def count(event: str, _arguments: tuple[Any, ...]) -> None:
+        started[0] += event == "subprocess.Popen"
+
+    step(), step()
+    sys.addaudithook(count)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    return {"gathers": calls.get("c10d::_allgather_base_", 0), "processes": started[0]}
+
+
 def refused(mesh: Mesh, stage: int) -> dict[str, Any]:
     """Steps 0 and 2, with nothing between them, or with a step that is refused: NaN on one rank, or finite."""
 
@@ -149,6 +169,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "losses": lambda: {"losses": sharded(mesh, stage, accumulation), "plain": plain(accumulation)},
         "stale": lambda: stale(mesh, stage),
+        "costs": lambda: costs(mesh),
         "refused": lambda: refused(mesh, stage),
         "different": lambda: different(mesh),
         "gather": lambda: gathered(mesh),

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from data_pipeline.errors import ConfigError
-from pretrain.engine import ModuleTrace, deepspeed_settings, refuse_scalars
+from pretrain.engine import ModuleTrace, deepspeed_settings, refuse_scalars, warn_of_emulation
+from pretrain.mesh import Mesh, place_from
 from tests.pretrain.engine_worker import Towers, config
 from tests.pretrain.processes import run_ranks
 
@@ -28,6 +29,22 @@ def test_a_parameter_without_gradient_is_not_updated_from_the_step_before() -> N
     for rank in ranks:
         assert rank["first"] > 0
         assert rank["second"] == pytest.approx(beta1 * rank["first"], rel=1e-5)
+
+
+def test_a_step_of_stage_3_gathers_once_and_starts_no_process() -> None:
+    """DeepSpeed's own takes a collective for each parameter, and runs `numactl` to count devices."""
+    assert run_ranks(WORKER, ["costs"], world=2) == [{"gathers": 1, "processes": 0}] * 2
+
+
+@pytest.mark.parametrize(("precision", "told"), [("bf16", True), ("fp32", False)])
+def test_bf16_that_the_processor_only_emulates_is_told(
+    precision: str, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    warn_of_emulation(
+        config(precision=precision), Mesh(place_from({}), torch.device("cpu"), torch.distributed.HashStore())
+    )
+    assert ("emulates" in capsys.readouterr().err) == (told and not native)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
