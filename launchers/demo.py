@@ -27,7 +27,7 @@ ROOT = Path("runs/demo")
 PROCESSES = 2
 STAGE_TIMEOUT_S = 1800
 POLL_S = 0.2
-CANDIDATES = "32"  # images per prompt that CLIP picks from
+CANDIDATES = "8"  # images per prompt that CLIP picks from
 PROMPT = "a big red circle at the top left on white"
 
 QUICK = {
