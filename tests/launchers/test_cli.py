@@ -135,14 +135,19 @@ def test_interrupt_leaves_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(monkeypatch) == 130
 
 
+LOGGED = [(9, 2.0), (10, 1.5)]  # step, loss; each took half a second and ended a second after the one before
+
+
 def test_status_and_logs_read_the_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_record(tmp_path, {"pid": 1, "start_ticks": -1, "host": "elsewhere", "attempt": 2, "exit_code": 75})
     (tmp_path / "config.json").write_text('{"train": {"steps": 40}}')
-    (tmp_path / "metrics.jsonl").write_text('{"step": 9, "loss": 2.0}\n{"step": 10, "loss": 1.5}\n{"step": 11, "lo')
+    lines = [{"step": step, "attempt": 2, "time_ms": 1000 * step, "step_s": 0.5, "loss": loss} for step, loss in LOGGED]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 11, "lo')
     assert call(monkeypatch, "status", str(tmp_path), "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert {"state": "stopped", "step": 10, "steps": 40, "loss": 1.5, "attempt": 2}.items() <= shown.items()
+    wanted = {"state": "stopped", "step": 10, "steps": 40, "loss": 1.5, "attempt": 2, "goodput": round(1.0 / 1.5, 3)}
+    assert wanted.items() <= shown.items()
     assert call(monkeypatch, "logs", str(tmp_path), "-n", "1") == 0
     assert json.loads(capsys.readouterr().out)["step"] == 10
