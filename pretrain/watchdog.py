@@ -121,6 +121,7 @@ class Watchdog:
         # Works even where a thread holds the interpreter's lock and never gives it back.
         faulthandler.register(DUMP_SIGNAL, file=self._file, all_threads=True)
         self.store = self.mesh.side_store()
+        self._meet()
         for target in (self._exchange, self._watch):
             threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True).start()
 
@@ -135,18 +136,29 @@ class Watchdog:
 
     # ------------------------------------------------------------------------- words with the others
 
+    def _watched(self) -> list[int]:
+        """Rank 0 hears all others, who hear rank 0."""
+        return list(range(1, self.mesh.world)) if self.mesh.rank == 0 else [0]
+
+    def _meet(self) -> None:
+        """Wait for everybody's first sign: who falls silent before it gave one would never be missed."""
+        self.store.set(_key(self.mesh.rank), json.dumps(dataclasses.asdict(self._sign())))
+        ranks = self._watched()
+        texts = self.store.multi_get([_key(rank) for rank in ranks]) if ranks else []
+        self._signs = {rank: Sign(**json.loads(text)) for rank, text in zip(ranks, texts, strict=True)}
+        self._heard = dict.fromkeys(ranks, time.monotonic())
+
     def _exchange(self) -> None:
         """Give signs and hear others', until the store is gone: then silence says so."""
-        ranks = list(range(1, self.mesh.world)) if self.mesh.rank == 0 else [0]
+        ranks = self._watched()
         with contextlib.suppress(RuntimeError):
             while not self._ended.wait(self.interval_s):
                 self._count += 1
                 self.store.set(_key(self.mesh.rank), json.dumps(dataclasses.asdict(self._sign())))
-                there = [rank for rank in ranks if rank in self._signs or self.store.check([_key(rank)])]
-                texts = self.store.multi_get([_key(rank) for rank in there]) if there else []
-                for rank, text in zip(there, texts, strict=True):
+                texts = self.store.multi_get([_key(rank) for rank in ranks]) if ranks else []
+                for rank, text in zip(ranks, texts, strict=True):
                     sign = Sign(**json.loads(text))
-                    if rank not in self._signs or sign.count != self._signs[rank].count:
+                    if sign.count != self._signs[rank].count:
                         self._signs[rank], self._heard[rank] = sign, time.monotonic()
                 if self.store.check([_key("verdict")]):
                     self._told = self.store.get(_key("verdict")).decode()
@@ -189,7 +201,7 @@ class Watchdog:
         if self.mesh.rank == 0:
             return judge(signs | {0: self._sign()}, silent | {0: 0.0}, self.timeout_s)
         # Rank 0 judges; the others judge its silence, for which they give it time to judge first.
-        return judge({0: signs[0]}, silent, self.timeout_s + 2 * self.interval_s) if silent.get(0, 0) else None
+        return judge(signs, silent, self.timeout_s + 2 * self.interval_s)
 
     def _end(self, verdict: Verdict) -> None:
         """Tell the others, write the stacks, leave. The training thread is out of reach: it stands in a C call."""
