@@ -106,29 +106,27 @@ class TarWriter:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def parse_files(data: bytes | memoryview, where: str) -> list[tuple[str, bytes]]:
+def parse_files(data: bytes, where: str) -> list[tuple[str, bytes]]:
     """(name, contents) of the regular files within `data`, which begins at a header.
 
     The path of every sample that is read: plain headers are taken apart here, whatever else occurs in tars is left to
     `parse_members`, and header checksums to `scan` and `verify`.
     """
-    view = memoryview(data)
     files: list[tuple[str, bytes]] = []
-    position, total = 0, len(view)
+    position, total = 0, len(data)
     while position < total:
-        block = bytes(view[position : position + BLOCK])
-        name_end = block.find(b"\0", 0, _MAX_NAME)
-        if name_end <= 0 or len(block) < BLOCK or block[156] != _REGULAR or block[345]:
-            whole = bytes(view)
-            return [(m.name, whole[m.data : m.data + m.size]) for m in parse_members(whole, where)]
+        body = position + BLOCK
+        name_end = data.find(b"\0", position, position + _MAX_NAME)
+        if name_end <= position or body > total or data[position + 156] != _REGULAR or data[position + 345]:
+            return [(m.name, data[m.data : m.data + m.size]) for m in parse_members(data, where)]
         try:
-            size = int(block[124:135], 8)
+            size = int(data[position + 124 : position + 135], 8)
         except ValueError:
             raise DataError(f"{where}: no tar header at byte {position}; the file is damaged or no tar") from None
-        body = position + BLOCK
         if body + size > total:
             raise DataError(f"{where}: a file claims {size} bytes, {total - body} are there; the tar was cut off")
-        files.append((block[:name_end].decode("utf-8", "surrogateescape"), bytes(view[body : body + size])))
+        name = data[position:name_end].decode("utf-8", "surrogateescape")
+        files.append((name, data[body : body + size]))
         position = body + padded(size)
     return files
 
@@ -243,7 +241,7 @@ class _Pieces:
         return b"".join(parts)
 
 
-def checksum(sample: bytes | memoryview) -> int:
+def checksum(sample: bytes) -> int:
     """What an index keeps of a sample's bytes: the lower half of their xxh3-64."""
     return xxhash.xxh3_64_intdigest(sample) & _SUM
 

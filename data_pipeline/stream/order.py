@@ -27,6 +27,10 @@ _ROUNDS = 8
 _MIN_BITS = 4
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK64 = (1 << 64) - 1
+_ONE = np.array(1, np.uint64)
+_S30, _S27, _S31 = (np.array([bits], np.uint64) for bits in (30, 27, 31))  # SplitMix64's shifts and factors
+_M1, _M2 = (np.array([factor], np.uint64) for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_ROUND_KEYS = np.array([[number * int(_GOLDEN) & _MASK64] for number in range(1, _ROUNDS + 1)], np.uint64)
 _SHIFT, _BLOCKS, _WINDOWS = range(3)  # what a key is for
 
 
@@ -160,17 +164,15 @@ def _permute(values: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndar
 
 def _feistel(values: np.ndarray, keys: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """Unbalanced Feistel network on `bits` bits: uint64 [n], bits and keys uint64 [n]."""
-    one = np.uint64(1)
-    high_bits = bits >> one
+    high_bits = bits >> _ONE
     low_bits = bits - high_bits
-    low_mask, high_mask = (one << low_bits) - one, (one << high_bits) - one
+    low_mask, high_mask = (_ONE << low_bits) - _ONE, (_ONE << high_bits) - _ONE
     high, low = values >> low_bits, values & low_mask
-    for number in range(_ROUNDS):
-        round_keys = keys + np.uint64((number + 1) * int(_GOLDEN) & _MASK64)
+    for number, round_keys in enumerate(keys + _ROUND_KEYS):
         if number % 2:
-            high = high ^ (_mix(low ^ round_keys) & high_mask)
+            high ^= _mix(low ^ round_keys) & high_mask
         else:
-            low = low ^ (_mix(high ^ round_keys) & low_mask)
+            low ^= _mix(high ^ round_keys) & low_mask
     return (high << low_bits) | low
 
 
@@ -181,6 +183,9 @@ def _key(keys: np.ndarray, number: np.ndarray | int) -> np.ndarray:
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea, Flood 2014): uint64 [n] -> uint64 [n], a bijection that mixes every bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> _S30)
+    x *= _M1
+    x ^= x >> _S27
+    x *= _M2
+    x ^= x >> _S31
+    return x

@@ -31,7 +31,7 @@ from data_pipeline.shards.verify import index
 from data_pipeline.storage import open_storage
 from data_pipeline.stream.reader import Stream
 
-SAMPLES, SHARDS, IMAGE_BYTES, ROUNDS, BATCH = 4000, 4, 30_000, 7, 256
+SAMPLES, SHARDS, IMAGE_BYTES, ROUNDS, BATCH = 20_000, 20, 30_000, 7, 256
 HUGE_SHARDS, HUGE_ROWS = 100_000, 10_000
 TOKENIZER = "0123456789ab"
 Work = Callable[[], int]
