@@ -31,6 +31,8 @@ _ONE = np.array(1, np.uint64)
 _S30, _S27, _S31 = (np.array([bits], np.uint64) for bits in (30, 27, 31))  # SplitMix64's shifts and factors
 _M1, _M2 = (np.array([factor], np.uint64) for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _ROUND_KEYS = np.array([[number * int(_GOLDEN) & _MASK64] for number in range(1, _ROUNDS + 1)], np.uint64)
+_KEPT_IDS = 1 << 20  # 8 MB
+_KEPT_IDS = 1 << 20  # 8 MB
 _SHIFT, _BLOCKS, _WINDOWS = range(3)  # what a key is for
 
 
@@ -106,6 +108,55 @@ def sample_generator(seed: int, epoch: int, sample_id: int, purpose: str) -> np.
 @lru_cache(maxsize=256)
 def _purpose_key(purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
+
+
+class Windows:
+    """`order` for a reader that goes on: windows are permuted whole as it comes to them, and the last two a lane kept.
+
+    The same numbers for less: the rounds of a permutation cost as much for 256 positions as for a few thousand.
+    """
+
+    def __init__(self, samples: int, seed: int, geometry: Geometry = DEFAULT) -> None:
+        self._of = samples, seed, geometry
+        self._lanes = geometry.lanes_for(samples)
+        self._span = geometry.window * geometry.block
+        self._windows = max(1, samples // self._lanes // geometry.block // geometry.window)  # of a lane and epoch
+        longest = -(-samples // self._lanes) - (self._windows - 1) * self._span
+        self._ids = np.empty((min(2 * self._lanes, _KEPT_IDS // longest), longest), np.int64)
+        self._rows: dict[int, int] = {}  # of `_ids`, by window, the oldest first
+
+    def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """positions: int64 [n] -> (epochs: int64 [n], sample ids: int64 [n]), as `order` has them."""
+        epochs, places = _divide(positions, self._of[0])
+        inside, lane = np.divmod(places, np.int64(self._lanes))
+        number = np.minimum(inside // self._span, self._windows - 1)
+        windows, which = np.unique((epochs * self._windows + number) * self._lanes + lane, return_inverse=True)
+        if len(windows) > len(self._ids):
+            return order(positions, *self._of)
+        rows = np.array(self._rows_of(windows.tolist()), np.int64)
+        return epochs, self._ids[rows[which], inside - number * self._span]
+
+    def _rows_of(self, windows: list[int]) -> list[int]:
+        missing = [window for window in windows if window not in self._rows]
+        if missing:
+            for window in [window for window in self._rows if window not in set(windows)]:
+                if len(self._rows) + len(missing) > len(self._ids):
+                    del self._rows[window]
+            free = set(range(len(self._ids))) - set(self._rows.values())
+            positions = [self._positions(window) for window in missing]
+            found = np.split(order(np.concatenate(positions), *self._of)[1], np.cumsum([len(p) for p in positions]))
+            for window, ids in zip(missing, found, strict=False):
+                row = self._rows[window] = free.pop()
+                self._ids[row, : len(ids)] = ids
+        return [self._rows[window] for window in windows]
+
+    def _positions(self, window: int) -> np.ndarray:
+        """int64 [samples of the window]"""
+        samples, lanes = self._of[0], self._lanes
+        turn, lane = divmod(window, lanes)
+        epoch, number = divmod(turn, self._windows)
+        end = samples // lanes + (lane < samples % lanes) if number == self._windows - 1 else (number + 1) * self._span
+        return epoch * samples + np.arange(number * self._span, end, dtype=np.int64) * lanes + lane
 
 
 # -------------------------------------------------------------------------------------- blocks and windows

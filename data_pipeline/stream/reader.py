@@ -19,7 +19,7 @@ from data_pipeline.shards.manifest import Index, open_dataset, read_index
 from data_pipeline.shards.tar import BLOCK, checksum, parse_files, split_name
 from data_pipeline.storage import LocalStorage
 from data_pipeline.stream.cache import BlockCache, Range
-from data_pipeline.stream.order import DEFAULT, ORDER, ORDER_VERSION, Geometry, lanes_of, order, share
+from data_pipeline.stream.order import DEFAULT, ORDER, ORDER_VERSION, Geometry, Windows, lanes_of, order, share
 from data_pipeline.stream.state import check_state
 
 STATE_VERSION = 1
@@ -49,6 +49,7 @@ class Stream:
         self.fingerprint: str = self._manifest.fingerprint
         if not self.samples:
             raise DataError(f"{dataset}: 0 samples; build it from a source that has some")
+        self._order = Windows(self.samples, seed, geometry)
         counts = [shard.n for shard in self._manifest.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._starts = self._ends - counts
@@ -66,7 +67,7 @@ class Stream:
         """The samples of any positions, int64 [n], in the order given."""
         if self._cache is not None and len(positions):
             self._look_ahead(self._cache, positions)
-        epochs, ids = order(positions, self.samples, self.seed, self.geometry)
+        epochs, ids = self._order.order(positions)
         return self._load(ids, epochs.tolist(), positions.tolist())
 
     def fetch(self, sample_id: int) -> Sample:
@@ -77,13 +78,13 @@ class Stream:
 
     def read_codes(self, start: int, stop: int) -> np.ndarray:
         """The codes of positions [start, stop) alone, without touching a tar -> uint16 [n, codes per image]
-        or, where images have several crops, [n, crops, codes per image].
+        or, where there are several crops, [n, crops, codes per image].
 
         Raises DataError where the stream was opened without codes.
         """
         if self._codes is None:
             raise DataError(f"{self.dataset}: opened without codes; name the tokenizer, Stream(..., codes=ID)")
-        _, ids = order(np.arange(start, stop, dtype=np.int64), self.samples, self.seed, self.geometry)
+        _, ids = self._order.order(np.arange(start, stop, dtype=np.int64))
         shards = np.searchsorted(self._ends, ids, side="right")
         rows = (ids - self._starts[shards]).tolist()
         ranges = [self._codes.place(*place) for place in zip(shards.tolist(), rows, strict=True)]

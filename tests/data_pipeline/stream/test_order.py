@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from data_pipeline.stream.order import DEFAULT, ORDER, ORDER_VERSION, Geometry, lanes_of, order, sample_generator, share
+from data_pipeline.stream.order import (
+    DEFAULT,
+    ORDER,
+    ORDER_VERSION,
+    Geometry,
+    Windows,
+    lanes_of,
+    order,
+    sample_generator,
+    share,
+)
 
 GOLDEN = [  # samples, seed, first position, sample ids: changing one is a new order, not a repair
     (10, 0, 0, [5, 8, 4, 2, 0, 1, 9, 3, 7, 6]),
@@ -149,3 +159,18 @@ def test_a_samples_randomness_depends_on_its_four_names_only():
     assert len(set(drawn)) == len(names)
     assert drawn == [sample_generator(*name).integers(2**62) for name in names]
     assert sample_generator(1, 2, 3, "crop").integers(10**6, size=3).tolist() == [250884, 891746, 451439]
+
+
+@pytest.mark.parametrize("geometry", [*GEOMETRIES, Geometry(64, 1024, 64)])  # the last too large to keep windows
+@pytest.mark.parametrize("samples", [1, 5, 100, 1023, 4000, 65_536, 100_003, 10**9])
+def test_a_reader_that_keeps_windows_has_the_order_of_every_position(samples, geometry):
+    chance = np.random.default_rng(samples)
+    windows, position = Windows(samples, 3, geometry), 0
+    for number in range(60):
+        position = int(chance.integers(3 * samples)) if number % 10 == 9 else position
+        positions = np.arange(position, position := position + int(chance.choice([1, 7, 256, 1000])))
+        if number % 3 == 0:
+            positions = chance.permutation(positions)[: -(-len(positions) // 3)]
+        epochs, found = windows.order(positions)
+        expected_epochs, expected = order(positions, samples, 3, geometry)
+        assert (epochs == expected_epochs).all() and (found == expected).all(), positions
