@@ -171,6 +171,7 @@ class BuildConfig(Settings):
 
     filters: name -> condition that a row must meet, else it is rejected under that name; over the columns of the
     source and width, height, aspect, area, bytes, caption, chars. grow: add the rows that a finished output lacks.
+    tokenizer: folder of an exported image tokenizer, whose codes are added once the shards stand.
     """
 
     source: SourceConfig
@@ -183,6 +184,7 @@ class BuildConfig(Settings):
     filters: dict[str, str] = {}
     dedup: DedupRules = DedupRules()
     grow: bool = False
+    tokenizer: str | None = None
     ray_address: str | None = None
 
 

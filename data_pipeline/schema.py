@@ -44,7 +44,8 @@ class Sample:
     id: 0 <= id < samples of the dataset, in the order of its shards.
     epoch, position: where in the stream it was asked for; 0 and -1 when it was fetched by its id.
     image: the encoded file as it stands in the shard.
-    codes: uint16 [codes per image], or None where the stream was opened without codes.
+    codes: uint16 [codes per image], [crops, codes per image] where images were encoded in several crops, or None
+    where the stream was opened without codes.
     """
 
     id: int

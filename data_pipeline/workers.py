@@ -17,8 +17,11 @@ _IN_FLIGHT_PER_WORKER = 2
 
 
 @contextlib.contextmanager
-def ray_session(workers: int, address: str | None = None) -> Iterator[None]:
-    """A Ray of our own with `workers` CPUs on the loopback address, or the cluster at `address`; left at the end."""
+def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iterator[None]:
+    """A Ray of our own with `workers` CPUs on the loopback address, or the cluster at `address`; left at the end.
+
+    gpus: how many the Ray of our own may give to its actors.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -30,7 +33,7 @@ def ray_session(workers: int, address: str | None = None) -> Iterator[None]:
     if address is None:
         ray.init(
             num_cpus=workers,
-            num_gpus=0,
+            num_gpus=gpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address="127.0.0.1",

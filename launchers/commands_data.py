@@ -1,17 +1,20 @@
 """`tessera data ...` and `tessera vocab ...`: thin wrappers over data_pipeline; `encode` hands it the model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from launchers.arguments import AsJson, Overrides, as_dict, emit
 
 if TYPE_CHECKING:
+    from data_pipeline.shards.codes import ImageTokenizer
     from data_pipeline.stream.mixture import Source
 
 Config = Annotated[Path, typer.Argument(help="YAML of the build, for example configs/data/emoji.yaml.")]
-Dataset = Annotated[str, typer.Argument(help="Folder, s3:// or http(s):// address of a built dataset.")]
+Dataset = Annotated[
+    str, typer.Argument(help="Folder, s3:// or http(s):// address of a dataset; with @FINGERPRINT an older version.")
+]
 
 
 def build(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
@@ -20,7 +23,17 @@ def build(config: Config, overrides: Overrides = None, json: AsJson = False) -> 
     from data_pipeline.config import BuildConfig
     from data_pipeline.settings import load_settings
 
-    emit(as_dict(run_build(load_settings(BuildConfig, config, overrides or []), progress=not json)), json)
+    settings = load_settings(BuildConfig, config, overrides or [])
+    if settings.tokenizer is None:
+        emit(as_dict(run_build(settings, progress=not json)), json)
+        return
+    from data_pipeline.shards.codes import encode_dataset
+    from pretrain.interchange.tokenizer import load_tokenizer
+
+    load_tokenizer(settings.tokenizer)  # a wrong folder is told before the build
+    built = run_build(settings, progress=not json)
+    where = (load_tokenizer, settings.tokenizer, settings.workers, not json, settings.ray_address)
+    emit({**built, "codes": encode_dataset(settings.output, *where)["tokenizer"]}, json)
 
 
 def retry(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
@@ -41,11 +54,7 @@ def report(
     """One HTML page that shows a dataset: what went in and out, examples, sizes, captions, codes."""
     from data_pipeline.build.report import write_report
 
-    model = None
-    if tokenizer is not None:
-        from pretrain.interchange.tokenizer import load_tokenizer
-
-        model = load_tokenizer(str(tokenizer))
+    model = None if tokenizer is None else _tokenizer_of(dataset, tokenizer)
     emit({"report": write_report(dataset, output, model)}, json)
 
 
@@ -53,13 +62,25 @@ def encode(
     dataset: Dataset,
     tokenizer: Annotated[Path, typer.Option(help="Folder of an exported image tokenizer.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes that encode.")] = 1,
+    crops: Annotated[int, typer.Option(help="1: the centre; 10: corners, centre and their mirror images.")] = 1,
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="Of the network: fp32 or bf16; part of the codes' name.")
+    ] = "fp32",
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="cpu, or cuda: then each process takes a GPU.")
+    ] = "cpu",
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster to join; else one is started here.")] = None,
     json: AsJson = False,
 ) -> None:
     """Add image codes beside the shards of a dataset."""
+    from functools import partial
+
     from data_pipeline.shards.codes import encode_dataset
     from pretrain.interchange.tokenizer import load_tokenizer
 
-    emit(as_dict(encode_dataset(dataset, load_tokenizer, tokenizer, workers=workers, progress=not json)), json)
+    factory, gpus = partial(load_tokenizer, precision=precision, device=device), int(device == "cuda")
+    meta = encode_dataset(dataset, factory, tokenizer, workers, not json, ray_address, crops, gpus)
+    emit(as_dict(meta), json)
 
 
 def index(
@@ -75,11 +96,29 @@ def index(
     emit(as_dict(run_index(tars, workers)), json)
 
 
-def verify(dataset: Dataset, json: AsJson = False) -> None:
+def verify(
+    dataset: Dataset,
+    tokenizer: Annotated[Path | None, typer.Option(help="Encode a sample of every shard again with it.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Images of a shard that are encoded again.")] = 16,
+    min_agreement: Annotated[float, typer.Option(min=0, max=1, help="Share of equal codes in each shard.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the images.")] = 0,
+    json: AsJson = False,
+) -> None:
     """Digests, accounting and codes; leaves with 74 when something is off."""
     from data_pipeline.shards.verify import verify as run_verify
 
-    emit(as_dict(run_verify(dataset)), json)
+    model = None if tokenizer is None else _tokenizer_of(dataset, tokenizer)
+    emit(as_dict(run_verify(dataset, model, sample, min_agreement, seed)), json)
+
+
+def _tokenizer_of(dataset: str, directory: Path) -> "ImageTokenizer":
+    """The tokenizer in the precision in which the dataset was encoded."""
+    from data_pipeline.shards.codes import find_meta
+    from data_pipeline.shards.manifest import open_dataset
+    from pretrain.interchange.tokenizer import load_tokenizer_of
+
+    storage, manifest = open_dataset(dataset)
+    return load_tokenizer_of(directory, lambda name: find_meta(storage, manifest, name))
 
 
 def order(

@@ -282,14 +282,19 @@ def open_data(config: RunConfig, dataset: str | None = None) -> tuple[Source, Vo
     codes = None
     if config.model.kind == "gpt":
         assert config.data.tokenizer is not None
-        codes = tokenizer_id_of(config)
+        codes = tokenizer_id_of(config, dataset)
     data = config.data.model_copy(update={"dataset": dataset, "datasets": ()}) if dataset else config.data
     return open_stream(data, config.seed, codes), vocabulary
 
 
-def tokenizer_id_of(config: RunConfig) -> str:
-    """The id of the image tokenizer that the run names; raises ConfigError when its codes do not fit the model."""
-    from pretrain.interchange.tokenizer import load_tokenizer
+def tokenizer_id_of(config: RunConfig, dataset: str | None = None) -> str:
+    """The id of the image tokenizer that the run names, in the precision in which the data were encoded.
+
+    Raises ConfigError when its codes do not fit the model.
+    """
+    from data_pipeline.shards.codes import find_meta
+    from data_pipeline.shards.manifest import open_dataset
+    from pretrain.interchange.tokenizer import load_tokenizer_of
 
     assert config.model.kind == "gpt" and config.data.tokenizer is not None
     tokenizer = load_config(config.data.tokenizer)
@@ -301,7 +306,9 @@ def tokenizer_id_of(config: RunConfig) -> str:
             f"{config.data.tokenizer} makes {tokenizer.grid**2} codes of {tokenizer.codebook_size}, the model reads "
             f"{config.model.image_tokens} of {config.model.image_vocab}; set model.image_tokens and model.image_vocab"
         )
-    return load_tokenizer(config.data.tokenizer).id
+    read = [dataset] if dataset else [config.data.dataset, *(source.path for source in config.data.datasets)]
+    datasets = [open_dataset(path) for path in read if path is not None]
+    return load_tokenizer_of(config.data.tokenizer, lambda name: all(find_meta(*one, name) for one in datasets)).id
 
 
 def build_objective(config: RunConfig, mesh: Mesh) -> nn.Module:

@@ -1,14 +1,20 @@
 """Image codes beside the shards: what an image tokenizer is, and how its codes are stored.
 
 This package knows tokenizers only through `ImageTokenizer`; the command line hands one over from outside.
-`NNNNN.vq-ID.bin` holds the codes of shard NNNNN: uint16 little endian [samples, codes per image], nothing else, so
-that sample i lies at i * 2 * codes_per_image. `codes.vq-ID.json`, written last, names the tokenizer and the digests.
+`NNNNN.vq-ID.bin` holds the codes of shard NNNNN: uint16 little endian [samples, crops, codes per image], nothing else,
+so that crop c of sample i lies at (i * crops + c) * 2 * codes_per_image. `codes.vq-ID.json`, written last, names the
+tokenizer, the crops, the digests and the fingerprint of the dataset. Where that dataset grew since, its codes stay, the
+new shards get theirs, and the .json before is kept as `codes.vq-ID-FINGERPRINT.json`.
+
+One crop is the centre square. Ten: the image is scaled so that its centre square has CROP_RANGE times the tokenizer's
+side; crops 0 to 4 are upper left, upper right, lower left, lower right and centre of that square, crop 5 + c is crop c
+mirrored (ten-crop as in LlamaGen, Sun et al. 2024, arXiv:2406.06525).
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +23,25 @@ import cv2
 import numpy as np
 
 from data_pipeline.build.images import Reject, decode_rgb, resize
-from data_pipeline.errors import DataError
-from data_pipeline.shards.manifest import Manifest, canonical_json, publish, read_index, read_manifest
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.shards.manifest import (
+    Manifest,
+    Shard,
+    canonical_json,
+    open_dataset,
+    publish,
+    read_index,
+    read_manifest,
+    read_version,
+)
 from data_pipeline.shards.tar import BLOCK, parse_files, split_name
 from data_pipeline.storage import LocalStorage, Storage, open_storage
 from data_pipeline.workers import Counter, ray_session, run_tasks
 
 CHUNK = 64  # images a call of the tokenizer, counted from the start of a shard: bytes do not depend on who encodes
+CROPS = (1, 10)
+CROP_RANGE = 1.1
+CENTRE = 4  # of ten crops
 
 _ID = re.compile(r"[0-9a-f]{12}")
 
@@ -57,9 +75,9 @@ TokenizerFactory = Callable[[str], ImageTokenizer]
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def meta_name(tokenizer_id: str) -> str:
-    """codes.vq-ID.json"""
-    return f"codes.vq-{tokenizer_id}.json"
+def meta_name(tokenizer_id: str, fingerprint: str = "") -> str:
+    """codes.vq-ID.json; of an older version of the dataset codes.vq-ID-FINGERPRINT.json."""
+    return f"codes.vq-{tokenizer_id}{'-' * bool(fingerprint)}{fingerprint[:12]}.json"
 
 
 def codes_name(shard_name: str, tokenizer_id: str) -> str:
@@ -67,10 +85,27 @@ def codes_name(shard_name: str, tokenizer_id: str) -> str:
     return f"{shard_name.removesuffix('.tar')}.vq-{tokenizer_id}.bin"
 
 
-def tokenizers_of(storage: Storage) -> list[str]:
-    """Ids of the tokenizers whose codes are complete."""
+def tokenizers_of(storage: Storage, manifest: Manifest | None = None) -> list[str]:
+    """Ids of the tokenizers whose codes are complete: for this version of the dataset, or for any."""
     names = (re.fullmatch(r"codes\.vq-([0-9a-f]{12})\.json", name) for name in storage.list())
-    return [match.group(1) for match in names if match]
+    ids = [match.group(1) for match in names if match]
+    return ids if manifest is None else [one for one in ids if find_meta(storage, manifest, one) is not None]
+
+
+def find_meta(storage: Storage, manifest: Manifest, tokenizer_id: str) -> dict[str, Any] | None:
+    """What describes a tokenizer's codes of this version of the dataset; None where it has none."""
+    for name in (meta_name(tokenizer_id), meta_name(tokenizer_id, manifest.fingerprint)):
+        meta = _read_meta(storage, name)
+        if meta is not None and meta["dataset"] == manifest.fingerprint:
+            return meta
+    return None
+
+
+def _read_meta(storage: Storage, name: str) -> dict[str, Any] | None:
+    if not storage.exists(name):
+        return None
+    meta: dict[str, Any] = json.loads(storage.get(name))
+    return {"crops": 1, "dataset": "", **meta}
 
 
 @dataclass
@@ -81,46 +116,59 @@ class CodesFile:
     files: list[tuple[str, int, str]]  # name, bytes, sha256 of each shard's codes
     codes_per_image: int
     codebook_size: int
+    crops: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the codes of a sample: [codes per image], or [crops, codes per image] where there are several."""
+        return (self.codes_per_image,) if self.crops == 1 else (self.crops, self.codes_per_image)
 
     def place(self, shard: int, row: int) -> tuple[str, int, int]:
-        """-> object, first byte and end of the codes of a sample: uint16 little endian [codes_per_image]"""
-        stride = 2 * self.codes_per_image
+        """-> object, first byte and end of the codes of a sample: uint16 little endian, `shape`."""
+        stride = 2 * self.crops * self.codes_per_image
         return self.files[shard][0], row * stride, (row + 1) * stride
 
     def read_shard(self, shard: int) -> np.ndarray:
-        """-> uint16 [samples of the shard, codes_per_image]"""
-        return np.frombuffer(self.storage.get(self.files[shard][0]), "<u2").reshape(-1, self.codes_per_image)
+        """-> uint16 [samples of the shard, *shape]"""
+        return np.frombuffer(self.storage.get(self.files[shard][0]), "<u2").reshape(-1, *self.shape)
 
 
 def read_codes(dataset: str | Path, tokenizer_id: str) -> np.ndarray:
-    """All codes of a dataset in the order of its sample ids -> uint16 [samples, codes_per_image]."""
-    storage = open_storage(dataset)
-    manifest = read_manifest(storage)
+    """All codes of a dataset in the order of its sample ids -> uint16 [samples, codes_per_image].
+
+    Where images have several crops: [samples, crops, codes_per_image].
+    """
+    storage, manifest = open_dataset(dataset)
     codes = open_codes(storage, manifest, tokenizer_id)
     return np.concatenate([codes.read_shard(shard) for shard in range(len(manifest.shards))])
 
 
 def open_codes(storage: Storage, manifest: Manifest, tokenizer_id: str) -> CodesFile:
     """Raises DataError naming both ids where the codes are missing or another tokenizer's, or of another dataset."""
-    if not storage.exists(meta_name(tokenizer_id)):
+    meta = find_meta(storage, manifest, tokenizer_id)
+    if meta is None:
+        other = _read_meta(storage, meta_name(tokenizer_id))
+        if other is not None:
+            raise DataError(
+                f"{storage.root}/{meta_name(tokenizer_id)}: codes of dataset {other['dataset'][:12]}, this one is "
+                f"{manifest.fingerprint[:12]}; run `tessera data encode` on this one"
+            )
         there = tokenizers_of(storage)
         raise DataError(
             f"{storage.root}: no codes of tokenizer {tokenizer_id}; there are codes of {', '.join(there) or 'none'}; "
             f"run `tessera data encode {storage.root} --tokenizer DIR` with the tokenizer {tokenizer_id}"
         )
-    meta = json.loads(storage.get(meta_name(tokenizer_id)))
-    if meta["dataset"] != manifest.fingerprint:
-        raise DataError(
-            f"{storage.root}/{meta_name(tokenizer_id)}: codes of dataset {meta['dataset'][:12]}, this one is "
-            f"{manifest.fingerprint[:12]}; run `tessera data encode` on this one"
-        )
-    files = [(entry["name"], entry["bytes"], entry["digest"]) for entry in meta["shards"]]
-    for (name, size, _), entry in zip(files, manifest.shards, strict=True):
-        wanted = 2 * meta["codes_per_image"] * entry.n
+    codes = CodesFile(storage, _files(meta), meta["codes_per_image"], meta["codebook_size"], meta["crops"])
+    for number, ((name, size, _), entry) in enumerate(zip(codes.files, manifest.shards, strict=True)):
+        wanted = codes.place(number, entry.n)[1]
         found = storage.stat(name)[0] if isinstance(storage, LocalStorage) else size  # a GET tells it of remote ones
         if not found == size == wanted:
             raise DataError(f"{storage.root}/{name}: {found} bytes instead of {wanted}; delete it and encode again")
-    return CodesFile(storage, files, meta["codes_per_image"], meta["codebook_size"])
+    return codes
+
+
+def _files(meta: dict[str, Any]) -> list[tuple[str, int, str]]:
+    return [(entry["name"], entry["bytes"], entry["digest"]) for entry in meta["shards"]]
 
 
 # --------------------------------------------------------------------------------------------- encoding
@@ -133,64 +181,89 @@ def encode_dataset(
     workers: int = 1,
     progress: bool = True,
     ray_address: str | None = None,
+    crops: int = 1,
+    gpus: int = 0,
 ) -> dict[str, Any]:
     """Add the codes of the tokenizer `factory(directory)` to a dataset, with Ray -> the contents of its .json file.
 
-    Shards that have codes already are left alone; running again finishes what was interrupted.
-    Raises DataError where the dataset is missing or an image does not decode.
+    Shards that have codes already are left alone: running again finishes what was interrupted, and what grew.
+    crops: 1 or 10 of each image. gpus: that each worker takes.
+    Raises DataError where the dataset is missing, an image does not decode, or codes of other crops are there.
     """
-    storage = open_storage(dataset)
-    manifest = read_manifest(storage)
+    storage, manifest = open_dataset(dataset)
     tokenizer = factory(str(directory))
     _check_tokenizer(tokenizer)
-    name = meta_name(tokenizer.id)
-    if not storage.exists(name):
-        source = (factory, str(Path(directory).absolute()))
-        _encode_shards(storage, manifest, tokenizer.id, source, workers, progress, ray_address)
-        publish(storage, name, canonical_json(_meta(storage, manifest, tokenizer)))
-    meta: dict[str, Any] = json.loads(storage.get(name))
+    _check_crops(storage, tokenizer.id, crops)
+    meta = find_meta(storage, manifest, tokenizer.id)
+    if meta is None:
+        job = Job(str(storage.root), factory, str(Path(directory).absolute()), tokenizer.id, crops)
+        _encode_shards(job, manifest, workers, progress, ray_address, gpus)
+        meta = _meta(storage, manifest, tokenizer, crops)
+        _publish_meta(storage, manifest, meta)
     open_codes(storage, manifest, tokenizer.id)
     return meta
 
 
-def encode_shard(dataset: str, shard: int, tokenizer: ImageTokenizer) -> int:
+def encode_shard(dataset: str, shard: int, tokenizer: ImageTokenizer, crops: int = 1) -> int:
     """Encode and publish the codes of one shard -> its number of samples."""
-    cv2.setNumThreads(1)
     storage = open_storage(dataset)
     entry = read_manifest(storage).shards[shard]
-    offsets = read_index(storage, entry).offsets.tolist()
-    parts = [np.empty((0, tokenizer.codes_per_image), np.uint16)]
-    for first in range(0, entry.n, CHUNK):
-        rows = range(first, min(first + CHUNK, entry.n))
-        images = [_pixels(storage, entry.name, offsets[i], offsets[i + 1], tokenizer.image_size) for i in rows]
-        codes = np.asarray(tokenizer.encode(np.stack(images)))
-        if codes.shape != (len(images), tokenizer.codes_per_image) or codes.dtype != np.uint16:
-            raise DataError(
-                f"tokenizer {tokenizer.id} gave {codes.dtype} {codes.shape} for {len(images)} images; it states "
-                f"uint16 with {tokenizer.codes_per_image} codes an image, export it again"
-            )
-        parts.append(codes)
-    publish(storage, codes_name(entry.name, tokenizer.id), np.concatenate(parts).astype("<u2").tobytes())
+    codes = encode_rows(storage, entry, range(entry.n), tokenizer, crops)
+    publish(storage, codes_name(entry.name, tokenizer.id), codes.astype("<u2").tobytes())
     return entry.n
 
 
+def encode_rows(
+    storage: Storage, shard: Shard, rows: Sequence[int], tokenizer: ImageTokenizer, crops: int = 1
+) -> np.ndarray:
+    """The codes of some rows of a shard -> uint16 [rows, crops, codes per image]."""
+    cv2.setNumThreads(1)
+    offsets = read_index(storage, shard).offsets.tolist()
+    size, at_once = tokenizer.image_size, max(1, CHUNK // crops)
+    parts = [np.empty((0, crops, tokenizer.codes_per_image), np.uint16)]
+    for first in range(0, len(rows), at_once):
+        some = rows[first : first + at_once]
+        images = [_image(storage, shard.name, offsets[i], offsets[i + 1]) for i in some]
+        codes = np.asarray(tokenizer.encode(np.concatenate([crops_of(image, size, crops) for image in images])))
+        _check_codes(codes, crops * len(images), tokenizer)
+        parts.append(codes.reshape(len(images), crops, -1))
+    return np.concatenate(parts)
+
+
+def crops_of(image: np.ndarray, size: int, crops: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [crops, size, size, 3], as the head of this file says."""
+    if crops == 1:
+        return resize(image, "center_crop", size)[None]
+    side = round(CROP_RANGE * size)
+    square = resize(image, "center_crop", side)
+    far, middle = side - size, (side - size) // 2
+    corners = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
+    plain = np.stack([square[top : top + size, left : left + size] for top, left in corners])
+    return np.concatenate([plain, plain[:, :, ::-1]])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every encoder has to know."""
+
+    dataset: str
+    factory: TokenizerFactory
+    directory: str
+    tokenizer_id: str
+    crops: int
+
+
 def _encode_shards(
-    storage: Storage,
-    manifest: Manifest,
-    tokenizer_id: str,
-    source: tuple[TokenizerFactory, str],
-    workers: int,
-    progress: bool,
-    ray_address: str | None,
+    job: Job, manifest: Manifest, workers: int, progress: bool, ray_address: str | None, gpus: int
 ) -> None:
-    there = set(storage.list())
-    missing = [i for i, shard in enumerate(manifest.shards) if codes_name(shard.name, tokenizer_id) not in there]
+    there = set(open_storage(job.dataset).list())
+    missing = [i for i, shard in enumerate(manifest.shards) if codes_name(shard.name, job.tokenizer_id) not in there]
     with Counter("encode", manifest.samples, progress) as counter:
         counter.add(manifest.samples - sum(manifest.shards[i].n for i in missing))
         if not missing:
             return
-        with ray_session(workers, ray_address):
-            pool = _Actors(str(storage.root), source, tokenizer_id, min(workers, len(missing)))
+        with ray_session(workers, ray_address, gpus * workers):
+            pool = _Actors(job, min(workers, len(missing)), gpus)
             for _, samples in run_tasks(pool.submit, missing, workers):
                 counter.add(samples)
 
@@ -198,22 +271,21 @@ def _encode_shards(
 class _Encoder:
     """Lives in a Ray actor: loads the tokenizer once, encodes shard after shard."""
 
-    def __init__(self, dataset: str, source: tuple[TokenizerFactory, str], tokenizer_id: str) -> None:
-        self._dataset, self._source, self._id = dataset, source, tokenizer_id
+    def __init__(self, job: Job) -> None:
+        self._job = job
         self._tokenizer: ImageTokenizer | None = None
 
     def encode(self, shard: int) -> int:
         if self._tokenizer is None:  # not in the constructor: Ray reports what is raised there as a lost actor
             self._tokenizer = self._load()
-        return encode_shard(self._dataset, shard, self._tokenizer)
+        return encode_shard(self._job.dataset, shard, self._tokenizer, self._job.crops)
 
     def _load(self) -> ImageTokenizer:
-        factory, directory = self._source
-        tokenizer = factory(directory)
-        if tokenizer.id != self._id:
+        tokenizer = self._job.factory(self._job.directory)
+        if tokenizer.id != self._job.tokenizer_id:
             raise DataError(
-                f"{directory}: tokenizer {tokenizer.id} on this node, {self._id} where the command runs; "
-                "the folder must be the same on every node"
+                f"{self._job.directory}: tokenizer {tokenizer.id} on this node, {self._job.tokenizer_id} where the "
+                "command runs; the folder must be the same on every node"
             )
         return tokenizer
 
@@ -221,16 +293,36 @@ class _Encoder:
 class _Actors:
     """Encoders taken in turn; Ray starts a lost one again."""
 
-    def __init__(self, dataset: str, source: tuple[TokenizerFactory, str], tokenizer_id: str, count: int) -> None:
+    def __init__(self, job: Job, count: int, gpus: int) -> None:
         import ray
 
-        actor = ray.remote(_Encoder).options(num_cpus=1, max_restarts=3, max_task_retries=3)
-        self._actors: list[Any] = [actor.remote(dataset, source, tokenizer_id) for _ in range(count)]
+        actor = ray.remote(_Encoder).options(num_cpus=1, num_gpus=gpus, max_restarts=3, max_task_retries=3)
+        self._actors: list[Any] = [actor.remote(job) for _ in range(count)]
 
     def submit(self, shard: int) -> Any:
         """Encode one shard on the actor whose turn it is -> Ray reference."""
         self._actors.append(self._actors.pop(0))
         return self._actors[-1].encode.remote(shard)
+
+
+def _check_codes(codes: np.ndarray, images: int, tokenizer: ImageTokenizer) -> None:
+    shape, most = (images, tokenizer.codes_per_image), tokenizer.codebook_size - 1
+    if codes.shape != shape or codes.dtype != np.uint16 or codes.max(initial=0) > most:
+        raise DataError(
+            f"tokenizer {tokenizer.id} gave {codes.dtype} {codes.shape} up to {codes.max(initial=0)} for {images} "
+            f"images; it states uint16 {shape} up to {most}, export it again"
+        )
+
+
+def _check_crops(storage: Storage, tokenizer_id: str, crops: int) -> None:
+    if crops not in CROPS:
+        raise ConfigError(f"crops={crops}: an image is encoded in one crop or in ten")
+    meta = _read_meta(storage, meta_name(tokenizer_id))
+    if meta is not None and meta["crops"] != crops:
+        raise DataError(
+            f"{storage.root}/{meta_name(tokenizer_id)}: codes of {meta['crops']} crops an image, {crops} are wanted; "
+            f"encode with --crops {meta['crops']}, or remove these codes (*.vq-{tokenizer_id}*) first"
+        )
 
 
 def _check_tokenizer(tokenizer: ImageTokenizer) -> None:
@@ -241,22 +333,30 @@ def _check_tokenizer(tokenizer: ImageTokenizer) -> None:
         )
 
 
-def _pixels(storage: Storage, name: str, start: int, stop: int, size: int) -> np.ndarray:
-    """The image of one sample -> uint8 [size, size, 3], centre crop where it is not square."""
+def _image(storage: Storage, name: str, start: int, stop: int) -> np.ndarray:
+    """The image of one sample, which lies in these blocks -> uint8 [H, W, 3]."""
     where = f"{storage.root}/{name}"
     data = storage.get_range(name, start * BLOCK, stop * BLOCK)
     for member, contents in parse_files(data, where):
         if split_name(member)[1] not in ("txt", "json"):
             try:
-                return resize(decode_rgb(contents), "center_crop", size)
+                return decode_rgb(contents)
             except Reject as reject:
                 raise DataError(f"{where} {member}: does not decode ({reject}); see `tessera data verify`") from None
     raise DataError(f"{where}: a sample without an image at block {start}; only image datasets have codes")
 
 
-def _meta(storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer) -> dict[str, Any]:
-    names = [codes_name(shard.name, tokenizer.id) for shard in manifest.shards]
-    contents = [storage.get(name) for name in names]
+def _meta(storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer, crops: int) -> dict[str, Any]:
+    used = np.zeros(tokenizer.codebook_size, bool)
+    shards = []
+    for shard in manifest.shards:
+        name = codes_name(shard.name, tokenizer.id)
+        data = storage.get(name)
+        wanted = 2 * crops * tokenizer.codes_per_image * shard.n
+        if len(data) != wanted:
+            raise DataError(f"{storage.root}/{name}: {len(data)} bytes instead of {wanted}; delete it and encode again")
+        used[np.frombuffer(data, "<u2")] = True
+        shards.append({"name": name, "bytes": len(data), "digest": hashlib.sha256(data).hexdigest()})
     return {
         "version": 1,
         "tokenizer": tokenizer.id,
@@ -264,10 +364,22 @@ def _meta(storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer) -> di
         "image_size": tokenizer.image_size,
         "codes_per_image": tokenizer.codes_per_image,
         "codebook_size": tokenizer.codebook_size,
+        "crops": crops,
         "samples": manifest.samples,
-        "codes_used": len(np.unique(np.frombuffer(b"".join(contents), "<u2"))),
-        "shards": [
-            {"name": name, "bytes": len(data), "digest": hashlib.sha256(data).hexdigest()}
-            for name, data in zip(names, contents, strict=True)
-        ],
+        "codes_used": int(used.sum()),
+        "shards": shards,
     }
+
+
+def _publish_meta(storage: Storage, manifest: Manifest, meta: dict[str, Any]) -> None:
+    """codes.vq-ID.json is of the newest version; what it said of the one before is kept under that one's name."""
+    newest, data = meta_name(meta["tokenizer"]), canonical_json(meta)
+    before = _read_meta(storage, newest)
+    if read_manifest(storage).fingerprint != manifest.fingerprint:
+        publish(storage, meta_name(meta["tokenizer"], manifest.fingerprint), data)
+    elif before is None:
+        publish(storage, newest, data)
+    elif before["dataset"] != manifest.fingerprint:
+        read_version(storage, before["dataset"])  # else they are codes of another dataset
+        publish(storage, meta_name(meta["tokenizer"], before["dataset"]), storage.get(newest))
+        storage.replace(newest, data)

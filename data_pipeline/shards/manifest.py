@@ -4,14 +4,19 @@
 samples u64, then samples + 1 offsets u32 in blocks of 512 bytes: sample i is blocks [offset i, offset i + 1); from
 version 2 on samples sums u32: the lower half of the xxh3-64 of each sample's blocks. Where that name belongs to another
 program (Energon writes its own NAME.tar.idx) ours is NAME.tar.tessera.idx.
+
+A dataset that grew keeps its older manifests as manifest-FINGERPRINT.json (the first 12 hex digits); each lists the
+first shards of the next one, so DATASET@FINGERPRINT is still what it was.
 """
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +24,14 @@ import xxhash
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards.tar import BLOCK, checksum, samples_of
-from data_pipeline.storage import Storage
+from data_pipeline.storage import Storage, open_storage
 
 MANIFEST = "manifest.json"
 STATS = "stats.json"
 VERSION = 1
 
+_AT_VERSION = re.compile(r"(.+)@([0-9a-f]{12,64})")
+_KEPT = re.compile(r"manifest-([0-9a-f]{12})\.json")
 _MAGIC = b"TESSIDX\0"
 _NAMES = ("{}.idx", "{}.tessera.idx")
 _SHARD = '\n  {\n   "bytes": %d,\n   "digest": %s,\n   "n": %d,\n   "name": %s\n  }'
@@ -86,16 +93,52 @@ def canonical_json(tree: Any) -> bytes:
     return (json.dumps(tree, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def read_manifest(storage: Storage) -> Manifest:
-    """Raises DataError for a missing, foreign or damaged manifest."""
-    if not storage.exists(MANIFEST):
+def open_dataset(address: str | Path) -> tuple[Storage, Manifest]:
+    """DATASET, or DATASET@FINGERPRINT for an older version of one that grew -> where it is, and its manifest.
+
+    Raises DataError for a missing, foreign or damaged manifest, and for a version that is not kept.
+    """
+    match = _AT_VERSION.fullmatch(str(address))
+    if match is None or Path(address).is_dir():
+        storage = open_storage(address)
+        return storage, read_manifest(storage)
+    storage = open_storage(match[1])
+    return storage, read_version(storage, match[2])
+
+
+def read_version(storage: Storage, fingerprint: str) -> Manifest:
+    """The manifest whose fingerprint begins so (12 digits or more): the newest, or one that growth left behind."""
+    newest = read_manifest(storage)
+    if newest.fingerprint.startswith(fingerprint):
+        return newest
+    name = older_manifest(fingerprint)
+    found = read_manifest(storage, name) if storage.exists(name) else None
+    if found is None or not found.fingerprint.startswith(fingerprint):
+        listed = ", ".join([newest.fingerprint[:12], *older_versions(storage)])
+        raise DataError(f"{storage.root}: no version {fingerprint}; there are {listed}")
+    return found
+
+
+def older_manifest(fingerprint: str) -> str:
+    """Where the manifest of an older version is kept: manifest-FINGERPRINT.json."""
+    return f"manifest-{fingerprint[:12]}.json"
+
+
+def older_versions(storage: Storage) -> list[str]:
+    """The first 12 digits of the fingerprints that a dataset had before it grew."""
+    return [match[1] for name in storage.list() if (match := _KEPT.fullmatch(name))]
+
+
+def read_manifest(storage: Storage, name: str = MANIFEST) -> Manifest:
+    """The newest, unless an older one is named. Raises DataError for a missing, foreign or damaged manifest."""
+    if not storage.exists(name):
         raise DataError(
-            f"{storage.root}: no {MANIFEST}, so no finished dataset; run `tessera data build` to the end, "
+            f"{storage.root}: no {name}, so no finished dataset; run `tessera data build` to the end, "
             "or `tessera data index` for tars made elsewhere"
         )
-    where = f"{storage.root}/{MANIFEST}"
+    where = f"{storage.root}/{name}"
     try:
-        tree = json.loads(storage.get(MANIFEST))
+        tree = json.loads(storage.get(name))
         manifest = Manifest(tuple(Shard(**shard) for shard in tree["shards"]), tree["version"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{where}: not a manifest ({error}); build the dataset again") from None

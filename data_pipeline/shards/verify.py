@@ -13,36 +13,60 @@ import numpy as np
 
 from data_pipeline.build.sources import expand_braces
 from data_pipeline.errors import DataError
-from data_pipeline.shards.codes import meta_name, tokenizers_of
+from data_pipeline.shards.codes import (
+    ImageTokenizer,
+    encode_rows,
+    find_meta,
+    meta_name,
+    open_codes,
+    tokenizers_of,
+)
 from data_pipeline.shards.manifest import (
     MANIFEST,
     STATS,
     Manifest,
     Shard,
     index_tar,
+    older_manifest,
+    older_versions,
+    open_dataset,
     publish,
     publish_index,
     read_index,
     read_manifest,
+    read_version,
 )
 from data_pipeline.storage import Storage, open_storage
 
 
-def verify(dataset: str | Path) -> dict[str, Any]:
-    """Digests and sizes of every shard, its index against its headers, the accounting, the codes.
+def verify(
+    dataset: str | Path,
+    tokenizer: ImageTokenizer | None = None,
+    sample: int = 16,
+    min_agreement: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Digests and sizes of every shard, its index against its headers, the accounting, the codes, older versions.
 
-    -> {dataset, fingerprint, samples, shards, codes: [tokenizer ids]}. Raises DataError listing everything that is off.
+    tokenizer: encodes `sample` images of every shard again, drawn by `seed` and the shard's number, and compares; a
+    shard where a smaller share than `min_agreement` of the codes is the same is a fault.
+    -> {dataset, fingerprint, samples, shards, codes: [tokenizer ids], versions: [older fingerprints]}, with a tokenizer
+    also `agreement`. Raises DataError listing everything that is off, or where there are no codes of that tokenizer.
     """
-    storage = open_storage(dataset)
-    manifest = read_manifest(storage)
+    storage, manifest = open_dataset(dataset)
+    again = None if tokenizer is None else Agreement(storage, manifest, tokenizer, sample, seed)
     faults: list[str] = []
-    for shard in manifest.shards:
+    for number, shard in enumerate(manifest.shards):
+        before = len(faults)
         _note(faults, _check_shard, storage, shard)
+        if again is not None and len(faults) == before:
+            _note(faults, again.check, number, min_agreement)
     if storage.exists(STATS):
         _note(faults, _check_accounting, storage, manifest)
-    codes = tokenizers_of(storage)
-    for tokenizer_id in codes:
+    for tokenizer_id in tokenizers_of(storage):
         _note(faults, _check_codes, storage, manifest, tokenizer_id)
+    for version in older_versions(storage):
+        _note(faults, _check_version, storage, version)
     if faults:
         raise DataError(
             f"{storage.root}: {len(faults)} faults; fetch or build the named files again\n  " + "\n  ".join(faults)
@@ -52,8 +76,51 @@ def verify(dataset: str | Path) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "samples": manifest.samples,
         "shards": len(manifest.shards),
-        "codes": codes,
+        "codes": tokenizers_of(storage, manifest),
+        "versions": older_versions(storage),
+        **({} if again is None else {"agreement": again.summary()}),
     }
+
+
+class Agreement:
+    """How many codes come out the same when a sample of each shard is encoded again."""
+
+    def __init__(self, storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer, sample: int, seed: int) -> None:
+        self._codes = open_codes(storage, manifest, tokenizer.id)
+        self._storage, self._manifest, self._tokenizer = storage, manifest, tokenizer
+        self._sample, self._seed = sample, seed
+        self.shares: dict[str, float] = {}
+        self.samples = 0
+
+    def check(self, number: int, least: float) -> None:
+        """One shard. Raises DataError where less than `least` agrees."""
+        shard = self._manifest.shards[number]
+        if not shard.n:
+            return
+        rows = sampled_rows(shard.n, self._sample, self._seed, number)
+        again = encode_rows(self._storage, shard, rows, self._tokenizer, self._codes.crops)
+        stored = self._codes.read_shard(number)[rows].reshape(again.shape)
+        self.shares[shard.name] = share = float(np.mean(again == stored))
+        self.samples += len(rows)
+        if share < least:
+            raise DataError(
+                f"{self._storage.root}/{self._codes.files[number][0]}: {share:.4f} of the codes of {len(rows)} images "
+                f"come out the same from tokenizer {self._tokenizer.id}, at least {least} must; they were encoded by "
+                "other weights or on other hardware: remove this tokenizer's codes and encode again"
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """Means over the shards, and the worst of them."""
+        worst = min(self.shares, key=lambda name: self.shares[name], default="")
+        mean = float(np.mean(list(self.shares.values()))) if self.shares else 1.0
+        found = {"tokenizer": self._tokenizer.id, "samples": self.samples, "mean": mean}
+        return {**found, "lowest": self.shares.get(worst, 1.0), "lowest_shard": worst}
+
+
+def sampled_rows(count: int, wanted: int, seed: int, shard: int) -> list[int]:
+    """`wanted` different rows of a shard with `count` (all where it has no more), sorted; a draw of seed and shard."""
+    drawn = np.random.default_rng((seed, shard)).permutation(count)[:wanted]
+    return sorted(drawn.tolist())
 
 
 def index(tars: list[str], workers: int | None = None) -> dict[str, Any]:
@@ -133,26 +200,49 @@ def _check_shard(storage: Storage, shard: Shard) -> None:
 
 def _check_accounting(storage: Storage, manifest: Manifest) -> None:
     """in = out + sum of rejected, for each shard and for all."""
-    totals = json.loads(storage.get(STATS))
     each = [json.loads(storage.get(f"{shard.name.removesuffix('.tar')}_stats.json")) for shard in manifest.shards]
-    for stats in [totals, *each]:
-        if stats["in"] != stats["out"] + sum(stats["rejected"].values()):
-            raise DataError(f"{storage.root} {stats.get('name', STATS)}: in {stats['in']} != out + rejected: {stats}")
-    first = sum(stats["in"] for stats in each if "retried" not in stats)  # a row that was tried again counts once
-    if totals["in"] != first or totals["out"] != manifest.samples:
-        raise DataError(f"{storage.root}/{STATS}: {totals['in']} in, {totals['out']} out do not add up over the shards")
+    if read_manifest(storage).fingerprint == manifest.fingerprint:  # the totals are of the newest version
+        _check_totals(storage, manifest, each)
+    for stats in each:
+        _check_sum(storage, stats)
     for shard, stats in zip(manifest.shards, each, strict=True):
         if (stats["out"], stats["digest"]) != (shard.n, shard.digest):
             raise DataError(f"{storage.root}/{shard.name}: its statistics are another shard's")
 
 
+def _check_totals(storage: Storage, manifest: Manifest, each: list[dict[str, Any]]) -> None:
+    totals = json.loads(storage.get(STATS))
+    _check_sum(storage, totals)
+    first = sum(stats["in"] for stats in each if "retried" not in stats)  # a row that was tried again counts once
+    if totals["in"] != first or totals["out"] != manifest.samples:
+        raise DataError(f"{storage.root}/{STATS}: {totals['in']} in, {totals['out']} out do not add up over the shards")
+
+
+def _check_sum(storage: Storage, stats: dict[str, Any]) -> None:
+    if stats["in"] != stats["out"] + sum(stats["rejected"].values()):
+        raise DataError(f"{storage.root} {stats.get('name', STATS)}: in {stats['in']} != out + rejected: {stats}")
+
+
+def _check_version(storage: Storage, fingerprint: str) -> None:
+    """An older version is the first shards of the newest: what was read by it is still there."""
+    older, newest = read_version(storage, fingerprint), read_manifest(storage)
+    if older.shards != newest.shards[: len(older.shards)]:
+        raise DataError(f"{storage.root}/{older_manifest(fingerprint)}: not the first shards of {MANIFEST}")
+
+
 def _check_codes(storage: Storage, manifest: Manifest, tokenizer_id: str) -> None:
-    meta = json.loads(storage.get(meta_name(tokenizer_id)))
-    if meta["dataset"] != manifest.fingerprint:
-        raise DataError(f"{storage.root}/{meta_name(tokenizer_id)}: codes of another dataset")
-    for shard, entry in zip(manifest.shards, meta["shards"], strict=True):
-        data = storage.get(entry["name"])
-        if len(data) != 2 * meta["codes_per_image"] * shard.n or hashlib.sha256(data).hexdigest() != entry["digest"]:
-            raise DataError(f"{storage.root}/{entry['name']}: {len(data)} bytes, not those that were encoded")
-        if len(data) and int(np.frombuffer(data, "<u2").max()) >= meta["codebook_size"]:
-            raise DataError(f"{storage.root}/{entry['name']}: a code beyond the codebook of {meta['codebook_size']}")
+    """The codes of this version; where it has none yet, those of the version that they were made for."""
+    meta = find_meta(storage, manifest, tokenizer_id)
+    if meta is None:
+        made_for = json.loads(storage.get(meta_name(tokenizer_id))).get("dataset", "none")
+        try:
+            manifest = read_version(storage, made_for)
+        except DataError:
+            raise DataError(f"{storage.root}/{meta_name(tokenizer_id)}: codes of another dataset") from None
+    codes = open_codes(storage, manifest, tokenizer_id)
+    for name, size, digest in codes.files:
+        data = storage.get(name)
+        if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
+            raise DataError(f"{storage.root}/{name}: {len(data)} bytes, not those that were encoded")
+        if len(data) and int(np.frombuffer(data, "<u2").max()) >= codes.codebook_size:
+            raise DataError(f"{storage.root}/{name}: a code beyond the codebook of {codes.codebook_size}")

@@ -42,10 +42,12 @@ class AutoregressiveInputs:
         return text_ids("" if dropped else caption, self.vocabulary, self.model.text_tokens)
 
     def _codes(self, sample: Sample) -> np.ndarray:
-        """-> int64 [I]."""
+        """-> int64 [I]; of several crops the one that the sample draws."""
         if sample.codes is None:
             raise DataError(f"sample {sample.key!r} has no image codes; run `tessera data encode` on the dataset")
-        codes = np.asarray(sample.codes).reshape(-1).astype(np.int64)
+        codes = np.asarray(sample.codes).astype(np.int64)
+        if codes.ndim == 2:
+            codes = codes[sample_generator(self.seed, sample.epoch, sample.id, "crop").integers(len(codes))]
         if len(codes) != self.model.image_tokens:
             raise DataError(
                 f"sample {sample.key!r} has {len(codes)} codes, model.image_tokens={self.model.image_tokens}; "

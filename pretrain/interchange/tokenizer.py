@@ -33,6 +33,16 @@ def load_tokenizer(directory: str | Path, precision: Precision = "fp32", device:
     return VqganTokenizer(model, precision, device)
 
 
+def load_tokenizer_of(
+    directory: str | Path, is_there: Callable[[str], object], device: str = "cpu"
+) -> "VqganTokenizer":
+    """The same in bf16 where codes with that id are there and none of fp32, else in fp32."""
+    tokenizer = load_tokenizer(directory, "fp32", device)
+    if not is_there(tokenizer.id) and is_there(tokenizer_id(tokenizer.model, "bf16")):
+        return VqganTokenizer(tokenizer.model, "bf16", device)
+    return tokenizer
+
+
 class VqganTokenizer:
     """ImageTokenizer of data_pipeline.shards.codes. The network runs in `precision`, the argmin in float32 always.
 

@@ -12,7 +12,6 @@ import pytest
 
 from data_pipeline.build.report import write_report
 from data_pipeline.errors import DataError
-from data_pipeline.shards.manifest import read_manifest
 from data_pipeline.storage import open_storage
 
 
@@ -78,9 +77,9 @@ class Patches:
 def test_codes_are_shown_with_their_use_and_reconstructions(scenes, monkeypatch):
     from data_pipeline.shards import codes
 
-    def encode_here(storage, manifest, tokenizer_id, *_):
-        for shard in range(len(read_manifest(storage).shards)):
-            codes.encode_shard(storage.root, shard, Patches())
+    def encode_here(job, manifest, *_):
+        for shard in range(len(manifest.shards)):
+            codes.encode_shard(job.dataset, shard, Patches())
 
     monkeypatch.setattr(codes, "_encode_shards", encode_here)
     codes.encode_dataset(scenes, lambda _: Patches(), "unused", progress=False)

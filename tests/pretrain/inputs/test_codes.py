@@ -77,3 +77,13 @@ def test_captions_are_dropped_whole_and_at_the_asked_rate():
 def test_a_sample_that_does_not_fit_is_named(change, message):
     with pytest.raises(DataError, match=message):
         inputs()([dataclasses.replace(SAMPLE, **change)])
+
+
+def test_of_several_crops_the_sample_draws_one_anew_each_epoch():
+    crops = np.arange(10)[:, None].repeat(6, 1).astype(np.uint16) % 8
+    samples = [dataclasses.replace(one, codes=crops, epoch=epoch) for one in many(50) for epoch in (0, 1)]
+    together = inputs()(samples)["codes"]
+    alone = [inputs()([dataclasses.replace(one, position=5)])["codes"][0] for one in samples]
+    assert together.shape == (100, 6) and all((row == other).all() for row, other in zip(together, alone, strict=True))
+    assert set(together[:, 0].tolist()) == set(range(8)) and (together == together[:, :1]).all()
+    assert (together[::2] != together[1::2]).any(1).sum() > 25

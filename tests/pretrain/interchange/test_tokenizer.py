@@ -9,7 +9,7 @@ from data_pipeline.shards.codes import ImageTokenizer
 from pretrain.config import GptConfig, VqganConfig
 from pretrain.inputs.pixels import to_tensor
 from pretrain.interchange.folder import export_model
-from pretrain.interchange.tokenizer import CHUNK, VqganTokenizer, load_tokenizer
+from pretrain.interchange.tokenizer import CHUNK, VqganTokenizer, load_tokenizer, load_tokenizer_of
 from pretrain.models.gpt import Gpt
 from pretrain.models.vqgan import Vqgan
 
@@ -78,3 +78,28 @@ def test_what_does_not_fit_is_refused(tmp_path):
     export_model(tmp_path, config, Gpt(config).state_dict())
     with pytest.raises(ConfigError, match="holds a gpt, an image tokenizer is a vqgan"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_codes_are_the_nearest_rows_in_float32_whatever_the_network_runs_in(precision):
+    made, tokenizer = model(), VqganTokenizer(model(), precision)
+    found = tokenizer.encode(IMAGES[:CHUNK])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        latents = made.eval().quant_conv(made.encoder(to_tensor(IMAGES[:CHUNK])))
+    assert latents.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    table = made.quantize.embedding.weight.detach().double().numpy()
+    nearest = np.empty_like(found)
+    for image, grid in enumerate(latents.double().numpy()):
+        for place in range(grid.shape[1] * grid.shape[2]):
+            vector = grid[:, place // grid.shape[2], place % grid.shape[2]]
+            nearest[image, place] = min(range(len(table)), key=lambda row: ((vector - table[row]) ** 2).sum())
+    assert (found == nearest).mean() > 0.999
+
+
+def test_a_tokenizer_is_opened_in_the_precision_that_made_the_codes(tmp_path):
+    made = model()
+    export_model(tmp_path, SMALL, made.state_dict())
+    ids = {precision: VqganTokenizer(made, precision).id for precision in ("fp32", "bf16")}
+    for there, wanted in [([], "fp32"), ([ids["bf16"]], "bf16"), (list(ids.values()), "fp32"), (["f" * 12], "fp32")]:
+        opened = load_tokenizer_of(tmp_path, there.__contains__)
+        assert (opened.id, opened.precision) == (ids[wanted], wanted)

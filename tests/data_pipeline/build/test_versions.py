@@ -1,0 +1,89 @@
+"""A dataset that grew is still what it was under its older fingerprints."""
+
+import json
+import shutil
+
+import pytest
+
+from data_pipeline.build.run import retry
+from data_pipeline.errors import DataError
+from data_pipeline.shards.verify import verify
+from data_pipeline.stream.reader import Stream
+
+
+@pytest.fixture
+def grown(folder, build_here, make_config, make_png, tmp_path):
+    """Built of five rows of six, grown by one, then retried: -> what was read of each version when it was new."""
+    tree = {"source": {"kind": "folder", "path": str(folder)}, "output": f"{tmp_path}/out", "shard_size": 4}
+    lost = (folder / "b/1.png").read_bytes()
+    (folder / "b/1.png").write_bytes(b"")
+    build_here(**tree)
+    seen = [read(tmp_path / "out")]
+    (folder / "a/new.png").write_bytes(make_png(30))
+    (folder / "a/new.txt").write_text("new")
+    build_here(**tree, grow=True)
+    seen.append(read(tmp_path / "out"))
+    (folder / "b/1.png").write_bytes(lost)
+    retry(make_config(**tree), progress=False)
+    return [*seen, read(tmp_path / "out")]
+
+
+def read(dataset):
+    """Fingerprint, samples of two epochs and more, and the state after them."""
+    stream = Stream(dataset, seed=3)
+    return stream.fingerprint, stream.read(0, 15), stream.state(15)
+
+
+def test_every_version_reads_as_it_did_when_it_was_the_newest(grown, tmp_path):
+    out = tmp_path / "out"
+    assert [len({sample.key for sample in samples}) for _, samples, _ in grown] == [5, 6, 7]
+    for fingerprint, samples, state in grown:
+        for name in (fingerprint, fingerprint[:12]):
+            assert read(f"{out}@{name}") == (fingerprint, samples, state)
+    assert read(out) == grown[-1]
+
+
+def test_a_saved_position_goes_on_with_the_version_it_was_saved_with(grown, tmp_path):
+    out = tmp_path / "out"
+    (first, _, state), *_ = grown
+    with pytest.raises(DataError, match="samples: 5 saved, 7 now"):
+        Stream(out, seed=3).check(state)
+    Stream(f"{out}@{first}", seed=3).check(state)
+
+
+def test_every_version_verifies(grown, tmp_path):
+    out, fingerprints = tmp_path / "out", [fingerprint for fingerprint, _, _ in grown]
+    for fingerprint, samples in zip(fingerprints, (5, 6, 7), strict=True):
+        report = verify(f"{out}@{fingerprint}")
+        assert (report["fingerprint"], report["samples"]) == (fingerprint, samples)
+    assert sorted(verify(out)["versions"]) == sorted(fingerprint[:12] for fingerprint in fingerprints[:2])
+
+
+def test_a_version_is_read_over_http(grown, tmp_path, serve, monkeypatch):
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
+    (first, samples, _), *_ = grown
+    assert Stream(f"{serve(tmp_path / 'out')}@{first}", seed=3).read(0, 15) == samples
+
+
+def test_a_version_that_is_not_kept_is_refused_with_those_that_are(grown, tmp_path):
+    with pytest.raises(DataError, match="no version 0123456789ab; there are") as caught:
+        Stream(f"{tmp_path}/out@0123456789ab", seed=0)
+    assert all(fingerprint[:12] in str(caught.value) for fingerprint, _, _ in grown)
+
+
+def test_an_older_manifest_that_was_edited_is_refused_and_told(grown, tmp_path):
+    (first, _, _), *_ = grown
+    path = tmp_path / "out" / f"manifest-{first[:12]}.json"
+    tree = json.loads(path.read_text())
+    tree["shards"][0]["digest"] = "0" * 64
+    path.write_text(json.dumps(tree))
+    for opened in (Stream, verify):
+        with pytest.raises(DataError, match="no version"):
+            opened(f"{tmp_path}/out@{first}", **({"seed": 0} if opened is Stream else {}))
+    with pytest.raises(DataError, match=f"1 faults(.|\n)*no version {first[:12]}"):
+        verify(tmp_path / "out")
+
+
+def test_a_folder_whose_name_looks_like_a_version_is_a_folder(scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "set@0123456789ab")
+    assert Stream(tmp_path / "set@0123456789ab", seed=0).samples == 25
