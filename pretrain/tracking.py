@@ -106,7 +106,9 @@ class MetricsLog:
 
 
 class SystemLog(threading.Thread):
-    """Appends what one node's processor, memory, disk, network and devices do to RUN/system-NODE.jsonl, now and then.
+    """Appends what one node's processor, memory, disk, network and devices do to RUN/system-NODE.jsonl, at times.
+
+    A run shorter than the first interval has one line too, from its end.
 
     Names are those of MLflow's own system metrics, under the node's name, so that its page shows them.
     """
@@ -119,14 +121,17 @@ class SystemLog(threading.Thread):
 
     def run(self) -> None:
         psutil.cpu_percent()  # the first call only sets the mark from which the next one counts
-        count = 0
-        while not self._ending.wait(SYSTEM_INTERVAL_S if count else INTERVAL_S):
+        count, ending = 0, False
+        while not ending:
+            ending = self._ending.wait(SYSTEM_INTERVAL_S if count else INTERVAL_S)
             row = {f"system/{self.node}/{name}": value for name, value in system_figures().items()}
             self.log.write({"step": count, "time_ms": int(time.time() * 1000)} | row)
             count += 1
 
     def close(self) -> None:
+        """Write the last line."""
         self._ending.set()
+        self.join(CLOSE_TIMEOUT_S)
 
 
 def system_figures() -> dict[str, float]:
