@@ -49,13 +49,18 @@ def report(
     dataset: Dataset,
     output: Annotated[Path | None, typer.Option(help="The page; DATASET/report.html unless named.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Image tokenizer whose reconstructions are shown.")] = None,
+    config: Annotated[Path | None, typer.Option(help="What it was built by: shows rejected images too.")] = None,
+    overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:
     """One HTML page that shows a dataset: what went in and out, examples, sizes, captions, codes."""
     from data_pipeline.build.report import write_report
+    from data_pipeline.config import BuildConfig
+    from data_pipeline.settings import load_settings
 
+    built = None if config is None else load_settings(BuildConfig, config, overrides or [])
     model = None if tokenizer is None else _tokenizer_of(dataset, tokenizer)
-    emit({"report": write_report(dataset, output, model)}, json)
+    emit({"report": write_report(dataset, output, model, built)}, json)
 
 
 def encode(

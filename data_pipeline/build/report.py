@@ -1,13 +1,17 @@
 """A dataset as one HTML page that needs nothing else: counts, examples, sizes, captions, duplicates, codes.
 
 Everything is read shard by shard and added up; what is shown by example is taken at even distances, so that the same
-dataset gives the same page.
+dataset gives the same page. Rejected images are not in the shards: they are shown where the build's configuration is
+handed over, from its cache of fetched bytes or from its source, read again; nothing is fetched. Every image is decoded
+in the sandbox.
 """
 
 import base64
+import contextlib
 import html
 import io
 import json
+import re
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,32 +21,43 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from data_pipeline.build import sandbox
+from data_pipeline.build.cache import RawCache
 from data_pipeline.build.captions import language_of
-from data_pipeline.build.images import Reject, decode_rgb, encode, resize
-from data_pipeline.errors import DataError
-from data_pipeline.shards.codes import ImageTokenizer, meta_name, open_codes, tokenizers_of
-from data_pipeline.shards.manifest import STATS, Manifest, read_manifest
-from data_pipeline.storage import Storage, open_storage
+from data_pipeline.build.images import Reject, encode
+from data_pipeline.build.sources import open_source
+from data_pipeline.config import BuildConfig, ImageRules
+from data_pipeline.errors import DataError, TesseraError
+from data_pipeline.schema import Pair
+from data_pipeline.shards.codes import CENTRE, ImageTokenizer, open_codes, tokenizers_of
+from data_pipeline.shards.manifest import STATS, Manifest, open_dataset, read_manifest
+from data_pipeline.storage import Storage
 from data_pipeline.stream.reader import Stream
 
 PAGE = "report.html"
 EXAMPLES = 24
 REJECTS_SHOWN = 6
 CAPTIONS_ASKED = 2000  # of so many the language is told
-THUMBNAIL = 128
+THUMBNAIL = ImageRules(mode="fit", size=128, format="jpeg", quality=80)
 
 SIZES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 ASPECTS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 LENGTHS = (0, 5, 10, 20, 40, 80, 160, 320, 640)
 
+DUPLICATES = ("duplicate_image", "near_duplicate")
+
+_KEPT = re.compile(r"row (\d+)$")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top }
+h1 { font-size: 1.5em; overflow-wrap: anywhere }
+h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd }
+section { overflow-x: auto } table { border-collapse: collapse }
+td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top }
 td.n { text-align: right; font-variant-numeric: tabular-nums }
-.bar { background: #4a7ebb; height: .8em; min-width: 1px }
+.bar { background: #4a7ebb; height: .8em; min-width: 1px } .bar.none { min-width: 0 }
 .grid { display: flex; flex-wrap: wrap; gap: 10px } figure { margin: 0; width: 150px; font-size: 12px }
 figure img { max-width: 150px; max-height: 128px; display: block } figcaption { overflow-wrap: anywhere }
+.pair { display: flex; gap: 4px; border: 1px solid #ddd; padding: 4px }
 .small { color: #666; font-size: 13px; overflow-wrap: anywhere }
 """
 
@@ -56,15 +71,23 @@ class Findings:
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(len(LENGTHS), np.int64))
     per_image: Tally[int] = field(default_factory=Tally)
     rejects: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    kept: list[np.ndarray] = field(default_factory=list)
+    """Of each shard, int64: for every duplicate the row that stays instead."""
 
 
-def write_report(dataset: str | Path, output: Path | None = None, tokenizer: ImageTokenizer | None = None) -> str:
+def write_report(
+    dataset: str | Path,
+    output: Path | None = None,
+    tokenizer: ImageTokenizer | None = None,
+    build: BuildConfig | None = None,
+) -> str:
     """Write the page, to DATASET/report.html unless told -> where it is.
 
-    tokenizer: shows reconstructions from its codes. Raises DataError for a dataset or codes that are not there.
+    tokenizer: shows reconstructions from its codes. build: what the dataset was built by; shows rejected images.
+    Raises DataError for a dataset or codes that are not there.
     """
-    storage = open_storage(dataset)
-    page = render(storage, tokenizer).encode()
+    storage, manifest = open_dataset(dataset)
+    page = render(storage, manifest, tokenizer, build).encode()
     if output is None:
         storage.replace(PAGE, page)
         return f"{storage.root}/{PAGE}"
@@ -75,21 +98,24 @@ def write_report(dataset: str | Path, output: Path | None = None, tokenizer: Ima
     return str(output)
 
 
-def render(storage: Storage, tokenizer: ImageTokenizer | None = None) -> str:
+def render(
+    storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer | None = None, build: BuildConfig | None = None
+) -> str:
     """The page as text."""
-    manifest = read_manifest(storage)
     findings = _find(storage, manifest)
-    stream = Stream(storage.root, seed=0)
+    address = f"{storage.root}@{manifest.fingerprint}"
+    stream, rejected = Stream(address, seed=0), Rejected(build)
     sections = [
         _account(storage, manifest),
-        _rejects(findings),
+        _rejects(findings, rejected),
+        _duplicates(findings, rejected, storage, manifest, stream),
         _examples(stream),
         _bars("Longer side of the images, pixels", _intervals(SIZES), findings.sides),
         _bars("Aspect (longer by shorter side)", _intervals(ASPECTS), findings.aspects),
         _bars("Length of the captions, characters", _intervals(LENGTHS), findings.lengths),
         _bars("Captions of an image", *_unzipped(sorted(findings.per_image.items()))),
         _languages(stream),
-        *_codes(storage, manifest, stream, tokenizer),
+        *_codes(storage, manifest, address, tokenizer),
     ]
     title = html.escape(f"{storage.root}: {manifest.samples:,} samples")
     return (
@@ -108,9 +134,17 @@ def _find(storage: Storage, manifest: Manifest) -> Findings:
     for shard in manifest.shards:
         name = shard.name.replace(".tar", ".parquet")
         if storage.exists(name):
-            table = pq.read_table(io.BytesIO(storage.get(name)))
-            _add(findings, table.to_pylist())
+            records = pq.read_table(io.BytesIO(storage.get(name))).to_pylist()
+            _add(findings, records)
+            rows = [_row_kept(record) for record in records]
+            findings.kept.append(np.array([row for row in rows if row is not None], np.int64))
     return findings
+
+
+def _row_kept(record: dict[str, Any]) -> int | None:
+    """Of a duplicate, the row that stays."""
+    match = _KEPT.search(record["detail"]) if record["status"] in DUPLICATES else None
+    return int(match[1]) if match else None
 
 
 def _add(findings: Findings, records: list[dict[str, Any]]) -> None:
@@ -150,6 +184,8 @@ def _unzipped(items: Iterable[tuple[Any, int]]) -> tuple[list[str], list[int]]:
 def _account(storage: Storage, manifest: Manifest) -> str:
     if not storage.exists(STATS):
         return _section("Account", "<p>Tars made elsewhere: what was rejected there is not known.</p>")
+    if read_manifest(storage).fingerprint != manifest.fingerprint:
+        return _section("Account", "<p>An older version: what was rejected is told of the newest one alone.</p>")
     stats = json.loads(storage.get(STATS))
     duplicates = sum(count for reason, count in stats["rejected"].items() if "duplicate" in reason)
     rejected = sum(stats["rejected"].values())
@@ -160,17 +196,78 @@ def _account(storage: Storage, manifest: Manifest) -> str:
     return _section("Account", text + _table_of_bars(["out", *names], [stats["out"], *counts]))
 
 
-def _rejects(findings: Findings) -> str:
+class Rejected:
+    """The bytes of rejected rows, where they can be had."""
+
+    def __init__(self, build: BuildConfig | None) -> None:
+        self.known = build is not None
+        self._cache = None if build is None or build.fetch.cache is None else RawCache(build.fetch.cache)
+        self._source = None if build is None else open_source(build.source)
+
+    def picture(self, record: dict[str, Any]) -> str:
+        """Of one row of a shard's parquet -> a thumbnail, empty where there are no bytes or they do not decode."""
+        with contextlib.suppress(TesseraError, OSError):  # the source may be gone, or another by now
+            data = self._cached(record["sha256"]) if record["url"] else self._read_again(record)
+            return _thumbnail(data) if data else ""
+        return ""
+
+    def _cached(self, digest: str | None) -> bytes | None:
+        return self._cache.get(digest) if self._cache is not None and digest else None
+
+    def _read_again(self, record: dict[str, Any]) -> bytes | None:
+        if self._source is None or record["row"] >= self._source.count():
+            return None
+        row = next(iter(self._source.rows(record["row"], record["row"] + 1)))
+        same = isinstance(row, Pair) and row.key == record["key"]
+        return row.image if same and isinstance(row, Pair) else None
+
+
+def _rejects(findings: Findings, rejected: Rejected) -> str:
     if not findings.rejects:
         return ""
     rows = [
-        _row(reason, str(record["key"]), f"{record.get('url') or ''} {record['detail']}"[:300])
+        _row(
+            reason, str(record["key"]), f"{record.get('url') or ''} {record['detail']}"[:300], rejected.picture(record)
+        )
         for reason, records in sorted(findings.rejects.items())
         for record in records
     ]
-    head = "<tr><th>reason</th><th>key</th><th>what was found</th></tr>"
-    note = '<p class="small">As each row was rejected first; some may have come in by a later retry.</p>'
-    return _section("Rejected rows, by example", f"{note}<table>{head}{''.join(rows)}</table>")
+    head = "<tr><th>reason</th><th>key</th><th>what was found</th><th>image</th></tr>"
+    note = "As each row was rejected first; some may have come in by a later retry."
+    note += "" if rejected.known else " Name the build's configuration (--config) to see the images that can be read."
+    return _section("Rejected rows, by example", f'<p class="small">{note}</p><table>{head}{"".join(rows)}</table>')
+
+
+def _duplicates(findings: Findings, rejected: Rejected, storage: Storage, manifest: Manifest, stream: Stream) -> str:
+    """How often images occur, and some with what they repeat."""
+    if not sum(map(len, findings.kept)):
+        return ""
+    _, copies = np.unique(np.concatenate(findings.kept), return_counts=True)
+    occurrences = Tally((copies + 1).tolist())
+    bars = _table_of_bars(*_unzipped((f"{n} times", count) for n, count in sorted(occurrences.items())))
+    pairs = []
+    for record in (record for reason in DUPLICATES for record in findings.rejects.get(reason, [])):
+        row = _row_kept(record)
+        number = None if row is None else _sample_of_row(storage, manifest, row)
+        if number is not None:
+            kept = stream.fetch(number)
+            left = _figure(_thumbnail(kept.image), f"{kept.key} stays")
+            right = _figure(rejected.picture(record), f"{record['key']}: {record['detail']}")
+            pairs.append(f'<div class="pair">{left}{right}</div>')
+    return _section("Images that occur more than once", f'{bars}<div class="grid">{"".join(pairs)}</div>')
+
+
+def _sample_of_row(storage: Storage, manifest: Manifest, row: int) -> int | None:
+    """The sample that was made of a row of the source."""
+    before = 0
+    for shard in manifest.shards:
+        data = storage.get(shard.name.replace(".tar", ".parquet"))
+        table = pq.read_table(io.BytesIO(data), columns=["row", "status"])
+        rows = table.column("row").to_numpy()[np.array(table.column("status").to_pylist()) == "ok"]
+        if row in rows:
+            return before + int(np.flatnonzero(rows == row)[0])
+        before += shard.n
+    return None
 
 
 def _examples(stream: Stream) -> str:
@@ -188,10 +285,10 @@ def _languages(stream: Stream) -> str:
     return _bars(title, *_unzipped(counts.most_common(12)))
 
 
-def _codes(storage: Storage, manifest: Manifest, stream: Stream, tokenizer: ImageTokenizer | None) -> Iterator[str]:
-    for tokenizer_id in tokenizers_of(storage):
+def _codes(storage: Storage, manifest: Manifest, address: str, tokenizer: ImageTokenizer | None) -> Iterator[str]:
+    for tokenizer_id in tokenizers_of(storage, manifest):
         codes = open_codes(storage, manifest, tokenizer_id)
-        size = json.loads(storage.get(meta_name(tokenizer_id)))["codebook_size"]
+        size = codes.codebook_size
         usage = np.zeros(size, np.int64)
         for shard in range(len(manifest.shards)):
             usage += np.bincount(codes.read_shard(shard).ravel(), minlength=size)
@@ -203,13 +300,14 @@ def _codes(storage: Storage, manifest: Manifest, stream: Stream, tokenizer: Imag
         bars = _table_of_bars([f"{len(group)} codes" for group in groups], [int(group.sum()) for group in groups])
         shown = ""
         if tokenizer is not None and tokenizer.id == tokenizer_id:
-            shown = _reconstructions(Stream(storage.root, seed=0, codes=tokenizer_id), tokenizer)
+            shown = _reconstructions(Stream(address, seed=0, codes=tokenizer_id), tokenizer)
         yield _section(f"Codes of tokenizer {tokenizer_id}, most used first", text + bars + shown)
 
 
 def _reconstructions(stream: Stream, tokenizer: ImageTokenizer) -> str:
     samples = [stream.fetch(number) for number in _evenly(stream.samples, EXAMPLES // 3)]
-    drawn = tokenizer.decode(np.stack([sample.codes for sample in samples if sample.codes is not None]))
+    codes = np.stack([sample.codes for sample in samples if sample.codes is not None])
+    drawn = tokenizer.decode(codes[:, CENTRE] if codes.ndim == 3 else codes)
     pairs = [
         _figure(_thumbnail(sample.image), sample.key) + _figure(_image(pixels), "from its codes")
         for sample, pixels in zip(samples, drawn, strict=True)
@@ -236,28 +334,37 @@ def _table_of_bars(names: list[str], counts: list[int]) -> str:
     most = max([1, *counts])
     rows = [
         f'<tr><td>{html.escape(name)}</td><td class="n">{count:,}</td>'
-        f'<td style="width:60%"><div class="bar" style="width:{100 * count / most:.1f}%"></div></td></tr>'
+        f'<td style="width:60%"><div class="bar{" none" * (not count)}" '
+        f'style="width:{100 * count / most:.1f}%"></div></td></tr>'
         for name, count in zip(names, counts, strict=True)
     ]
     return f'<table style="width:100%">{"".join(rows)}</table>'
 
 
-def _row(*cells: str) -> str:
-    return "<tr>" + "".join(f'<td class="small">{html.escape(cell)}</td>' for cell in cells) + "</tr>"
+def _row(reason: str, key: str, found: str, picture: str) -> str:
+    cells = "".join(f'<td class="small">{html.escape(cell)}</td>' for cell in (reason, key, found))
+    return f"<tr>{cells}<td>{_picture(picture)}</td></tr>"
+
+
+def _picture(source: str) -> str:
+    return f'<img src="{source}" alt="">' if source else ""
 
 
 def _figure(source: str, caption: str) -> str:
-    picture = f'<img src="{source}" alt="">' if source else ""
-    return f"<figure>{picture}<figcaption>{html.escape(caption[:160])}</figcaption></figure>"
+    return f"<figure>{_picture(source)}<figcaption>{html.escape(caption[:160])}</figcaption></figure>"
 
 
 def _thumbnail(data: bytes) -> str:
     try:
-        return _image(resize(decode_rgb(data), "fit", THUMBNAIL))
+        return _address(sandbox.decoder(THUMBNAIL).look(data).prepared.data)
     except Reject:
         return ""
 
 
 def _image(pixels: np.ndarray) -> str:
     """uint8 [H, W, 3] -> an address that holds the picture itself."""
-    return "data:image/jpeg;base64," + base64.b64encode(encode(pixels, "jpeg", 80)).decode()
+    return _address(encode(pixels, "jpeg", 80))
+
+
+def _address(jpeg: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
