@@ -28,9 +28,11 @@ Image.init()  # formats can be named once they are registered
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 SCALED_GUARD = 2  # a JPEG decoded at a fraction keeps at least twice the pixels a side that are wanted
+SCALED_FROM = 2  # libjpeg's fractions between a half and one take longer than the whole
 
 _ORIENTATION = 0x0112
 _JPEG = b"\xff\xd8\xff"
+_ICO = b"\0\0\1\0"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -183,8 +185,8 @@ def _fraction(width: int, height: int, wanted: ImageRules | None) -> dict[str, i
     """simplejpeg's arguments for the smallest fraction that keeps SCALED_GUARD times the wanted pixels a side."""
     if wanted is None or wanted.size is None:
         return {}
-    target_width, target_height = scaled_size(width, height, wanted.mode, wanted.size)
-    return {"min_width": target_width, "min_height": target_height, "min_factor": SCALED_GUARD}
+    least_width, least_height = (SCALED_GUARD * side for side in scaled_size(width, height, wanted.mode, wanted.size))
+    return {"min_width": least_width, "min_height": least_height, "min_factor": SCALED_FROM}
 
 
 def _orientation(data: bytes) -> int:
@@ -211,6 +213,7 @@ def _slow(data: bytes, max_pixels: int) -> Decoded:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _check_icons(data, max_pixels)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_pixels(*image.size, max_pixels)
                 frames = int(getattr(image, "n_frames", 1))
@@ -229,6 +232,21 @@ def _slow(data: bytes, max_pixels: int) -> Decoded:
     except Exception as error:  # decoders raise nearly anything on damaged files
         reason = "truncated" if "runcated" in str(error) or isinstance(error, EOFError) else "corrupt"
         raise Reject(reason, f"{type(error).__name__}: {error}"[:200]) from None
+
+
+def _check_icons(data: bytes, max_pixels: int) -> None:
+    """Pillow decodes an ICO when it opens it: the pictures in it are looked at before."""
+    if not data.startswith(_ICO):
+        return
+    (count,) = struct.unpack_from("<H", data, 4)
+    for entry in range(count):
+        (start,) = struct.unpack_from("<I", data, 6 + 16 * entry + 12)
+        if data[start : start + 8] == _PNG:
+            width, height = struct.unpack_from(">II", data, start + 16)
+        else:  # a bitmap, with its mask below it
+            width, height = (abs(side) for side in struct.unpack_from("<ii", data, start + 4))
+            height //= 2
+        _check_pixels(width, height, max_pixels)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
