@@ -35,6 +35,10 @@ class DataError(TesseraError):
     exit_code = 74
 
 
+class Conflict(DataError):
+    """What stands under a name is not what this run makes; nothing was overwritten."""
+
+
 class BadSample(DataError):
     """One sample cannot be used: it does not decode, or lacks what the task needs. Storage is not to blame."""
 

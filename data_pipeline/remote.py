@@ -6,9 +6,11 @@ endpoints where the AWS command line does, and survives being opened anew in eve
 """
 
 import contextlib
+import fcntl
 import os
 import random
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -27,6 +29,7 @@ CONNECT_S = 5.0
 CONNECTIONS = 16  # at once, of one process to one server
 PIECE = 1 << 18  # bytes: what a read holds in memory, whatever the size of its range
 
+_SCRATCH = "tessera-upload-"
 _MAX_PUT = 5 * 1024**3
 _MAX_PAUSE_S = 5.0
 _PAGE = 1000
@@ -192,12 +195,25 @@ class RemoteStorage:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A private folder on this machine."""
-        with tempfile.TemporaryDirectory(prefix="tessera-") as folder:
-            yield Path(folder)
+        """A private folder on this machine; what killed processes left there goes first."""
+        self.clean()
+        folder, lock = _locked_folder()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
     def clean(self) -> None:
-        """Nothing: an upload that was killed left nothing."""
+        """Remove folders of this machine whose process was killed: an upload that was killed left nothing else."""
+        for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+            with contextlib.suppress(OSError):
+                lock = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its process lives
+                    shutil.rmtree(folder)
+                finally:
+                    os.close(lock)
 
     def _same(self, name: str, answer: Answer, at: int, seen: dict[str, Version]) -> Version:
         version = seen.setdefault(name, answer.version)
@@ -239,6 +255,22 @@ class RemoteStorage:
         if status == 416:
             return DataError(f"{where}: has fewer bytes than were asked for; it was cut off or replaced")
         return DataError(f"{where}: the server answered {status} {said}")
+
+
+def _locked_folder() -> tuple[Path, int]:
+    """A new temporary folder, and the descriptor that holds its lock. Raises DataError where there is no room."""
+    while True:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise DataError(f"{where}: {error.strerror}; make room there, or name another folder as TMPDIR") from None
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)  # another process's `clean` came in between
 
 
 # --------------------------------------------------------------------------------------------------- S3

@@ -3,27 +3,37 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import psutil
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from data_pipeline.errors import NodeFault, TesseraError
+from data_pipeline.errors import ConfigError, NodeFault, TesseraError
 
 OBJECT_STORE_BYTES = 500 * 1024**2
 OUTER_RETRIES = 5
 
 _IN_FLIGHT_PER_WORKER = 2
+_CONNECT_S = 10.0
+_LOOK_S = 2.0  # so often it is looked whether Ray lives, while no task ends
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # set to 0, Ray listens on the loopback address, on every system
 
 
 @contextlib.contextmanager
 def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iterator[None]:
     """A Ray of our own with `workers` CPUs on the loopback address, or the cluster at `address`; left at the end.
 
-    gpus: how many the Ray of our own may give to its actors.
+    gpus: how many the Ray of our own may give to its actors. Raises ConfigError for what is no address of a cluster,
+    NodeFault where none answers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None:
+        os.environ.setdefault(_CLUSTERS, "0")
+    else:
+        _check_address(address)
     import ray
 
     if ray.is_initialized():  # the caller's session, for example a test's
@@ -32,11 +42,11 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
     common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         ray.init(
+            "local",  # also where RAY_ADDRESS is set or another Ray runs on this machine
             num_cpus=workers,
             num_gpus=gpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
             **common,
         )
     else:
@@ -45,6 +55,19 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raises ConfigError for what is no address, and NodeFault where nobody answers: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if "/" in address or not (host and port.isdigit()):
+        raise ConfigError(f"ray_address={address}: not HOST:PORT as `ray start --head` prints it, nor auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise NodeFault(f"ray_address={address}: {error}; start Ray's head there, or leave it out") from None
 
 
 def run_tasks(
@@ -63,7 +86,9 @@ def run_tasks(
         while waiting and len(running) < (ahead or _IN_FLIGHT_PER_WORKER) * workers:
             item = waiting.pop()
             running[submit(item)] = item
-        done, _ = ray.wait(list(running), num_returns=1)
+        done, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_S)
+        if not done:
+            _check_raylet()
         for reference in done:
             item = running.pop(reference)
             try:
@@ -79,6 +104,13 @@ def run_tasks(
                 waiting.append(item)
             else:
                 yield item, result
+
+
+def _check_raylet() -> None:
+    """Raises NodeFault where the Ray of our own is gone, before Ray ends this process over it."""
+    children = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    if any(child.status() == psutil.STATUS_ZOMBIE for child in children):
+        raise NodeFault("Ray's process on this machine died; look at its memory, then run the same command again")
 
 
 def _raise_unless_lost(error: Any) -> None:

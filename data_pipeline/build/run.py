@@ -9,11 +9,12 @@
 5. A later generation (`grow`, `retry`) adds shards; the manifest before it is kept as manifest-FINGERPRINT.json.
 """
 
+import contextlib
 import io
 import itertools
 import json
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -45,9 +46,18 @@ from data_pipeline.build.shard import (
     to_parquet,
 )
 from data_pipeline.config import BuildConfig
-from data_pipeline.errors import DataError
+from data_pipeline.errors import Conflict, DataError
 from data_pipeline.schema import Link
-from data_pipeline.shards.manifest import MANIFEST, STATS, Manifest, Shard, canonical_json, publish, read_manifest
+from data_pipeline.shards.manifest import (
+    MANIFEST,
+    STATS,
+    Manifest,
+    Shard,
+    canonical_json,
+    older_manifest,
+    publish,
+    read_manifest,
+)
 from data_pipeline.storage import Storage, open_storage
 from data_pipeline.workers import Counter, ray_session, run_tasks
 
@@ -145,15 +155,37 @@ def _pin_later(storage: Storage, base: Manifest, tree: dict[str, Any]) -> None:
 
 def _make(storage: Storage, plan: Plan, base: Manifest, progress: bool) -> None:
     """All tasks of a generation, then its commit."""
+    try:
+        if _missing(storage, plan, stats_name):
+            with ray_session(plan.config.workers, plan.config.ray_address):
+                _run_all(storage, plan, base, progress)
+        _commit(storage, plan, base)
+    except Conflict:
+        raise
+    except DataError:
+        if not _is_followed(storage, base):
+            raise
+
+
+def _is_followed(storage: Storage, base: Manifest) -> bool:
+    """Did another run of the same build come first? It then removed what this one was reading."""
+    with contextlib.suppress(DataError):
+        return read_manifest(storage).fingerprint != base.fingerprint
+    return False
+
+
+def _run_all(storage: Storage, plan: Plan, base: Manifest, progress: bool) -> None:
     linked = _is_linked(plan)
-    missing = [shard for shard in plan.shards if stats_name(shard) not in set(storage.list())]
-    if missing:
-        with ray_session(plan.config.workers, plan.config.ray_address):
-            if plan.config.dedup.wanted:
-                _run(storage, plan, survey_shard, "look", linked, progress)
-                plan = replace(plan, repeats=_repeats(storage, plan, base))
-            _run(storage, plan, build_shard, "build", linked, progress)
-    _commit(storage, plan, base)
+    if plan.config.dedup.wanted:
+        _run(storage, plan, survey_shard, "look", linked, progress)
+        plan = replace(plan, repeats=_repeats(storage, plan, base))
+    _run(storage, plan, build_shard, "build", linked, progress)
+
+
+def _missing(storage: Storage, plan: Plan, result_name: Callable[[int], str]) -> list[int]:
+    """Shards that have no result of this name yet."""
+    there = set(storage.list())
+    return [shard for shard in plan.shards if result_name(shard) not in there]
 
 
 def _tidy(storage: Storage, config: BuildConfig) -> None:
@@ -175,8 +207,7 @@ def _is_linked(plan: Plan) -> bool:
 def _run(storage: Storage, plan: Plan, task: Any, title: str, linked: bool, progress: bool) -> None:
     """The task of every shard that has no result yet."""
     result_name = stats_name if task is build_shard else survey_name
-    there = set(storage.list())
-    missing = [shard for shard in plan.shards if result_name(shard) not in there]
+    missing = _missing(storage, plan, result_name)
     rejected: Tally[str] = Tally()
     with Counter(title, plan.rows, progress) as counter:
         counter.add(sum(_rows(plan, shard) for shard in set(plan.shards) - set(missing)))
@@ -256,7 +287,7 @@ def _commit(storage: Storage, plan: Plan, base: Manifest) -> None:
     rejects = to_parquet(list(_rejects(storage, all_stats)), REJECTS_SCHEMA)
     put = storage.replace if base.shards else lambda name, data: publish(storage, name, data)
     if base.shards:
-        publish(storage, f"manifest-{base.fingerprint[:12]}.json", base.to_json())
+        publish(storage, older_manifest(base.fingerprint), base.to_json())
     put(REJECTS, rejects)
     put(STATS, canonical_json(totals))
     if not totals["out"]:

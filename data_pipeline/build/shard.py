@@ -27,7 +27,7 @@ from data_pipeline.build.filters import Filters
 from data_pipeline.build.images import Prepared, Reject
 from data_pipeline.build.layout import Row
 from data_pipeline.config import BuildConfig
-from data_pipeline.errors import DataError
+from data_pipeline.errors import Conflict, DataError
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.manifest import Index, canonical_json, index_tar, pack_index, publish, publish_index
 from data_pipeline.shards.tar import TarWriter
@@ -325,7 +325,7 @@ def _compare(storage: Storage, name: str, digest: str) -> None:
     """A shard that is already there, from a writer that was killed or is faster, must be the same."""
     there = hashlib.sha256(storage.get(name)).hexdigest()
     if there != digest:
-        raise DataError(
+        raise Conflict(
             f"{storage.root}/{name}: there with sha256 {there[:12]}, made again {digest[:12]}; the source changed, "
             "nothing was overwritten, build into a new output"
         )

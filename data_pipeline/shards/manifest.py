@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import Conflict, DataError
 from data_pipeline.shards.tar import BLOCK, checksum, samples_of
 from data_pipeline.storage import Storage, open_storage
 
@@ -216,9 +216,9 @@ def publish_index(storage: Storage, shard_name: str, index: Index) -> None:
 
 
 def publish(storage: Storage, name: str, data: bytes) -> None:
-    """Create `name`; where it exists already it must hold the same bytes, else DataError."""
+    """Create `name`; where it exists already it must hold the same bytes, else Conflict."""
     if not storage.put_if_absent(name, data) and storage.get(name) != data:
-        raise DataError(
+        raise Conflict(
             f"{storage.root}/{name}: exists with other contents than this run makes; nothing was overwritten, "
             "use a new output folder"
         )

@@ -1,21 +1,137 @@
-"""Real Ray: kills of every kind, and an actor that cannot start."""
+"""Real Ray, embedded and on several nodes: kills of every kind, what is in flight, and an actor that cannot start."""
 
+import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError, NodeFault
 from data_pipeline.shards.codes import encode_dataset
+from data_pipeline.workers import ray_session, run_tasks
 from tests.data_pipeline.build import campaign
+from tests.data_pipeline.build.cluster import Nodes, below, command_of, kill, nodes, wait_for
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
+COUNT, SHARD = 2000, 100
+TREE = {"source": {"kind": "scenes", "count": COUNT}, "shard_size": SHARD}
+DRIVER = """
+import json, sys
+from data_pipeline.build.run import build
+from data_pipeline.config import BuildConfig
+from data_pipeline.errors import TesseraError
+from data_pipeline.settings import check_settings
+try:
+    build(check_settings(BuildConfig, json.loads(sys.argv[1]), "driver"), progress=False)
+except TesseraError as error:
+    sys.exit(f"{error.exit_code} {error}")
+"""
 
-def test_a_fetched_build_is_the_same_after_kills_of_every_kind(tmp_path):
-    killed = campaign.run(tmp_path, kills=3, workers=[2], seed=5, rows=400, each=3, where=str(tmp_path))
-    assert killed.total() == 3
+
+def start(output, **more) -> "subprocess.Popen[str]":
+    tree = {**TREE, "output": str(output), **more}
+    command = [sys.executable, "-c", DRIVER, json.dumps(tree)]
+    return subprocess.Popen(command, cwd=campaign.REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head and two nodes with one CPU each."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in campaign.HEALTH.items():
+            patch.setenv(name, value)
+        with nodes(2, 1) as started:
+            yield started
+
+
+def shards_in(output) -> int:
+    return len(list(Path(output).glob("*_stats.json")))
+
+
+def test_a_build_joins_a_cluster_and_outlives_one_of_its_nodes(cluster: Nodes, build_here, tmp_path, tree_digests):
+    build_here(**TREE, output=f"{tmp_path}/whole")
+    driver = start(tmp_path / "out", workers=2, ray_address=cluster.address)
+    working = lambda n: any(b"ray::build_shard" in command_of(pid) for pid in cluster.processes(n))  # noqa: E731
+    wait_for(lambda: shards_in(tmp_path / "out") >= 2 and working(0) and working(1), "both nodes at work")
+    assert not [pid for pid in below(driver.pid) if b"raylet" in command_of(pid)], "it started a Ray of its own"
+    cluster.lose(1)
+    assert shards_in(tmp_path / "out") < COUNT // SHARD
+    _, said = driver.communicate(timeout=120)
+    assert driver.returncode == 0, said[-2000:]
+    cluster.replace(1)
+    assert tree_digests(tmp_path / "out") == tree_digests(tmp_path / "whole")
+
+
+def test_an_embedded_build_leaves_a_cluster_on_its_machine_alone(cluster: Nodes, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    driver = start(tmp_path / "out", source={"kind": "scenes", "count": 200})
+    wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
+    assert not any(b"ray::build_shard" in command_of(pid) for n in range(2) for pid in cluster.processes(n))
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 0, said[-2000:]
+
+
+def test_an_embedded_ray_listens_on_the_loopback_address_alone(tmp_path):
+    driver = start(tmp_path / "out")
+    wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
+    own = {driver.pid, *below(driver.pid)}
+    listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in own}
+    driver.kill()
+    driver.communicate(timeout=30)
+    assert listening and listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_a_driver_whose_ray_died_leaves_with_the_code_of_a_node_fault_and_is_resumed(
+    build_here, tmp_path, tree_digests
+):
+    driver = start(tmp_path / "out")
+    wait_for(lambda: shards_in(tmp_path / "out") >= 2, "two shards")
+    raylets = [pid for pid in below(driver.pid) if command_of(pid).split(b"\0")[0].endswith(b"/raylet")]
+    kill(raylets + [pid for raylet in raylets for pid in below(raylet)])
+    _, said = driver.communicate(timeout=60)
+    assert "70 Ray's process on this machine died" in said
+    build_here(**TREE, output=f"{tmp_path}/whole")
+    build_here(**TREE, output=f"{tmp_path}/out")
+    assert tree_digests(tmp_path / "out") == tree_digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:6379", "nonsense"])
+def test_a_cluster_that_does_not_answer_is_named(address):
+    with pytest.raises((NodeFault, ConfigError), match=f"ray_address={address}"), ray_session(1, address):
+        pass
+
+
+def test_a_bounded_number_of_tasks_is_in_flight_however_many_there_are(cluster: Nodes):
+    import ray
+
+    memory, most = [], 0
+    with ray_session(2, cluster.address):
+        task = ray.remote(lambda item: bytes(50_000))
+        waiting = set()
+
+        def submit(item):
+            waiting.add(item)
+            return task.remote(item)
+
+        for done, (item, _) in enumerate(run_tasks(submit, range(3000), 2)):
+            most = max(most, len(waiting))
+            waiting.remove(item)
+            if done in (500, 2999):
+                memory.append(psutil.Process().memory_info().rss)
+    assert most <= 4
+    assert memory[1] - memory[0] < 3000 * 50_000 / 4  # none of the results is kept
+
+
+def test_a_fetched_build_is_the_same_after_kills_of_every_kind(tmp_path, monkeypatch):
+    for name, value in campaign.HEALTH.items():
+        monkeypatch.setenv(name, value)
+    killed = campaign.run(tmp_path, kills=5, workers=[2], seed=5, rows=400, each=3, where=str(tmp_path))
+    assert killed.total() == 5
 
 
 class Here:

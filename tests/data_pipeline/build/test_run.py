@@ -259,7 +259,7 @@ class FakeRay:
 
         self.exceptions = ray.exceptions
 
-    def wait(self, references, num_returns):
+    def wait(self, references, num_returns, timeout):
         return references[:1], references[1:]
 
     def get(self, reference):
