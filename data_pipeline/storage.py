@@ -1,6 +1,7 @@
 """One small interface over a local folder and an S3 prefix: read, list, create; only `replace` overwrites."""
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 from data_pipeline.errors import DataError
 
 _OPEN_FILES = 512
+_REMOVALS = 5
 _PIECE = 1 << 20
 
 
@@ -123,8 +125,16 @@ class LocalStorage:
             self.path(name).unlink(missing_ok=True)
 
     def remove_all(self) -> None:
-        with _named(self.root, ""), contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.root)
+        with _named(self.root, ""):
+            for _ in range(_REMOVALS):  # another process may remove it, or add to it, at the same time
+                try:
+                    shutil.rmtree(self.root)
+                except FileNotFoundError:
+                    if not Path(self.root).exists():
+                        return
+                except OSError as error:
+                    if error.errno != errno.ENOTEMPTY:
+                        raise
 
     def get(self, name: str) -> bytes:
         with _named(self.root, name):
