@@ -1,28 +1,32 @@
 """Ranges of remote objects through blocks on a local disk: a byte is fetched once, whoever needs it first.
 
 A block is a file of BLOCK_BYTES and the xxh3-64 of its contents, so that what a crash or a full disk left is not taken
-for data; it is written aside and renamed, so that processes of a node share a folder without talking to each other.
-Neighbouring blocks come in one GET of up to GET_BYTES. What is read ahead waits on the disk: memory holds a block per
-connection, whatever the distance.
+for data: a process checks what others wrote once, when it first reads from it. It is written aside and renamed, so that
+processes of a node share a folder without talking to each other; who fetches holds the lock of GET_BYTES of the object,
+which the kernel frees when its process is killed. Neighbouring blocks come in one GET. What is read ahead waits on the
+disk: memory holds a block per connection, whatever the distance.
 """
 
 import contextlib
+import errno
+import fcntl
 import os
 import queue
 import shutil
 import tempfile
 import threading
-import uuid
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
 from data_pipeline.errors import DataError
-from data_pipeline.remote import CONNECTIONS, RemoteStorage, Version, process_lock
+from data_pipeline.remote import CONNECTIONS, PATIENCE_S, RemoteStorage, Version, process_lock
 
 BLOCK_BYTES = 1 << 18
 GET_BYTES = 1 << 23
@@ -30,18 +34,14 @@ FOLDER = "TESSERA_CACHE"  # environment variable: a folder on a local disk that 
 
 _SUM_BYTES = 8
 _KEPT = 0.9  # of the limit, after room was made
+_LOCK_PAUSE_S = 0.005
+_MOST_SOUND = 1 << 18
 _AHEAD_AT_ONCE = 512  # samples
 
 Range = tuple[str, int, int]
 """Object, first byte, end."""
-
-
-class Run(NamedTuple):
-    """Neighbouring blocks of one object, [first, stop)."""
-
-    name: str
-    first: int
-    stop: int
+Block = tuple[str, int]
+"""Object and number of a block in it."""
 
 
 class BlockCache:
@@ -84,31 +84,54 @@ class BlockCache:
         """Forget the blocks of a range, whose contents were not right."""
         name, start, stop = wanted
         for number in _blocks(start, stop):
-            self._path(name, number).unlink(missing_ok=True)
+            self._process().distrust((name, number))
+            _unlink(self._path((name, number)))
 
-    def fetch(self, run: Run, process: "_Process") -> None:
-        """One GET, cut into blocks as it comes."""
-        size, _ = self._objects[run.name]
-        start, stop = run.first * BLOCK_BYTES, min(run.stop * BLOCK_BYTES, size)
-        buffer, number = bytearray(), run.first
-        for piece in self._storage.stream(run.name, start, stop, process.seen):
-            self._check(run.name, process.seen[run.name])
-            buffer += piece
-            while len(buffer) >= BLOCK_BYTES:
-                self._store(process, run.name, number, bytes(buffer[:BLOCK_BYTES]))
-                del buffer[:BLOCK_BYTES]
-                number += 1
-        if buffer:
-            self._store(process, run.name, number, bytes(buffer))
+    def fetch(self, process: "_Process", blocks: Sequence[Block], patient: bool) -> None:
+        """Fetch what is still missing of these blocks, which lie in one part of an object; a GET for each run of them.
 
-    def missing(self, ranges: Iterable[Range]) -> Iterator[tuple[str, int]]:
-        """Object and number of each block that is not in the folder, once each, in the order of need."""
+        Where another process fetches from that part: wait for it, or leave it to that process unless `patient`.
+        """
+        with self._claim(blocks[0], patient) as claimed:
+            missing = sorted(block for block in blocks if claimed and not self.holds(block))
+            while missing:
+                run = [block for place, block in enumerate(missing) if block[1] == missing[0][1] + place]
+                self._fetch_run(process, *run[0], len(run))
+                missing = missing[len(run) :]
+
+    def _fetch_run(self, process: "_Process", name: str, first: int, count: int) -> None:
+        """One GET of neighbouring blocks, cut into them as it comes."""
+        size, _ = self._objects[name]
+        start, stop = first * BLOCK_BYTES, min((first + count) * BLOCK_BYTES, size)
+        rest, number = b"", first
+        for piece in self._storage.stream(name, start, stop, process.seen):
+            self._check(name, process.seen[name])
+            rest = rest + piece if rest else piece  # a piece is a block, but where the network broke
+            while len(rest) >= BLOCK_BYTES:
+                self._store(process, (name, number), rest[:BLOCK_BYTES])
+                rest, number = rest[BLOCK_BYTES:], number + 1
+        if rest:
+            self._store(process, (name, number), rest)
+
+    def missing(self, process: "_Process", ranges: Iterable[Range]) -> Iterator[Block]:
+        """Each block that is not in the folder, once, in the order of need."""
         wanted = {(name, number): None for name, start, stop in ranges for number in _blocks(start, stop)}
-        return (block for block in wanted if not self.holds(block))
+        return (block for block in wanted if not (process.trusts(block) or self.holds(block)))
 
-    def holds(self, block: tuple[str, int]) -> bool:
-        """Is this block of an object in the folder?"""
-        return self._path(*block).exists()
+    def holds(self, block: Block) -> bool:
+        """Is this block in the folder?"""
+        return os.path.exists(self._path(block))
+
+    @contextlib.contextmanager
+    def _claim(self, block: Block, patient: bool) -> Iterator[bool]:
+        """The lock of the part that the block lies in -> is it ours, or its holder too slow to wait for?"""
+        with _disk(self.folder):
+            lock = _create(f"{self._path(_part(block))}.lock")
+        with lock:
+            deadline = time.monotonic() + (PATIENCE_S if patient else 0)
+            while not (ours := _try_lock(lock)) and time.monotonic() < deadline:
+                time.sleep(_LOCK_PAUSE_S)
+            yield ours or patient
 
     def _check(self, name: str, version: Version) -> None:
         size, _ = self._objects[name]
@@ -122,37 +145,51 @@ class BlockCache:
         parts = []
         for number in _blocks(start, stop):
             first = number * BLOCK_BYTES
-            data = self._load(name, number)
-            if data is None:  # damaged, or gone again: the folder is small
-                end = min(first + BLOCK_BYTES, self._objects[name][0])
-                data = b"".join(self._storage.stream(name, first, end, process.seen))
-            parts.append(data[max(start - first, 0) : stop - first])
+            end = min(first + BLOCK_BYTES, self._objects[name][0])
+            wanted = max(start, first) - first, min(stop, end) - first
+            part = self._load(process, (name, number), wanted)
+            if part is None:  # damaged, or gone again: the folder is small
+                process.distrust((name, number))
+                whole = b"".join(self._storage.stream(name, first, end, process.seen))
+                part = whole[wanted[0] : wanted[1]]
+            parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _load(self, name: str, number: int) -> bytes | None:
-        """A block, None where it is missing or not what was written."""
+    def _load(self, process: "_Process", block: Block, wanted: tuple[int, int]) -> bytes | None:
+        """Bytes of a block, None where it is missing or not what was written."""
+        path, (start, stop) = self._path(block), wanted
         try:
-            data = self._path(name, number).read_bytes()
+            file = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        body, end = data[:-_SUM_BYTES], data[-_SUM_BYTES:]
-        if xxhash.xxh3_64_digest(body) == end:
-            return body
-        self._path(name, number).unlink(missing_ok=True)
+        try:
+            if process.trusts(block):
+                data = os.pread(file, stop - start, start)
+                return data if len(data) == stop - start else None
+            whole = os.pread(file, BLOCK_BYTES + _SUM_BYTES, 0)
+        finally:
+            os.close(file)
+        if xxhash.xxh3_64_digest(memoryview(whole)[:-_SUM_BYTES]) == whole[-_SUM_BYTES:]:
+            process.trust(block)
+            return whole[start:stop]
+        _unlink(path)
         return None
 
-    def _store(self, process: "_Process", name: str, number: int, data: bytes) -> None:
-        path = self._path(name, number)
-        aside = path.with_name(f".{uuid.uuid4().hex}")
+    def _store(self, process: "_Process", block: Block, data: bytes) -> None:
+        path = self._path(block)
+        aside = f"{path}.{os.getpid()}-{threading.get_ident()}"
         with _disk(self.folder):
-            path.parent.mkdir(exist_ok=True)
-            aside.write_bytes(data + xxhash.xxh3_64_digest(data))
-            aside.rename(path)
+            with _create(aside) as file:
+                if file.write(data) != len(data) or file.write(xxhash.xxh3_64_digest(data)) != _SUM_BYTES:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.rename(aside, path)
+        process.trust(block)
         process.grow(self, len(data))
 
-    def _path(self, name: str, number: int) -> Path:
+    def _path(self, block: Block) -> str:
+        name, number = block
         digest = self._objects[name][1]
-        return self.folder / digest[:2] / f"{digest[:32]}-{number}"
+        return f"{self.folder}/{digest[:2]}/{digest[:32]}-{number}"
 
     def _process(self) -> "_Process":
         """Threads and locks of this process: they survive neither a fork nor a spawn."""
@@ -168,24 +205,43 @@ class _Process:
     def __init__(self, cache: BlockCache) -> None:
         self.pid = os.getpid()
         self.seen: dict[str, Version] = {}
+        self._sound: set[Block] = set()
         self.ahead: queue.SimpleQueue[Callable[[], Sequence[Range]]] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="get")
         self._lock = threading.Lock()
-        self._flying: dict[tuple[str, int], Future[None]] = {}
+        self._flying: dict[Block, Future[None]] = {}
         self._held = _held(cache.folder)
         self._making_room = threading.Lock()
         threading.Thread(target=_read_ahead, args=(weakref.ref(cache), self), daemon=True, name="read-ahead").start()
 
-    def request(self, cache: BlockCache, ranges: Sequence[Range]) -> list[Future[None]]:
-        """Start a GET for what is missing and not on its way -> what to wait for."""
-        blocks = list(cache.missing(ranges))
+    def request(self, cache: BlockCache, ranges: Sequence[Range], patient: bool = True) -> list[Future[None]]:
+        """Start to fetch what is missing and not on its way -> what to wait for."""
+        blocks = list(cache.missing(self, ranges))
+        parts: dict[Block, list[Block]] = {}
         with self._lock:
             futures = {self._flying[block] for block in blocks if block in self._flying}
-            for run in _runs([block for block in blocks if block not in self._flying and not cache.holds(block)]):
-                future = self._pool.submit(self._fetch, cache, run)
-                self._flying.update(((run.name, number), future) for number in range(run.first, run.stop))
+            for block in blocks:
+                if block not in self._flying:
+                    parts.setdefault(_part(block), []).append(block)
+            for part in parts.values():
+                future = self._pool.submit(self._fetch, cache, part, patient)
+                self._flying.update((block, future) for block in part)
                 futures.add(future)
         return list(futures)
+
+    def trusts(self, block: Block) -> bool:
+        """Did this process write the block, or find it to be what was written? It may be gone again."""
+        return block in self._sound
+
+    def trust(self, block: Block) -> None:
+        """It did; of very many blocks all are forgotten at times, and looked at again."""
+        if len(self._sound) >= _MOST_SOUND:
+            self._sound = set()
+        self._sound.add(block)
+
+    def distrust(self, block: Block) -> None:
+        """It is gone, or not what was written."""
+        self._sound.discard(block)
 
     def grow(self, cache: BlockCache, count: int) -> None:
         """`count` more bytes are held; above the limit the oldest blocks of the folder go."""
@@ -197,26 +253,27 @@ class _Process:
         finally:
             self._making_room.release()
 
-    def _fetch(self, cache: BlockCache, run: Run) -> None:
+    def _fetch(self, cache: BlockCache, blocks: list[Block], patient: bool) -> None:
         try:
-            cache.fetch(run, self)
+            cache.fetch(self, blocks, patient)
         finally:
             with self._lock:
-                for number in range(run.first, run.stop):
-                    self._flying.pop((run.name, number), None)
+                for block in blocks:
+                    del self._flying[block]
 
 
 def _read_ahead(cache_of: "weakref.ref[BlockCache]", process: _Process) -> None:
-    """Fetch what is asked for ahead, in portions: who needs a block now finds a connection soon."""
+    """Fetch what is asked for ahead, a piece at a time: who needs a block now finds a connection soon."""
     while cache_of() is not None:
         try:
             ranges = process.ahead.get(timeout=1.0)()
             for first in range(0, len(ranges), _AHEAD_AT_ONCE):
-                cache = cache_of()
-                if cache is None:
-                    return
-                wait(process.request(cache, ranges[first : first + _AHEAD_AT_ONCE]))
-                del cache
+                for patient in (False, True):  # first what no other process is at
+                    cache = cache_of()
+                    if cache is None:
+                        return
+                    wait(process.request(cache, ranges[first : first + _AHEAD_AT_ONCE], patient))
+                    del cache
         except queue.Empty:
             continue
         except DataError:  # who needs these bytes meets the fault there
@@ -225,20 +282,10 @@ def _read_ahead(cache_of: "weakref.ref[BlockCache]", process: _Process) -> None:
             return
 
 
-def _runs(blocks: list[tuple[str, int]]) -> list[Run]:
-    """Neighbouring blocks together, in the order in which the first of each is needed."""
-    place = {block: number for number, block in enumerate(blocks)}
-    runs: list[tuple[int, Run]] = []
-    for name, number in sorted(blocks):
-        needed = place[name, number]
-        if runs:
-            earliest, last = runs[-1]
-            near = last.name == name and number == last.stop
-            if near and (number + 1 - last.first) * BLOCK_BYTES <= GET_BYTES:
-                runs[-1] = min(earliest, needed), Run(name, last.first, number + 1)
-                continue
-        runs.append((needed, Run(name, number, number + 1)))
-    return [run for _, run in sorted(runs)]
+def _part(block: Block) -> Block:
+    """The first block of the GET_BYTES that a block lies in."""
+    name, number = block
+    return name, number - number % (GET_BYTES // BLOCK_BYTES)
 
 
 def _blocks(start: int, stop: int) -> range:
@@ -270,6 +317,28 @@ def _make_room(folder: Path, target: int) -> int:
         path.unlink(missing_ok=True)
         held -= size
     return held
+
+
+def _try_lock(file: FileIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _create(path: str) -> FileIO:
+    try:
+        return open(path, "wb", buffering=0)
+    except FileNotFoundError:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.dirname(path))
+        return open(path, "wb", buffering=0)
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _remove(folder: Path, pid: int) -> None:

@@ -14,6 +14,7 @@ of this one (golden values in tests/data_pipeline/stream/test_order.py pin it).
 
 import dataclasses
 import hashlib
+import threading
 from functools import lru_cache
 
 import numpy as np
@@ -124,6 +125,10 @@ class Windows:
         longest = -(-samples // self._lanes) - (self._windows - 1) * self._span
         self._ids = np.empty((min(2 * self._lanes, _KEPT_IDS // longest), longest), np.int64)
         self._rows: dict[int, int] = {}  # of `_ids`, by window, the oldest first
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["Windows"], tuple[int, int, Geometry]]:
+        return Windows, self._of
 
     def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """positions: int64 [n] -> (epochs: int64 [n], sample ids: int64 [n]), as `order` has them."""
@@ -133,8 +138,9 @@ class Windows:
         windows, which = np.unique((epochs * self._windows + number) * self._lanes + lane, return_inverse=True)
         if len(windows) > len(self._ids):
             return order(positions, *self._of)
-        rows = np.array(self._rows_of(windows.tolist()), np.int64)
-        return epochs, self._ids[rows[which], inside - number * self._span]
+        with self._lock:
+            rows = np.array(self._rows_of(windows.tolist()), np.int64)
+            return epochs, self._ids[rows[which], inside - number * self._span]
 
     def _rows_of(self, windows: list[int]) -> list[int]:
         missing = [window for window in windows if window not in self._rows]

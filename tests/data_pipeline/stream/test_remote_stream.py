@@ -5,6 +5,9 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -103,6 +106,49 @@ def test_spawned_workers_share_the_cache_and_read_the_same(local, uploaded):
         ]
 
 
+def received_by_worker(arguments):
+    stream, starts = arguments
+    before = stream._storage.received
+    for start in starts:
+        stream.read(start, start + 8)
+    return stream._storage.received - before
+
+
+def test_workers_that_read_at_the_same_time_fetch_every_byte_once(local, uploaded):
+    stream = Stream(uploaded, seed=3, geometry=GEOMETRY)
+    with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
+        jobs = [(stream, range(8 * worker, SAMPLES, 24)) for worker in range(3)]
+        received = sum(pool.map(received_by_worker, jobs))
+    tars, indices = (sum(path.stat().st_size for path in local.glob(f"*.{kind}")) for kind in ("tar", "idx"))
+    assert received <= tars + 3 * indices
+
+
+HOLDER = (
+    "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1]), fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+)
+
+
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lock_of_a_process_that_fetches_no_more_is_not_waited_for(local, uploaded, tmp_path, monkeypatch, fate):
+    monkeypatch.setattr(cache, "PATIENCE_S", 1.0)
+    stream = Stream(uploaded, seed=3, geometry=GEOMETRY)
+    with stream._cache._claim(("00000.tar", 0), patient=True) as ours:
+        assert ours
+    [lock] = (tmp_path / "cache").glob("*/*.lock")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, lock], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.read(1)
+        with stream._cache._claim(("00000.tar", 1), patient=False) as ours:
+            assert not ours
+        holder.send_signal(fate)
+        began = time.monotonic()
+        assert contents(stream.read(0, 96)) == contents(Stream(local, seed=3, geometry=GEOMETRY).read(0, 96))
+        assert time.monotonic() - began < 20
+    finally:
+        holder.kill()
+        holder.wait(timeout=10)
+
+
 def test_a_forked_worker_opens_its_own_connections(local, uploaded):
     stream = Stream(uploaded, seed=3, geometry=GEOMETRY)
     stream.read(0, 32)
@@ -152,7 +198,7 @@ def test_the_cache_keeps_to_its_limit_and_the_samples_do_not_change(local, uploa
 def test_a_damaged_block_in_the_cache_is_fetched_again(local, uploaded, tmp_path):
     expected = read_in_worker((local, 0))
     assert read_in_worker((uploaded, 0)) == expected
-    blocks = list((tmp_path / "cache").glob("*/*"))
+    blocks = [path for path in (tmp_path / "cache").glob("*/*") if path.suffix != ".lock"]
     for number, path in enumerate(blocks):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
