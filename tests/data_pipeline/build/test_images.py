@@ -2,15 +2,19 @@ import io
 import json
 import tarfile
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin
 
 from data_pipeline.build.images import Reject, decode, decode_rgb, encode, prepare, resize, scaled_size
+from data_pipeline.build.report import write_report
 from data_pipeline.config import ImageRules
+from data_pipeline.shards.verify import verify
 
 
 def picture(mode="RGB", size=(40, 30), kind="png", **options):
@@ -121,6 +125,21 @@ def test_the_pixel_limit_counts_before_anything_is_decoded(kind, mode, monkeypat
 )
 def test_resize_modes_give_the_sizes_that_they_state(mode, size, height, width):
     assert resize(decode_rgb(picture()), mode, size or 0).shape == (height, width, 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "factor"),
+    [("keep_ratio", 16, 2), ("keep_ratio_largest", 10, 4), ("fit", 20, 2), ("stretch", 8, 4)],
+)
+def test_shrinking_averages_areas(mode, size, factor):
+    shape = (32, 32, 3) if mode == "stretch" else (32, 40, 3)
+    pixels = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    found = resize(pixels, mode, size)
+    assert found.shape == (shape[0] // factor, shape[1] // factor, 3)
+    for y in range(found.shape[0]):
+        for x in range(found.shape[1]):
+            block = pixels[y * factor : (y + 1) * factor, x * factor : (x + 1) * factor].astype(float)
+            assert np.abs(found[y, x] - block.mean((0, 1))).max() <= 1
 
 
 def test_center_crop_takes_the_middle():
@@ -293,3 +312,26 @@ def test_every_nasty_image_ends_as_its_index_says_in_bounded_time(shared):
                 if ours.shape != plain.shape or np.abs(ours.astype(int) - plain).mean() > 1:
                     wrong.append((case["file"], "not the picture that Pillow shows"))
     assert len(cases) >= 117 and wrong == []
+
+
+@pytest.mark.slow
+def test_a_build_of_every_nasty_image_accounts_for_each_and_can_be_looked_at(shared, build_here, make_config, tmp_path):
+    folder = shared / "data" / "nasty-images"
+    cases = {json.loads(line)["file"]: json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()}
+    rows = [json.dumps({"id": name, "image": name, "caption": name}) for name in cases]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    source = {"kind": "jsonl", "path": f"{tmp_path}/rows.jsonl", "key": "id", "images": f"{folder}/images.tar"}
+    images = {"mode": "center_crop", "size": 32, "format": "jpeg"}
+    tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": 50, "images": images}
+    stats = build_here(**tree)
+    assert stats["in"] == len(cases) == stats["out"] + sum(stats["rejected"].values())
+    rejected = {row["key"]: row["reason"] for row in pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()}
+    for name, case in cases.items():
+        stored = {"decode", "convert"} & set(case["acceptable"])
+        assert (
+            ("reject" in case["acceptable"] and rejected[name] in expected_reasons(case))
+            if name in rejected
+            else stored
+        )
+    verify(tmp_path / "out")
+    assert "too_many_pixels" in Path(write_report(tmp_path / "out", build=make_config(**tree))).read_text()
