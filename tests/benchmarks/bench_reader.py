@@ -11,11 +11,13 @@ import io
 import json
 import os
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -32,7 +34,7 @@ from data_pipeline.storage import open_storage
 from data_pipeline.stream.reader import Stream
 
 SAMPLES, SHARDS, IMAGE_BYTES, ROUNDS, BATCH = 20_000, 20, 30_000, 7, 256
-HUGE_SHARDS, HUGE_ROWS = 100_000, 10_000
+HUGE_SHARDS, HUGE_ROWS, LINKS = 100_000, 10_000, 50_000
 TOKENIZER = "0123456789ab"
 Work = Callable[[], int]
 
@@ -192,26 +194,44 @@ def side_by_side() -> None:
 
 
 def huge() -> None:
-    """10^9 samples in 100,000 shards, all of them links to one tar of 10,000 small samples."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_tars(folder, b"x" * 200, samples=HUGE_ROWS, shards=1)
-        [shard] = read_manifest(open_storage(folder)).shards
-        shards = tuple(Shard(f"{number:06d}.tar", shard.n, shard.bytes, shard.digest) for number in range(HUGE_SHARDS))
-        for entry in shards:
-            os.link(folder / "00000.tar", folder / entry.name)
-            os.link(folder / "00000.tar.idx", folder / f"{entry.name}.idx")
-        (folder / "manifest.json").write_bytes(Manifest(shards).to_json())
-        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        stream = Stream(folder, seed=1)
-        opened = time.perf_counter() - began
-        batch = stream.read(stream.samples // 2, stream.samples // 2 + BATCH)
-        took = time.perf_counter() - began
-        for start in range(0, 40 * BATCH, BATCH):
-            stream.read(start, start + BATCH)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        print(f"{stream.samples:,} samples: {len(batch)} of the middle after {took:.2f} s, {opened:.2f} s to open, "
-              f"state {len(json.dumps(stream.state(1)))} bytes, {grown:.0f} MiB more after 10,240 samples")  # fmt: skip
+    """Epochs of 10^6 and 10^9 samples, all of whose shards are links to a few tars of 10,000 small samples."""
+    for shards in (HUGE_SHARDS // 1000, HUGE_SHARDS):
+        with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(1) as process:
+            link_shards(Path(name), shards)
+            print(process.submit(middle, name).result())
+
+
+def link_shards(folder: Path, count: int) -> None:
+    write_tars(folder, b"x" * 200, samples=HUGE_ROWS, shards=1)
+    [shard] = read_manifest(open_storage(folder)).shards
+    tar, idx = folder / shard.name, folder / f"{shard.name}.idx"
+    names = [f"{number:06d}.tar" for number in range(count)]
+    for number, entry in enumerate(names):
+        if number % LINKS == LINKS - 1:  # a file has so many names
+            tar, idx = (Path(shutil.copy(path, folder / f".{number}{path.suffix}")) for path in (tar, idx))
+        os.link(tar, folder / entry)
+        os.link(idx, folder / f"{entry}.idx")
+    shards = tuple(Shard(entry, shard.n, shard.bytes, shard.digest) for entry in names)
+    (folder / "manifest.json").write_bytes(Manifest(shards).to_json())
+
+
+def middle(folder: str) -> str:
+    """The first batch at the middle of an epoch, in a process that has read nothing yet."""
+    before = peak_mib()
+    began = time.perf_counter()
+    stream = Stream(folder, seed=1)
+    opened, held = time.perf_counter() - began, peak_mib() - before
+    batch = stream.read(stream.samples // 2, stream.samples // 2 + BATCH)
+    took = time.perf_counter() - began
+    for start in range(0, 40 * BATCH, BATCH):
+        stream.read(start, start + BATCH)
+    return (f"{stream.samples:13,} samples: {len(batch)} of the middle after {took:.2f} s, {opened:.2f} s of them to "
+            f"open; state {len(json.dumps(stream.state(1)))} bytes; {held:.0f} MiB to open, "
+            f"{peak_mib() - before:.0f} MiB after 10,240 more")  # fmt: skip
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":
