@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.build.dedup import duplicates
@@ -43,7 +44,6 @@ from data_pipeline.build.shard import (
     stats_name,
     survey_name,
     survey_shard,
-    to_parquet,
 )
 from data_pipeline.config import BuildConfig
 from data_pipeline.errors import Conflict, DataError
@@ -64,6 +64,7 @@ from data_pipeline.workers import Counter, ray_session, run_tasks
 REJECTS = "rejects.parquet"
 
 _ROWS_ASKED = 64
+_ROWS_WRITTEN = 10_000
 _SHARDS_AHEAD = 8  # a worker, where images are fetched: a stalled address must not hold up the others
 
 
@@ -92,7 +93,8 @@ def retry(config: BuildConfig, progress: bool = True) -> dict[str, Any]:
     storage = open_storage(config.output)
     manifest = read_manifest(storage)
     _check_rules(storage, config)
-    plan = retry_plan(config, manifest, list(_rejects(storage, _all_stats(storage, manifest))))
+    rejects = (table.to_pylist() for table in _rejects(storage, _all_stats(storage, manifest)))
+    plan = retry_plan(config, manifest, list(itertools.chain.from_iterable(rejects)))
     if plan.rows:
         assert plan.ids is not None
         _pin_later(storage, manifest, {"kind": "retry", "ids": plan.ids.tolist()})
@@ -284,7 +286,7 @@ def _commit(storage: Storage, plan: Plan, base: Manifest) -> None:
     totals = add_up(all_stats)
     if totals["in"] != totals["out"] + sum(totals["rejected"].values()):
         raise DataError(f"{storage.root}: {totals} does not add up; shards of another build are here, use a new output")
-    rejects = to_parquet(list(_rejects(storage, all_stats)), REJECTS_SCHEMA)
+    rejects = _as_parquet(_rejects(storage, all_stats))
     put = storage.replace if base.shards else lambda name, data: publish(storage, name, data)
     if base.shards:
         publish(storage, older_manifest(base.fingerprint), base.to_json())
@@ -311,16 +313,53 @@ def _all_stats(storage: Storage, manifest: Manifest) -> list[dict[str, Any]]:
     return [json.loads(storage.get(shard.name.replace(".tar", "_stats.json"))) for shard in manifest.shards]
 
 
-def _rejects(storage: Storage, all_stats: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows that are rejected now, by id, each with its last reason."""
-    columns = ["row", "key", "status", "detail", "url", "http_status", "attempts", "transient"]
-    now: dict[int, dict[str, Any]] = {}
+def _rejects(storage: Storage, all_stats: list[dict[str, Any]]) -> Iterator[pa.Table]:
+    """The rows that are rejected now, by id, each with its last reason: one table a shard, by REJECTS_SCHEMA.
+
+    Ids ascend from shard to shard, so nothing is held but one shard and the rows that were tried again.
+    """
+    again = _tried_again(storage, [stats["name"] for stats in all_stats if "retried" in stats])
+    tried, still = _ids(again), again.filter(_is_rejected(again))
     for stats in all_stats:
-        if not stats["rejected"] and "retried" not in stats:
+        if "retried" in stats or not stats["rejected"]:
             continue
-        table = pq.read_table(io.BytesIO(storage.get(stats["name"].replace(".tar", ".parquet"))), columns=columns)
-        for record in table.to_pylist():
-            now.pop(record["row"], None)
-            if record["status"] != "ok":
-                now[record["row"]] = {**record, "reason": record["status"]}
-    return iter(sorted(now.values(), key=lambda record: int(record["row"])))
+        rows = _outcomes(storage, stats["name"])
+        first = rows.filter(pa.array(_is_rejected(rows) & ~np.isin(_ids(rows), tried)))
+        here = (_ids(still) >= _ids(rows)[0]) & (_ids(still) <= _ids(rows)[-1])
+        yield pa.concat_tables([first, still.filter(pa.array(here))]).sort_by("row")
+
+
+def _tried_again(storage: Storage, names: list[str]) -> pa.Table:
+    """What became of the rows of these shards, of each the last time."""
+    table = pa.concat_tables([REJECTS_SCHEMA.empty_table(), *(_outcomes(storage, name) for name in names)])
+    last = {row: place for place, row in enumerate(_ids(table).tolist())}
+    return table.take(pa.array(sorted(last.values()), pa.int64()))
+
+
+def _outcomes(storage: Storage, shard_name: str) -> pa.Table:
+    """Every row of a shard as REJECTS_SCHEMA has it; the reason of one that is stored is ok."""
+    columns = ["row", "key", "status", "detail", "url", "http_status", "attempts", "transient"]
+    data = storage.get(shard_name.replace(".tar", ".parquet"))
+    return pq.read_table(io.BytesIO(data), columns=columns).rename_columns(REJECTS_SCHEMA.names)
+
+
+def _ids(table: pa.Table) -> np.ndarray:
+    return table["row"].to_numpy()
+
+
+def _is_rejected(table: pa.Table) -> np.ndarray:
+    return np.array(table["reason"].to_pylist(), object) != "ok"
+
+
+def _as_parquet(tables: Iterator[pa.Table]) -> bytes:
+    """The same bytes for the same rows, however they come; row groups of _ROWS_WRITTEN."""
+    sink, waiting = io.BytesIO(), [REJECTS_SCHEMA.empty_table()]
+    with pq.ParquetWriter(sink, REJECTS_SCHEMA, compression="zstd") as writer:
+        for table in tables:
+            waiting.append(table)
+            while sum(map(len, waiting)) >= _ROWS_WRITTEN:
+                whole = pa.concat_tables(waiting)
+                writer.write_table(whole.slice(0, _ROWS_WRITTEN))
+                waiting = [whole.slice(_ROWS_WRITTEN)]
+        writer.write_table(pa.concat_tables(waiting))
+    return sink.getvalue()

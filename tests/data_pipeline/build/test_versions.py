@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
+from data_pipeline.build import run
 from data_pipeline.build.run import retry
 from data_pipeline.errors import DataError
 from data_pipeline.shards.verify import verify
@@ -87,3 +89,31 @@ def test_an_older_manifest_that_was_edited_is_refused_and_told(grown, tmp_path):
 def test_a_folder_whose_name_looks_like_a_version_is_a_folder(scenes, tmp_path):
     shutil.copytree(scenes, tmp_path / "set@0123456789ab")
     assert Stream(tmp_path / "set@0123456789ab", seed=0).samples == 25
+
+
+def test_rejects_are_the_last_outcome_of_each_row_by_id(
+    folder, build_here, make_config, make_png, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run, "_ROWS_WRITTEN", 2)
+    tree = {"source": {"kind": "folder", "path": str(folder)}, "output": f"{tmp_path}/out", "shard_size": 2}
+    good = {name: (folder / f"{name}.png").read_bytes() for name in ("a/0", "a/1", "b/0", "b/2")}
+    for name in good:
+        (folder / f"{name}.png").write_bytes(b"")
+    build_here(**tree)
+    for number in range(3):
+        (folder / f"a/n{number}.png").write_bytes(b"no" if number else make_png(40))
+        (folder / f"a/n{number}.txt").write_text("new")
+    build_here(**tree, grow=True)
+    for mended in ({"b/0": good["b/0"], "a/1": b"<html>"}, {"a/0": good["a/0"], "a/n1": b""}):
+        for name, data in mended.items():
+            (folder / f"{name}.png").write_bytes(data)
+        retry(make_config(**tree), progress=False)
+        last = {}
+        for path in sorted((tmp_path / "out").glob("[0-9]*.parquet")):
+            for row in pq.read_table(path).to_pylist():
+                last[row["row"]] = (row["row"], row["key"], row["status"])
+        found = pq.ParquetFile(tmp_path / "out/rejects.parquet")
+        rows = [(row["row"], row["key"], row["reason"]) for row in found.read().to_pylist()]
+        assert rows == [row for _, row in sorted(last.items()) if row[2] != "ok"]
+        assert [found.metadata.row_group(n).num_rows for n in range(found.num_row_groups - 1)] == [2] * (len(rows) // 2)
+    assert [reason for _, _, reason in rows] == ["not_an_image", "empty_file", "empty_file", "not_an_image"]
