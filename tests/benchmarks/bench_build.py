@@ -1,6 +1,6 @@
-"""A whole build over a local HTTP server beside img2dataset, alternating: rows a second, CPU a row, memory, account.
+"""A whole build over a local HTTP server beside img2dataset, alternating: images a second, CPU, memory, account.
 
-python tests/benchmarks/bench_build.py --peer .venv-peers/bin/python [--rows 2000] [--rounds 5]
+python -m tests.benchmarks.bench_build --peer .venv-peers/bin/python [--rows 2000] [--rounds 5]
 
 Of the addresses 5 % are 404, 1 % cut short, 0.2 % stall and 0.1 % are decompression bombs, as in real lists. Both store
 256 pixels on the shorter side as JPEG 95 with two workers, wait 2 s for an answer and ask once.
@@ -8,14 +8,12 @@ Of the addresses 5 % are 404, 1 % cut short, 0.2 % stall and 0.1 % are decompres
 
 import argparse
 import json
-import os
-import resource
+import shutil
 import statistics
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
 from pathlib import Path
 
@@ -24,6 +22,7 @@ import pyarrow.parquet as pq
 
 from data_pipeline.build.images import encode
 from data_pipeline.shards.verify import verify
+from tests.benchmarks.processes import REPOSITORY, Cost, measure
 
 OURS = """
 import sys
@@ -38,9 +37,9 @@ from img2dataset import download
 download(url_list=sys.argv[1], output_folder=sys.argv[2], input_format="parquet", url_col="URL", caption_col="TEXT",
          output_format="webdataset", image_size=256, resize_mode="keep_ratio", resize_only_if_bigger=False,
          encode_quality=95, processes_count=2, thread_count=64, number_sample_per_shard=int(sys.argv[3]), timeout=2,
-         retries=0, enable_wandb=False, disallowed_header_directives=[], incremental_mode="overwrite")
+         retries=0, enable_wandb=False, disallowed_header_directives=[], incremental_mode="incremental")
 """
-REPOSITORY = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
 SHARD = 250
 
 
@@ -73,16 +72,8 @@ def addresses(web: str, rows: int) -> list[str]:
     return [web + place.get(row % 1000, f"/file/{row % 50}.jpg") + f"?{row}" for row in range(rows)]
 
 
-def run(command: list[str], env: dict[str, str]) -> tuple[float, float, float]:
-    """-> (wall seconds, CPU seconds of it and all that it started, peak MB of its largest process)."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    subprocess.run(command, check=True, cwd=REPOSITORY, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return wall, cpu, after.ru_maxrss / 1024
-
-
-def our_build(folder: Path, number: int, rows: int, env: dict[str, str]) -> tuple[float, float, float, float]:
+def our_build(folder: Path, number: int) -> tuple[Cost, int, int]:
+    """-> what it cost, images stored, rows accounted for."""
     tree = {
         "source": {"kind": "parquet", "path": f"{folder}/rows.parquet", "image": "URL", "captions": ["TEXT"]},
         "output": f"{folder}/ours{number}",
@@ -91,19 +82,20 @@ def our_build(folder: Path, number: int, rows: int, env: dict[str, str]) -> tupl
         "fetch": {"allow_networks": ["127.0.0.0/8"], "timeout_s": 2, "attempts": 1, "per_host": 64},
     }
     (folder / "ours.yaml").write_text(json.dumps(tree))
-    measured = run([sys.executable, "-c", OURS, f"{folder}/ours.yaml"], env)
+    cost = measure([sys.executable, "-c", OURS, f"{folder}/ours.yaml"], **ENVIRONMENT)
     verify(tree["output"])
     stats = json.loads(Path(tree["output"], "stats.json").read_text())
-    return *measured, (stats["out"] + sum(stats["rejected"].values())) / rows
+    shutil.rmtree(tree["output"])
+    return cost, stats["out"], stats["out"] + sum(stats["rejected"].values())
 
 
-def their_build(
-    folder: Path, number: int, rows: int, peer: str, env: dict[str, str]
-) -> tuple[float, float, float, float]:
+def their_build(folder: Path, number: int, peer: str) -> tuple[Cost, int, int]:
+    """The same of img2dataset: a row is accounted for where a parquet of its output has it."""
     output = folder / f"theirs{number}"
-    measured = run([peer, "-c", THEIRS, f"{folder}/rows.parquet", str(output), str(SHARD)], env)
-    accounted = sum(pq.read_metadata(path).num_rows for path in output.glob("*.parquet"))
-    return *measured, accounted / rows
+    cost = measure([peer, "-c", THEIRS, f"{folder}/rows.parquet", str(output), str(SHARD)], **ENVIRONMENT)
+    status = [name for path in output.glob("*.parquet") for name in pq.read_table(path).column("status").to_pylist()]
+    shutil.rmtree(output)
+    return cost, status.count("success"), len(status)
 
 
 def main() -> None:
@@ -112,7 +104,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "files").mkdir()
@@ -122,10 +113,7 @@ def main() -> None:
         try:
             assert web.stdout is not None
             write_rows(folder, addresses(web.stdout.readline().strip(), options.rows))
-            rounds = [
-                (our_build(folder, n, options.rows, env), their_build(folder, n, options.rows, options.peer, env))
-                for n in range(options.rounds)
-            ]
+            rounds = [(our_build(folder, n), their_build(folder, n, options.peer)) for n in range(options.rounds)]
         finally:
             web.kill()
     report(rounds, options.rows)
@@ -138,17 +126,20 @@ def write_rows(folder: Path, urls: list[str]) -> None:
     pq.write_table(table, folder / "rows.parquet")
 
 
-def report(rounds: list[tuple[tuple[float, ...], tuple[float, ...]]], rows: int) -> None:
+def report(rounds: list[tuple[tuple[Cost, int, int], tuple[Cost, int, int]]], rows: int) -> None:
     for title, column in (("tessera", 0), ("img2dataset", 1)):
-        wall, cpu, peak, accounted = (
-            statistics.median(values) for values in zip(*(r[column] for r in rounds), strict=True)
+        costs = [one[column][0] for one in rounds]
+        images = statistics.median(one[column][1] for one in rounds)
+        accounted = min(one[column][2] for one in rounds)
+        wall, cpu, peak = (
+            statistics.median(getattr(c, name) for c in costs) for name in ("wall_s", "cpu_s", "peak_mb")
         )
         print(
-            f"{title:12} {rows / wall:7.1f} rows/s   {1000 * cpu / rows:5.1f} ms of CPU a row   largest process "
-            f"{peak:.0f} MB   {100 * accounted:.2f} % accounted for"
+            f"{title:12} {images / wall:6.1f} images/s  {1000 * cpu / images:5.1f} ms of CPU an image  peak {peak:.0f} "
+            f"MB in all  {images:.0f} images, {100 * accounted / rows:.2f} % of the rows accounted for"
         )
-    ratio = statistics.median(theirs[0] / ours[0] for ours, theirs in rounds)
-    print(f"median ratio of rows a second {ratio:.2f}   ({len(rounds)} rounds)")
+    ratio = statistics.median((o[1] / o[0].wall_s) / (t[1] / t[0].wall_s) for o, t in rounds)
+    print(f"median ratio of images a second {ratio:.2f}   ({len(rounds)} rounds of {rows} rows)")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,26 @@
 """What a build costs before it makes anything, and whether its memory grows with its rows.
 
-python tests/benchmarks/bench_plan.py plan [--rows 100000000]   time and memory to plan a csv and a parquet
-python tests/benchmarks/bench_plan.py memory [--rows 10000 100000] peak memory of a whole build of small images
+python -m tests.benchmarks.bench_plan plan [--rows 100000000]      time and memory to plan a csv and a parquet
+python -m tests.benchmarks.bench_plan memory [--rows 10000 100000 1000000] [--rounds 1]
+    peak memory of a whole build of small images, all processes together, Ray's included
 """
 
 import argparse
 import json
-import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from data_pipeline.build.images import encode
+from tests.benchmarks.processes import REPOSITORY, Cost, measure
+
 PLAN = """
 import json, resource, sys, time
 from data_pipeline.build.plan import make_plan
@@ -39,10 +42,11 @@ import sys
 from data_pipeline.build.run import build
 from data_pipeline.config import BuildConfig
 from data_pipeline.settings import check_settings
-source = dict(kind="scenes", count=int(sys.argv[1]), image_size=16)
+source = dict(kind="parquet", path=sys.argv[1])
 build(check_settings(BuildConfig, dict(source=source, output=sys.argv[2], workers=2), "bench"), progress=False)
 """
 BLOCK = 100_000
+SHARD = 1000
 
 
 def write_tables(folder: Path, rows: int) -> None:
@@ -68,48 +72,45 @@ def plan(rows: int) -> None:
             print(f"{kind:8} {done.stdout.strip()}")
 
 
-def resident_mb(pid: int) -> float:
-    """Proportional memory of a process and all that it started; shared pages count once."""
-    total = 0.0
-    for one in [pid, *below(pid)]:
-        try:
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0) / 1024
-    return total
+def write_images(path: Path, rows: int) -> None:
+    """Small JPEGs in the table itself, in row groups as such files have them."""
+    chance = np.random.default_rng(0)
+    images = [encode(chance.integers(0, 256, (16, 16, 3), dtype=np.uint8), "jpeg", 90) for _ in range(100)]
+    schema = pa.schema([("image", pa.binary()), ("caption", pa.string())])
+    with pq.ParquetWriter(path, schema) as table:
+        for start in range(0, rows, SHARD):
+            numbers = range(start, min(start + SHARD, rows))
+            part = {"image": [images[n % 100] for n in numbers], "caption": [f"picture number {n}" for n in numbers]}
+            table.write_table(pa.table(part, schema=schema))
 
 
-def below(pid: int) -> list[int]:
-    try:
-        tasks = [task.read_text().split() for task in Path(f"/proc/{pid}/task").glob("*/children")]
-    except OSError:
-        return []
-    children = [int(child) for task in tasks for child in task]
-    return children + [grandchild for child in children for grandchild in below(child)]
-
-
-def memory(counts: list[int]) -> None:
-    for rows in counts:
-        with tempfile.TemporaryDirectory() as name:
-            start, peak, ended = time.monotonic(), 0.0, threading.Event()
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            build = subprocess.Popen([sys.executable, "-c", BUILD, str(rows), f"{name}/out"], cwd=REPOSITORY, env=env)
-            while build.poll() is None:
-                peak = max(peak, resident_mb(build.pid))
-                ended.wait(0.5)
-            print(f"{rows:,} rows: peak {peak:.0f} MB with Ray, {rows / (time.monotonic() - start):.0f} rows/s")
+def memory(counts: list[int], rounds: int) -> None:
+    costs: dict[int, list[Cost]] = {rows: [] for rows in counts}
+    with tempfile.TemporaryDirectory() as name:
+        for rows in counts:
+            write_images(Path(name, f"{rows}.parquet"), rows)
+        for _ in range(rounds):
+            for rows in counts:
+                command = [sys.executable, "-c", BUILD, f"{name}/{rows}.parquet", f"{name}/out"]
+                costs[rows].append(measure(command, timeout_s=3000, OMP_NUM_THREADS="1"))
+                shutil.rmtree(f"{name}/out")
+    for rows, found in costs.items():
+        wall, cpu, peak = (statistics.median(getattr(c, at) for c in found) for at in ("wall_s", "cpu_s", "peak_mb"))
+        print(
+            f"{rows:,} rows: peak {peak:.0f} MB in all, {rows / wall:.0f} rows/s, {1000 * cpu / rows:.2f} ms CPU a row"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["plan", "memory"])
     parser.add_argument("--rows", type=int, nargs="+")
+    parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     if options.what == "plan":
         plan((options.rows or [100_000_000])[0])
     else:
-        memory(options.rows or [10_000, 100_000])
+        memory(options.rows or [10_000, 100_000, 1_000_000], options.rounds)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ against decoding the JPEG. CPU seconds are the thread's; bytes a second are thos
 
 import io
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -162,16 +163,38 @@ def rate(work: Work) -> float:
 
 
 def compare(title: str, work: Work, peers: dict[str, Work | None], rounds: int = ROUNDS) -> None:
-    """Alternating rounds; the median ratio against each peer."""
+    """Alternating rounds; the median ratio against each peer; memory in a process of its own."""
     there = {name: peer for name, peer in peers.items() if peer is not None}
     rows = [(rate(work), {name: rate(peer) for name, peer in there.items()}) for _ in range(rounds)]
-    mine = statistics.median(row[0] for row in rows)
-    print(f"{title:8} Stream {mine:10,.0f}/s")
-    for name in there:
-        theirs_rate = statistics.median(row[1][name] for row in rows)
+    print(f"{title:8} {'Stream':18} {told([row[0] for row in rows])}, {memory(work):4.0f} MiB")
+    for name, peer in there.items():
         ratios = sorted(row[0] / row[1][name] for row in rows)
-        print(f"{'':8} {name:18} {theirs_rate:10,.0f}/s   ratio {statistics.median(ratios):6.1f}"
-              f"   ({ratios[0]:.1f} to {ratios[-1]:.1f}, {rounds} rounds)", flush=True)  # fmt: skip
+        print(f"{'':8} {name:18} {told([row[1][name] for row in rows])}, {memory(peer):4.0f} MiB"
+              f"   ratio {statistics.median(ratios):.2f}   ({ratios[0]:.2f} to {ratios[-1]:.2f}, {rounds} rounds)",
+              flush=True)  # fmt: skip
+
+
+def told(rates: list[float]) -> str:
+    found = statistics.median(rates)
+    return f"{found:9,.0f}/s, {1e6 / found:7.1f} CPU us a sample"
+
+
+def memory(work: Work) -> float:
+    """MiB that a forked process needs more at its peak."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def measure() -> None:
+        before = peak_mib()
+        work()
+        sender.send(peak_mib() - before)
+
+    process = multiprocessing.get_context("fork").Process(target=measure)
+    process.start()
+    try:
+        return receiver.recv() if receiver.poll(120) else float("nan")
+    finally:
+        process.kill()
+        process.join()
 
 
 def side_by_side() -> None:

@@ -2,8 +2,8 @@
 
 python tests/benchmarks/bench_s3.py            a gateway of its own on loopback; alternating, medians
 
-The GET's bytes are thrown away; the Stream's go through the cache on the disk, in the order of training, are checked and
-taken apart. The gateway shares the cores.
+The GET's bytes are thrown away; the Stream's go through the cache on the disk, in the order of training, are checked
+and taken apart. The gateway shares the cores.
 """
 
 import multiprocessing
