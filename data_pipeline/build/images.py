@@ -31,6 +31,7 @@ SCALED_GUARD = 2  # a JPEG decoded at a fraction keeps at least twice the pixels
 SCALED_FROM = 2  # libjpeg's fractions between a half and one take longer than the whole
 
 _ORIENTATION = 0x0112
+_START_OF_SCAN = 0xDA
 _JPEG = b"\xff\xd8\xff"
 _ICO = b"\0\0\1\0"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -171,14 +172,23 @@ def _fast_jpeg(data: bytes, max_pixels: int, wanted: ImageRules | None) -> Decod
     except ValueError:
         return None
     _check_pixels(width, height, max_pixels)
-    if colours in ("CMYK", "YCCK") or (b"Exif\0\0" in data[:65536] and _orientation(data) not in (0, 1)):
+    head = data[: _image_data(data)]
+    if colours in ("CMYK", "YCCK") or (b"Exif\0\0" in head and _orientation(data) not in (0, 1)):
         return None
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True, **_fraction(width, height, wanted))
     except ValueError:
         return None
-    one_picture = b"MPF\0" not in data[:65536]
+    one_picture = b"MPF\0" not in head
     return Decoded(pixels, "jpeg" if colours != "Gray" and one_picture else "", width, height)
+
+
+def _image_data(data: bytes) -> int:
+    """Where the first scan of a JPEG begins: metadata stand before it. At most 65,536."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _START_OF_SCAN:
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return min(at, 65_536) if at + 4 <= len(data) and data[at] == 0xFF else 65_536
 
 
 def _fraction(width: int, height: int, wanted: ImageRules | None) -> dict[str, int]:
