@@ -96,9 +96,9 @@ class ImageRules(Settings):
     (square). For image codes take center_crop or stretch: their sizes are exact.
     format: keep stores the file as it came where it is a plain 8-bit RGB JPEG or PNG and `mode` is none.
     quality: of JPEG and WebP.
-    decode: scaled lets libjpeg shrink JPEGs while decoding, to no less than twice the size, so those of four times the
-    size or more: faster, and nearly the same picture (PSNR beside exact: 41 dB in the median of 39 photographs, at
-    least 30; tests/benchmarks/bench_decode.py says how much faster).
+    decode: scaled lets libjpeg shrink JPEGs of three times the size or more while decoding: to a half where 1.5 times
+    the size remains, to a quarter or an eighth where twice the size does. Faster, and nearly the same picture: PSNR
+    beside exact 36 to 42 dB in the median of 39 photographs, at least 28; tests/benchmarks/bench_decode.py says how fast.
     """
 
     mode: Literal["none", "fit", "keep_ratio", "keep_ratio_largest", "border", "center_crop", "stretch"] = "none"

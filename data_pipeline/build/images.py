@@ -27,8 +27,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "ICO", "AVIF", "P
 Image.init()  # formats can be named once they are registered
 
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
-SCALED_GUARD = 2  # a JPEG decoded at a fraction keeps at least twice the pixels a side that are wanted
-SCALED_FROM = 2  # libjpeg's fractions between a half and one take longer than the whole
+# (divisor, how many times the wanted pixels a side must remain): of libjpeg's fractions those that are faster than the
+# whole and close to it. PSNR beside exact, median of 39 photographs: a half at 1.5 has 37.5 dB, the others at 2 have
+# 36.5 dB; three eighths take as long as a half.
+SCALED = ((8, 2.0), (4, 2.0), (2, 1.5))
 
 _ORIENTATION = 0x0112
 _START_OF_SCAN = 0xDA
@@ -192,11 +194,14 @@ def _image_data(data: bytes) -> int:
 
 
 def _fraction(width: int, height: int, wanted: ImageRules | None) -> dict[str, int]:
-    """simplejpeg's arguments for the smallest fraction that keeps SCALED_GUARD times the wanted pixels a side."""
+    """simplejpeg's arguments for the smallest fraction of SCALED that keeps what it must."""
     if wanted is None or wanted.size is None:
         return {}
-    least_width, least_height = (SCALED_GUARD * side for side in scaled_size(width, height, wanted.mode, wanted.size))
-    return {"min_width": least_width, "min_height": least_height, "min_factor": SCALED_FROM}
+    target_width, target_height = scaled_size(width, height, wanted.mode, wanted.size)
+    for divisor, guard in SCALED:
+        if width >= divisor * guard * target_width and height >= divisor * guard * target_height:
+            return {"min_width": width // divisor, "min_height": height // divisor, "min_factor": 2}
+    return {}
 
 
 def _orientation(data: bytes) -> int:
