@@ -98,7 +98,7 @@ class ImageRules(Settings):
     quality: of JPEG and WebP.
     decode: scaled lets libjpeg shrink JPEGs of three times the size or more while decoding: to a half where 1.5 times
     the size remains, to a quarter or an eighth where twice the size does. Faster, and nearly the same picture: PSNR
-    beside exact 36 to 42 dB in the median of 39 photographs, at least 28; tests/benchmarks/bench_decode.py says how fast.
+    beside exact 36 to 42 dB in the median of 39 photographs, at least 28; bench_decode.py in tests says how fast.
     """
 
     mode: Literal["none", "fit", "keep_ratio", "keep_ratio_largest", "border", "center_crop", "stretch"] = "none"
