@@ -107,3 +107,13 @@ def test_light_modules_import_without_torch_ray_or_deepspeed(trees: dict[str, as
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=repository)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_benchmark_can_still_be_imported(repository: Path) -> None:
+    names = [
+        f"tests.benchmarks.{path.stem}" for path in sorted((repository / "tests" / "benchmarks").glob("bench_*.py"))
+    ]
+    assert names
+    code = f"import importlib\nfor name in {names}:\n    importlib.import_module(name)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]

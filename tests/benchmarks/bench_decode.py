@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from data_pipeline.build.images import SCALED_FROM, SCALED_GUARD, decode, decode_rgb, encode, prepare, resize
+from data_pipeline.build.images import decode, decode_rgb, encode, prepare, resize
 from data_pipeline.config import ImageRules
 
 ROUNDS, IMAGES = 7, 30
@@ -62,8 +62,6 @@ def pixels_of(data: bytes, rules: ImageRules) -> np.ndarray:
 def works(width: int, height: int) -> dict[str, Callable[[bytes], object]]:
     """What is measured on sources of one size."""
     rules = {way: ImageRules(mode="keep_ratio", size=256, format="jpeg", decode=way) for way in ("exact", "scaled")}
-    side = 256 * SCALED_GUARD
-    fraction = {"min_height": side, "min_width": -(-side * width // height), "min_factor": SCALED_FROM}
     return {
         "img2dataset's path": theirs,
         "exact": lambda data: prepare(data, rules["exact"]),
@@ -71,7 +69,7 @@ def works(width: int, height: int) -> dict[str, Callable[[bytes], object]]:
         "exact, not stored": lambda data: pixels_of(data, rules["exact"]),
         "scaled, not stored": lambda data: pixels_of(data, rules["scaled"]),
         "libjpeg, whole": lambda data: simplejpeg.decode_jpeg(data, "RGB"),
-        "libjpeg, fraction": lambda data: simplejpeg.decode_jpeg(data, "RGB", **fraction),
+        "libjpeg, fraction": lambda data: decode(data, rules["scaled"].max_pixels, rules["scaled"]),
     }
 
 

@@ -1,28 +1,23 @@
-"""Shuffle quality beside webdataset's own shuffle, and a seek into the middle of a billion samples.
+"""Shuffle quality beside webdataset's own shuffle, and the order at the middle of a billion samples.
 
-python tests/benchmarks/bench_order.py            400 shards of 1000, batches of 256; 100,000 shards of 10,000
+python tests/benchmarks/bench_order.py            400 shards of 1000, batches of 256
+
+What it takes to read from there: bench_reader.py huge.
 """
 
 import itertools
-import json
 import random
-import resource
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from webdataset import filters
 
-from data_pipeline.shards.manifest import Index, Manifest, Shard, pack_index
-from data_pipeline.shards.tar import TarWriter, scan_samples
-from data_pipeline.stream.order import order
-from data_pipeline.stream.reader import Stream
+from data_pipeline.stream.order import Windows, order
 
 SHARDS, EACH, BATCH = 400, 1000, 256
-MANY, LARGE, ROUNDS = 100_000, 10_000, 7
+ROUNDS = 7
 
 # ---------------------------------------------------------------------------------------- shuffle quality
 
@@ -61,27 +56,6 @@ def quality(ids: np.ndarray) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------- seek
-
-
-def write_billion(folder: Path) -> None:
-    """One tar under 100,000 names: the names, the index and the manifest of 10^9 samples without their bytes."""
-    with (folder / "tar").open("wb") as file:
-        writer = TarWriter(file)
-        for row in range(LARGE):
-            writer.add(f"{row:09d}", [("jpg", b"image"), ("txt", b"caption")])
-        writer.close()
-    offsets, xxh3 = scan_samples(folder / "tar")
-    size = (folder / "tar").stat().st_size
-    (folder / "idx").write_bytes(pack_index(Index(size, xxh3, np.array(offsets, np.uint32))))
-    names = [f"{number:06d}.tar" for number in range(MANY)]
-    for name in names:
-        (folder / name).symlink_to("tar")
-        (folder / f"{name}.idx").symlink_to("idx")
-    manifest = Manifest(tuple(Shard(name, LARGE, size, f"{number:064x}") for number, name in enumerate(names)))
-    (folder / "manifest.json").write_bytes(manifest.to_json())
-
-
 def main() -> None:
     for name, ids in (
         ("ours", ours()), ("perfect", perfect()),
@@ -95,20 +69,10 @@ def main() -> None:
         order(middle, 10**9, 1)
         times.append(time.perf_counter() - began)
     print(f"positions -> ids at the middle of 10^9: {1000 * statistics.median(times):.2f} ms for {BATCH}")
-    with tempfile.TemporaryDirectory() as name:
-        write_billion(Path(name))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        began = time.perf_counter()
-        stream = Stream(name, seed=1)
-        opened = time.perf_counter()
-        count = len(stream.take(middle))
-        done = time.perf_counter()
-    state = json.dumps(stream.state(5 * 10**8))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(
-        f"{stream.samples:,} samples: opened in {opened - began:.2f} s, {count} samples from the middle "
-        f"{done - opened:.3f} s later, {(after - before) / 1024:.0f} MiB more at the peak; state {len(state)} bytes"
-    )
+    windows, began = Windows(10**9, 1), time.perf_counter()
+    for start in range(0, 1 << 18, BATCH):
+        windows.order(middle + start)
+    print(f"the same by a reader that goes on: {(time.perf_counter() - began) / (1 << 18) * 1e6:.2f} us a sample")
 
 
 if __name__ == "__main__":
