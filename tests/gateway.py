@@ -1,5 +1,6 @@
 """A real S3 server for the tests: Ceph's RADOS gateway over one monitor and one object store in memory, on loopback."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,10 +10,13 @@ import time
 import urllib.request
 import uuid
 from pathlib import Path
+from typing import Any
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmaptool")
 PACKAGES = "ceph-mon ceph-osd radosgw"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret", "AWS_DEFAULT_REGION": "us-east-1"}
+OTHER = {**CREDENTIALS, "AWS_ACCESS_KEY_ID": "otherkey", "AWS_SECRET_ACCESS_KEY": "othersecret"}
+"""A user who may do nothing in the buckets of the first, unless `allow` says so."""
 START_S = 60
 
 _CONFIG = """[global]
@@ -45,7 +49,7 @@ pid_file = {folder}/run/$name.pid
 mon_data = {folder}/mon
 osd_data = {folder}/osd
 [client.rgw]
-rgw_frontends = beast endpoint=127.0.0.1:{port}
+rgw_frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 rgw_data = {folder}/rgw
 rgw_run_sync_thread = false
 rgw_thread_pool_size = 64
@@ -85,23 +89,40 @@ class Gateway:
         self._ceph("ceph-osd", "-i", number)
         self._ceph("radosgw", "-n", "client.rgw")
         self._wait()
-        user = ("--uid=test", "--display-name=test", "--access-key=testkey", "--secret-key=testsecret")
-        self._ceph("radosgw-admin", "-n", "client.rgw", "user", "create", *user)
+        for name in ("test", "other"):
+            user = (f"--uid={name}", f"--display-name={name}", f"--access-key={name}key", f"--secret-key={name}secret")
+            self._ceph("radosgw-admin", "-n", "client.rgw", "user", "create", *user)
+
+    def limit_objects(self, bucket: str, count: int) -> None:
+        """No more than `count` objects in the bucket; -1: as many as there is room for."""
+        quota = ("--quota-scope=bucket", f"--bucket={bucket}", f"--max-objects={count}")
+        self._ceph("radosgw-admin", "-n", "client.rgw", "quota", "set", *quota)
+        self._ceph("radosgw-admin", "-n", "client.rgw", "quota", "enable" if count >= 0 else "disable", *quota[:2])
+
+    def allow(self, bucket: str, actions: list[str], keys: str = "*") -> None:
+        """The other user may do just this, with objects whose names fit the pattern."""
+        where = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/{keys}"]
+        principal = {"AWS": ["arn:aws:iam:::user/other"]}
+        rule = {"Effect": "Allow", "Principal": principal, "Action": actions, "Resource": where}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [rule]})
+        self._client().put_bucket_policy(Bucket=bucket, Policy=policy)
 
     def make_bucket(self) -> str:
         """-> the name of a new bucket."""
+        name = f"test-{uuid.uuid4().hex}"
+        self._client().create_bucket(Bucket=name)
+        return name
+
+    def _client(self) -> Any:
         import botocore.session
 
-        client = botocore.session.get_session().create_client(
+        return botocore.session.get_session().create_client(
             "s3",
             endpoint_url=self.endpoint,
             region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
             aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
         )
-        name = f"test-{uuid.uuid4().hex}"
-        client.create_bucket(Bucket=name)
-        return name
 
     def stop(self) -> None:
         """End what was started, by process id."""

@@ -4,9 +4,13 @@ import contextlib
 import hashlib
 import os
 import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from data_pipeline.remote import CONNECTIONS
 from data_pipeline.storage import open_storage
 
 
@@ -48,6 +52,20 @@ class RawCache:
         if hashlib.sha256(data).hexdigest() != digest:
             raise DataError(f"{self.root}: {digest} holds other bytes than its name says; restore it, or build anew")
         return data
+
+    def get_all(self, digests: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """(digest, bytes) of each in order, as `get` does; from S3 several are on their way at once."""
+        if self._storage is None:
+            yield from ((digest, self.get(digest)) for digest in digests)
+            return
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            asked: deque[tuple[str, Future[bytes]]] = deque()
+            for digest in digests:
+                asked.append((digest, pool.submit(self.get, digest)))
+                if len(asked) == CONNECTIONS:
+                    first, answer = asked.popleft()
+                    yield first, answer.result()
+            yield from ((digest, answer.result()) for digest, answer in asked)
 
     def _path(self, digest: str) -> Path:
         return Path(self.root) / digest[:2] / digest

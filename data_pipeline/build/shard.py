@@ -111,6 +111,7 @@ class Stages:
         self._decoder = sandbox.decoder(config.images, config.dedup.near_bits is not None, stored)
         self._cache = raw_cache(config)
         self._journal: dict[int, Record] | None = None
+        self._fetched_bytes: Iterator[tuple[str, bytes]] = iter(())
 
     def run(self, number: int, row: Row) -> tuple[Record, Prepared | None, Pair | None]:
         """-> (the row's line of the shard's parquet, and what is stored; None where it is rejected)."""
@@ -148,14 +149,17 @@ class Stages:
         if self._journal is None:
             fetch_shard(self._plan, self._shard)
             self._journal = read_journal(open_storage(self._config.output), self._shard)
+            fetched = (record["sha256"] for record in self._journal.values() if not record["reason"])
+            self._fetched_bytes = self._cache.get_all(fetched)
         outcome = self._journal.get(number)
         if outcome is None or outcome["url"] != link.url:
             raise DataError(f"{self._config.output}/{journal_name(self._shard)}: row {number} is another; build anew")
         record |= {name: outcome[name] for name in ("url", "http_status", "attempts", "transient")}
         if outcome["reason"]:
             return Drop(link.key, outcome["reason"], outcome["detail"])
-        meta = {"url": link.url, **link.meta}
-        return Pair(link.key, self._cache.get(outcome["sha256"]), link.captions, meta)
+        digest, data = next(self._fetched_bytes)  # in the order of the journal, which is that of the rows
+        assert digest == outcome["sha256"]
+        return Pair(link.key, data, link.captions, {"url": link.url, **link.meta})
 
 
 def admit(row: Row, config: BuildConfig, filters: Filters) -> Row:
