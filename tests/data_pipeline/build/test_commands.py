@@ -103,6 +103,20 @@ def test_a_build_onto_a_bucket_is_the_local_one(tessera, tmp_path, bucket):
     assert built[0] == {**built[1], "dataset": outputs[0]}
 
 
+def test_two_commands_that_build_the_same_at_once_both_end_well(repository, tmp_path, bucket):
+    config = tmp_path / "build.yaml"
+    config.write_text(f"source: {{kind: scenes, count: 400}}\noutput: {bucket}/set\nshard_size: 10\nworkers: 1\n")
+    command = [sys.executable, "-m", "launchers.cli", "data", "build", str(config), "--json"]
+    both = [
+        subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    first, second = (json.loads(out) for out, _ in printed)
+    assert first == second and first["out"] == 400
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 REFUSED = [

@@ -333,6 +333,33 @@ def test_near_duplicates_are_found_over_all_shards_and_over_generations(tmp_path
     assert retry(make_config(**tree), progress=False)["rejected"] == {"near_duplicate": 2}  # nothing to try again
 
 
+# ----------------------------------------------------------------------------- the same build, begun twice
+
+
+@pytest.mark.parametrize("begun", [1, 2])
+@pytest.mark.parametrize("task", ["survey_shard", "build_shard"])
+def test_of_two_runs_of_one_build_the_slower_ends_well_and_changes_nothing(
+    web, tmp_path, build_here, tree_digests, task, begun
+):
+    write_rows(tmp_path / "rows.jsonl", web, [f"/file/{number % 7}.png" for number in range(10)])
+    tree = config_of(tmp_path, dedup={"exact": True})
+    original, calls, found = getattr(run, task), [], []
+
+    def overtaken(plan, number, after=None):
+        calls.append(number)
+        if len(calls) == begun:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(run, task, original)
+                found.append(build_here(**tree))
+                found.append(tree_digests(tmp_path / "out"))
+        return original(plan, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, task, overtaken)
+        assert build_here(**tree) == found[0]
+    assert tree_digests(tmp_path / "out") == found[1]
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 
 
