@@ -23,8 +23,8 @@ import simplejpeg
 from data_pipeline.build.images import decode, decode_rgb, encode, prepare, resize
 from data_pipeline.config import ImageRules
 
-ROUNDS, IMAGES = 7, 30
-SIZES = ((2048, 1536), (1600, 1200), (1024, 768), (640, 480))
+ROUNDS, IMAGES = 7, 12
+SIZES = ((1600, 1200), (1024, 768), (640, 480))
 PEER = """
 import io, sys, time
 from img2dataset.resizer import Resizer

@@ -73,9 +73,10 @@ def plan(rows: int) -> None:
 
 
 def write_images(path: Path, rows: int) -> None:
-    """Small JPEGs in the table itself, in row groups as such files have them."""
+    """Small JPEGs in the table itself, in row groups as such files have them; every tenth is no image."""
     chance = np.random.default_rng(0)
     images = [encode(chance.integers(0, 256, (16, 16, 3), dtype=np.uint8), "jpeg", 90) for _ in range(100)]
+    images[::10] = [b"<html>"] * 10
     schema = pa.schema([("image", pa.binary()), ("caption", pa.string())])
     with pq.ParquetWriter(path, schema) as table:
         for start in range(0, rows, SHARD):
