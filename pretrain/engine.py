@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import ConfigError, DataError, NodeFault
 from pretrain.config import RunConfig
 from pretrain.mesh import Mesh
+from pretrain.models.noise import noise_of
 from pretrain.optim import build_optimizer, parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -79,7 +80,9 @@ class Engine:
         """One micro-batch on this rank -> named losses; "loss" is the one to differentiate."""
         self.trace.on = True  # what one rank runs beside the step, such as a preview, is not part of it
         try:
-            return self.deepspeed({name: tensor.to(self.mesh.device) for name, tensor in batch.items()})
+            there = {name: tensor.to(self.mesh.device) for name, tensor in batch.items()}
+            with noise_of(there.get("noise"), there.get("places")):
+                return self.deepspeed(there)
         finally:
             self.trace.on = False
 

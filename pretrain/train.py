@@ -34,6 +34,7 @@ from pretrain.inputs.source import open_stream
 from pretrain.interchange.folder import load_config
 from pretrain.mesh import Mesh, peer_lost
 from pretrain.models import MODELS
+from pretrain.models.noise import name_noise
 from pretrain.objectives import OBJECTIVES, CachesGradients, FollowsSteps, Previews
 from pretrain.objectives.collectives import Collectives
 from pretrain.schedule import learning_rate
@@ -63,8 +64,7 @@ def train(run: "Run", stop: StopSignals) -> None:
     for positions, batches in run.feed.steps(run.step, config.train.steps, run.position):
         run.clock.enter("step")
         losses: list[dict[str, Tensor]] = []
-        for index, batch in enumerate(run.with_whole_step(batches, positions[0])):
-            seed_model(config.seed, positions[0], run.mesh.rank, index)
+        for batch in run.with_whole_step(batches):
             losses.append(engine.forward(batch | {"step": torch.tensor(run.step)}))
             engine.backward(losses[-1]["loss"])
         means = run.mean_over_batches_and_ranks(losses)
@@ -212,18 +212,17 @@ class Run:
             raise NodeFault(f"step {self.step}: ranks refused {-least} to {most} steps; a device computes wrongly")
         return asked > 0
 
-    def with_whole_step(self, batches: list[Batch], position: int) -> list[Batch]:
+    def with_whole_step(self, batches: list[Batch]) -> list[Batch]:
         """Each micro-batch with what it must know of the whole step: accumulation must not be visible in the loss."""
         if len(batches) > 1 and isinstance(self.objective, CachesGradients):
-            return self.with_slopes(self.objective, batches, position)
+            return self.with_slopes(self.objective, batches)
         return self.with_counts(batches)
 
     @torch.no_grad()
-    def with_slopes(self, objective: CachesGradients, batches: list[Batch], position: int) -> list[Batch]:
+    def with_slopes(self, objective: CachesGradients, batches: list[Batch]) -> list[Batch]:
         """Gradient caching: the embeddings of all micro-batches first, then each one's slope of the global loss."""
         rows = []
-        for index, batch in enumerate(batches):
-            seed_model(self.config.seed, position, self.mesh.rank, index)  # the same noise as in the second pass
+        for batch in batches:
             rows.append(self.engine.forward(batch | {"step": torch.tensor(self.step), "embed": torch.tensor(1)}))
         with torch.enable_grad():
             slopes = objective.slopes(rows)
@@ -315,6 +314,7 @@ def build_objective(config: RunConfig, mesh: Mesh) -> nn.Module:
     """Model and objective with the initial weights of the seed, the same on every rank."""
     torch.manual_seed(config.seed)
     model = MODELS[config.model.kind](config.model)
+    name_noise(model)
     collectives = Collectives(gather=mesh.gather, sum=mesh.sum, world=mesh.world)
     return OBJECTIVES[config.objective.kind](model, config.objective, collectives).train()
 
@@ -332,8 +332,3 @@ def start_from_initial(source: str, objective: nn.Module, mesh: Mesh) -> None:
     table = start_from(objective.get_submodule("model"), source)
     if mesh.rank == 0:
         print(table, flush=True)
-
-
-def seed_model(seed: int, position: int, rank: int, index: int) -> None:
-    """Dropout's randomness: a function of the seed and the place in the global batch, so nothing needs to be saved."""
-    torch.manual_seed((seed * 1_000_003 + position) * 65_537 + rank * 257 + index)

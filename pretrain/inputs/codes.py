@@ -11,7 +11,7 @@ from torch import Tensor
 from data_pipeline.errors import DataError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
-from pretrain.inputs.text import caption_of
+from pretrain.inputs.text import caption_of, noise_key
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class AutoregressiveInputs:
-    """Samples -> {"text": int64 [b, T], "codes": int64 [b, I]}; one caption each, drawn by the sample."""
+    """Samples -> {"text": int64 [b, T], "codes": int64 [b, I], "noise": int64 [b, 1]}; one caption each, drawn by the
+    sample, as the key of its dropout is.
+    """
 
     def __init__(self, config: RunConfig, stream: Source, vocabulary: Vocabulary | None) -> None:
         assert config.model.kind == "gpt" and config.objective.kind == "autoregressive" and vocabulary is not None
@@ -33,7 +35,8 @@ class AutoregressiveInputs:
         """The batch of these samples, in their order; raises DataError naming the key of one that does not fit."""
         text = np.stack([self._text(sample) for sample in samples])
         codes = np.stack([self._codes(sample) for sample in samples])
-        return {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes)}
+        noise = torch.tensor([[noise_key(sample, self.seed)] for sample in samples])
+        return {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes), "noise": noise}
 
     def _text(self, sample: Sample) -> np.ndarray:
         """-> int64 [T]; all padding with probability `caption_drop`."""

@@ -15,18 +15,21 @@ from pretrain.inputs.masking import mask_slots
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One masked sample. tokens, masked, types: int64 [length]; positions: int64 [n]; uniforms: float32 [n] or more."""
+    """One masked sample. tokens, masked, types: int64 [length]; positions: int64 [n]; noise: the sample's key;
+    uniforms: float32 [n] or more.
+    """
 
     tokens: np.ndarray
     masked: np.ndarray
     types: np.ndarray
     positions: np.ndarray
+    noise: int
     is_random: bool | None = None
     uniforms: np.ndarray | None = None
 
 
 def padded(examples: list[Example], context: int, rate: float) -> dict[str, Tensor]:
-    """A sample a row: tokens, types int64 [b, S]; attention bool [b, S]; positions, labels int64 [b, M];
+    """A sample a row: tokens, types, noise int64 [b, S]; attention bool [b, S]; positions, labels int64 [b, M];
     label_weights float32 [b, M], 0 where a slot is empty; is_random int64 [b] and uniforms float32 [b, M] where given.
     """
     slots = mask_slots(rate, context)
@@ -65,6 +68,7 @@ def _row(examples: list[Example], context: int, slots: int) -> dict[str, Any]:
     row: dict[str, Any] = {
         "tokens": pad(np.concatenate([example.masked for example in examples]), context),
         "types": pad(np.concatenate([example.types for example in examples]), context),
+        "noise": pad(np.repeat([example.noise for example in examples], np.diff(firsts)), context),
         "attention": np.arange(context) < len(tokens),
         "positions": pad(positions, slots),
         "labels": pad(tokens[positions], slots),

@@ -101,7 +101,7 @@ class MlmInputs:
         rule = (self.objective.masking, self.objective.mask_rate, self.context, self.vocabulary)
         positions = draw_positions(tokens, *rule, generator)
         masked = replace_bert(tokens, positions, self.vocabulary, generator)
-        return Example(tokens, masked, types, positions, is_random=is_random)
+        return Example(tokens, masked, types, positions, noise_key(sample, self.seed), is_random=is_random)
 
     def segments(self, sample: Sample) -> tuple[list[int], list[int], bool]:
         """-> pieces of the first and second segment, and whether the second is another sample's."""
@@ -163,7 +163,7 @@ class RtdInputs:
         uniforms = sample_generator(self.seed, sample.epoch, sample.id, "replace").random(
             mask_slots(self.objective.mask_rate, self.context), dtype=np.float32
         )
-        return Example(tokens, masked, types, positions, uniforms=uniforms)
+        return Example(tokens, masked, types, positions, noise_key(sample, self.seed), uniforms=uniforms)
 
 
 def rows_of(examples: list[Example], context: int, objective: MlmNspConfig | RtdConfig) -> dict[str, Tensor]:
@@ -177,6 +177,11 @@ def rows_of(examples: list[Example], context: int, objective: MlmNspConfig | Rtd
 def caption_of(sample: Sample, seed: int) -> str:
     """The caption that this sample shows in this epoch."""
     return choose(sample, sample_generator(seed, sample.epoch, sample.id, "caption"))
+
+
+def noise_key(sample: Sample, seed: int) -> int:
+    """What a model's dropout knows of this sample in this epoch, 63 bits (see `models.noise`)."""
+    return int(sample_generator(seed, sample.epoch, sample.id, "dropout").integers(1 << 63))
 
 
 def choose(sample: Sample, generator: np.random.Generator) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.models.layers import attend
+from pretrain.models.noise import Dropout
 
 if TYPE_CHECKING:
     from pretrain.config import GptConfig
@@ -133,7 +134,7 @@ class Embed(nn.Module):
         super().__init__()
         self.token = nn.Embedding(config.image_vocab + config.text_vocab, config.width)
         self.position = nn.Parameter(torch.zeros(1, config.text_tokens + config.image_tokens, config.width))
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, start: int) -> Tensor:
         """int64 [B, n] at places start.. -> [B, n, D]."""
@@ -147,12 +148,13 @@ class CausalAttention(nn.Module):
         super().__init__()
         if config.width % config.heads:
             raise ValueError(f"width={config.width} is not divisible by heads={config.heads}; use 64 per head")
-        self.heads, self.layer, self.dropout = config.heads, layer, config.dropout
+        self.heads, self.layer = config.heads, layer
         self.query = nn.Linear(config.width, config.width)
         self.key = nn.Linear(config.width, config.width)
         self.value = nn.Linear(config.width, config.width)
         self.out = nn.Linear(config.width, config.width)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop_weights = Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         """[B, n, D] -> [B, n, D]; with a filled cache n is 1."""
@@ -162,8 +164,7 @@ class CausalAttention(nn.Module):
         )
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        mixed = attend(q, k, v, dropout=dropout, causal=length > 1)
+        mixed = attend(q, k, v, causal=length > 1, dropout=self.drop_weights)
         return self.drop(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
 
 
@@ -177,7 +178,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.rise = nn.Linear(config.width, 4 * config.width)
         self.fall = nn.Linear(4 * config.width, config.width)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         """[B, n, D] -> [B, n, D]."""

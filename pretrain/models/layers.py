@@ -6,12 +6,16 @@ gathers a module's parameters around its forward, needs no special case.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.models.noise import Dropout, Noise
 
 if TYPE_CHECKING:
     from pretrain.config import EncoderConfig
@@ -26,19 +30,35 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gel
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: Dropout | None = None
 ) -> Tensor:
     """torch's SDPA over [B, H, S, D/H]; `mask` bool, True where a key may be attended to.
 
+    `dropout` of the weights makes them explicit, a second time in the backward: no kernel takes a sample's own noise.
     On a CPU in float32 whatever the autocast: the backward of the bf16 kernel is four times slower there.
     """
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-    with torch.autocast("cpu", enabled=False):
-        mixed = F.scaled_dot_product_attention(
-            q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout, is_causal=causal
-        )
+    on_cpu = q.device.type == "cpu"
+    with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
+        inputs = (q.float(), k.float(), v.float()) if on_cpu else (q, k, v)
+        if dropout is not None and dropout.active:
+            noise = dropout.noise(q)
+            mixed: Tensor = checkpoint(
+                _attend_dropped, *inputs, mask, causal, dropout, noise, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            mixed = F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=causal)
     return mixed.to(q.dtype)
+
+
+def _attend_dropped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: Dropout, noise: Noise
+) -> Tensor:
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return dropout.pairs(scores.softmax(-1), noise).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
@@ -51,7 +71,7 @@ class Attention(nn.Module):
                 f"width={width} is not divisible by heads={heads}; use a multiple, for example 64 per head"
             )
         self.heads = heads
-        self.dropout = dropout
+        self.dropout = Dropout(dropout)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -60,8 +80,7 @@ class Attention(nn.Module):
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mask = None if key_mask is None else key_mask.view(batch, 1, -1, length)
-        dropout = self.dropout if self.training else 0.0
-        mixed = attend(q, k, v, mask, dropout, causal)
+        mixed = attend(q, k, v, mask, causal, self.dropout)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -104,12 +123,13 @@ class PostNormBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-12)
         self.mlp = Mlp(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout1 = Dropout(dropout)
+        self.dropout2 = Dropout(dropout)
 
     def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
         """x: [B, S, D], key_mask: bool [B, S] -> [B, S, D]."""
-        x = self.norm1(x + self.dropout(self.attention(x, key_mask)))
-        return self.norm2(x + self.dropout(self.mlp(x)))
+        x = self.norm1(x + self.dropout1(self.attention(x, key_mask)))
+        return self.norm2(x + self.dropout2(self.mlp(x)))
 
 
 # ------------------------------------------------------------------------------- text encoders (BERT, ELECTRA)
@@ -145,7 +165,7 @@ class TextEmbeddings(nn.Module):
         self.position = nn.Embedding(config.context, width)
         self.segment = nn.Embedding(config.type_vocab, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, types: Tensor, places: Tensor | None = None) -> Tensor:
         """tokens, types, places (0, 1, ... where not given): int64 [B, S] -> [B, S, embedding width]."""

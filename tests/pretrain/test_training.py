@@ -76,18 +76,18 @@ def uninterrupted(material: Material, tmp_path_factory: pytest.TempPathFactory) 
     return run
 
 
-def without_dropout(material: Material, run: Path) -> dict[str, Any]:
-    """12 steps in fp32 whose losses are comparable over ways to split the work."""
+def in_fp32(material: Material, run: Path) -> dict[str, Any]:
+    """12 steps with dropout whose losses are comparable over ways to split the work."""
     tree = electra(material, run, steps=12, precision="fp32")
-    tree["model"]["dropout"] = 0.0
+    tree["model"]["dropout"] = 0.1
     return tree
 
 
 @pytest.fixture(scope="module")
 def exact(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `without_dropout`, 2 ranks, stage 3."""
+    """The run of `in_fp32`, 2 ranks, stage 3."""
     run = tmp_path_factory.mktemp("exact") / "run"
-    done = finish(two_ranks(recipe(without_dropout(material, run), run.with_suffix(".yaml"))))
+    done = finish(two_ranks(recipe(in_fp32(material, run), run.with_suffix(".yaml"))))
     assert done.returncode == 0, done.stdout[-3000:]
     return run
 
@@ -141,7 +141,7 @@ def test_another_world_size_and_stage_continue_up_to_rounding(exact: Path, mater
     run = tmp_path / "run"
     shutil.copytree(exact, run)
     shutil.rmtree(final(run).folder)
-    done = tessera("train", recipe(without_dropout(material, run), tmp_path / "run.yaml"), "train.zero_stage=0")
+    done = tessera("train", recipe(in_fp32(material, run), tmp_path / "run.yaml"), "train.zero_stage=0")
     assert done.returncode == 0, done.stdout[-3000:]
     assert committed(run / "checkpoints")[0].manifest["world"] == 2
     assert final(run).manifest["world"] == 1
@@ -150,7 +150,7 @@ def test_another_world_size_and_stage_continue_up_to_rounding(exact: Path, mater
 
 
 def test_accumulation_has_the_losses_of_the_whole_batch(exact: Path, material: Material, tmp_path: Path) -> None:
-    config = recipe(without_dropout(material, tmp_path / "run"), tmp_path / "run.yaml")
+    config = recipe(in_fp32(material, tmp_path / "run"), tmp_path / "run.yaml")
     done = tessera("train", config, "train.micro_batch=2", "train.zero_stage=1")
     assert done.returncode == 0, done.stdout[-3000:]
     losses = [[row["loss"] for row in rows_of(run)] for run in (exact, tmp_path / "run")]

@@ -1,0 +1,111 @@
+"""Dropout whose noise is the sample's own: the same in whatever batch, row, rank or device the sample stands.
+
+Whether an activation is kept is a hash of the sample's key, the token's place in the sample, the module and the lane,
+with no generator and no state. Letters: B rows, S sequence, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Noise(NamedTuple):
+    """keys: int64 [B, S], the sample of each token by its key, or [B, 1] where a row is one sample; places: int64
+    [B, S], the token's place in its sample, None where it is the place in the row.
+    """
+
+    keys: Tensor
+    places: Tensor | None = None
+
+
+_current: ContextVar[Noise | None] = ContextVar("noise", default=None)
+
+
+@contextlib.contextmanager
+def noise_of(keys: Tensor | None, places: Tensor | None = None) -> Iterator[None]:
+    """Within, `Dropout` takes its noise from these; without keys, each call draws some from torch's generator."""
+    token = _current.set(None if keys is None else Noise(keys, places))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def name_noise(model: nn.Module) -> None:
+    """Give every `Dropout` of the model noise of its own, by the module's name: the same in every process."""
+    for name, module in model.named_modules():
+        if isinstance(module, Dropout):
+            module.site = zlib.crc32(name.encode())
+
+
+class Dropout(nn.Module):
+    """Zero each activation with probability `rate` and scale the others by 1 / (1 - rate); in training only."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"dropout={rate}: a probability, 0 or more and below 1")
+        self.rate = rate
+        self.site = 0
+
+    @property
+    def active(self) -> bool:
+        """Is anything dropped?"""
+        return self.training and self.rate > 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        if not self.active:
+            return x
+        noise = self.noise(x)
+        lanes = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+        high, low = self._tokens(noise, x.shape[1])
+        return self._dropped(x, _hash(high[..., None], low[..., None], lanes))
+
+    def pairs(self, weights: Tensor, noise: Noise) -> Tensor:
+        """Attention weights [B, H, S, S], query by key: noise of the query's token, with the key's place for a lane."""
+        heads, length = weights.shape[1:3]
+        keys = torch.arange(length, device=weights.device)[None] if noise.places is None else noise.places
+        head = torch.arange(heads, device=weights.device)[:, None, None] << 20
+        high, low = (part[:, None, :, None] for part in self._tokens(noise, length))
+        return self._dropped(weights, _hash(high, low, (keys[:, None, None, :] + head).int()))
+
+    def noise(self, x: Tensor) -> Noise:
+        """That of the batch, or one of torch's generator for the rows of x [B, ...]."""
+        drawn = _current.get()
+        return drawn or Noise(torch.randint(torch.iinfo(torch.int64).max, (len(x), 1), device=x.device))
+
+    def _tokens(self, noise: Noise, length: int) -> tuple[Tensor, Tensor]:
+        """-> two int32 [B, S] that name sample, place and module."""
+        keys, places = noise
+        if places is None:
+            places = torch.arange(length, device=keys.device)[None]
+        mixed = _mix(keys[:, :length] + _mix(places[:, :length] + (self.site << 20)))
+        return (mixed >> 32).int(), (mixed << 32 >> 32).int()
+
+    def _dropped(self, x: Tensor, hashed: Tensor) -> Tensor:
+        kept = hashed >= round(self.rate * 2**32) - 2**31
+        return x * kept / (1 - self.rate)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's step and finaliser (Steele, Lea, Flood 2014), int64: products wrap, shifts are made logical."""
+    x = x + -0x61C8864680B583EB
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def _hash(high: Tensor, low: Tensor, lanes: Tensor) -> Tensor:
+    """MurmurHash3's finaliser over int32 that broadcast, one part of the token before it and one within -> int32."""
+    x = high + lanes * -0x61C88647
+    x = (x ^ (x >> 16 & 0xFFFF)) * -0x7A143595
+    x = (x ^ (x >> 13 & 0x7FFFF) ^ low) * -0x3D4D51CB
+    return x ^ (x >> 16 & 0xFFFF)
