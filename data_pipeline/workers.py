@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,10 +31,10 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is None:
-        os.environ.setdefault(_CLUSTERS, "0")
-    else:
+    if address is not None:
         _check_address(address)
+    elif "ray" not in sys.modules:  # which reads it once: half of Ray would believe it, half would not
+        os.environ.setdefault(_CLUSTERS, "0")
     import ray
 
     if ray.is_initialized():  # the caller's session, for example a test's

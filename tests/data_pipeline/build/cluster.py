@@ -45,7 +45,7 @@ class Nodes:
 
     def __init__(self, count: int, cpus: int) -> None:
         self._cpus = cpus
-        os.environ[LOOPBACK], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+        os.environ[LOOPBACK], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # for as long as this process lives
         head = {"num_cpus": 0, "include_dashboard": False, **COMMON}
         self._cluster = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)
         self._nodes = [self._add() for _ in range(count)]
@@ -76,8 +76,6 @@ class Nodes:
 
     def stop(self) -> None:
         self._cluster.shutdown()
-        del os.environ[LOOPBACK]
-        ray_constants.ENABLE_RAY_CLUSTER = True
 
     def _add(self) -> Any:
         return self._cluster.add_node(num_cpus=self._cpus, **COMMON)
