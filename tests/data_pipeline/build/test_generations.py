@@ -1,5 +1,6 @@
 """Builds that fetch, compare, retry and grow: the account is exact, and what stands never changes."""
 
+import base64
 import hashlib
 import json
 import re
@@ -390,6 +391,32 @@ def test_rows_of_every_kind_of_damage_are_counted(tmp_path, build_here, make_png
         "unreadable_row": 1,
     }
     assert Stream(tmp_path / "out", seed=0).fetch(0).captions == ("tab here and bell",)
+    told = [(row["row"], row["reason"]) for row in pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()]
+    assert told == [
+        (1, "empty_file"),
+        (2, "not_an_image"),
+        (3, "duplicate_key"),
+        (4, "unreadable_file"),
+        (5, "no_image"),
+        (6, "unreadable_caption"),
+        (7, "unreadable_row"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["muge", "csv"])
+def test_wrong_base64_is_a_row_of_rejects(tmp_path, build_here, make_png, kind):
+    good = base64.urlsafe_b64encode(make_png()).decode()
+    images = [good, "@@@@", good[:400], good + "!", ""]
+    if kind == "muge":
+        (tmp_path / "x").write_text("".join(f"{n}\t红色外套 {n}\t{image}\n" for n, image in enumerate(images)))
+        source = {"kind": "muge", "path": f"{tmp_path}/x"}
+    else:
+        (tmp_path / "x").write_text("caption,image\n" + "".join(f"c{n},{image}\n" for n, image in enumerate(images)))
+        source = {"kind": "csv", "path": f"{tmp_path}/x", "base64": True}
+    stats = build_here(source=source, output=f"{tmp_path}/out")
+    told = {row["row"]: row["reason"] for row in pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()}
+    assert told == {1: "wrong_base64", 2: "truncated", 3: "wrong_base64", 4: "no_image"}
+    assert (stats["in"], stats["out"]) == (5, 1) and sum(stats["rejected"].values()) == 4
 
 
 def test_a_disk_that_fills_up_ends_the_build_and_the_same_command_finishes_it(
