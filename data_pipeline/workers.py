@@ -31,6 +31,8 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's record of every task, for a dashboard, takes some 100 KB a task of driver and workers
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     if address is not None:
         _check_address(address)
     elif "ray" not in sys.modules:  # which reads it once: half of Ray would believe it, half would not
