@@ -53,7 +53,7 @@ class EncoderConfig(Settings):
     heads: PositiveInt = 12
     embedding_width: PositiveInt = 768
     type_vocab: PositiveInt = 2
-    dropout: NonNegativeFloat = 0.1
+    dropout: NonNegativeFloat = Field(0.1, lt=1.0)
 
 
 class BertConfig(EncoderConfig):
@@ -80,7 +80,7 @@ class GptConfig(Settings):
     layers: PositiveInt = 12
     width: PositiveInt = 768
     heads: PositiveInt = 12
-    dropout: NonNegativeFloat = 0.0
+    dropout: NonNegativeFloat = Field(0.0, lt=1.0)
 
 
 class VqganConfig(Settings):

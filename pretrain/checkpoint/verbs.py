@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.storage import open_storage
 from pretrain.checkpoint.catalog import (
@@ -20,8 +18,9 @@ from pretrain.checkpoint.catalog import (
 )
 from pretrain.checkpoint.trained import load_trained, newest_whole, root_of, run_config
 from pretrain.checkpoint.universal import export_universal
-from pretrain.interchange.folder import WEIGHTS_FILE, export_model
-from pretrain.interchange.layouts import LAYOUTS, export_state
+from pretrain.interchange.folder import export_model
+from pretrain.interchange.hub import export_layout
+from pretrain.interchange.layouts import LAYOUTS
 
 
 def list_(run: str | Path) -> list[dict[str, Any]]:
@@ -51,7 +50,8 @@ def export(run: str | Path, output: str | Path, step: int | None = None, form: s
     """The newest whole checkpoint (or that of a step) as `form`: tessera, deepspeed, or one of LAYOUTS.
 
     tessera: config.json and model.safetensors, which every other command reads. deepspeed: a universal checkpoint with
-    the optimizer's state. A layout: model.safetensors under the names of that public model.
+    the optimizer's state. A layout: model.safetensors under the names of that public model; those of transformers with
+    its config.json, so that `from_pretrained` takes the folder.
     """
     if form == "deepspeed":
         return export_universal(newest_whole(run, step), output)
@@ -60,11 +60,7 @@ def export(run: str | Path, output: str | Path, step: int | None = None, form: s
         return export_model(output, config.model, model.state_dict())
     if form not in LAYOUTS:
         raise ConfigError(f"--format {form} is not known; use tessera, deepspeed, {', '.join(sorted(LAYOUTS))}")
-    weights = export_state(form, config.model, model.state_dict())
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    return folder
+    return export_layout(output, form, config.model, model.state_dict())
 
 
 def name(run: str | Path, label: str, step: int | None = None, remove: bool = False) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
 from data_pipeline.errors import DataError
 from pretrain.config import AutoregressiveConfig, GptConfig, VqganConfig
+from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import export_state, import_state
 from pretrain.models.gpt import Gpt
 from pretrain.models.vqgan import Vqgan
@@ -171,3 +172,13 @@ def test_an_easynlp_file_is_read_without_its_vqgan():
 def test_a_wrong_layout_names_the_missing_keys():
     with pytest.raises(DataError, match=r"37 missing: blocks\.0\.attn\.key\.bias"):
         import_state("mingpt", GPT, {})
+
+
+def test_an_exported_gpt_is_one_that_from_pretrained_takes(tmp_path):
+    model = randomise(Gpt(GPT)).eval()
+    export_layout(tmp_path, "transformers-gpt2", GPT, model.state_dict())
+    theirs, told = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    text, codes = torch.randint(11, (2, 4)), torch.randint(13, (2, 6))
+    logits = theirs.eval()(input_ids=torch.cat([text + 13, codes[:, :-1]], 1)).logits[:, -6:, :13]
+    torch.testing.assert_close(model(text, codes), logits, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,111 @@
+"""Folders that `from_pretrained` of transformers reads: config.json beside model.safetensors."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from data_pipeline.vocabulary import Vocabulary
+from pretrain.config import BertConfig, ClipConfig, ElectraConfig, EncoderConfig, GptConfig
+from pretrain.interchange.folder import CONFIG_FILE, WEIGHTS_FILE
+from pretrain.interchange.layouts import State, export_state
+from pretrain.models.electra import generator_size
+
+
+def export_layout(directory: str | Path, layout: str, config: Any, state: State) -> Path:
+    """Our state dict in a public layout -> the folder; a folder in it for each model where there are several.
+
+    Layouts of transformers get their config.json. Raises DataError naming the keys that differ.
+    """
+    weights = export_state(layout, config, state)
+    describe = CONFIGS.get(layout)
+    for part, tree in (describe(config) if describe else {"": None}).items():
+        folder = Path(directory, part)
+        folder.mkdir(parents=True, exist_ok=True)
+        prefix = f"{part}." if part else ""
+        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        if tree is not None:
+            (folder / CONFIG_FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    return Path(directory)
+
+
+def _text(config: EncoderConfig, architecture: str, width: int, heads: int) -> dict[str, Any]:
+    return {
+        "architectures": [architecture],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context,
+        "type_vocab_size": config.type_vocab,
+        "num_hidden_layers": config.layers,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": heads,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "pad_token_id": Vocabulary.pad,
+        "tie_word_embeddings": True,
+    }
+
+
+def _bert(config: BertConfig) -> dict[str, Any]:
+    return {"": {"model_type": "bert", **_text(config, "BertForPreTraining", config.width, config.heads)}}
+
+
+def _electra(config: ElectraConfig) -> dict[str, Any]:
+    shared = {"model_type": "electra", "embedding_size": config.embedding_width}
+    return {
+        "discriminator": shared | _text(config, "ElectraForPreTraining", config.width, config.heads),
+        "generator": shared | _text(config, "ElectraForMaskedLM", *generator_size(config)),
+    }
+
+
+def _tower(width: int, layers: int, heads: int, activation: str) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width}
+    return sizes | {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_act": activation}
+
+
+def _clip(config: ClipConfig) -> dict[str, Any]:
+    vision, text = config.vision, config.text
+    pictures = {"image_size": vision.image_size, "patch_size": vision.patch_size, "projection_dim": config.embed_dim}
+    words = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context, "projection_dim": config.embed_dim}
+    words |= {"pad_token_id": Vocabulary.pad, "bos_token_id": Vocabulary.cls, "eos_token_id": Vocabulary.sep}
+    return {
+        "": {
+            "model_type": "clip",
+            "architectures": ["CLIPModel"],
+            "projection_dim": config.embed_dim,
+            "vision_config": pictures | _tower(vision.width, vision.layers, vision.heads, config.activation),
+            "text_config": words | _tower(text.width, text.layers, text.heads, config.activation),
+        }
+    }
+
+
+def _gpt2(config: GptConfig) -> dict[str, Any]:
+    return {
+        "": {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "vocab_size": config.image_vocab + config.text_vocab,
+            "n_positions": config.text_tokens + config.image_tokens,
+            "n_embd": config.width,
+            "n_layer": config.layers,
+            "n_head": config.heads,
+            "activation_function": "gelu",
+            **{name: config.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+    }
+
+
+CONFIGS: dict[str, Callable[[Any], dict[str, dict[str, Any]]]] = {
+    "transformers-bert": _bert,
+    "transformers-electra": _electra,
+    "transformers-clip": _clip,
+    "transformers-gpt2": _gpt2,
+}
