@@ -125,9 +125,6 @@ class Checkpoints:
     def _candidates(self, every_steps: int) -> list[str]:
         return [saved.folder for saved in reversed(committed(self.root)) if saved.step % every_steps == 0]
 
-    def _folders(self, every: int) -> list[str]:
-        return [saved.folder for saved in reversed(committed(self.root)) if saved.step % every == 0]
-
     def _is_whole(self, saved: Saved, key: str) -> bool:
         store, mesh = self.mesh.store, self.mesh
         store.set(f"{key}/{mesh.rank}", json.dumps(_outcome(lambda: saved.faults(mesh.rank, mesh.world))))
