@@ -129,9 +129,8 @@ def main() -> None:
     parameters = measured[0]["parameters"]
     print(f"GPT of {parameters:,} parameters, {PROCESSES} processes, ZeRO-3, {ROUNDS} rounds; the slower rank")
     for way, values in times.items():
-        print(
-            f"{way:16} {1000 * statistics.median(values):8.0f} ms ({1000 * min(values):.0f} to {1000 * max(values):.0f})"
-        )
+        middle, least, most = (1000 * of(values) for of in (statistics.median, min, max))
+        print(f"{way:16} {middle:8.0f} ms ({least:.0f} to {most:.0f})")
     for kind, size in measured[0]["written"].items():
         print(f"{kind:16} {size / parameters:8.2f} bytes a parameter")
     speed = count / statistics.median(times["waited for"])
