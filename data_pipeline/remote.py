@@ -56,6 +56,10 @@ class Answer:
     close: Callable[[], None]
 
 
+class Missing(DataError):
+    """There is no such object."""
+
+
 class Transient(Exception):
     """The network or the server failed in a way that may pass."""
 
@@ -249,7 +253,7 @@ class RemoteStorage:
         if status >= 500 or status in _RETRIED:
             return Transient(f"status {status} {said}")
         if status in (404, 410):
-            return DataError(f"{where}: not there; check the path, or build the dataset first")
+            return Missing(f"{where}: not there; check the path, or build the dataset first")
         if status in (401, 403):
             return DataError(f"{where}: permission denied ({said}); give these credentials the right to it")
         if status == 416:
@@ -355,7 +359,7 @@ class S3Storage(RemoteStorage):
     def _head(self, name: str) -> Version | None:
         try:
             answer = self._call(name, "head_object", Key=self._key(name))
-        except _Missing:
+        except Missing:
             return None
         return Version(int(answer["ContentLength"]), answer["ETag"].strip('"'))
 
@@ -364,7 +368,7 @@ class S3Storage(RemoteStorage):
         while True:
             try:
                 page = self._call("", "list_objects_v2", Delimiter=delimiter, **options)
-            except _Missing:
+            except Missing:
                 return
             yield from page.get(field, ())
             if not page["IsTruncated"]:
@@ -378,7 +382,7 @@ class S3Storage(RemoteStorage):
         return Patience(self.path(name)).until_done(lambda: self._request(name, method, **arguments))
 
     def _request(self, name: str, method: str, **arguments: Any) -> dict[str, Any]:
-        """One call of botocore. Raises Transient, _Taken, _Missing or DataError."""
+        """One call of botocore. Raises Transient, _Taken, Missing or DataError."""
         from botocore import exceptions as botocore
 
         try:
@@ -400,8 +404,7 @@ class S3Storage(RemoteStorage):
             return DataError(
                 f"{self.path(name)}: no room ({said.strip()}); raise the quota and run the same command again"
             )
-        error = super()._refused(name, status, said)
-        return _Missing(str(error)) if status in (404, 410) else error
+        return super()._refused(name, status, said)
 
     def _get(self, name: str, start: int, stop: int | None) -> Answer:
         ranged = {} if start == 0 and stop is None else {"Range": _range(start, stop)}
@@ -449,10 +452,6 @@ _clients: dict[tuple[Any, ...], Any] = {}  # under `process_lock`
 
 class _Taken(Exception):
     """PUT: the name is taken."""
-
-
-class _Missing(DataError):
-    """There is no such object."""
 
 
 # ------------------------------------------------------------------------------------------------- http

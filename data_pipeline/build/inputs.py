@@ -3,14 +3,18 @@
 import gzip
 import io
 import re
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import xxhash
 
 from data_pipeline.errors import DataError
+from data_pipeline.remote import HttpStorage, S3Storage, Version
+from data_pipeline.storage import open_storage
 
 _BUFFER = 1 << 20
+_WINDOW = 8 << 20
 
 
 def is_remote(path: str) -> bool:
@@ -86,10 +90,75 @@ def open_input(path: str) -> BinaryIO:
         must_exist(Path(path), "source.path")
         packed = path.endswith(".gz")
         return cast(BinaryIO, gzip.open(path, "rb") if packed else open(path, "rb", buffering=_BUFFER))  # noqa: SIM115
+    file = _open_remote(path)
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.endswith(".gz") else file
+
+
+def _open_remote(path: str) -> BinaryIO:
+    if path.startswith(("s3://", "http://", "https://")):
+        return cast(BinaryIO, io.BufferedReader(RemoteFile(path), _BUFFER))
     with _named(path, "source.path"):
         system, inner = _filesystem(path)
-        file = cast(BinaryIO, io.BufferedReader(system.open(inner, "rb"), _BUFFER))
-    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.endswith(".gz") else file
+        return cast(BinaryIO, io.BufferedReader(system.open(inner, "rb"), _BUFFER))
+
+
+class RemoteFile(io.RawIOBase):
+    """A file on S3 or behind http(s): a GET that is cut, stalled or refused goes on where it stopped.
+
+    From its beginning it comes by one GET, from any other place by ranges of _WINDOW bytes. Raises DataError.
+    """
+
+    def __init__(self, path: str) -> None:
+        folder, _, self._name = path.rpartition("/")
+        self._storage = cast(S3Storage | HttpStorage, open_storage(folder))
+        self._size, _ = self._storage.stat(self._name)
+        self._at = 0
+        self._seen: dict[str, Version] = {}
+        self._pieces: Iterator[bytes] = iter(())
+        self._piece = memoryview(b"")
+        self._end: int | None = 0  # of what `_pieces` gives
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if at != self._at:
+            self._stop()
+        self._at = at
+        return at
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._piece:
+            if self._end is not None and self._at >= self._end:
+                self._start()
+            self._piece = memoryview(next(self._pieces, b""))
+        count = min(len(buffer), len(self._piece))
+        buffer[:count] = self._piece[:count]
+        self._piece = self._piece[count:]
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        self._stop()
+        super().close()
+
+    def _start(self) -> None:
+        if self._at >= self._size >= 0:
+            return
+        self._end = None if self._at == 0 or self._size < 0 else min(self._at + _WINDOW, self._size)
+        self._pieces = self._storage.stream(self._name, self._at, self._end, self._seen)
+
+    def _stop(self) -> None:
+        if isinstance(self._pieces, Generator):
+            self._pieces.close()
+        self._pieces, self._piece, self._end = iter(()), memoryview(b""), 0
 
 
 def input_digest(path: str) -> tuple[str, int]:

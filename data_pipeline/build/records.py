@@ -9,7 +9,7 @@ from typing import Any
 from data_pipeline.build.inputs import beside, is_remote, must_exist, open_input
 from data_pipeline.build.layout import Row
 from data_pipeline.config import TableSource
-from data_pipeline.errors import DataError
+from data_pipeline.remote import Missing
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.tar import Member, scan
 
@@ -98,12 +98,13 @@ class ImageStore:
             return file.read(member.size)
 
     def _remote(self, name: str) -> bytes:
+        """Raises OSError for what is not there alone: a server that fails says nothing about the row."""
         if "://" in name or name.startswith("/") or ".." in name.split("/"):
             raise OSError(f"{name!r} lies outside of {self._path}")
         try:
             with open_input(f"{self._path}/{name}") as file:
                 return file.read()
-        except DataError as error:
+        except Missing as error:
             raise OSError(str(error)) from None
 
 
