@@ -1,10 +1,11 @@
 """Start the ranks of a test as real processes on this machine, and read what each says."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,27 @@ TIMEOUT_S = 180
 
 def run_ranks(script: Path, arguments: Sequence[str], world: int, **environment: str) -> list[dict[str, Any]]:
     """Run `script` as `world` ranks -> the JSON object in each one's last line of output; fails when one fails."""
-    port = str(free_port())
-    processes = [_start(script, arguments, rank, world, port, environment) for rank in range(world)]
-    try:
+    with start_ranks(script, arguments, world, **environment) as processes:
         outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-3000:]
     return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+@contextlib.contextmanager
+def start_ranks(
+    script: Path, arguments: Sequence[str], world: int, **environment: str
+) -> "Iterator[list[subprocess.Popen[str]]]":
+    """`script` as `world` ranks, which are killed in the end."""
+    port = str(free_port())
+    processes = [_start(script, arguments, rank, world, port, environment) for rank in range(world)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait(timeout=30)
 
 
 def _start(
