@@ -53,7 +53,10 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
             **common,
         )
     else:
-        ray.init(address=address, **common)
+        try:
+            ray.init(address=address, **common)
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+            raise NodeFault(f"ray_address={address}: {error}; see that it is this version of Ray") from None
     try:
         yield
     finally:

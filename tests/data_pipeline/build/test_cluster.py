@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -104,6 +105,19 @@ def test_a_driver_whose_ray_died_leaves_with_the_code_of_a_node_fault_and_is_res
 def test_a_cluster_that_does_not_answer_is_named(address):
     with pytest.raises((NodeFault, ConfigError), match=f"ray_address={address}"), ray_session(1, address):
         pass
+
+
+def test_what_answers_and_is_no_cluster_is_a_node_fault(monkeypatch):
+    import ray
+
+    def refused(*_, **__):
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.setattr(ray, "init", refused)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(NodeFault, match=f"ray_address={address}: Failed to connect"), ray_session(1, address):
+            pass
 
 
 def test_a_bounded_number_of_tasks_is_in_flight_however_many_there_are(cluster: Nodes):
