@@ -27,6 +27,7 @@ from pretrain.models import MODELS
 from tests.pretrain.commands import (
     TRACEBACK,
     Material,
+    command,
     electra,
     finish,
     interrupted,
@@ -76,9 +77,16 @@ def uninterrupted(material: Material, tmp_path_factory: pytest.TempPathFactory) 
     return run
 
 
+REDUCTION = 2e-6
+"""What other orders of summation in fp32 may do to a loss; 1.5e-7 was measured over worlds 1 to 4 and stages 0 to 3."""
+SPLITS = [(1, 0), (3, 2), (4, 1)]
+if os.environ.get("TESSERA_MATRIX"):  # by hand: five minutes
+    SPLITS = [(world, stage) for world in (1, 2, 3, 4) for stage in (0, 1, 2, 3)]
+
+
 def in_fp32(material: Material, run: Path) -> dict[str, Any]:
     """12 steps with dropout whose losses are comparable over ways to split the work."""
-    tree = electra(material, run, steps=12, precision="fp32")
+    tree = electra(material, run, steps=12, precision="fp32", global_batch=12)
     tree["model"]["dropout"] = 0.1
     return tree
 
@@ -137,16 +145,21 @@ def test_sigterm_saves_and_leaves_with_75_and_the_same_command_goes_on(
     assert len(rows_of(run)) == 24  # no step was made twice
 
 
-def test_another_world_size_and_stage_continue_up_to_rounding(exact: Path, material: Material, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "stage"), SPLITS)
+def test_another_world_size_and_stage_continue_up_to_rounding(
+    world: int, stage: int, exact: Path, material: Material, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(exact, run)
     shutil.rmtree(final(run).folder)
-    done = tessera("train", recipe(in_fp32(material, run), tmp_path / "run.yaml"), "train.zero_stage=0")
+    config = recipe(in_fp32(material, run), tmp_path / "run.yaml")
+    argv = command("launch", "local", config, "--procs-per-node", str(world), f"train.zero_stage={stage}")
+    done = finish(argv)
     assert done.returncode == 0, done.stdout[-3000:]
     assert committed(run / "checkpoints")[0].manifest["world"] == 2
-    assert final(run).manifest["world"] == 1
+    assert final(run).manifest["world"] == world
     after = {row["step"]: row["loss"] for row in rows_of(run) if row["attempt"] == 1}
-    assert after == pytest.approx({step: steps_of(exact)[step]["loss"] for step in (9, 10, 11, 12)}, rel=1e-5)
+    assert after == pytest.approx({step: steps_of(exact)[step]["loss"] for step in (9, 10, 11, 12)}, rel=REDUCTION)
 
 
 def test_accumulation_has_the_losses_of_the_whole_batch(exact: Path, material: Material, tmp_path: Path) -> None:
@@ -154,7 +167,7 @@ def test_accumulation_has_the_losses_of_the_whole_batch(exact: Path, material: M
     done = tessera("train", config, "train.micro_batch=2", "train.zero_stage=1")
     assert done.returncode == 0, done.stdout[-3000:]
     losses = [[row["loss"] for row in rows_of(run)] for run in (exact, tmp_path / "run")]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=REDUCTION)
 
 
 # ------------------------------------------------------------------------------------------- ways to start
