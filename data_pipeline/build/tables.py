@@ -248,8 +248,10 @@ def parquet_records(source: BinaryIO, path: str, start: int, columns: list[str] 
         else:
             groups.append(group)
     skipped = start - before
+    if not groups:
+        return
     # by one thread: each of Arrow's keeps memory of its own, some 30 MB
-    for batch in file.iter_batches(batch_size=256, use_threads=False, row_groups=groups, columns=columns) if groups else ():
+    for batch in file.iter_batches(batch_size=256, use_threads=False, row_groups=groups, columns=columns):
         if skipped < batch.num_rows:
             yield from batch.slice(skipped).to_pylist()
         skipped = max(0, skipped - batch.num_rows)
