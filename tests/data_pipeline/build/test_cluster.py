@@ -144,8 +144,8 @@ def test_a_bounded_number_of_tasks_is_in_flight_however_many_there_are(cluster: 
 def test_a_fetched_build_is_the_same_after_kills_of_every_kind(tmp_path, monkeypatch):
     for name, value in campaign.HEALTH.items():
         monkeypatch.setenv(name, value)
-    killed = campaign.run(tmp_path, kills=4, workers=[2], seed=5, rows=300, each=2, where=str(tmp_path))
-    assert killed.total() == 4
+    killed = campaign.run(tmp_path, kills=3, workers=[2], seed=5, rows=200, each=2, where=str(tmp_path))
+    assert killed.total() == 3
 
 
 def test_a_build_onto_the_gateway_is_the_local_one_after_kills(tmp_path, bucket):
