@@ -80,6 +80,10 @@ class BlockCache:
         """Fetch what is missing of these ranges in the background, in their order; they are asked for there too."""
         self._process().ahead.put(ranges)
 
+    def opening(self) -> threading.Lock:
+        """Held by the thread of this process that reads indices."""
+        return self._process().opening
+
     def drop(self, wanted: Range) -> None:
         """Forget the blocks of a range, whose contents were not right."""
         name, start, stop = wanted
@@ -208,6 +212,7 @@ class _Process:
         self._sound: set[Block] = set()
         self.ahead: queue.SimpleQueue[Callable[[], Sequence[Range]]] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="get")
+        self.opening = threading.Lock()
         self._lock = threading.Lock()
         self._flying: dict[Block, Future[None]] = {}
         self._held = _held(cache.folder)

@@ -25,6 +25,7 @@ from data_pipeline.stream.state import check_state
 STATE_VERSION = 1
 
 _INDICES = 4096  # of shards, kept in memory: more than the blocks that the order has open at once
+_OPENED_AT_ONCE = 2 * CONNECTIONS  # shards: another thread waits for no more
 _PORTION = 1024  # positions that are looked ahead at once, at least
 
 _IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"))
@@ -155,17 +156,27 @@ class Stream:
 
     def _indices_of(self, shards: list[int]) -> dict[int, tuple[str, Index]]:
         """Name and index of each shard; those used last are kept."""
-        missing = [shard for shard in shards if shard not in self._indices]
-        if self._cache is not None and len(missing) > 1:
-            with ThreadPoolExecutor(CONNECTIONS) as pool:
-                opened = dict(zip(missing, pool.map(self._open, missing), strict=True))
-        else:
-            opened = {shard: self._open(shard) for shard in missing}
-        found = {shard: opened.get(shard) or self._indices[shard] for shard in shards}
-        self._indices = {**self._indices, **opened}
+        known = self._indices
+        found = {shard: known[shard] for shard in shards if shard in known}
+        missing = [shard for shard in shards if shard not in found]
+        for at in range(0, len(missing), _OPENED_AT_ONCE):
+            found |= self._open_all(missing[at : at + _OPENED_AT_ONCE])
         if len(self._indices) > _INDICES:
-            self._indices = found
+            self._indices = dict(found)
         return found
+
+    def _open_all(self, shards: list[int]) -> dict[int, tuple[str, Index]]:
+        """Remote ones at once, and each by one thread only: who reads and who reads ahead need the same."""
+        if self._cache is None:
+            opened = {shard: self._open(shard) for shard in shards}
+            self._indices = {**self._indices, **opened}
+            return opened
+        with self._cache.opening(), ThreadPoolExecutor(CONNECTIONS) as pool:
+            known = self._indices
+            late = [shard for shard in shards if shard not in known]
+            opened = dict(zip(late, pool.map(self._open, late), strict=True))
+            self._indices = {**self._indices, **opened}
+            return {shard: known.get(shard) or opened[shard] for shard in shards}
 
     def _open(self, number: int) -> tuple[str, Index]:
         """Name and index of a shard whose tar has the size that the manifest says; of remote ones a GET tells it."""

@@ -120,7 +120,7 @@ def test_workers_that_read_at_the_same_time_fetch_every_byte_once(local, uploade
         jobs = [(stream, range(8 * worker, SAMPLES, 24)) for worker in range(3)]
         received = sum(pool.map(received_by_worker, jobs))
     tars, indices = (sum(path.stat().st_size for path in local.glob(f"*.{kind}")) for kind in ("tar", "idx"))
-    assert received <= tars + 3 * indices
+    assert received <= tars + 3 * indices, "each worker reads each index once"
 
 
 HOLDER = (
