@@ -19,15 +19,18 @@ del sys.argv[0]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 sys.stdout.flush()
+sys.stdin.read()
 os._exit(0)
 """
-"""A rank that said its result leaves at once: on a busy machine the end of torch's own threads aborts now and then."""
+"""A rank that said its result leaves at once, rank 0, whose store the others use, after them: on a busy machine the end
+of torch's own threads aborts now and then.
+"""
 
 
 def run_ranks(script: Path, arguments: Sequence[str], world: int, **environment: str) -> list[dict[str, Any]]:
     """Run `script` as `world` ranks -> the JSON object in each one's last line of output; fails when one fails."""
     with start_ranks(script, arguments, world, **environment) as processes:
-        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in reversed(processes)][::-1]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-3000:]
     return [json.loads(output.splitlines()[-1]) for output in outputs]
@@ -58,6 +61,7 @@ def _start(
     return subprocess.Popen(
         [sys.executable, "-c", RUNNER, str(script), *arguments],
         env=os.environ | extra | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
+        stdin=subprocess.DEVNULL if rank else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
