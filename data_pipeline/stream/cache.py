@@ -72,8 +72,9 @@ class BlockCache:
     def get_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
         """The bytes of each range. Raises DataError where an object is missing or has another size."""
         process = self._process()
-        for future in process.request(self, ranges):
-            future.result()
+        for _ in range(2):  # the first may wait for what was read ahead and left to another process
+            for future in process.request(self, ranges):
+                future.result()
         return [self._read(process, *wanted) for wanted in ranges]
 
     def prefetch(self, ranges: Callable[[], Sequence[Range]]) -> None:
@@ -135,7 +136,11 @@ class BlockCache:
             deadline = time.monotonic() + (PATIENCE_S if patient else 0)
             while not (ours := _try_lock(lock)) and time.monotonic() < deadline:
                 time.sleep(_LOCK_PAUSE_S)
-            yield ours or patient
+            try:
+                yield ours or patient
+            finally:
+                if ours:
+                    fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone would leave it to a process forked meanwhile
 
     def _check(self, name: str, version: Version) -> None:
         size, _ = self._objects[name]
