@@ -16,7 +16,7 @@ import yaml
 
 from data_pipeline.errors import ConfigError
 from launchers import kubernetes, slurm
-from launchers.spec import KubernetesCluster, SlurmCluster, describe, describe_build, dns_label, load_cluster
+from launchers.spec import KubernetesCluster, SlurmCluster, describe, dns_label, load_cluster
 
 GOLDEN = Path("tests/launchers/golden")
 RECIPE = Path("configs/clip/vit-b-32.yaml")
@@ -40,7 +40,7 @@ def site_example() -> str:
 
 def build_example() -> str:
     site = SlurmCluster(cpus_per_proc=32, account="my-account", partition="cpu", time_limit="08:00:00")
-    return slurm.render(describe_build(BUILD, ["workers=32"], site), site)
+    return slurm.render(describe(BUILD, ["workers=32"], site), site)
 
 
 def jobset_example() -> str:
