@@ -11,7 +11,6 @@ from pathlib import Path
 
 from data_pipeline.errors import ConfigError
 from launchers.spec import RunSpec, SlurmCluster, check_gpus
-from pretrain.deadline import LEAD_VARIABLE
 
 SUBMIT_TIMEOUT_S = 60
 
@@ -23,7 +22,7 @@ set -euo pipefail
 {setup}
 {rendezvous}
 export TESSERA_ATTEMPT="${{SLURM_RESTART_COUNT:-0}}"
-{lead}export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-1}}"
+export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-1}}"
 {env}
 # A task that leaves does not take the others with it: all may be in the middle of the same save.
 status=0
@@ -53,8 +52,7 @@ def render(spec: RunSpec, cluster: SlurmCluster) -> str:
         directives="\n".join(f"#SBATCH {line}" for line in _directives(spec, cluster)),
         setup="\n".join(cluster.setup),
         rendezvous=RENDEZVOUS if spec.task == "train" else "",
-        env="".join(f"export {name}={shlex.quote(value)}\n" for name, value in spec.env),
-        lead=f"export {LEAD_VARIABLE}={cluster.signal_lead_s}\n" if spec.task == "train" else "",
+        env="".join(f"export {name}={shlex.quote(value)}\n" for name, value in spec.environment.items()),
         cpus=cluster.cpus_per_proc,
         wait=cluster.signal_lead_s,
         container=_srun_container(cluster),

@@ -55,7 +55,7 @@ def submit(folder: Path, status: int, procs: int = 1) -> tuple[str, Path]:
     cluster = SlurmCluster(
         nodes=2, cpus_per_proc=1, python=str(payload), output=str(folder / "out"), time_limit="10", signal_lead_s=60
     )
-    spec = RunSpec("payload", "train", ("train", "recipe.yaml", "a=b c"), "hash", str(folder), 2, procs, ())
+    spec = RunSpec("payload", "train", ("train", "recipe.yaml", "a=b c"), "hash", str(folder), 2, procs)
     return slurm.submit(spec, cluster)[0], folder / "out"
 
 
@@ -96,6 +96,6 @@ def test_a_signalled_job_saves_is_requeued_and_ends(site: Path) -> None:
 
 
 def test_a_wrong_partition_is_refused_in_the_schedulers_words(site: Path) -> None:
-    spec = RunSpec("payload", "train", ("train", "recipe.yaml"), "hash", str(site / "refused"), 1, 1, ())
+    spec = RunSpec("payload", "train", ("train", "recipe.yaml"), "hash", str(site / "refused"))
     with pytest.raises(slurm.ConfigError, match="partition"):
         slurm.submit(spec, SlurmCluster(partition="nowhere", cpus_per_proc=1))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipeline.errors import ConfigError
+from pretrain.deadline import LEAD_VARIABLE
 
 Tree = Mapping[str, Any]
 
@@ -31,13 +32,13 @@ JOB_FAILURES = {
     "PodFailurePolicy",
 }
 CREDENTIAL_NAME = re.compile(
-    r"(^|_)(SECRET|SECRETS|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEY|ACCESS_KEY(_ID)?|PRIVATE_KEY)(_|$)", re.I
+    r"(^|_)(SECRETS?|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(_|$)",
+    re.I,
 )
 CREDENTIAL_VALUE = re.compile(
     r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY|\b(hf|ghp|gho|glpat)[_-][A-Za-z0-9]{20,}"
     r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.|[a-z][a-z0-9+.-]*://[^/\s:@]+:[^/\s@]+@"
 )
-STOP_OPTION = "--stop-timeout-s"
 
 
 def check(objects: Sequence[Tree]) -> None:
@@ -143,7 +144,8 @@ def _environment(container: Tree) -> Iterator[str]:
         if names.count(name) > 1:
             yield f"env {name!r} is set twice; it is one that is given to every run, leave it out"
     for entry in container.get("env", []):
-        if entry.get("value") and CREDENTIAL_NAME.search(entry["name"]):
+        value = entry.get("value", "")
+        if value and not value.startswith("/") and CREDENTIAL_NAME.search(entry["name"]):  # a path is none itself
             yield f"env {entry['name']} looks like a credential; put it into a Secret and name that in `secrets`"
     for source in container.get("envFrom", []):
         name = source.get("secretRef", {}).get("name", "")
@@ -179,8 +181,9 @@ def _command(container: Tree, pod: Tree) -> Iterator[str]:
     if command and command[0] in SHELLS:
         yield f"command starts with {command[0]!r}, which keeps signals to itself; name the program"
     grace = pod.get("terminationGracePeriodSeconds", 30)
-    if STOP_OPTION in command and int(command[command.index(STOP_OPTION) + 1]) >= grace:
-        yield f"terminationGracePeriodSeconds={grace} ends before the {STOP_OPTION} of the launcher inside"
+    leads = [int(entry["value"]) for entry in container.get("env", []) if entry["name"] == LEAD_VARIABLE]
+    if leads and leads[0] >= grace:
+        yield f"terminationGracePeriodSeconds={grace} is over before the {leads[0]} s that a step and a save may take"
 
 
 def _job(job: Tree, kind: str) -> Iterator[str]:
@@ -197,7 +200,7 @@ def _job(job: Tree, kind: str) -> Iterator[str]:
         codes = rule.get("onExitCodes")
         if codes and codes.get("containerName", next(iter(names))) not in names:
             yield f"podFailurePolicy names container {codes['containerName']!r}; there is {sorted(names)}"
-        if codes and (sorted(set(codes["values"])) != codes["values"] or (codes["operator"] == "In" and 0 in codes["values"])):
+        if codes and (sorted(set(codes["values"])) != codes["values"] or 0 in codes["values"]):
             yield f"podFailurePolicy's exit codes {codes['values']} must be in order, each once, without 0"
 
 
@@ -221,7 +224,7 @@ def _replicated(tree: Tree) -> Iterator[str]:
         yield f"failurePolicy: rules {names} need different names of letters, digits and '_'"
     for rule in rules:
         if unknown := set(rule.get("onJobFailureReasons", [])) - JOB_FAILURES:
-            yield f"failurePolicy: {sorted(unknown)} is no reason for which a job fails; there are {sorted(JOB_FAILURES)}"
+            yield f"failurePolicy: {sorted(unknown)} is none of the reasons {sorted(JOB_FAILURES)}"
         for pattern in rule.get("onJobFailureMessagePatterns", []):
             re.compile(pattern)
 
@@ -248,7 +251,8 @@ def _ray_job(tree: Tree) -> Iterator[str]:
 
 
 def _train_job(tree: Tree) -> Iterator[str]:
-    reserved = [entry["name"] for entry in tree["spec"].get("trainer", {}).get("env", []) if entry["name"][:4] == "PET_"]
+    env = [entry["name"] for entry in tree["spec"].get("trainer", {}).get("env", [])]
+    reserved = [name for name in env if name.startswith("PET_")]
     if reserved:
         yield f"env {reserved} is what the torch policy sets itself"
 
@@ -271,9 +275,9 @@ def _references(objects: Sequence[Tree]) -> Iterator[str]:
         if reference["name"] not in runtimes:
             yield f"runtimeRef {reference['name']!r} is none of {sorted(runtimes)}"
             continue
-        named = [container["name"] for pod in pods(runtimes[reference["name"]]) for container in pod["spec"]["containers"]]
-        if "node" not in named:
-            yield f"its runtime's containers are {named}; the torch policy looks for one called 'node'"
+        containers = [part["name"] for pod in pods(runtimes[reference["name"]]) for part in pod["spec"]["containers"]]
+        if "node" not in containers:
+            yield f"its runtime's containers are {containers}; the torch policy looks for one called 'node'"
 
 
 def _credentials(tree: Tree) -> Iterator[str]:

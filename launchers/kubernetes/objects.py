@@ -2,28 +2,38 @@
 
 A training is a JobSet, or a TrainJob with a runtime of its own, which becomes the same JobSet: one Indexed job with a
 pod per node. A pod runs `tessera launch local` as on a laptop, its index is its node rank, and pod 0 answers under a
-name known beforehand. A data build is a RayJob, everything else a plain Job. The resolved recipe travels along.
+name known beforehand. What needs a Ray of several nodes is a RayJob, everything else a plain Job. The recipe travels
+along in a ConfigMap, resolved: what was checked here is what runs there, whatever recipes the image holds.
 """
 
 import shlex
+from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import Any
 
-from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue
-from launchers.kubernetes_lint import STOP_OPTION, amount_of
-from launchers.spec import KubernetesCluster, RunSpec, check_gpus
+import yaml
+
+from data_pipeline.config import BuildConfig, VocabConfig
+from data_pipeline.errors import ConfigError, Requeue
+from data_pipeline.settings import Settings, load_settings
+from launchers.causes import USER_CODE_EXIT
+from launchers.kubernetes.lint import amount_of
+from launchers.spec import COMMANDS, KubernetesCluster, RunSpec, Task, check_gpus
+from pretrain.config import RunConfig
 
 Tree = dict[str, Any]
 
 JOB = "node"
 CONTAINER = "node"  # the torch policy of TrainJobs looks for a container of this name
-RECIPE_FOLDER = "/etc/tessera"
-RECIPE_FILE = "recipe.yaml"
+FOLDER = "/etc/tessera"
+RECIPE, PLACE = "recipe.yaml", "local.yaml"
+WORK_FOLDER = PurePosixPath("/work")  # the image's: relative paths of a recipe start here
 USER_ID = 1000  # the image's user: nothing here runs as root
 GRACE_MARGIN_S = 30  # from the end of the launcher's patience to the kill
-USER_CODE_EXIT = 1
 HOPELESS = [USER_CODE_EXIT, ConfigError.exit_code]
 OBJECT_STORE_SHARE = 0.9
 APPLICATION = "app.kubernetes.io"
+RECIPES: dict[Task, type[Settings]] = {"train": RunConfig, "build": BuildConfig, "vocab": VocabConfig}
 
 API_VERSIONS = {
     "ConfigMap": "v1",
@@ -38,17 +48,50 @@ API_VERSIONS = {
 def objects(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:
     """What is to be created, in this order: the last one is the run, those before it belong to it."""
     check_gpus(spec.procs_per_node, cluster.gpus_per_node)
-    recipe = [_named("ConfigMap", spec, cluster, data={RECIPE_FILE: spec.recipe})] if spec.recipe else []
-    if spec.task == "build":
-        return [*recipe, _ray_job(spec, cluster)]
+    _check_storage(spec, cluster)
+    files = _files(spec, cluster)
+    carried = [_named("ConfigMap", spec, cluster, {"data": files})] if files else []
+    if spec.on_ray:
+        return [*carried, _ray_job(spec, cluster)]
     if spec.task != "train":
-        return [*recipe, _single_job(spec, cluster)]
+        return [*carried, _single_job(spec, cluster)]
     if cluster.controller == "trainjob":
-        return [*recipe, *_train_job(spec, cluster)]
-    return [*recipe, _queued(_named("JobSet", spec, cluster, spec=_replicated(spec, cluster, {})), cluster)]
+        return [*carried, *_train_job(spec, cluster)]
+    return [*carried, _queued(_named("JobSet", spec, cluster, {"spec": _replicated(spec, cluster, {})}), cluster)]
 
 
-def _named(kind: str, spec: RunSpec, cluster: KubernetesCluster, **content: Any) -> Tree:
+def _check_storage(spec: RunSpec, cluster: KubernetesCluster) -> None:
+    """A pod's own disk is empty at its start and gone at its end."""
+    volumes = [PurePosixPath(path) for path in cluster.claims.values()]
+    for path in spec.storage:
+        place = WORK_FOLDER / path
+        if "://" not in path and not any(place.is_relative_to(volume) for volume in volumes):
+            mounted = ", ".join(map(str, volumes)) or "nothing"
+            raise ConfigError(
+                f"{path} would be {place} in a pod, where no volume is mounted ({mounted} is): it would be lost with "
+                "the pod. Add a volume claim to `claims:`, or give an s3:// address"
+            )
+
+
+def _files(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, str]:
+    """What travels along: the recipe with every default and override in it, and the place as it is inside a pod."""
+    if spec.task not in RECIPES:
+        return {}
+    target, *overrides = spec.arguments[len(COMMANDS[spec.task]) :]
+    settings = load_settings(RECIPES[spec.task], target, overrides).model_dump(mode="json")
+    files = {RECIPE: yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110)}
+    if spec.task == "train":
+        files[PLACE] = yaml.safe_dump({"kind": "local", "stop_timeout_s": cluster.stop_timeout_s}, sort_keys=False)
+    return files
+
+
+def _inside(spec: RunSpec) -> RunSpec:
+    """The same as a pod sees it: with the recipe that travelled along."""
+    words = COMMANDS[spec.task]
+    return replace(spec, arguments=(*words, f"{FOLDER}/{RECIPE}")) if spec.task in RECIPES else spec
+
+
+def _named(kind: str, spec: RunSpec, cluster: KubernetesCluster, content: Tree) -> Tree:
     metadata = {
         "name": spec.name,
         "namespace": cluster.namespace,
@@ -77,12 +120,12 @@ def _replicated(spec: RunSpec, cluster: KubernetesCluster, job_labels: dict[str,
     metadata = {"metadata": {"labels": job_labels}} if job_labels else {}
     return {
         "network": {"enableDNSHostnames": True},
-        "failurePolicy": _failure_policy(cluster),
+        "failurePolicy": _failure_policy(spec),
         "replicatedJobs": [{"name": JOB, "replicas": 1, "template": {**metadata, "spec": _nodes(spec, cluster)}}],
     }
 
 
-def _failure_policy(cluster: KubernetesCluster) -> Tree:
+def _failure_policy(spec: RunSpec) -> Tree:
     """What stays wrong ends the run; a preemption costs nothing of the budget; the rest restarts within it.
 
     The patterns are read in the message of the failed job, which quotes the rule of `_nodes` that failed it.
@@ -98,7 +141,7 @@ def _failure_policy(cluster: KubernetesCluster) -> Tree:
 
     hopeless = "|".join(map(str, HOPELESS))
     return {
-        "maxRestarts": cluster.max_restarts,
+        "maxRestarts": spec.retries,
         "rules": [
             rule(
                 "disruption",
@@ -145,18 +188,17 @@ def _trainer(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
     The controller of Indexed jobs adds JOB_COMPLETION_INDEX; the JobSet controller labels pods with the attempt.
     """
     options = {
+        "--cluster": f"{FOLDER}/{PLACE}",
         "--nodes": str(spec.nodes),
         "--procs-per-node": str(spec.procs_per_node),
         "--node-rank": "$(JOB_COMPLETION_INDEX)",
         "--master-addr": "$(MASTER_ADDR)",
         "--master-port": str(cluster.master_port),
         "--restarts": "0",
-        STOP_OPTION: str(cluster.stop_timeout_s),
     }
-    recipe = f"{RECIPE_FOLDER}/{RECIPE_FILE}"
-    command = ["launch", "local", recipe, *(part for option in options.items() for part in option)]
+    command = ["launch", "local", f"{FOLDER}/{RECIPE}", *(part for option in options.items() for part in option)]
     attempt = {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/restart-attempt']"}}
-    env = [
+    env: list[Tree] = [
         {"name": "MASTER_ADDR", "value": f"{spec.name}-{JOB}-0-0.{spec.name}"},
         {"name": "TESSERA_ATTEMPT", "valueFrom": attempt},
     ]
@@ -165,7 +207,7 @@ def _trainer(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
 
 
 def _train_job(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:
-    """A TrainJob and the runtime it names, which holds what a TrainJob cannot say: rules for failures, volumes, places."""
+    """A TrainJob and the runtime it names, which holds what a TrainJob cannot say: failures, volumes, places."""
     step = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
     runtime = {
         "mlPolicy": {"numNodes": spec.nodes, "torch": {}},
@@ -180,8 +222,8 @@ def _train_job(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:
         "trainer": {"numNodes": spec.nodes, "numProcPerNode": spec.procs_per_node},
     }
     return [
-        _named("TrainingRuntime", spec, cluster, spec=runtime),
-        _queued(_named("TrainJob", spec, cluster, spec=job), cluster),
+        _named("TrainingRuntime", spec, cluster, {"spec": runtime}),
+        _queued(_named("TrainJob", spec, cluster, {"spec": job}), cluster),
     ]
 
 
@@ -190,21 +232,21 @@ def _train_job(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:
 
 def _single_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
     """One pod, started again within the budget unless it stays wrong; one that was taken away costs nothing of it."""
-    container = _container(spec, cluster, _program(list(spec.arguments)), [])
+    container = _container(spec, cluster, _program(list(_inside(spec).arguments)), [])
     job = {
-        "backoffLimit": cluster.max_restarts,
+        "backoffLimit": spec.retries,
         "podFailurePolicy": {"rules": _pod_rules(disrupted="Ignore")},
         "template": _pod(spec, cluster, container),
     }
-    return _queued(_named("Job", spec, cluster, spec=job), cluster)
+    return _queued(_named("Job", spec, cluster, {"spec": job}), cluster)
 
 
 def _ray_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
-    """A Ray cluster of `nodes` pods for one build. KubeRay fills in the commands of its pods.
+    """A Ray cluster of `nodes` pods for one build or encoding. KubeRay fills in the commands of its pods.
 
     It knows no rule by exit code: every failure of the driver is tried again within the budget, on new pods.
     """
-    program = _program(["data", "build", f"{RECIPE_FOLDER}/{RECIPE_FILE}", "ray_address=auto"])
+    program = _program(list(_inside(spec).on_cluster_of("auto").arguments))
 
     def group(name: str) -> Tree:
         parameters = {
@@ -220,7 +262,7 @@ def _ray_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
     job = {
         "entrypoint": shlex.join(program),
         "submissionMode": "K8sJobMode",
-        "backoffLimit": cluster.max_restarts,
+        "backoffLimit": spec.retries,
         "shutdownAfterJobFinishes": True,
         "submitterPodTemplate": _submitter(spec, cluster),
         "rayClusterSpec": {
@@ -228,7 +270,7 @@ def _ray_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
             **({"workerGroupSpecs": [worker | group("worker")]} if workers else {}),
         },
     }
-    return _queued(_named("RayJob", spec, cluster, spec=job), cluster)
+    return _queued(_named("RayJob", spec, cluster, {"spec": job}), cluster)
 
 
 def _submitter(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
@@ -263,8 +305,8 @@ def _container(spec: RunSpec, cluster: KubernetesCluster, command: list[str], en
         resources[cluster.gpu_resource] = str(devices)
     resources |= {name: str(count) for name, count in sorted(cluster.rdma.items())}
     mounts = [{"name": claim, "mountPath": path} for claim, path in sorted(cluster.claims.items())]
-    recipe = [{"name": "recipe", "mountPath": RECIPE_FOLDER, "readOnly": True}] if spec.recipe else []
-    values = [*env, *({"name": name, "value": value} for name, value in spec.env)]
+    recipe = [{"name": "recipe", "mountPath": FOLDER, "readOnly": True}] if spec.task in RECIPES else []
+    values = [*env, *({"name": name, "value": value} for name, value in spec.environment.items())]
     return {
         "name": CONTAINER,
         "image": cluster.image,
@@ -280,15 +322,15 @@ def _container(spec: RunSpec, cluster: KubernetesCluster, command: list[str], en
 def _pod(spec: RunSpec, cluster: KubernetesCluster, container: Tree) -> Tree:
     """A pod template around one container: where it may stand, how long it may take to stop, what it mounts."""
     claims = [{"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in sorted(cluster.claims)]
-    recipe = [{"name": "recipe", "configMap": {"name": spec.name}}] if spec.recipe else []
+    recipe = [{"name": "recipe", "configMap": {"name": spec.name}}] if spec.task in RECIPES else []
     annotations = _kueue_topology(spec, cluster)
     tolerations = [{"key": key, "operator": "Exists"} for key in cluster.tolerations]
     return {
         "metadata": {"labels": _labels(spec), **({"annotations": annotations} if annotations else {})},
         "spec": {
             "restartPolicy": "Never",
-            # The launcher inside waits stop_timeout_s for the save; the pod must outlive that.
-            "terminationGracePeriodSeconds": cluster.stop_timeout_s + GRACE_MARGIN_S,
+            # The launcher inside waits lead_s for the save, and the pod must outlive that; others have nothing to save.
+            "terminationGracePeriodSeconds": GRACE_MARGIN_S + (spec.lead_s if spec.saves else 0),
             **({"serviceAccountName": cluster.service_account} if cluster.service_account else {}),
             **({"nodeSelector": dict(sorted(cluster.node_selector.items()))} if cluster.node_selector else {}),
             **({"tolerations": tolerations} if tolerations else {}),
@@ -313,7 +355,7 @@ def _kueue_topology(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, str]
 
 
 def _place(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
-    """Each pod on a machine of its own where possible; without Kueue also all of them within one part of the network."""
+    """Each pod on a machine of its own where possible; without Kueue also all within one part of the network."""
     if spec.nodes == 1:
         return {}
     mine = {"matchLabels": {f"{APPLICATION}/instance": spec.name}}
