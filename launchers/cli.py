@@ -3,6 +3,7 @@
 Commands import what they need when they run: `--help` and `--dry-run` need no torch.
 """
 
+import contextlib
 import os
 import sys
 
@@ -73,8 +74,9 @@ def main() -> None:
     """
     code = run()
     if commands_run.trains:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # who read it is gone
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -4,14 +4,16 @@ import itertools
 import json
 import math
 import statistics
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from data_pipeline.errors import TrainingFault
+from data_pipeline.errors import NodeFault, TrainingFault
 from pretrain.config import GuardsConfig
 from pretrain.guards import Guards
+from pretrain.train import Run
 
 NAN, INF = math.nan, math.inf
 
@@ -118,6 +120,22 @@ def test_a_step_of_turns_is_refused_whole_and_each_turn_is_judged_by_its_own_pas
     assert (judge.events, judge.in_a_row) == (2, 2)
     assert judge.state()["accepted"] == known["accepted"]  # not even the turn that was fine is remembered
     assert judge.accepts(10.3, 1.0, last=False) and judge.accepts(0.0103, 1.0, "judge") and judge.in_a_row == 0
+
+
+def test_ranks_that_do_not_judge_alike_end_the_run() -> None:
+    """One of them computes wrongly, whatever it computed."""
+
+    def agreed(mine: int, others: int) -> bool:
+        judge = guards()
+        judge.events = mine
+        there = [0, others, -others]
+        mesh = SimpleNamespace(maximum=lambda here: [max(pair) for pair in zip(here, there, strict=True)])
+        run: Any = SimpleNamespace(mesh=mesh, guards=judge, step=7)
+        return Run.agree(run, 0)
+
+    assert not agreed(3, 3)
+    with pytest.raises(NodeFault, match="step 7: ranks refused 2 to 3 steps"):
+        agreed(2, 3)
 
 
 def test_a_roll_back_takes_over_the_checkpoint_s_past_but_not_its_count() -> None:

@@ -10,11 +10,23 @@ from tests.pretrain.processes import run_ranks
 WORKER = Path(__file__).with_name("turns_worker.py")
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 STAGES = (0, 1, 2, 3)
+COUNTS = {"decay": 6, "no_decay": 6, "judge.decay": 4, "judge.no_decay": 4}
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[str, Any]]:
-    return run_ranks(WORKER, [], world=2)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("turns")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return run_ranks(WORKER, [str(folder), "play"], world=2)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One rank that goes on from what two have saved at stage 3."""
+    return run_ranks(WORKER, [str(folder), "go-on"], world=1)[0]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -33,10 +45,16 @@ def test_turns_are_those_of_two_optimizers_one_after_the_other(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_optimizer_counts_its_own_updates(stage: int, ranks: list[dict[str, Any]]) -> None:
-    counts = {"decay": 6, "no_decay": 6, "judge.decay": 4, "judge.no_decay": 4}
     for rank in ranks:
-        assert rank[f"{stage}/1"]["counts"] == counts
-        assert rank["groups"] == list(counts)
+        assert rank[f"{stage}/1"]["counts"] == COUNTS
+        assert rank["groups"] == list(COUNTS)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_both_optimizers_go_on_at_another_world_and_stage(stage: int, alone: dict[str, Any]) -> None:
+    found = alone[str(stage)]
+    assert found["losses"] == pytest.approx(found["plain"], abs=2e-5)
+    assert found["counts"] == COUNTS
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -3,12 +3,16 @@
 import dataclasses
 import json
 import math
+import sys
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.checkpoint.catalog import Retention, committed
+from pretrain.checkpoint.restore import restore
+from pretrain.checkpoint.saver import Checkpoints
 from pretrain.config import AdamWConfig, OptimConfig
 from pretrain.engine import Engine
 from pretrain.mesh import Mesh
@@ -16,6 +20,7 @@ from pretrain.optim import parameter_groups
 from tests.pretrain.engine_worker import BATCH, STEPS, WIDTH, config, global_batch
 
 STAGES = (0, 1, 2, 3)
+HALF = 3
 STARTS = 2
 """The step from which on the judge learns."""
 CLIP = 0.5
@@ -157,13 +162,37 @@ def refused(mesh: Mesh, stage: int) -> dict[str, bool]:
     return {role: after(role) == expected for role in Game.roles}
 
 
+def saved_half_way(mesh: Mesh, folder: str) -> None:
+    """A checkpoint after HALF steps at stage 3."""
+    player, checkpoints = Player.at(mesh, 3), Checkpoints(folder, mesh, 0, Retention(1))
+    for number in range(HALF):
+        player.step(number)
+    checkpoints.save(player.engine, HALF, {"optimizer": player.engine.scalars()})
+    checkpoints.finish()
+
+
+def gone_on(mesh: Mesh, folder: str, stage: int) -> dict[str, Any]:
+    """The rest of the game from that checkpoint, at another stage and by whatever ranks there are."""
+    player = Player.at(mesh, stage)
+    restore(committed(folder)[-1], player.engine)
+    turns = [pair for number in range(HALF, STEPS) for pair in player.step(number)]
+    counts = {name: group["updates"] for name, group in player.engine.scalars()["groups"].items()}
+    return {"losses": [loss for loss, _ in turns], "counts": counts, "plain": plain()["losses"][-len(turns) :]}
+
+
 def main() -> None:
+    """FOLDER play | FOLDER go-on"""
     torch.set_num_threads(1)
+    folder, what = sys.argv[1:]
     mesh = Mesh.start(60)
-    result: dict[str, Any] = {"groups": [group["name"] for group in parameter_groups(Game(), OPTIM)]}
-    for stage in STAGES:
-        result |= {f"{stage}/{accumulation}": played(mesh, stage, accumulation) for accumulation in (1, 2)}
-        result[f"{stage}/refused"] = refused(mesh, stage)
+    if what == "go-on":
+        result: dict[str, Any] = {str(stage): gone_on(mesh, folder, stage) for stage in STAGES}
+    else:
+        result = {"groups": [group["name"] for group in parameter_groups(Game(), OPTIM)]}
+        for stage in STAGES:
+            result |= {f"{stage}/{accumulation}": played(mesh, stage, accumulation) for accumulation in (1, 2)}
+            result[f"{stage}/refused"] = refused(mesh, stage)
+        saved_half_way(mesh, folder)
     mesh.stop()
     print(json.dumps(result))
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,22 @@ def test_what_is_written_is_what_the_safetensors_library_reads(tmp_path: Path) -
     for kind in KINDS:
         assert torch.equal(theirs[f"{kind}/w"], share.views[kind])
         assert torch.equal(slices.interval(kind, "w", 1, 4), share.views[kind])
+
+
+def test_what_reading_holds_in_memory_is_a_few_buffers_whatever_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the tensors that are filled: no file, no whole shard, however it was cut."""
+    values = torch.randn(2_000_000)
+    shares = [Share("w", (2_000_000,), 0, 2_000_000, {kind: values for kind in KINDS})]
+    slices, into = stored(tmp_path, [Shard(0, "r00000.safetensors", shares, {})]), torch.empty(1_000_000)
+    monkeypatch.setattr(layout, "BUFFER", 1 << 16)
+    tracemalloc.start()
+    slices.fill([("exp_avg", "w", 500_000, into)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(into, values[500_000:1_500_000])
+    assert peak < 4 * layout.READERS * (1 << 16) < into.nbytes / 3
 
 
 def test_staged_tensors_do_not_follow_the_originals_and_memory_is_taken_once() -> None:
