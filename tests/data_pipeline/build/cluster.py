@@ -70,6 +70,10 @@ class Nodes:
         kill(self.processes(number))
         self._cluster.remove_node(self._nodes[number], allow_graceful=False)
 
+    def lose_head(self) -> None:
+        """Every process of the head dies, where the driver's node is."""
+        kill([info.process.pid for infos in self._cluster.head_node.all_processes.values() for info in infos])
+
     def replace(self, number: int) -> None:
         """A new node in the place of the lost one."""
         self._nodes[number] = self._add()
