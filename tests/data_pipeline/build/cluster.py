@@ -70,9 +70,9 @@ class Nodes:
         kill(self.processes(number))
         self._cluster.remove_node(self._nodes[number], allow_graceful=False)
 
-    def lose_head(self) -> None:
-        """Every process of the head dies, where the driver's node is."""
-        kill([info.process.pid for infos in self._cluster.head_node.all_processes.values() for info in infos])
+    def lose_own(self) -> None:
+        """The node on the head dies, which is that of a driver that joins."""
+        kill([info.process.pid for info in self._cluster.head_node.all_processes["raylet"]])
 
     def replace(self, number: int) -> None:
         """A new node in the place of the lost one."""

@@ -127,7 +127,7 @@ def test_a_driver_that_joined_leaves_with_70_when_its_own_node_dies(tmp_path):
     with nodes(1, 1) as own:
         started = command(tmp_path, ray_address=own.address)
         wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
-        own.lose_head()
+        own.lose_own()
         _, said = started.communicate(timeout=240)
     assert started.returncode == 70 and "run the same command again" in said, (started.returncode, said[-2000:])
 
