@@ -73,8 +73,8 @@ def plan(rows: int, rounds: int) -> None:
                 print(f"{kind:8} {found[-1]}", flush=True)
             planned, cpu, more, last = (statistics.median(one[place] for one in found) for place in range(4))
             print(
-                f"{kind:8} {rows:,} rows planned in {planned:.1f} s, {cpu:.1f} s of CPU in all, {more:.0f} MB more than "
-                f"before; the last 1000 rows read in {last:.2f} s (medians of {rounds})"
+                f"{kind:8} {rows:,} rows planned in {planned:.1f} s, {cpu:.1f} s of CPU in all, {more:.0f} MB more "
+                f"than before; the last 1000 rows read in {last:.2f} s (medians of {rounds})"
             )
 
 
