@@ -357,9 +357,14 @@ def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quiet_deepspeed() -> Any:
+    absent = "mlflow" not in sys.modules
+    if absent:  # only DeepSpeed's autotuner asks for it, for two seconds of the start of every process
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
     import deepspeed
     from deepspeed.utils import logger
 
+    if absent:
+        del sys.modules["mlflow"]
     logger.setLevel(logging.ERROR)
     # DeepSpeed still calls collectives by names that torch 2.13 wants spelt otherwise, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
