@@ -26,7 +26,9 @@ from pretrain.config import RunConfig
 from pretrain.goodput import METRICS, lines_of
 
 MARKER = "chaos.json"
-HANG_TIMEOUT_S = 30
+HANG_TIMEOUT_S = 60
+UNEXPLAINED = 5
+"""So many attempts may end without a strike; each breaks a law, but does not end the campaign."""
 
 Say = Callable[[str], None]
 
@@ -124,27 +126,35 @@ def _strike_all(
     campaign: Campaign, strikes: Sequence[Strike], start: Callable[[], Attempt], place: Ground, say: Say
 ) -> int:
     """Strike after strike; an attempt that outlives one meets the next -> the exit code of the last attempt."""
-    attempt = start()
+    attempt, unexplained = start(), 0
     for number, strike in enumerate(strikes, 1):
-        if attempt.done:
-            attempt = start()
-        event = _strike(campaign, strike, attempt, place)
-        if event is None:
-            say(f"strike {number}: the run was done before it")
-            return attempt.wait()
-        campaign.events.append(event)
-        outcome = "went on" if event.code is None else f"exit code {event.code}"
-        say(f"strike {number} of {len(strikes)}: {strike}; {outcome}, {event.reached} steps made, {event.found}")
+        while True:
+            if attempt.done:
+                attempt = start()
+            event = _strike(campaign, strike, attempt, place)
+            if event is None:
+                say(f"strike {number}: the run was done before it")
+                return 0
+            campaign.events.append(event)
+            outcome = "went on" if event.code is None else f"exit code {event.code}"
+            reached = f"{event.reached} steps made, {event.found}"
+            say(f"strike {number} of {len(strikes)}: {event.strike}; {outcome}, {reached}")
+            if event.strike == strike:
+                break
+            unexplained += 1
+            if unexplained > UNEXPLAINED:
+                raise NodeFault(f"{attempt.log}: {unexplained} attempts ended without a strike; mend that first")
     return (start() if attempt.done else attempt).wait()
 
 
 def _strike(campaign: Campaign, strike: Strike, attempt: Attempt, place: Ground) -> Event | None:
-    """Wait for the moment, strike, wait for what follows; None when the attempt ended before."""
-    if not moment(strike, attempt, place.points, campaign.every):
-        place.points.go_on()
-        return None
+    """Wait for the moment, strike, wait for what follows; None when the run was done before."""
+    due = moment(strike, attempt, place.points, campaign.every)
+    if not due:
+        if attempt.wait() == 0:
+            return None
+        strike = dataclasses.replace(strike, whom="nobody", damage="", fault="")
     event = Event(strike, None, 0, time.time(), 0.0)
-    root = campaign.root(campaign.struck)
     if strike.whom == "storage":
         event.failed = tuple(place.strike(strike.fault, attempt))
         event.code = attempt.wait() if attempt.done else None
@@ -154,6 +164,13 @@ def _strike(campaign: Campaign, strike: Strike, attempt: Attempt, place: Ground)
         place.points.go_on()
         event.code = attempt.wait()
         event.orphans = left_over(family)
+    _look(campaign, event)
+    return event
+
+
+def _look(campaign: Campaign, event: Event) -> None:
+    """What stands after a strike; then the damage that belongs to it."""
+    root, strike = campaign.root(campaign.struck), event.strike
     event.ended_at, event.found = time.time(), newest_save(root)
     event.reached = max((int(row["step"]) for row in lines_of(campaign.struck / METRICS)), default=0)
     spared = {past.damaged.partition("/")[0] for past in campaign.events} - {""}
@@ -161,12 +178,13 @@ def _strike(campaign: Campaign, strike: Strike, attempt: Attempt, place: Ground)
         event.damaged = damage(root, strike, spared)
         spared.add(event.damaged.partition("/")[0])
     event.newest = max((saved.step for saved in committed(root) if saved.name not in spared), default=0)
-    return event
 
 
 def hit(strike: Strike, attempt: Attempt, family: list[psutil.Process]) -> None:
     """The blow itself."""
     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        if strike.whom == "nobody":
+            return
         if strike.whom in ("rank", "freeze"):
             victim = attempt.rank(strike.rank)
             if victim is not None:

@@ -18,6 +18,7 @@ from pretrain.goodput import ATTEMPTS, METRICS, lines_of
 
 ENDS: dict[Whom, set[int | None]] = {
     "rank": {70}, "launcher": {-9}, "tree": {-9}, "stop": {75, 0}, "freeze": {70}, "storage": {None, 0},
+    "nobody": set(),
 }  # fmt: skip
 """How an attempt may end that was struck so; a stop may meet the last step, a fault of the storage must be outlived."""
 

@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from typing import Literal
 
-Whom = Literal["rank", "launcher", "tree", "stop", "freeze", "storage"]
+Whom = Literal["rank", "launcher", "tree", "stop", "freeze", "storage", "nobody"]
 When = Literal["step", "start", "load", "staging", "shard", "commit", "retention"]
 Damage = Literal["", "cut", "flip"]
 Fault = Literal["", "full", "503", "refuse", "slow", "torn"]
@@ -28,6 +28,7 @@ DAMAGE_SHARE = 0.15
 _BLOW = {
     "rank": "SIGKILL to rank {rank}", "launcher": "SIGKILL to the launcher", "tree": "SIGKILL to everything",
     "stop": "SIGTERM to the launcher", "freeze": "SIGSTOP to rank {rank}", "storage": "",
+    "nobody": "nobody struck, the run ended by itself",
 }  # fmt: skip
 _FAULT = {"": "", "full": "the disk is full", "503": "S3 answers 503", "refuse": "S3 refuses connections",
           "slow": "S3 is slow", "torn": "S3 takes half of each upload"}  # fmt: skip
@@ -43,7 +44,7 @@ _DAMAGE = {"": "", "cut": ", then a shard cut short", "flip": ", then a shard wi
 class Strike:
     """One blow or one fault of the storage: at which point, and what is done to the newest checkpoint afterwards.
 
-    after: in [0, 1), where within the point.
+    after: in [0, 1), where within the point. "nobody" is in no plan: it stands for an end that no strike explains.
     """
 
     whom: Whom
