@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from launchers.local import die_with
 from pretrain.goodput import METRICS
 
 PATIENCE_S = 600.0
-"""Longest wait for anything: the next step, the end of an attempt."""
+"""How long an attempt may make no step before it is given up."""
 LEFT_S = 15
 """How long after its launcher's end a process may still be there."""
 
@@ -26,7 +27,7 @@ class Attempt:
         self.log = run.with_suffix(".log")
         self._steps = Tail(run / METRICS)
         self._said = Tail(self.log)
-        self._last = 0
+        self._last, self._moved = 0, time.monotonic()
         with self.log.open("a", encoding="utf-8") as log:
             self.launcher = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | (environment or {}), process_group=0,
@@ -38,17 +39,24 @@ class Attempt:
     def done(self) -> bool:
         return self.launcher.poll() is not None
 
+    @property
+    def stuck(self) -> bool:
+        """Has it made no step for so long that none will come?"""
+        self.step()
+        return not self.done and time.monotonic() - self._moved > PATIENCE_S
+
     def wait(self) -> int:
-        """The exit code; an attempt that does not end is killed."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.launcher.wait(PATIENCE_S)
+        """The exit code; an attempt that is stuck is killed."""
+        while not self.stuck:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.launcher.wait(1)
         self.launcher.kill()
         return self.launcher.wait()
 
     def step(self) -> int:
         """The last step that this attempt made; 0 where it made none yet."""
         for line in self._steps.lines():
-            self._last = int(json.loads(line)["step"])
+            self._last, self._moved = int(json.loads(line)["step"]), time.monotonic()
         return self._last
 
     def said(self) -> list[str]:

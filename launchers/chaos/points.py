@@ -43,29 +43,28 @@ def moment(strike: Strike, attempt: Attempt, points: Points, every: int) -> bool
 
     every: steps between saves. An attempt that makes a step has nothing to load any more: it is struck there.
     """
-    end = time.monotonic() + PATIENCE_S
     if strike.when == "load":
         points.expect("load", attempt)
-        _until(lambda: points.reached() or attempt.step() > 0, attempt, POLL_S, end)
+        _until(lambda: points.reached() or attempt.step() > 0, attempt, POLL_S)
     elif strike.when == "start":
-        _until(lambda: attempt.rank(strike.rank) is not None, attempt, POLL_S, end)
+        _until(lambda: attempt.rank(strike.rank) is not None, attempt, POLL_S)
     else:
-        _until(lambda: attempt.step() >= strike.step, attempt, POLL_S, end)
+        _until(lambda: attempt.step() >= strike.step, attempt, POLL_S)
     if strike.when == "staging":
         begun = attempt.step()
-        _until(lambda: attempt.step() > begun and attempt.step() % every == 0, attempt, CLOSE_S, end)
+        _until(lambda: attempt.step() > begun and attempt.step() % every == 0, attempt, CLOSE_S)
     elif strike.when in ("shard", "commit", "retention"):
         points.expect(strike.when, attempt)
-        _until(points.reached, attempt, CLOSE_S, end)
+        _until(points.reached, attempt, CLOSE_S)
     time.sleep(SPREAD_S[strike.when] * strike.after)
     return not attempt.done
 
 
-def _until(there: Callable[[], bool], attempt: Attempt, pause_s: float, end: float) -> None:
-    """Wait for `there()`, or for the attempt's own end. Raises NodeFault when neither comes."""
+def _until(there: Callable[[], bool], attempt: Attempt, pause_s: float) -> None:
+    """Wait for `there()`, or for the attempt's own end. Raises NodeFault when the attempt is stuck."""
     while not there() and not attempt.done:
-        if time.monotonic() > end:
-            raise NodeFault(f"{attempt.run}: not at the next strike's point within {PATIENCE_S:g} s, see {attempt.log}")
+        if attempt.stuck:
+            raise NodeFault(f"{attempt.run}: no step for {PATIENCE_S:g} s before the next strike, see {attempt.log}")
         time.sleep(pause_s)
 
 

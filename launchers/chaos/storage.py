@@ -77,17 +77,17 @@ class Folder:
         """Full until a save has failed by it. Retention makes no room before a save is done."""
         assert fault == "full"
         attempt.said()  # what it said before is no answer to this
-        ballast, failed, end = self.root / ".ballast", list[int](), time.monotonic() + PATIENCE_S
+        ballast, failed = self.root / ".ballast", list[int]()
         try:
             while not failed and not attempt.done:
                 _fill(ballast)
                 failed = _failed(attempt)
-                if time.monotonic() > end:
-                    raise NodeFault(f"{self.root} was full for {PATIENCE_S:g} s and no save failed, see {attempt.log}")
+                if attempt.stuck:
+                    raise NodeFault(f"{self.root} is full, no step for {PATIENCE_S:g} s, see {attempt.log}")
                 time.sleep(POLL_S)
         finally:
             ballast.unlink(missing_ok=True)
-        return failed
+        return failed or _failed(attempt)
 
     def close(self) -> None:
         if self._mounted:
@@ -163,10 +163,9 @@ class Gate:
         """The next requests meet the fault. Torn uploads meet the next shards alone, their verification is spared."""
         attempt.said()  # what it said before is no answer to this
         self._dealt, self._left = DEALT[fault], MET
-        end = time.monotonic() + PATIENCE_S
         while self._left and not attempt.done:
-            if time.monotonic() > end:
-                raise NodeFault(f"fewer than {MET} requests within {PATIENCE_S:g} s, see {attempt.log}")
+            if attempt.stuck:
+                raise NodeFault(f"{fault} before S3: no step for {PATIENCE_S:g} s, see {attempt.log}")
             time.sleep(POLL_S)
         self._left = 0
         return _failed(attempt)

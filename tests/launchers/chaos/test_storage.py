@@ -24,7 +24,7 @@ class Said:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.log = Path("log")
-        self.done = False
+        self.done = self.stuck = False
 
     def said(self) -> list[str]:
         lines, self.lines = self.lines, []
