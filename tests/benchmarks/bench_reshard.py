@@ -24,7 +24,7 @@ from pretrain.checkpoint.restore import restore  # noqa: E402
 from pretrain.checkpoint.saver import Checkpoints  # noqa: E402
 from pretrain.mesh import Mesh  # noqa: E402
 from tests.benchmarks.bench_save import engine_of  # noqa: E402
-from tests.pretrain.processes import run_ranks  # noqa: E402
+from tests.pretrain import processes  # noqa: E402
 
 WIDTH = 832  # of 12 layers: 100M parameters
 WAYS = ((2, 1), (2, 2), (2, 4), (1, 4))
@@ -61,13 +61,14 @@ def rank_main(folder: str, mode: str) -> None:
 
 def main() -> None:
     """Print a line for each way."""
+    processes.TIMEOUT_S = 1800
     with tempfile.TemporaryDirectory() as folder:
         saved = 0
         for before, after in WAYS:
             if before != saved:
-                run_ranks(Path(__file__), ["rank", f"{folder}/{before}", "save"], before)
+                processes.run_ranks(Path(__file__), ["rank", f"{folder}/{before}", "save"], before)
                 saved = before
-            ranks = run_ranks(Path(__file__), ["rank", f"{folder}/{before}", "load"], after)
+            ranks = processes.run_ranks(Path(__file__), ["rank", f"{folder}/{before}", "load"], after)
             most = max(ranks, key=lambda rank: rank["more_mb"])
             print(
                 f"{before} -> {after} processes, {most['parameters']:,} parameters: a rank keeps "
