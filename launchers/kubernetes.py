@@ -129,7 +129,7 @@ def _environment(spec: RunSpec) -> list[dict[str, Any]]:
     return [
         {"name": "MASTER_ADDR", "value": f"{spec.name}-{JOB}-0-0.{spec.name}"},
         {"name": "TESSERA_ATTEMPT", "valueFrom": attempt},
-        *({"name": name, "value": value} for name, value in spec.env),
+        *({"name": name, "value": value} for name, value in spec.environment.items()),
     ]
 
 
