@@ -101,8 +101,9 @@ def chaos(
     json: AsJson = False,
 ) -> None:
     """Kill a run again and again, start it again, and hold the result against an undisturbed one; verdict last."""
-    from launchers.chaos import figures, run_campaign, write_report
-    from launchers.laws import broken_laws
+    from launchers.chaos.campaign import run_campaign
+    from launchers.chaos.laws import broken_laws
+    from launchers.chaos.report import figures, write_report
 
     def say(text: str) -> None:
         typer.echo(text, err=json)

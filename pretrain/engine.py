@@ -371,7 +371,7 @@ def deepspeed_settings(
 
 
 def _quiet_deepspeed() -> Any:
-    import deepspeed
+    deepspeed = _slim_deepspeed()
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
@@ -382,4 +382,22 @@ def _quiet_deepspeed() -> Any:
     # Its shared-memory collectives are compiled for over a minute at the first start; gloo's own do as well here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False)
+    return deepspeed
+
+
+def _slim_deepspeed() -> Any:
+    """DeepSpeed without what it imports for uses that are not made here: a third of the start of every process."""
+    absent = "mlflow" not in sys.modules
+    if absent:  # for its autotuner
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    import deepspeed
+    from deepspeed.runtime import compiler
+
+    if absent:
+        del sys.modules["mlflow"]
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:  # it asks whether the optimizer is Muon, whose functions are decorated with torch's whole compiler
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_
     return deepspeed
