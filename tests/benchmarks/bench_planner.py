@@ -1,0 +1,162 @@
+"""The planner error table: what `tessera plan` foretells beside what is measured, on this machine's CPU.
+
+python tests/benchmarks/bench_planner.py            everything, some ten minutes of two cores
+python tests/benchmarks/bench_planner.py time       or parameters, flops, activations, engine, time, published
+
+Parameters, FLOPs and activations are the real modules'; states, bytes on the wire and times those of the real engine in
+two processes (bytes: what the kernel says that their connections carried; times: CPU seconds of a process, which other
+work on the machine disturbs little, beside products and copies timed in the same process).
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from data_pipeline.settings import load_settings  # noqa: E402
+from launchers.plan.clusters import GIGA, GPUS, Cluster, Device, cluster_of  # noqa: E402
+from launchers.plan.make import make_plan  # noqa: E402
+from launchers.plan.models import trace, trace_contrast  # noqa: E402
+from launchers.plan.tape import BATCH  # noqa: E402
+from launchers.plan.textbook import flops_per_token, mfu  # noqa: E402
+from pretrain.config import RunConfig  # noqa: E402
+from tests.launchers.plan import measured  # noqa: E402
+from tests.launchers.plan.recipes import desk, recipes, run_of  # noqa: E402
+from tests.launchers.plan.test_measured import (
+    ENGINE_TIMEOUT_S,
+    RECIPE,
+    RUNS,
+    WORKER,
+    between,
+    in_backward,
+    overrides_of,
+)  # noqa: E402
+from tests.launchers.plan.test_published import LLM_FOUNDRY  # noqa: E402
+from tests.launchers.plan.test_published import RUNS as PUBLISHED  # noqa: E402
+from tests.pretrain.processes import run_ranks  # noqa: E402
+
+DESKTOP = [recipe for recipe in recipes() if "/small/" in recipe or "/demo/" in recipe]
+MEDIUM = [
+    ("configs/text/bert-base.yaml", 1, ()),
+    ("configs/text/electra-base.yaml", 1, ()),
+    ("configs/clip/vit-b-32.yaml", 2, ()),
+    ("configs/text_to_image/pai-painter-base.yaml", 1, ()),
+    ("configs/image_tokenizer/vqgan-f16-16384.yaml", 1, ("model.image_size=128", "model.attention_at=[8]")),
+]
+
+
+class Row(NamedTuple):
+    """One figure, foretold and measured."""
+
+    what: str
+    planned: float
+    found: float
+
+    @property
+    def error(self) -> float:
+        return self.planned / self.found - 1
+
+
+def run(recipe: str, *overrides: str) -> RunConfig:
+    return load_settings(RunConfig, ROOT / recipe, overrides)
+
+
+def name(recipe: str) -> str:
+    return recipe.removeprefix("configs/").removesuffix(".yaml")
+
+
+def parameters() -> Iterator[Row]:
+    """Elements, every recipe."""
+    for recipe in recipes():
+        config = run(recipe)
+        yield Row(name(recipe), sum(w.numel for w in trace(config, 1).weights), sum(measured.parameters(config)))
+
+
+def flops() -> Iterator[Row]:
+    """Of a forward and backward by torch's counter, attention as plain products."""
+    for recipe in DESKTOP:
+        config = run(recipe, "train.global_batch=2")
+        tape = trace(config, 2, on_gpu=False)
+        loss = trace_contrast(config, on_gpu=False) if config.model.kind == "clip" else None
+        planned = sum(t.forward_flops + t.backward_flops + t.repeated_flops for t in (tape, loss) if t is not None)
+        yield Row(name(recipe), planned, measured.flops(config, 2)[1])
+
+
+def activations() -> Iterator[Row]:
+    """Bytes that wait for the backward, in float32 and under autocast."""
+    sizes = [(recipe, 2, ()) for recipe in DESKTOP] + MEDIUM
+    for recipe, rows, overrides in sizes:
+        for precision in ("fp32", "bf16"):
+            config = run(recipe, f"train.precision={precision}", f"train.global_batch={rows}", *overrides)
+            tapes = [trace(config, rows, on_gpu=False)]
+            tapes += [trace_contrast(config, on_gpu=False)] if config.model.kind == "clip" else []
+            planned = sum(tape.saved_bytes() - tape.saved_bytes(BATCH) + tape.copied_bytes() for tape in tapes)
+            yield Row(f"{name(recipe)} {precision}", planned, measured.saved_bytes(config, rows))
+
+
+def engine() -> Iterator[Row]:
+    """Bytes held before an update and sent in a step, ZeRO stages 0 to 3 over two processes."""
+    every = [overrides_of(*one) for one in RUNS]
+    ranks = run_ranks(WORKER, [json.dumps([[str(ROOT / RECIPE), *one] for one in every])], 2, ENGINE_TIMEOUT_S)
+    for number, (precision, stage, micro, zero) in enumerate(RUNS):
+        plan = make_plan(run(RECIPE, *every[number]), desk(2))
+        label = f"{precision} stage {stage} micro-batch {micro} {'spread ' if zero else ''}"
+        most = {key: max(rank["runs"][number][key] for rank in ranks) for key in ranks[0]["runs"][number]}
+        yield Row(label + "sent", plan.sent_per_rank, most["sent"])
+        yield Row(label + "held between steps", between(plan, zero), most["between"])
+        yield Row(label + "held at most", in_backward(plan), max(most["in_backward"], most["before_update"]))
+
+
+def times() -> Iterator[Row]:
+    """CPU seconds of a step in one process of one thread, at the usual shares."""
+    alone = ["train.zero_stage=0", "train.precision=fp32", "train.global_batch=16"]
+    asked = json.dumps([[str(ROOT / recipe), *alone] for recipe in DESKTOP])
+    said = run_ranks(WORKER, [asked], 1, 2 * ENGINE_TIMEOUT_S)[0]
+    device = Device("cpu", {"fp32": said["peak"]}, 8 * GIGA, said["rate"], GIGA, GIGA)
+    for recipe, measured_run in zip(DESKTOP, said["runs"], strict=True):
+        slow, usual, fast = make_plan(run(recipe, *alone), Cluster(device, 1, 1, GIGA)).paces
+        found = measured_run["cpu_seconds"]
+        verdict = "within" if fast.step < found < slow.step else "OUTSIDE"
+        parts = f"products {usual.products:.3f} memory {usual.moved + usual.update:.3f}"
+        yield Row(f"{name(recipe)} ({verdict} {fast.step:.3f} to {slow.step:.3f}; {parts})", usual.step, found)
+
+
+def published() -> Iterator[Row]:
+    """Utilisation by formula, in %; then samples/s of other people's runs at the usual shares."""
+    for parameters, layers, width, length, gpus, tokens, share in LLM_FOUNDRY:
+        found = mfu(flops_per_token(parameters, layers, width, length), tokens, gpus, GPUS["h100"].peaks["bf16"])
+        yield Row(f"llm-foundry {parameters / 1e9:.1f}B length {length} on {gpus}: MFU", 100 * found, share)
+    for model, batch, micro, stage, gpu, nodes, recompute, speed in PUBLISHED:
+        config = run_of(model, global_batch=batch, micro_batch=micro, zero_stage=stage)
+        plan = make_plan(config, cluster_of(gpu, nodes, 8), recompute)
+        yield Row(
+            f"{model['kind']} {plan.parameters / 1e9:.1f}B on {8 * nodes} {gpu}", batch / plan.paces[1].step, speed
+        )
+
+
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "parameters": parameters,
+    "flops": flops,
+    "activations": activations,
+    "engine": engine,
+    "time": times,
+    "published": published,
+}
+
+
+def main() -> None:
+    for part in sys.argv[1:] or PARTS:
+        print(f"\n{part}: {(PARTS[part].__doc__ or '').splitlines()[0]}")
+        errors = []
+        for row in PARTS[part]():
+            errors.append(abs(row.error))
+            print(f"  {row.what:62} {row.planned:18,.4g} {row.found:18,.4g} {100 * row.error:+8.2f} %", flush=True)
+        print(f"  largest error {100 * max(errors):.2f} %, median {100 * sorted(errors)[len(errors) // 2]:.2f} %")
+
+
+if __name__ == "__main__":
+    main()
