@@ -1,44 +1,32 @@
 """The planner error table: what `tessera plan` foretells beside what is measured, on this machine's CPU.
 
-python tests/benchmarks/bench_planner.py            everything, some ten minutes of two cores
-python tests/benchmarks/bench_planner.py time       or parameters, flops, activations, engine, time, published
+python -m tests.benchmarks.bench_planner            everything, some ten minutes of two cores
+python -m tests.benchmarks.bench_planner time       or parameters, flops, activations, engine, time, published
 
 Parameters, FLOPs and activations are the real modules'; states, bytes on the wire and times those of the real engine in
 two processes (bytes: what the kernel says that their connections carried; times: CPU seconds of a process, which other
 work on the machine disturbs little, beside products and copies timed in the same process).
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipeline.settings import load_settings
+from launchers.plan.clusters import GIGA, GPUS, Cluster, Device, cluster_of
+from launchers.plan.make import make_plan
+from launchers.plan.models import trace, trace_contrast
+from launchers.plan.tape import BATCH
+from launchers.plan.textbook import flops_per_token, mfu
+from pretrain.config import RunConfig
+from tests.launchers.plan import measured
+from tests.launchers.plan.engine_runs import RECIPE, RUNS, between, in_backward, on_ranks, overrides_of
+from tests.launchers.plan.recipes import desk, recipes, run_of
+from tests.launchers.plan.test_published import LLM_FOUNDRY
+from tests.launchers.plan.test_published import RUNS as PUBLISHED
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from data_pipeline.settings import load_settings  # noqa: E402
-from launchers.plan.clusters import GIGA, GPUS, Cluster, Device, cluster_of  # noqa: E402
-from launchers.plan.make import make_plan  # noqa: E402
-from launchers.plan.models import trace, trace_contrast  # noqa: E402
-from launchers.plan.tape import BATCH  # noqa: E402
-from launchers.plan.textbook import flops_per_token, mfu  # noqa: E402
-from pretrain.config import RunConfig  # noqa: E402
-from tests.launchers.plan import measured  # noqa: E402
-from tests.launchers.plan.recipes import desk, recipes, run_of  # noqa: E402
-from tests.launchers.plan.test_measured import (
-    ENGINE_TIMEOUT_S,
-    RECIPE,
-    RUNS,
-    WORKER,
-    between,
-    in_backward,
-    overrides_of,
-)  # noqa: E402
-from tests.launchers.plan.test_published import LLM_FOUNDRY  # noqa: E402
-from tests.launchers.plan.test_published import RUNS as PUBLISHED  # noqa: E402
-from tests.pretrain.processes import run_ranks  # noqa: E402
-
 DESKTOP = [recipe for recipe in recipes() if "/small/" in recipe or "/demo/" in recipe]
 MEDIUM = [
     ("configs/text/bert-base.yaml", 1, ()),
@@ -101,7 +89,7 @@ def activations() -> Iterator[Row]:
 def engine() -> Iterator[Row]:
     """Bytes held before an update and sent in a step, ZeRO stages 0 to 3 over two processes."""
     every = [overrides_of(*one) for one in RUNS]
-    ranks = run_ranks(WORKER, [json.dumps([[str(ROOT / RECIPE), *one] for one in every])], 2, ENGINE_TIMEOUT_S)
+    ranks = on_ranks([[RECIPE, *one] for one in every], world=2)
     for number, (precision, stage, micro, zero) in enumerate(RUNS):
         plan = make_plan(run(RECIPE, *every[number]), desk(2))
         label = f"{precision} stage {stage} micro-batch {micro} {'spread ' if zero else ''}"
@@ -114,8 +102,7 @@ def engine() -> Iterator[Row]:
 def times() -> Iterator[Row]:
     """CPU seconds of a step in one process of one thread, at the usual shares."""
     alone = ["train.zero_stage=0", "train.precision=fp32", "train.global_batch=16"]
-    asked = json.dumps([[str(ROOT / recipe), *alone] for recipe in DESKTOP])
-    said = run_ranks(WORKER, [asked], 1, 2 * ENGINE_TIMEOUT_S)[0]
+    said = on_ranks([[recipe, *alone] for recipe in DESKTOP], world=1)[0]
     device = Device("cpu", {"fp32": said["peak"]}, 8 * GIGA, said["rate"], GIGA, GIGA)
     for recipe, measured_run in zip(DESKTOP, said["runs"], strict=True):
         slow, usual, fast = make_plan(run(recipe, *alone), Cluster(device, 1, 1, GIGA)).paces

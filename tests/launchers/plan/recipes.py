@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.settings import check_settings
+from data_pipeline.settings import check_settings, read_yaml
 from launchers.plan.clusters import GIGA, Cluster, Device
 from pretrain.config import OBJECTIVE_OF, RunConfig
 
@@ -14,11 +14,10 @@ DESK = Device("cpu", {"fp32": 50e9, "bf16": 50e9}, 24e9, 10e9, GIGA, GIGA)
 
 
 def recipes() -> Iterator[str]:
-    """Every training recipe of configs/."""
-    for folder in ("clip", "text", "text_to_image", "image_tokenizer", "small", "demo"):
-        for path in sorted((ROOT / "configs" / folder).glob("*.yaml")):
-            if path.stem not in ("vocab", "data", "heldout"):
-                yield str(path.relative_to(ROOT))
+    """Every training recipe of configs/: what has a model."""
+    for path in sorted((ROOT / "configs").glob("*/*.yaml")):
+        if "model" in read_yaml(path):
+            yield str(path.relative_to(ROOT))
 
 
 def run_of(model: dict[str, Any], **train: Any) -> RunConfig:

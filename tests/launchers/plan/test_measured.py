@@ -1,22 +1,17 @@
 """The plan beside the real modules and the real engine: parameters, FLOPs, activations, states, bytes on the wire."""
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from data_pipeline.settings import load_settings
-from launchers.plan.make import Plan, make_plan
-from launchers.plan.memory import STATE, WORKING
+from launchers.plan.make import make_plan
 from launchers.plan.models import trace, trace_contrast
 from launchers.plan.tape import BATCH
 from pretrain.config import RunConfig
 from tests.launchers.plan import measured
+from tests.launchers.plan.engine_runs import RECIPE, RUNS, between, in_backward, on_ranks, overrides_of
 from tests.launchers.plan.recipes import desk, recipes
-from tests.pretrain.processes import ROOT, run_ranks
+from tests.pretrain.processes import ROOT
 
-WORKER = Path(__file__).with_name("plan_worker.py")
 SMALL = [recipe for recipe in recipes() if "/small/" in recipe]
 
 
@@ -56,52 +51,11 @@ def test_activations_are_within_a_tenth_of_what_autograd_keeps(recipe: str, prec
 
 # ------------------------------------------------------------------------------------------- the engine
 
-SPREAD = {"stage3_param_persistence_threshold": 2000, "memory_efficient_linear": True}
-LET_GO = SPREAD | {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-RUNS = [
-    ("fp32", 0, 2, {}),
-    ("fp32", 1, 1, {}),
-    ("fp32", 2, 1, {}),
-    ("fp32", 3, 2, {}),
-    ("fp32", 3, 1, SPREAD),
-    ("fp32", 3, 1, LET_GO),
-    ("bf16", 2, 2, {}),
-    ("bf16", 3, 2, {}),
-]
-ENGINE_TIMEOUT_S = 600
-RECIPE = "configs/demo/gpt.yaml"
-
-
-def overrides_of(precision: str, stage: int, micro: int, zero: dict[str, Any]) -> list[str]:
-    """What is laid over the recipe for one of RUNS."""
-    extra = json.dumps({"zero_optimization": zero})
-    sizes = ["model.layers=2", "train.global_batch=4", f"train.micro_batch={micro}"]
-    return [f"train.precision={precision}", f"train.zero_stage={stage}", *sizes, f"deepspeed.extra={extra}"]
-
-
-KEPT = {"weights", "master weights", "Adam's moments"}
-KEPT_BY_STAGE_3 = KEPT | {"gradients", "buckets", "gathered weights"}
-
-
-def between(plan: Plan, zero: dict[str, Any]) -> float:
-    """What stays from step to step; weights that are not kept gathered are let go."""
-    kept = KEPT_BY_STAGE_3 if plan.config.train.zero_stage == 3 else KEPT
-    return sum(
-        item.bytes for item in plan.memory.items if item.what in kept - ({"gathered weights"} if zero else set())
-    )
-
-
-def in_backward(plan: Plan) -> float:
-    """The most of a step, without activations and what only the update flattens."""
-    held = [item for item in plan.memory.items if item.kind in (STATE, WORKING) and item.what != "flat gradients"]
-    return sum(item.bytes for item in held)
-
 
 @pytest.mark.slow
 def test_the_engine_holds_and_sends_what_the_plan_says() -> None:
     every = [overrides_of(*one) for one in RUNS]
-    asked = json.dumps([[str(ROOT / RECIPE), *overrides] for overrides in every])
-    ranks = run_ranks(WORKER, [asked], 2, ENGINE_TIMEOUT_S)
+    ranks = on_ranks([[RECIPE, *overrides] for overrides in every], world=2)
     for number, overrides in enumerate(every):
         plan = make_plan(run(RECIPE, *overrides), desk(2))
         most = {key: max(rank["runs"][number][key] for rank in ranks) for key in ranks[0]["runs"][number]}
