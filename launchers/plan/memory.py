@@ -128,6 +128,6 @@ def _with_loss(towers: list[Item], loss: Tape, world: int, accumulation: int) ->
     own = activations(loss, stage=0, spares_copies=False, recompute=False)
     if accumulation == 1:
         return [*towers, *own]
-    cache = Item("cached features", ACTIVATION, 2.0 * loss.saved_bytes(FEATURES) / 3 * 2 / world)
+    cache = Item("cached features", ACTIVATION, 4 / 3 * loss.saved_bytes(FEATURES) / world)
     greater = max(towers, own, key=lambda items: sum(item.bytes for item in items))
     return [*greater, cache]

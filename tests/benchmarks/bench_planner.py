@@ -21,7 +21,7 @@ from launchers.plan.tape import BATCH
 from launchers.plan.textbook import flops_per_token, mfu
 from pretrain.config import RunConfig
 from tests.launchers.plan import measured
-from tests.launchers.plan.engine_runs import RECIPE, RUNS, between, in_backward, on_ranks, overrides_of
+from tests.launchers.plan.engine_runs import RUNS, between, in_backward, on_ranks
 from tests.launchers.plan.recipes import desk, recipes, run_of
 from tests.launchers.plan.test_published import LLM_FOUNDRY
 from tests.launchers.plan.test_published import RUNS as PUBLISHED
@@ -88,15 +88,13 @@ def activations() -> Iterator[Row]:
 
 def engine() -> Iterator[Row]:
     """Bytes held before an update and sent in a step, ZeRO stages 0 to 3 over two processes."""
-    every = [overrides_of(*one) for one in RUNS]
-    ranks = on_ranks([[RECIPE, *one] for one in every], world=2)
-    for number, (precision, stage, micro, zero) in enumerate(RUNS):
-        plan = make_plan(run(RECIPE, *every[number]), desk(2))
-        label = f"{precision} stage {stage} micro-batch {micro} {'spread ' if zero else ''}"
+    ranks = on_ranks(list(RUNS.values()), world=2)
+    for number, (label, words) in enumerate(RUNS.items()):
+        plan = make_plan(run(*words), desk(2))
         most = {key: max(rank["runs"][number][key] for rank in ranks) for key in ranks[0]["runs"][number]}
-        yield Row(label + "sent", plan.sent_per_rank, most["sent"])
-        yield Row(label + "held between steps", between(plan, zero), most["between"])
-        yield Row(label + "held at most", in_backward(plan), max(most["in_backward"], most["before_update"]))
+        yield Row(f"{label}: sent", plan.sent_per_rank, most["sent"])
+        yield Row(f"{label}: held between steps", between(plan), most["between"])
+        yield Row(f"{label}: held at most", in_backward(plan), max(most.get("in_backward", 0), most["before_update"]))
 
 
 def times() -> Iterator[Row]:
