@@ -1,7 +1,7 @@
 """The planner error table: what `tessera plan` foretells beside what is measured, on this machine's CPU.
 
 python -m tests.benchmarks.bench_planner            everything, some ten minutes of two cores
-python -m tests.benchmarks.bench_planner time       or parameters, flops, activations, engine, time, published
+python -m tests.benchmarks.bench_planner time       or parameters, flops, activations, peak, engine, time, published
 
 Parameters, FLOPs and activations are the real modules'; states, bytes on the wire and times those of the real engine in
 two processes (bytes: what the kernel says that their connections carried; times: CPU seconds of a process, which other
@@ -16,13 +16,12 @@ from typing import NamedTuple
 from data_pipeline.settings import load_settings
 from launchers.plan.clusters import GIGA, GPUS, Cluster, Device, cluster_of
 from launchers.plan.make import make_plan
-from launchers.plan.models import trace, trace_contrast
-from launchers.plan.tape import BATCH
+from launchers.plan.models import trace
 from launchers.plan.textbook import flops_per_token, mfu
 from pretrain.config import RunConfig
 from tests.launchers.plan import measured
 from tests.launchers.plan.engine_runs import RUNS, between, in_backward, on_ranks
-from tests.launchers.plan.recipes import desk, recipes, run_of
+from tests.launchers.plan.recipes import computed, desk, kept, recipes, run_of, tapes_of
 from tests.launchers.plan.test_published import LLM_FOUNDRY
 from tests.launchers.plan.test_published import RUNS as PUBLISHED
 
@@ -67,11 +66,8 @@ def parameters() -> Iterator[Row]:
 def flops() -> Iterator[Row]:
     """Of a forward and backward by torch's counter, attention as plain products."""
     for recipe in DESKTOP:
-        config = run(recipe, "train.global_batch=2")
-        tape = trace(config, 2, on_gpu=False)
-        loss = trace_contrast(config, on_gpu=False) if config.model.kind == "clip" else None
-        planned = sum(t.forward_flops + t.backward_flops + t.repeated_flops for t in (tape, loss) if t is not None)
-        yield Row(name(recipe), planned, measured.flops(config, 2)[1])
+        config = run(recipe)
+        yield Row(name(recipe), computed(tapes_of(config, 2)), measured.flops(config, 2)[1])
 
 
 def activations() -> Iterator[Row]:
@@ -79,11 +75,18 @@ def activations() -> Iterator[Row]:
     sizes = [(recipe, 2, ()) for recipe in DESKTOP] + MEDIUM
     for recipe, rows, overrides in sizes:
         for precision in ("fp32", "bf16"):
-            config = run(recipe, f"train.precision={precision}", f"train.global_batch={rows}", *overrides)
-            tapes = [trace(config, rows, on_gpu=False)]
-            tapes += [trace_contrast(config, on_gpu=False)] if config.model.kind == "clip" else []
-            planned = sum(tape.saved_bytes() - tape.saved_bytes(BATCH) + tape.copied_bytes() for tape in tapes)
-            yield Row(f"{name(recipe)} {precision}", planned, measured.saved_bytes(config, rows))
+            config = run(recipe, f"train.precision={precision}", *overrides)
+            yield Row(f"{name(recipe)} {precision}", kept(tapes_of(config, rows)), measured.saved_bytes(config, rows))
+
+
+def peak() -> Iterator[Row]:
+    """The most bytes that a forward and its backward hold beside parameters and batch."""
+    for recipe in DESKTOP:
+        for precision in ("fp32", "bf16"):
+            config = run(recipe, f"train.precision={precision}")
+            tapes = tapes_of(config, 8)
+            planned = kept(tapes) + sum(tape.transient for tape in tapes)
+            yield Row(f"{name(recipe)} {precision}", planned, measured.peak_bytes(config, 8))
 
 
 def engine() -> Iterator[Row]:
@@ -98,16 +101,20 @@ def engine() -> Iterator[Row]:
 
 
 def times() -> Iterator[Row]:
-    """CPU seconds of a step in one process of one thread, at the usual shares."""
-    alone = ["train.zero_stage=0", "train.precision=fp32", "train.global_batch=16"]
-    said = on_ranks([[recipe, *alone] for recipe in DESKTOP], world=1)[0]
+    """CPU seconds of a step in one process of one thread, usual shares: at 16 rows, which set them, and at 32."""
+    asked = [
+        (recipe, ["train.zero_stage=0", "train.precision=fp32", f"train.global_batch={rows}"])
+        for rows in (16, 32)
+        for recipe in DESKTOP
+    ]
+    said = on_ranks([[recipe, *overrides] for recipe, overrides in asked], world=1)[0]
     device = Device("cpu", {"fp32": said["peak"]}, 8 * GIGA, said["rate"], GIGA, GIGA)
-    for recipe, measured_run in zip(DESKTOP, said["runs"], strict=True):
-        slow, usual, fast = make_plan(run(recipe, *alone), Cluster(device, 1, 1, GIGA)).paces
-        found = measured_run["cpu_seconds"]
-        verdict = "within" if fast.step < found < slow.step else "OUTSIDE"
-        parts = f"products {usual.products:.3f} memory {usual.moved + usual.update:.3f}"
-        yield Row(f"{name(recipe)} ({verdict} {fast.step:.3f} to {slow.step:.3f}; {parts})", usual.step, found)
+    for (recipe, overrides), there in zip(asked, said["runs"], strict=True):
+        plan = make_plan(run(recipe, *overrides), Cluster(device, 1, 1, GIGA))
+        slow, usual, fast = plan.paces
+        verdict = "within" if fast.step < there["cpu_seconds"] < slow.step else "OUTSIDE"
+        label = f"{name(recipe)}, {plan.micro} rows ({verdict} {fast.step:.3f} to {slow.step:.3f})"
+        yield Row(label, usual.step, there["cpu_seconds"])
 
 
 def published() -> Iterator[Row]:
@@ -127,6 +134,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "parameters": parameters,
     "flops": flops,
     "activations": activations,
+    "peak": peak,
     "engine": engine,
     "time": times,
     "published": published,

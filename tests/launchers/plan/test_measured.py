@@ -4,12 +4,11 @@ import pytest
 
 from data_pipeline.settings import load_settings
 from launchers.plan.make import make_plan
-from launchers.plan.models import trace, trace_contrast
-from launchers.plan.tape import BATCH
+from launchers.plan.models import trace
 from pretrain.config import RunConfig
 from tests.launchers.plan import measured
 from tests.launchers.plan.engine_runs import RUNS, between, in_backward, on_ranks
-from tests.launchers.plan.recipes import desk, recipes
+from tests.launchers.plan.recipes import computed, desk, kept, recipes, tapes_of
 from tests.pretrain.processes import ROOT
 
 SMALL = [recipe for recipe in recipes() if "/small/" in recipe]
@@ -27,26 +26,28 @@ def test_a_recipe_has_exactly_the_parameters_of_its_module(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", SMALL)
 def test_flops_are_those_that_torch_counts(recipe: str) -> None:
-    config = run(recipe)
-    tape = trace(config, 3, on_gpu=False)
-    if config.model.kind == "clip":
-        config_of_three = run(recipe, "train.global_batch=3")
-        loss = trace_contrast(config_of_three, on_gpu=False)
-        tape.matmul_flops["loss"] = loss.forward_flops
-    forward, both = measured.flops(config, 3)
-    assert tape.forward_flops == forward
-    # what dropout computes again in the backward is 1 % of these
-    assert tape.forward_flops + tape.backward_flops + tape.repeated_flops == pytest.approx(both, rel=0.001)
+    tapes = tapes_of(run(recipe), 3)
+    forward, both = measured.flops(run(recipe), 3)
+    assert sum(tape.forward_flops for tape in tapes) == forward
+    assert computed(tapes) == both
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recipe", SMALL)
 def test_activations_are_within_a_tenth_of_what_autograd_keeps(recipe: str, precision: str) -> None:
-    config = run(recipe, f"train.precision={precision}", "train.global_batch=3")
-    tapes = [trace(config, 3, on_gpu=False)]
-    tapes += [trace_contrast(config, on_gpu=False)] if config.model.kind == "clip" else []
-    planned = sum(tape.saved_bytes() - tape.saved_bytes(BATCH) + tape.copied_bytes() for tape in tapes)
-    assert planned == pytest.approx(measured.saved_bytes(config, 3), rel=0.1)
+    config = run(recipe, f"train.precision={precision}")
+    assert kept(tapes_of(config, 3)) == pytest.approx(measured.saved_bytes(config, 3), rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recipe", SMALL)
+def test_activations_and_temporaries_are_within_a_tenth_of_the_peak_of_forward_and_backward(
+    recipe: str, precision: str
+) -> None:
+    config = run(recipe, f"train.precision={precision}")
+    tapes = tapes_of(config, 8)
+    planned = kept(tapes) + sum(tape.transient for tape in tapes)
+    assert planned == pytest.approx(measured.peak_bytes(config, 8), rel=0.1)
 
 
 # ------------------------------------------------------------------------------------------- the engine
