@@ -65,13 +65,14 @@ def status(run: Run, json: AsJson = False) -> None:
 
 def logs(
     run: Run,
-    lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="How many steps.")] = 20,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="How many.")] = 20,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False,
+    job: Annotated[bool, typer.Option("--job", help="What the run's job printed, instead of its metrics.")] = False,
 ) -> None:
-    """The last lines of the run's metrics.jsonl."""
-    from launchers.watch import metric_lines
+    """The last lines of the run's metrics.jsonl, one a step."""
+    from launchers.watch import job_lines, metric_lines
 
-    for line in metric_lines(run, lines, follow):
+    for line in (job_lines if job else metric_lines)(run, lines, follow):
         typer.echo(line)
 
 
@@ -80,7 +81,7 @@ def stop(
     timeout_s: Annotated[float, typer.Option(min=1, help="How long the save may take.")] = 300,
     json: AsJson = False,
 ) -> None:
-    """Ask a run on this machine to save and leave, and wait until it has."""
+    """Ask a run on this machine, or its job, to save and leave for good, and wait until it has."""
     from launchers.watch import stop_run
 
     emit(stop_run(run, timeout_s), json)

@@ -141,11 +141,27 @@ def run_status(run: Path) -> dict[str, Any]:
 
 
 def metric_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
-    """The last `lines` complete lines of metrics.jsonl; with `follow` also those that come, until the launcher ends."""
+    """The last `lines` complete lines of metrics.jsonl; with `follow` also those that come, until the run ends."""
     path = run / METRICS
     if not path.is_file():
-        raise ConfigError(f"{path}: not there; the run has not logged a step yet, or {run} is not its folder")
-    with path.open(encoding="utf-8") as file:
+        where = " (`--job` shows what its job printed)" if job_of(run) else ""
+        raise ConfigError(f"{path}: not there; the run has not logged a step yet{where}, or {run} is not its folder")
+    return _last_lines(run, path, lines, follow)
+
+
+def job_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
+    """The same of what the run's job printed. Raises ConfigError where no job was submitted or nothing was printed."""
+    job = job_of(run)
+    if not job:
+        raise ConfigError(f"{run / JOB}: not there; this run was not submitted to a scheduler")
+    path = Path(job["output"])
+    if not path.is_file():
+        raise ConfigError(f"{path}: not there; the job is {look_at_job(run, job)['state']} and has printed nothing yet")
+    return _last_lines(run, path, lines, follow)
+
+
+def _last_lines(run: Path, path: Path, lines: int, follow: bool) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace") as file:
         yield from deque(_complete_lines(file), maxlen=lines)
         while follow:
             running = _is_alive(run)
