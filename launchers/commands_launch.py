@@ -8,7 +8,6 @@ import typer
 
 from data_pipeline.errors import ConfigError
 from launchers import commands_data, commands_run
-from launchers import kubernetes as kubernetes_jobs
 from launchers import slurm as slurm_jobs
 from launchers.arguments import AsJson, emit
 from launchers.local import launch_local
@@ -127,12 +126,14 @@ def kubernetes(
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
-    """Render a JobSet for the cluster described by --cluster, and create it unless --dry-run."""
+    """Render the objects of a run for the cluster described by --cluster, and create them unless --dry-run."""
+    from launchers.kubernetes.submit import render, submit
+
     step = _only(checked(plan_steps(KubernetesCluster, config, rest or [], cluster, nodes, procs_per_node, task)))
     if dry_run:
-        typer.echo(kubernetes_jobs.render(step.spec, step.cluster), nl=False)
+        typer.echo(render(step.spec, step.cluster), nl=False)
         return
-    emit({"jobset": kubernetes_jobs.submit(step.spec, step.cluster), "namespace": step.cluster.namespace}, json)
+    emit(submit(step.spec, step.cluster), json)
 
 
 def _only(steps: list[Step[Any]]) -> Step[Any]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault
-from launchers import slurm_jobs
 from pretrain.goodput import METRICS, goodput
 
 RECORD = "launcher.json"
@@ -31,14 +30,29 @@ class Place:
     """How a scheduler is asked about the job of a record, in the run's folder.
 
     look -> "state" (queued, running, done, stopped, cancelled, failed or vanished) and what is known besides; stop
-    asks for a save and an end, and may be called again until that has come.
+    asks for a save and an end, and may be called again until that has come. output: the last lines of what rank 0
+    writes, followed or not, for a place that does not write them into a file of this machine.
     """
 
     look: Callable[[Mapping[str, Any], Path], dict[str, Any]]
     stop: Callable[[Mapping[str, Any], Path], None]
+    output: Callable[[Mapping[str, Any], int, bool], Iterator[str]] | None = None
 
 
-PLACES: dict[str, Place] = {"slurm": Place(slurm_jobs.look, slurm_jobs.stop)}
+def _slurm() -> Place:
+    from launchers import slurm_jobs
+
+    return Place(slurm_jobs.look, slurm_jobs.stop)
+
+
+def _kubernetes() -> Place:
+    from launchers.kubernetes import jobs
+
+    return Place(jobs.look, jobs.stop, jobs.output)
+
+
+PLACES: dict[str, Callable[[], Place]] = {"slurm": _slurm, "kubernetes": _kubernetes}
+"""What a place needs is imported when a run turns out to be there."""
 
 # ---------------------------------------------------------------------------- the launcher's record of itself
 
@@ -102,7 +116,7 @@ def job_of(run: Path) -> dict[str, Any]:
 
 def look_at_job(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """What the scheduler says of it."""
-    return {"place": record["place"], **PLACES[record["place"]].look(record, run)}
+    return {"place": record["place"], **PLACES[record["place"]]().look(record, run)}
 
 
 def refuse_second_launch(run: Path) -> None:
@@ -141,12 +155,16 @@ def run_status(run: Path) -> dict[str, Any]:
 
 
 def metric_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
-    """The last `lines` complete lines of metrics.jsonl; with `follow` also those that come, until the run ends."""
+    """The last `lines` complete lines of metrics.jsonl; with `follow` also those that come, until the run ends.
+
+    Where there are none yet, or not on this machine, what its job printed.
+    """
     path = run / METRICS
-    if not path.is_file():
-        where = " (`--job` shows what its job printed)" if job_of(run) else ""
-        raise ConfigError(f"{path}: not there; the run has not logged a step yet{where}, or {run} is not its folder")
-    return _last_lines(run, path, lines, follow)
+    if path.is_file():
+        return _last_lines(run, path, lines, follow)
+    if job_of(run):
+        return job_lines(run, lines, follow)
+    raise ConfigError(f"{path}: not there; the run has not logged a step yet, or {run} is not its folder")
 
 
 def job_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
@@ -154,6 +172,8 @@ def job_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
     job = job_of(run)
     if not job:
         raise ConfigError(f"{run / JOB}: not there; this run was not submitted to a scheduler")
+    if output := PLACES[job["place"]]().output:
+        return output(job, lines, follow)
     path = Path(job["output"])
     if not path.is_file():
         raise ConfigError(f"{path}: not there; the job is {look_at_job(run, job)['state']} and has printed nothing yet")
@@ -194,13 +214,13 @@ def _stop_job(run: Path, job: Mapping[str, Any], timeout_s: float) -> None:
     if state not in ("queued", "running"):
         raise ConfigError(f"{run}: job {job['job']} is {state}, there is nothing to stop")
     began = asked = time.monotonic()
-    PLACES[job["place"]].stop(job, run)
+    PLACES[job["place"]]().stop(job, run)
     while look_at_job(run, job)["state"] in ("queued", "running"):
         now = time.monotonic()
         if now - began > timeout_s:
             raise NodeFault(f"{run}: job {job['job']} is still there after {timeout_s:g} s; it may be saving")
         if now - asked > ASK_AGAIN_S:
-            PLACES[job["place"]].stop(job, run)
+            PLACES[job["place"]]().stop(job, run)
             asked = now
         time.sleep(ASK_S)
 

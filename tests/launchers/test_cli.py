@@ -11,6 +11,7 @@ import typer
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue, TesseraError
 from launchers import cli
+from launchers.arguments import emit
 from launchers.watch import write_record
 
 RECIPE = "configs/text/bert-base.yaml"
@@ -151,3 +152,11 @@ def test_status_and_logs_read_the_run_folder(
     assert wanted.items() <= shown.items()
     assert call(monkeypatch, "logs", str(tmp_path), "-n", "1") == 0
     assert json.loads(capsys.readouterr().out)["step"] == 10
+
+
+def test_a_table_is_a_number_of_rows_for_a_person_and_whole_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"shards": [{"name": "00000.tar"}, {"name": "00001.tar"}], "names": ["a", "b"], "samples": 7}
+    emit(result, as_json=False)
+    assert capsys.readouterr().out.split("\n")[:-1] == ["shards   2", "names    ['a', 'b']", "samples  7"]
+    emit(result, as_json=True)
+    assert json.loads(capsys.readouterr().out) == result
