@@ -3,6 +3,8 @@
 Commands import what they need when they run: `--help` and `--dry-run` need no torch.
 """
 
+import contextlib
+import os
 import sys
 
 import typer
@@ -66,18 +68,35 @@ app.command("chaos")(commands_run.chaos)
 
 
 def main() -> None:
-    """Run the command line. A TesseraError is printed without a traceback; an unexpected exception keeps its own."""
+    """Run the command line and leave with its exit code.
+
+    A process that trained leaves at once, its output flushed: the interpreter's orderly end would stop threads wherever
+    they are, and where one is about to come back from a call of torch's, C++ aborts the process and its exit code.
+    """
+    code = run()
+    if commands_run.trains:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # who read it is gone
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def run() -> int:
+    """-> exit code. A TesseraError is printed without a traceback; an unexpected exception keeps its own."""
     try:
         app(prog_name="tessera")
     except TesseraError as error:
         asked_for = isinstance(error, Requeue)  # an end that was asked for, after a save
         text, style = (str(error), "") if asked_for else (f"error: {error}", "red")
         Console(stderr=True, soft_wrap=True).print(text, style=style, markup=False, highlight=False)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except SystemExit as leaving:
-        sys.exit(ConfigError.exit_code if leaving.code == USAGE_EXIT else leaving.code)
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        return ConfigError.exit_code if code == USAGE_EXIT else code
+    return 0
 
 
 if __name__ == "__main__":
