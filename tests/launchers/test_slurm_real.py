@@ -109,14 +109,16 @@ def strikes(site: Site, job: str) -> dict[str, Callable[[], Any]]:
         "preemption": lambda: site.tool("scancel", "--signal=USR1", job),
         "a rank killed": lambda: os.kill(site.rank(job, 1), signal.SIGKILL),
         "a node lost": lambda: site.lose("node3", job),
-        "the time limit": lambda: site.tool("scontrol", "update", f"JobId={job}", f"TimeLimit={soon(site.job(job))}"),
+        "the time limit": lambda: reach_time_limit(site, job),
     }
 
 
-def soon(job: dict[str, str]) -> int:
-    """A time limit one to two minutes from now: Slurm announces it at its next look, and the save has time."""
-    hours, minutes, _ = map(int, job["RunTime"].split(":"))
-    return 60 * hours + minutes + 2
+def reach_time_limit(site: Site, job: str) -> None:
+    """The limit is one to two minutes away now: Slurm announces it at its next look, and the save has time."""
+    hours, minutes, _ = map(int, site.job(job)["RunTime"].split(":"))
+    site.tool("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
+    wait_until(lambda: site.job(job)["JobState"] == "PENDING", "the limit is not announced")
+    site.tool("scontrol", "update", f"JobId={job}", f"TimeLimit={PLACE['time_limit']}")
 
 
 @pytest.fixture(scope="module")
@@ -284,4 +286,5 @@ def test_a_job_is_known_after_the_controller_forgot_it(
     told = run_status(story.run)  # what the script left behind
     assert (told["state"], told["exit_code"], "slurm_state" in told) == ("stopped", 75, False)
     (story.run / "job.end").unlink()
-    assert run_status(story.run)["state"] == "vanished"
+    vanished = tessera("status", story.run)
+    assert vanished.returncode == 70 and "Slurm knows it no more" in vanished.stdout
