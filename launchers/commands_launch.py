@@ -98,16 +98,23 @@ def slurm(
     cluster: Cluster = None,
     nodes: Nodes = None,
     procs_per_node: Procs = None,
+    seeds: Annotated[str, typer.Option(help="An array of runs: 0-3 or 1,5,9; each in RUN/seed-N.")] = "",
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
-    """Render a batch script for the site described by --cluster, and submit it unless --dry-run."""
-    step = _only(checked(plan_steps(SlurmCluster, config, rest or [], cluster, nodes, procs_per_node, task)))
+    """Render batch scripts for the site described by --cluster, and submit them unless --dry-run.
+
+    The steps of a pipeline wait for each other; where one is refused, none is submitted.
+    """
+    steps = checked(plan_steps(SlurmCluster, config, rest or [], cluster, nodes, procs_per_node, task))
     if dry_run:
-        typer.echo(slurm_jobs.render(step.spec, step.cluster), nl=False)
+        typer.echo(slurm_jobs.render_all(steps, seeds), nl=False)
         return
-    job, script = slurm_jobs.submit(step.spec, step.cluster)
-    emit({"job": job, "script": str(script)}, json)
+    jobs = slurm_jobs.submit_all(steps, seeds)
+    if len(jobs) == 1:
+        emit(jobs[0], json)
+    else:
+        emit({"jobs": jobs} if json else {job["run"]: job["job"] for job in jobs}, json)
 
 
 def kubernetes(

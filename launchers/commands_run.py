@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.errors import NodeFault
+from data_pipeline.errors import NodeFault, Requeue
 from launchers.arguments import AsJson, Overrides, Run, as_dict, emit
 
 
@@ -18,9 +18,14 @@ def train(
     from pretrain.config import RunConfig
 
     run_config = load_settings(RunConfig, config, overrides or [])
+    from pretrain.signals import ignore_stop_signals
     from pretrain.train import main  # after the configuration: a mistake in it need not wait for torch
 
-    main(run_config)
+    try:
+        main(run_config)
+    except Requeue:
+        ignore_stop_signals()  # it is saved and leaving: whoever asks again must not make it die of a signal instead
+        raise
 
 
 def generate(

@@ -17,7 +17,7 @@ from data_pipeline.config import BuildConfig, VocabConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import Settings, check_settings, digest, load_settings, read_yaml
 from pretrain.config import RunConfig, micro_batch_of
-from pretrain.deadline import LEAD_VARIABLE
+from pretrain.deadline import LEAD_VARIABLE, refusal
 
 CLUSTER_DIR = Path("configs/cluster")
 
@@ -62,7 +62,11 @@ class LocalCluster(ClusterConfig):
 
 
 class SlurmCluster(ClusterConfig):
-    """A Slurm site. What is empty is left out of the batch script."""
+    """A Slurm site. What is empty is left out of the batch script.
+
+    start: who starts the processes of a node. master_addr: how rank 0 is found, by the name of its node or by the
+    address that Slurm has of it, where names do not resolve. options: further options of sbatch, without their dashes.
+    """
 
     kind: Literal["slurm"] = "slurm"
     account: str = ""
@@ -74,10 +78,14 @@ class SlurmCluster(ClusterConfig):
     cpus_per_proc: PositiveInt = 8
     memory: str = "0"
     exclusive: bool = False
+    options: tuple[str, ...] = ()
     time_limit: str = Field("24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
     signal_lead_s: PositiveInt = Field(300, le=65535)
     requeues: NonNegativeInt = 20
+    max_excluded_nodes: NonNegativeInt = 2
     output: str = "%x-%j.out"
+    start: Literal["srun", "torchrun"] = "srun"
+    master_addr: Literal["hostname", "node_addr"] = "hostname"
     python: str = ".venv/bin/python"
     setup: tuple[str, ...] = ()
     container: Literal["none", "pyxis", "apptainer"] = "none"
@@ -191,13 +199,30 @@ class RunSpec:
 
     @property
     def saves(self) -> bool:
-        """Does it save when it is signalled, and leave with 75? The others begin again, or go on with what stands."""
+        """Does it save when it is signalled, and leave with 75?"""
         return self.task == "train"
+
+    @property
+    def goes_on(self) -> bool:
+        """Does the same command go on where it was interrupted? The other tasks begin again."""
+        return self.task in ("train", "build", "encode")
+
+    @property
+    def wants_gpus(self) -> bool:
+        """Does it compute, or only read and write?"""
+        return self.task not in ("build", "vocab")
 
     @property
     def on_ray(self) -> bool:
         """Does it need a Ray of several nodes? On one node a build starts its own."""
         return self.task in ("build", "encode") and self.nodes > 1
+
+    def with_workers(self, count: int) -> "RunSpec":
+        """The same with `count` processes, unless it says itself how many."""
+        told = {"build": ("workers=", f"workers={count}"), "encode": ("--workers", f"--workers={count}")}
+        if self.task not in told or any(word.startswith(told[self.task][0]) for word in self.arguments):
+            return self
+        return replace(self, arguments=(*self.arguments, told[self.task][1]))
 
     def on_cluster_of(self, address: str) -> "RunSpec":
         """The same, told to join the Ray at `address`, which the place starts."""
@@ -272,6 +297,8 @@ def _train(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
         micro_batch_of(config.train, spec.world_size)
     except ValueError as error:
         raise ConfigError(f"{target}: {error}") from None
+    if text := refusal(spec.lead_s, Path(config.run)):
+        raise ConfigError(text)
     data = config.data
     read = [data.dataset, *(source.path for source in data.datasets), data.vocabulary, data.tokenizer, data.evaluation]
     storage = tuple(path for path in (config.run, config.train.checkpoints, config.initial, *read) if path)
@@ -308,6 +335,14 @@ DESCRIBED: dict[Task, Callable[[RunSpec, str, Sequence[str]], RunSpec]] = {
     "evaluate": _command,
     "generate": _command,
 }
+
+
+def seconds_of(limit: str) -> int:
+    """Slurm's time limit in seconds: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, dash, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 def check_gpus(procs_per_node: int, gpus_per_node: int) -> None:

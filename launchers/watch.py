@@ -24,6 +24,7 @@ RECORD = "launcher.json"
 JOB = "job.json"
 POLL_S = 0.1
 ASK_S = 2.0  # a scheduler is asked no more often
+ASK_AGAIN_S = 10.0  # to stop
 
 
 @dataclass(frozen=True)
@@ -186,11 +187,15 @@ def _stop_job(run: Path, job: Mapping[str, Any], timeout_s: float) -> None:
     state = look_at_job(run, job)["state"]
     if state not in ("queued", "running"):
         raise ConfigError(f"{run}: job {job['job']} is {state}, there is nothing to stop")
-    until = time.monotonic() + timeout_s
+    began = asked = time.monotonic()
+    PLACES[job["place"]].stop(job, run)
     while look_at_job(run, job)["state"] in ("queued", "running"):
-        if time.monotonic() > until:
+        now = time.monotonic()
+        if now - began > timeout_s:
             raise NodeFault(f"{run}: job {job['job']} is still there after {timeout_s:g} s; it may be saving")
-        PLACES[job["place"]].stop(job, run)
+        if now - asked > ASK_AGAIN_S:
+            PLACES[job["place"]].stop(job, run)
+            asked = now
         time.sleep(ASK_S)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_pipeline.errors import ConfigError, NodeFault, TesseraError
-from launchers.kubernetes.objects import API_VERSIONS, Tree
+from launchers.kubernetes.names import API_VERSIONS, Tree
 
 CALL_TIMEOUT_S = 30
 CORE = {"ConfigMap": ("core", "config_map"), "Job": ("batch", "job")}

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.errors import ConfigError
 from launchers.kubernetes.api import Cluster, Refused, connected
-from launchers.kubernetes.objects import APPLICATION, CONTAINER, Tree
+from launchers.kubernetes.names import APPLICATION, CONTAINER, Tree
 
 END = "job.end"
 """Written when a stop is asked for: which object."""

@@ -3,16 +3,20 @@
 After an intended change write the golden files again: `TESSERA_WRITE_GOLDEN=1 pytest tests/launchers/test_jobs.py`.
 """
 
+import json
 import os
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipeline.errors import ConfigError
 from launchers import slurm
-from launchers.spec import SlurmCluster, describe, dns_label, load_cluster
+from launchers.pipeline import Step, plan_steps
+from launchers.spec import SlurmCluster, describe, dns_label, load_cluster, seconds_of
 
 GOLDEN = Path("tests/launchers/golden")
 RECIPE = Path("configs/clip/vit-b-32.yaml")
@@ -33,9 +37,13 @@ def site_example() -> str:
     return slurm_script(load_cluster(SlurmCluster, Path("configs/cluster/slurm.yaml")))
 
 
-def build_example() -> str:
+def build_example(nodes: int = 1) -> str:
     site = SlurmCluster(cpus_per_proc=32, account="my-account", partition="cpu", time_limit="08:00:00")
-    return slurm.render(describe(BUILD, ["workers=32"], site), site)
+    return slurm.render(describe(BUILD, [], site, nodes), site)
+
+
+def pipeline_example() -> str:
+    return slurm.render_all(plan_steps(SlurmCluster, "configs/demo/pipeline.yaml"))
 
 
 PYXIS = {"container": "pyxis", "container_image": "example.com/tessera:0.1.0", "container_mounts": ("/data:/data",)}
@@ -48,6 +56,14 @@ RENDERED: dict[str, Callable[[], str]] = {
         SITE.model_copy(update={**APPTAINER, "requeues": 0, "setup": ("module load cuda",), "env": {"A": "b c"}}),
         "optim.lr=1e-3",
     ),
+    "tests/launchers/golden/torchrun.sbatch": lambda: slurm_script(
+        SITE.model_copy(
+            update={"start": "torchrun", "master_addr": "node_addr", "options": ("reservation=maintenance",)}
+        )
+    ),
+    "tests/launchers/golden/array.sbatch": lambda: slurm.render(describe(RECIPE, [], SITE), SITE, seeds="0-3"),
+    "tests/launchers/golden/ray.sbatch": lambda: build_example(nodes=4),
+    "tests/launchers/golden/pipeline.sbatch": pipeline_example,
 }
 
 
@@ -80,27 +96,84 @@ def test_an_override_with_blanks_and_quotes_stays_one_argument() -> None:
     assert shown.stdout.splitlines()[-1] == override
 
 
-def run_script(script: str, folder: Path, status: int, restarts: int) -> tuple[int, bool]:
-    """Run a rendered script with stand-ins for srun and scontrol -> (exit code, whether it asked for a requeue)."""
-    tools = folder / "bin"
+FAULT = {"time": 1.0, "rank": 3, "host": "node2", "cause": "node", "why": "a device failed", "blamed": [3]}
+
+
+def run_script(script: str, folder: Path, status: int, restarts: int, faults: Sequence[Any] = ()) -> tuple[int, str]:
+    """Run a rendered script with stand-ins for Slurm's tools -> (exit code, what it asked of scontrol)."""
+    tools, asked = folder / "bin", folder / "asked"
     tools.mkdir()
-    (tools / "srun").write_text(f"#!/bin/bash\nexit {status}\n")
-    (tools / "scontrol").write_text(f'#!/bin/bash\n[ "$1" = requeue ] && touch {folder}/requeued\necho node1\n')
+    written = "".join(json.dumps(fault) + "\\n" for fault in faults)
+    (tools / "srun").write_text(f"#!/bin/bash\nprintf '{written}' >> {folder}/run/faults.jsonl\nexit {status}\n")
+    (tools / "squeue").write_text("#!/bin/bash\necho 'node7'\n")
+    (tools / "scontrol").write_text(
+        f'#!/bin/bash\n[ "$1" = show ] && printf "node1\\nnode2\\n" || echo "$*" >> {asked}\n'
+    )
     for tool in tools.iterdir():
         tool.chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_RESTART_COUNT": str(restarts)}
     path = f"{tools}:{os.environ['PATH']}"
-    done = subprocess.run(["bash"], input=script, text=True, timeout=10, env={**os.environ, **job, "PATH": path})
-    return done.returncode, (folder / "requeued").exists()
+    done = subprocess.run(["bash"], input=script, text=True, timeout=30, env={**os.environ, **job, "PATH": path})
+    return done.returncode, asked.read_text() if asked.exists() else ""
 
 
 @pytest.mark.parametrize(
-    ("status", "restarts", "requeued"), [(0, 0, False), (75, 0, True), (75, 20, False), (64, 0, False), (70, 3, False)]
+    ("status", "restarts", "asked"),
+    [(0, 0, ""), (75, 0, "requeue 7\n"), (75, 20, ""), (64, 0, ""), (1, 0, ""), (70, 3, "requeue 7\n")],
 )
-def test_only_a_saved_run_within_its_budget_goes_back_into_the_queue(
-    status: int, restarts: int, requeued: bool, tmp_path: Path
+def test_only_what_may_succeed_goes_back_into_the_queue_within_its_budget(
+    status: int, restarts: int, asked: str, tmp_path: Path
 ) -> None:
-    assert run_script(slurm_script(SITE), tmp_path, status, restarts) == (status, requeued)
+    script = slurm_script(SITE.model_copy(update={"python": sys.executable}), f"run={tmp_path}/run")
+    assert run_script(script, tmp_path, status, restarts) == (status, asked)
+    assert (tmp_path / "run/job.end").read_text() == f"7 {restarts} {status}\n"
+
+
+@pytest.mark.parametrize(("budget", "asked"), [(0, ""), (1, "requeue 7\nupdate JobId=7 ExcNodeList=node1,node7\n")])
+def test_a_node_that_is_blamed_is_left_out_within_a_budget(budget: int, asked: str, tmp_path: Path) -> None:
+    site = SITE.model_copy(update={"python": sys.executable, "max_excluded_nodes": budget})
+    script = slurm_script(site, f"run={tmp_path}/run")
+    assert run_script(script, tmp_path, 70, 0, [FAULT]) == (70, asked)
+
+
+# -------------------------------------------------------------------------------- what no site can run, and seeds
+
+
+def test_a_lead_that_fills_the_time_limit_is_refused() -> None:
+    site = SITE.model_copy(update={"time_limit": "5", "signal_lead_s": 300})
+    with pytest.raises(ConfigError, match=r"signal_lead_s=300 is not shorter than time_limit=5 \(300 s\)"):
+        slurm_script(site)
+
+
+def test_a_lead_shorter_than_a_save_was_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "attempt": 0, "step_s": 3.0, "save_s": 210.0}\n')
+    site = SITE.model_copy(update={"signal_lead_s": 120})
+    with pytest.raises(ConfigError, match=r"120 s lead, but in .* a step took 3 s and a save 210 s.* to 320"):
+        slurm_script(site, f"run={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("30", 1800), ("30:15", 1815), ("2:00:01", 7201), ("1-0", 86400), ("1-2:30", 95400), ("1-0:0:5", 86405)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(limit: str, seconds: int) -> None:
+    assert seconds_of(limit) == seconds
+
+
+def test_a_container_without_an_image_is_refused() -> None:
+    with pytest.raises(ConfigError, match="without container_image"):
+        slurm_script(SITE.model_copy(update={"container": "apptainer"}))
+
+
+@pytest.mark.parametrize("seeds", ["a", "1-", "3,3", "2-1", "0-2,1"])
+def test_seeds_that_are_no_list_of_numbers_are_refused(seeds: str) -> None:
+    with pytest.raises(ConfigError, match=f"--seeds {seeds}"):
+        slurm.seeds_of(seeds)
+
+
+def test_seeds_are_for_training() -> None:
+    with pytest.raises(ConfigError, match="seeds are for training"):
+        slurm.render(describe(BUILD, [], SITE), SITE, seeds="0-3")
 
 
 def test_more_processes_than_gpus_are_refused() -> None:
@@ -108,11 +181,14 @@ def test_more_processes_than_gpus_are_refused() -> None:
         slurm.render(describe(RECIPE, [], SITE, 1, 8), SITE)
 
 
+def step(run: Path) -> Step[SlurmCluster]:
+    return Step("train", describe(RECIPE, [f"run={run}"], SITE), SITE)
+
+
 def test_submitting_without_sbatch_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    spec = describe(RECIPE, [f"run={tmp_path}/run"], SITE, None, None)
     with pytest.raises(ConfigError, match="no sbatch"):
-        slurm.submit(spec, SITE)
+        slurm.submit(step(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -122,7 +198,7 @@ def test_sbatch_refusing_is_shown_in_its_own_words(monkeypatch: pytest.MonkeyPat
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(ConfigError, match="invalid partition specified: gpu"):
-        slurm.submit(describe(RECIPE, [f"run={tmp_path}/run"], SITE, None, None), SITE)
+        slurm.submit(step(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
