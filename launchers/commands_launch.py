@@ -10,7 +10,6 @@ from data_pipeline.errors import ConfigError
 from launchers import commands_data, commands_run
 from launchers import slurm as slurm_jobs
 from launchers.arguments import AsJson, emit
-from launchers.kubernetes import submit as kubernetes_jobs
 from launchers.local import launch_local
 from launchers.pipeline import Step, plan_steps
 from launchers.spec import COMMANDS, KubernetesCluster, LocalCluster, RunSpec, SlurmCluster, Task
@@ -128,11 +127,13 @@ def kubernetes(
     json: AsJson = False,
 ) -> None:
     """Render the objects of a run for the cluster described by --cluster, and create them unless --dry-run."""
+    from launchers.kubernetes.submit import render, submit
+
     step = _only(checked(plan_steps(KubernetesCluster, config, rest or [], cluster, nodes, procs_per_node, task)))
     if dry_run:
-        typer.echo(kubernetes_jobs.render(step.spec, step.cluster), nl=False)
+        typer.echo(render(step.spec, step.cluster), nl=False)
         return
-    emit(kubernetes_jobs.submit(step.spec, step.cluster), json)
+    emit(submit(step.spec, step.cluster), json)
 
 
 def _only(steps: list[Step[Any]]) -> Step[Any]:

@@ -8,6 +8,9 @@ import typer
 from data_pipeline.errors import NodeFault, Requeue
 from launchers.arguments import AsJson, Overrides, Run, as_dict, emit
 
+trains = False
+"""Has this process begun to train? Then it must not leave by the interpreter's orderly end (cli.main)."""
+
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML of the run, one of the recipes in configs/.")],
@@ -17,8 +20,11 @@ def train(
     from data_pipeline.settings import load_settings
     from pretrain.config import RunConfig
 
+    global trains
     run_config = load_settings(RunConfig, config, overrides or [])
     from pretrain.signals import ignore_stop_signals
+
+    trains = True
     from pretrain.train import main  # after the configuration: a mistake in it need not wait for torch
 
     try:
@@ -65,13 +71,14 @@ def status(run: Run, json: AsJson = False) -> None:
 
 def logs(
     run: Run,
-    lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="How many steps.")] = 20,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="How many.")] = 20,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False,
+    job: Annotated[bool, typer.Option("--job", help="What the run's job printed, instead of its metrics.")] = False,
 ) -> None:
-    """The last lines of the run's metrics.jsonl."""
-    from launchers.watch import metric_lines
+    """The last lines of the run's metrics.jsonl, one a step."""
+    from launchers.watch import job_lines, metric_lines
 
-    for line in metric_lines(run, lines, follow):
+    for line in (job_lines if job else metric_lines)(run, lines, follow):
         typer.echo(line)
 
 
@@ -80,7 +87,7 @@ def stop(
     timeout_s: Annotated[float, typer.Option(min=1, help="How long the save may take.")] = 300,
     json: AsJson = False,
 ) -> None:
-    """Ask a run on this machine to save and leave, and wait until it has."""
+    """Ask a run on this machine, or its job, to save and leave for good, and wait until it has."""
     from launchers.watch import stop_run
 
     emit(stop_run(run, timeout_s), json)
@@ -95,8 +102,9 @@ def chaos(
     json: AsJson = False,
 ) -> None:
     """Kill a run again and again, start it again, and hold the result against an undisturbed one; verdict last."""
-    from launchers.chaos import figures, run_campaign, write_report
-    from launchers.laws import broken_laws
+    from launchers.chaos.campaign import run_campaign
+    from launchers.chaos.laws import broken_laws
+    from launchers.chaos.report import figures, write_report
 
     def say(text: str) -> None:
         typer.echo(text, err=json)

@@ -60,6 +60,10 @@ def lend(host: str, port: int, cpus: int) -> int:
         while refused < LOST_AFTER and ray.poll() is None:
             time.sleep(1.0)
             refused = 0 if _address_towards(host, port) else refused + 1
+        if not refused and _address_towards(host, port):
+            raise NodeFault(
+                f"Ray on this node ended with code {ray.returncode}, but its head is still at {host}:{port}"
+            )
     return 0
 
 

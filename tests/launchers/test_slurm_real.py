@@ -26,7 +26,7 @@ STEPS = 100_000  # more than any of these runs makes
 PLACE: dict[str, Any] = {
     "kind": "slurm", "nodes": 2, "cpus_per_proc": 1, "memory": "100", "time_limit": "20", "signal_lead_s": 100,
     "master_addr": "node_addr", "python": sys.executable,
-    "env": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
+    "env": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
 }  # fmt: skip
 
 
@@ -142,6 +142,8 @@ def test_a_run_on_two_nodes_is_followed_while_it_trains(story: Story) -> None:
     told = story.while_running
     assert (told["state"], told["nodes"], told["steps"]) == ("running", "node[1-2]", STEPS)
     assert told["step"] >= 5 and Path(told["output"]).is_file()
+    printed = tessera("logs", story.run, "--job", "--lines", "1000").stdout
+    assert "electra: steps 0 to 100000, 2 processes, attempt 0" in printed and printed.count("srun: error:") >= 4
 
 
 def test_every_strike_puts_the_same_job_back_into_the_queue(story: Story) -> None:
