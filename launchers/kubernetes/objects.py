@@ -16,8 +16,8 @@ from data_pipeline.config import BuildConfig, VocabConfig
 from data_pipeline.errors import ConfigError, Requeue
 from data_pipeline.settings import Settings, load_settings
 from launchers.causes import USER_CODE_EXIT
+from launchers.kubernetes.api import API_VERSIONS, APPLICATION, CONTAINER, Tree
 from launchers.kubernetes.lint import amount_of
-from launchers.kubernetes.names import API_VERSIONS, APPLICATION, CONTAINER, Tree
 from launchers.spec import COMMANDS, KubernetesCluster, RunSpec, Task, check_gpus
 from pretrain.config import RunConfig
 
