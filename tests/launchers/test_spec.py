@@ -58,7 +58,7 @@ def test_the_program_gets_the_same_environment_in_every_place(capsys: pytest.Cap
     assert local.environment == {"PYTHONUNBUFFERED": "1", "TESSERA_STOP_LEAD_S": "300", **ENV}
     script = slurm.render(site, SlurmCluster(env=ENV, cpus_per_proc=1))
     assert "export A='b c'" in script and "export TESSERA_STOP_LEAD_S=300" in script
-    text = render(place, KubernetesCluster(image="example.com/t:1", claims={"work": "/work"}))
+    text = render(place, KubernetesCluster(image="example.com/t:1", claims={"all": "/work"}))
     assert all(f"name: {name}" in text for name in local.environment)
 
 
