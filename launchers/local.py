@@ -20,7 +20,7 @@ from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue
 from launchers.causes import Failure, diagnose, pause_s, worth_another_attempt
-from launchers.spec import LocalCluster, RunSpec, describe, load_cluster
+from launchers.spec import LocalCluster, describe, load_cluster
 from launchers.watch import is_running, metrics_size, read_record, start_ticks, write_record
 from pretrain.deadline import LEAD_VARIABLE
 from pretrain.faults import faults_size, read_faults
@@ -88,7 +88,7 @@ def launch_local(
     cluster = cluster or load_cluster(LocalCluster, None)
     restarts = cluster.restarts if restarts is None else restarts
     spec = describe(config_path, overrides, cluster, nodes, procs_per_node)
-    _check_node(spec, node_rank, master_addr, master_port, restarts)
+    check_rendezvous(spec.nodes, node_rank, master_addr, master_port)
     group = Group(
         command=(sys.executable, *spec.command),
         procs=spec.procs_per_node,
@@ -104,20 +104,21 @@ def launch_local(
     return _attempts(group, Path(spec.run_folder), node_rank, restarts, Patience(cluster.stop_timeout_s))
 
 
-def _check_node(spec: RunSpec, node_rank: int, master_addr: str, master_port: int, restarts: int) -> None:
-    if node_rank >= spec.nodes:
-        raise ConfigError(f"--node-rank {node_rank} does not exist among {spec.nodes} nodes; they count from 0")
-    if spec.nodes == 1:
-        return
-    if not master_port or master_addr.startswith("127."):
-        raise ConfigError(f"{spec.nodes} nodes need the same --master-addr and --master-port of node 0 on each of them")
-    if restarts:
-        raise ConfigError(f"restarts={restarts} with {spec.nodes} nodes: what starts the nodes restarts them; use 0")
+def check_rendezvous(nodes: int, node_rank: int, master_addr: str, master_port: int) -> None:
+    """Raises ConfigError for a node that is none, and for nodes that could not find each other."""
+    if node_rank >= nodes:
+        raise ConfigError(f"--node-rank {node_rank} does not exist among {nodes} nodes; they count from 0")
+    if nodes > 1 and (not master_port or master_addr.startswith("127.")):
+        raise ConfigError(f"{nodes} nodes need the same --master-addr and --master-port of node 0 on each of them")
 
 
 def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: Patience) -> int:
-    """Attempt after attempt while the cause of the end is worth one and `restarts` lasts."""
-    record = read_record(run) if node_rank == 0 else {}
+    """Attempt after attempt while the cause of the end is worth one and `restarts` lasts.
+
+    Of several nodes each starts its own processes again: they wait for each other at node 0's port. A stop of one is a
+    stop of all.
+    """
+    record, several = read_record(run) if node_rank == 0 else {}, group.world_size > group.procs
     if is_running(record):
         raise ConfigError(f"{run}: process {record['pid']} is training this run; `tessera stop {run}` first")
     attempt = int(os.environ.get("TESSERA_ATTEMPT", record.get("attempt", -1) + 1))
@@ -133,7 +134,7 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
             if node_rank == 0:
                 told = {"cause": diagnosis.cause, "why": diagnosis.why} if diagnosis else {}
                 write_record(run, _record(group) | {"exit_code": end.exit_code} | told)
-            if diagnosis is None or stops.count:
+            if diagnosis is None or stops.count or (several and end.exit_code == Requeue.exit_code):
                 return end.exit_code
             another = restarts > failed and worth_another_attempt(diagnosis, metrics_size(run) > steps)
             say(f"attempt {attempt} ended, cause {diagnosis.cause}: {diagnosis.why}")
@@ -141,7 +142,8 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
                 return end.exit_code
             say(f"starting again, {restarts - failed - 1} new attempts left after this one")
             _pause(pause_s(diagnosis, failed), stops)
-            attempt, failed, group = attempt + 1, failed + 1, replace(group, master_port=0)
+            attempt, failed = attempt + 1, failed + 1
+            group = group if several else replace(group, master_port=0)
 
 
 def _pause(seconds: float, stops: StopSignals) -> None:

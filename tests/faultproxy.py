@@ -16,10 +16,11 @@ _UNAVAILABLE = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: clos
 
 
 class FaultProxy:
-    """One request a connection. `script(n, request line)` -> what happens to the n-th request."""
+    """One request a connection. `script(n, request line)` -> what happens to the n-th request; `drop`: a header."""
 
-    def __init__(self, upstream_port: int, script: Callable[[int, str], Fault]) -> None:
+    def __init__(self, upstream_port: int, script: Callable[[int, str], Fault], drop: bytes = b"") -> None:
         self.script = script
+        self.drop = drop
         self.happened: Counter[str] = Counter()
         self.requests: list[str] = []
         self._upstream = ("127.0.0.1", upstream_port)
@@ -62,7 +63,7 @@ class FaultProxy:
             if kind == "delay":
                 time.sleep(argument)
             with socket.create_connection(self._upstream, timeout=30) as server:
-                server.sendall(head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+                server.sendall(_without(head, self.drop).replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
                 threading.Thread(target=_relay, args=(client, server), daemon=True).start()
                 self._answer(server, client, kind, argument)
 
@@ -84,9 +85,9 @@ class FaultProxy:
 
 
 @contextlib.contextmanager
-def fault_proxy(upstream_port: int, script: Callable[[int, str], Fault]) -> Iterator[FaultProxy]:
+def fault_proxy(upstream_port: int, script: Callable[[int, str], Fault], drop: bytes = b"") -> Iterator[FaultProxy]:
     """A running proxy, closed at the end."""
-    proxy = FaultProxy(upstream_port, script)
+    proxy = FaultProxy(upstream_port, script, drop)
     try:
         yield proxy
     finally:
@@ -101,6 +102,11 @@ def _read_head(client: socket.socket) -> bytes:
             return b""
         head += data
     return head
+
+
+def _without(head: bytes, name: bytes) -> bytes:
+    lines = head.split(b"\r\n")
+    return b"\r\n".join(line for line in lines if not name or not line.lower().startswith(name + b":"))
 
 
 def _relay(client: socket.socket, server: socket.socket) -> None:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 INDEX = "index.json"
-VERSION = 2
+VERSION = 3
+READS = (2, 3)
+"""Manifests that this program reads: 2 always lists the slices of every file."""
 BUFFER = 8 << 20
 """Bytes held at once while a file is hashed or read."""
 FOLDER = re.compile(r"step-(\d+)\.attempt-(\d+)")
@@ -62,8 +64,8 @@ class Saved:
         Only every `parts`-th file from `part` on is looked at: ranks share the work.
         """
         try:
-            if self.manifest.get("version") != VERSION:
-                return [f"{MANIFEST}: format {self.manifest.get('version')}, this program reads {VERSION}"]
+            if self.manifest.get("version") not in READS:
+                return [f"{MANIFEST}: format {self.manifest.get('version')}, this program reads {READS}"]
             files = self.manifest["files"]
         except (DataError, KeyError) as error:
             return [f"{MANIFEST}: {error}"]

@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from pretrain.checkpoint.catalog import (
     refuse_overtaken,
     tidy,
 )
-from pretrain.checkpoint.layout import Shard, Staging, index_of, shard_of, write_shard
+from pretrain.checkpoint.layout import Shard, Staging, index_of, shard_of, told_of, write_shard
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
@@ -43,6 +43,7 @@ LOAD_TIMEOUT_S = 3600.0
 ABANDON_S = 5.0
 """What a save in flight is given when the run ends by an error: enough for one whose parts are all written."""
 POLL_S = (0.005, 0.25)
+ASKED_AT_ONCE = 256
 
 
 class Abandoned(TesseraError):
@@ -129,7 +130,7 @@ class Checkpoints:
         store, mesh = self.mesh.store, self.mesh
         store.set(f"{key}/{mesh.rank}", json.dumps(_outcome(lambda: saved.faults(mesh.rank, mesh.world))))
         if mesh.rank == 0:
-            reports = [_result(_get(store, f"{key}/{rank}", LOAD_TIMEOUT_S)) for rank in range(mesh.world)]
+            reports = [_result(told) for told in _gather(store, key, mesh.world, LOAD_TIMEOUT_S)]
             faults = list(dict.fromkeys(line for report in reports for line in report))
             if faults:
                 print(f"checkpoint {saved.name} is passed over: {'; '.join(faults)}", flush=True)
@@ -184,7 +185,8 @@ class Save(threading.Thread):
     def _write(self) -> dict[str, Any]:
         if self.shard is None:
             raise DataError(f"the save before is still being written after {COMMIT_TIMEOUT_S:.0f} s")
-        return write_shard(open_storage(self.folder), self.shard)
+        mesh = self.owner.mesh
+        return told_of(write_shard(open_storage(self.folder), self.shard), mesh.rank, mesh.world)
 
     def _commit(self, store: "KeyValues") -> None:
         """Rank 0: all reports, index, state, and last the manifest."""
@@ -193,7 +195,7 @@ class Save(threading.Thread):
         if errors:
             raise DataError("; ".join(errors))
         files = [{key: report[key] for key in ("name", "bytes", "sha256")} for report in reports]
-        files.append(put_once(storage, INDEX, json.dumps(index_of(reports)).encode()))
+        files.append(put_once(storage, INDEX, json.dumps(index_of(reports, storage)).encode()))
         files.append(put_once(storage, STATE, as_json(self.state)))
         refuse_overtaken(owner.root, owner.attempt)
         manifest = {"version": VERSION, "step": self.step, "attempt": owner.attempt, "world": owner.mesh.world}
@@ -202,14 +204,10 @@ class Save(threading.Thread):
     def _reports(self, store: "KeyValues") -> tuple[list[dict[str, Any]], list[str]]:
         """What every rank wrote, and what went wrong, by rank."""
         reports, errors = [], []
-        deadline = time.monotonic() + COMMIT_TIMEOUT_S
-        for rank in range(self.owner.mesh.world):
-            left = max(0.0, deadline - time.monotonic())
+        for rank, told in enumerate(_gather(store, self.key, self.owner.mesh.world, COMMIT_TIMEOUT_S, self.abandoned)):
             try:
-                reports.append(_result(_get(store, f"{self.key}/{rank}", left, self.abandoned)))
-            except Abandoned:
-                raise
-            except TesseraError as error:
+                reports.append(_result(told))
+            except DataError as error:
                 errors.append(f"rank {rank}: {error}")
         return reports, errors
 
@@ -261,13 +259,35 @@ def _result(told: dict[str, Any]) -> Any:
 
 
 def _get(store: "KeyValues", key: str, timeout_s: float, abandoned: threading.Event | None = None) -> dict[str, Any]:
-    """The value of a key once it is there. Polls: a blocking wait could not be abandoned."""
-    deadline, pause = time.monotonic() + timeout_s, POLL_S[0]
-    while not store.check([key]):
+    """The value of a key once it is there. Raises DataError when it does not come."""
+    if not _wait(store, [key], time.monotonic() + timeout_s, abandoned):
+        raise DataError(f"no word within {timeout_s:.0f} s")
+    return dict(json.loads(store.get(key)))
+
+
+def _gather(
+    store: "KeyValues", key: str, world: int, timeout_s: float, abandoned: threading.Event | None = None
+) -> Iterator[dict[str, Any]]:
+    """KEY/RANK of every rank, in order, many in one question; an error in the place of those that do not come."""
+    deadline = time.monotonic() + timeout_s
+    for first in range(0, world, ASKED_AT_ONCE):
+        keys = [f"{key}/{rank}" for rank in range(first, min(first + ASKED_AT_ONCE, world))]
+        if _wait(store, keys, deadline, abandoned):
+            yield from (json.loads(text) for text in store.multi_get(keys))
+            continue
+        for one in keys:
+            there = store.check([one])
+            yield json.loads(store.get(one)) if there else {"error": f"no word within {timeout_s:.0f} s"}
+
+
+def _wait(store: "KeyValues", keys: list[str], deadline: float, abandoned: threading.Event | None) -> bool:
+    """Are all there before the deadline? Polls: a blocking wait could not be abandoned."""
+    pause = POLL_S[0]
+    while not store.check(keys):
         if abandoned is not None and abandoned.is_set():
             raise Abandoned("the run ended before all parts were written")
         if time.monotonic() > deadline:
-            raise DataError(f"no word within {timeout_s:.0f} s")
+            return False
         time.sleep(pause)
         pause = min(2 * pause, POLL_S[1])
-    return dict(json.loads(store.get(key)))
+    return True
