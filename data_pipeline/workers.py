@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -35,6 +36,7 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     if address is not None:
         _check_address(address)
+        _sign_in()
     elif "ray" not in sys.modules:  # which reads it once: half of Ray would believe it, half would not
         os.environ.setdefault(_CLUSTERS, "0")
     import ray
@@ -56,11 +58,24 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
         try:
             ray.init(address=address, **common)
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-            raise NodeFault(f"ray_address={address}: {error}; see that it is this version of Ray") from None
+            raise NodeFault(
+                f"ray_address={address}: {error}; see that it is this version of Ray, and that RAY_AUTH_MODE and the "
+                "token are the same on all nodes"
+            ) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _sign_in() -> None:
+    """Send the user's token, where there is one, to a cluster named by its address: Ray itself does so only for `auto`.
+
+    A head asks for it as soon as ~/.ray/auth_token exists, and the first Ray that a process starts writes it there.
+    """
+    token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or (Path.home() / ".ray/auth_token").exists()
+    if token and "ray" not in sys.modules:  # which reads it once
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _check_address(address: str) -> None:
