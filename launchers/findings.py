@@ -43,6 +43,7 @@ def code_of(check: str) -> int:
 
 def judge(reports: Reports, world: int) -> list[Finding]:
     """All findings, in the order of the checks."""
+    reports = dict(sorted(reports.items()))
     found = [*_missing(reports, world), *_errors(reports), *_clocks(reports), *_unequal(reports)]
     for check, floor in FLOORS_S.items():
         found += _slow(check, _values(reports, check, "seconds"), floor)
@@ -63,7 +64,7 @@ def _missing(reports: Reports, world: int) -> Iterator[Finding]:
 def _errors(reports: Reports) -> Iterator[Finding]:
     """The same words of several ranks are one finding."""
     by_words: dict[tuple[str, int, str], list[int]] = {}
-    for rank, report in sorted(reports.items()):
+    for rank, report in reports.items():
         for check, (code, text) in report["errors"].items():
             by_words.setdefault((check, code, text), []).append(rank)
     for (check, code, text), ranks in by_words.items():
@@ -106,7 +107,7 @@ def _slow(check: str, seconds: Mapping[int, float], floor: float) -> Iterator[Fi
 
 def _values(reports: Reports, check: str, name: str) -> dict[int, Any]:
     """Rank -> value, of those who have it."""
-    found = ((rank, report["values"].get(check, {}).get(name)) for rank, report in sorted(reports.items()))
+    found = ((rank, report["values"].get(check, {}).get(name)) for rank, report in reports.items())
     return {rank: value for rank, value in found if value is not None}
 
 

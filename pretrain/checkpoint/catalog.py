@@ -65,7 +65,8 @@ class Saved:
         """
         try:
             if self.manifest.get("version") not in READS:
-                return [f"{MANIFEST}: format {self.manifest.get('version')}, this program reads {READS}"]
+                known = " and ".join(map(str, READS))
+                return [f"{MANIFEST}: format {self.manifest.get('version')}, this program reads {known}"]
             files = self.manifest["files"]
         except (DataError, KeyError) as error:
             return [f"{MANIFEST}: {error}"]

@@ -343,6 +343,10 @@ class Slices:
         """Which tensors there are of a parameter: a frozen one has no moments."""
         return KINDS[: self._split.kinds(self._numbers[name])]
 
+    def pieces(self, name: str) -> list[Piece]:
+        """What files hold of a parameter, in order."""
+        return list(self._split.pieces(self._numbers[name], 0, math.prod(self.shapes[name])))
+
     def fill(self, wanted: Iterable[tuple[str, str, int, Tensor]]) -> None:
         """Read (kind, name, lo, flat float32 tensor [n]) each: the tensor becomes elements [lo, lo + n).
 

@@ -44,6 +44,8 @@ ABANDON_S = 5.0
 """What a save in flight is given when the run ends by an error: enough for one whose parts are all written."""
 POLL_S = (0.005, 0.25)
 ASKED_AT_ONCE = 256
+ASKS_PER_S = 10_000
+"""What rank 0's store is asked by all ranks together while they wait for one word: it serves some 50,000."""
 
 
 class Abandoned(TesseraError):
@@ -113,7 +115,7 @@ class Checkpoints:
         store, key = self.mesh.store, f"choice-{self._choices} {self.root}"
         if self.mesh.rank == 0:
             store.set(key, json.dumps(_outcome(lambda: self._candidates(every_steps))))
-        folders = _result(_get(store, key, LOAD_TIMEOUT_S))
+        folders = _result(_get(store, key, self.mesh.world, LOAD_TIMEOUT_S))
         for number, folder in enumerate(folders):
             if self._is_whole(Saved(folder), f"{key}/{number}"):
                 return Saved(folder)
@@ -135,7 +137,7 @@ class Checkpoints:
             if faults:
                 print(f"checkpoint {saved.name} is passed over: {'; '.join(faults)}", flush=True)
             store.set(key, json.dumps({"result": not faults}))
-        return bool(_result(_get(store, key, LOAD_TIMEOUT_S)))
+        return bool(_result(_get(store, key, self.mesh.world, LOAD_TIMEOUT_S)))
 
 
 UNTOUCHED = "the checkpoints before it are untouched"
@@ -167,7 +169,7 @@ class Save(threading.Thread):
             store.set(f"{self.key}/{self.owner.mesh.rank}", json.dumps(_outcome(self._write)))
             if self.owner.mesh.rank == 0:
                 store.set(self.key, json.dumps(_outcome(lambda: self._commit(store))))
-            _result(_get(store, self.key, COMMIT_TIMEOUT_S, self.abandoned))
+            _result(_get(store, self.key, self.owner.mesh.world, COMMIT_TIMEOUT_S, self.abandoned))
         except (OSError, RuntimeError, TesseraError) as error:  # RuntimeError: the store's server is gone
             self.failure = str(error)
         if self.owner.mesh.rank == 0:
@@ -236,7 +238,7 @@ def start_attempt(root: str | Path, mesh: "Mesh", at_least: int) -> int:
     if mesh.rank == 0:
         by = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "world": mesh.world}
         mesh.store.set("attempt", json.dumps(_outcome(lambda: claim_attempt(root, at_least, by))))
-    return int(_result(_get(mesh.store, "attempt", LOAD_TIMEOUT_S)))
+    return int(_result(_get(mesh.store, "attempt", mesh.world, LOAD_TIMEOUT_S)))
 
 
 # ------------------------------------------------------------------------------------- words between ranks
@@ -258,9 +260,11 @@ def _result(told: dict[str, Any]) -> Any:
     return told["result"]
 
 
-def _get(store: "KeyValues", key: str, timeout_s: float, abandoned: threading.Event | None = None) -> dict[str, Any]:
-    """The value of a key once it is there. Raises DataError when it does not come."""
-    if not _wait(store, [key], time.monotonic() + timeout_s, abandoned):
+def _get(
+    store: "KeyValues", key: str, world: int, timeout_s: float, abandoned: threading.Event | None = None
+) -> dict[str, Any]:
+    """The value of a key, for which all ranks may wait, once it is there. Raises DataError when it does not come."""
+    if not _wait(store, [key], time.monotonic() + timeout_s, abandoned, world / ASKS_PER_S):
         raise DataError(f"no word within {timeout_s:.0f} s")
     return dict(json.loads(store.get(key)))
 
@@ -280,14 +284,16 @@ def _gather(
             yield json.loads(store.get(one)) if there else {"error": f"no word within {timeout_s:.0f} s"}
 
 
-def _wait(store: "KeyValues", keys: list[str], deadline: float, abandoned: threading.Event | None) -> bool:
-    """Are all there before the deadline? Polls: a blocking wait could not be abandoned."""
-    pause = POLL_S[0]
+def _wait(
+    store: "KeyValues", keys: list[str], deadline: float, abandoned: threading.Event | None, pause_s: float = 0.0
+) -> bool:
+    """Are all there before the deadline? Polls, in the end every `pause_s`: a blocking wait could not be abandoned."""
+    pause, longest = POLL_S[0], max(POLL_S[1], pause_s)
     while not store.check(keys):
         if abandoned is not None and abandoned.is_set():
             raise Abandoned("the run ended before all parts were written")
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)
-        pause = min(2 * pause, POLL_S[1])
+        pause = min(2 * pause, longest)
     return True

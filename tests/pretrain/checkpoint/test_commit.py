@@ -292,6 +292,16 @@ def test_a_manifest_or_state_that_is_cut_off_is_passed_over_too(name: str, tmp_p
         verbs.verify(tmp_path)
 
 
+def test_a_checkpoint_of_the_format_before_is_whole(tmp_path: Path) -> None:
+    """It lists the slices of every file, as this program does where ranks do not keep equal parts."""
+    write(tmp_path, 4, world=3)
+    assert "files" in json.loads((folder_of(tmp_path, 0) / "index.json").read_text())
+    path = folder_of(tmp_path, 0) / "MANIFEST.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    found = newest(tmp_path)
+    assert found is not None and found.step == 4
+
+
 def test_a_checkpoint_of_another_format_is_passed_over_with_both_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,7 +310,7 @@ def test_a_checkpoint_of_another_format_is_passed_over_with_both_numbers(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
     with pytest.raises(DataError, match="none of 1 checkpoints"):
         newest(tmp_path)
-    assert "format 1, this program reads 2" in capsys.readouterr().out
+    assert "format 1, this program reads 2 and 3" in capsys.readouterr().out
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path: Path) -> None:
