@@ -2,6 +2,7 @@
 
 Exit code: 0 when every process left with 0; else the most telling of theirs (64, 74, then 70, then 75). A process that
 died by a signal or with a traceback is a node fault, 70. Another attempt is made where the cause lets hope: causes.py.
+Within a scheduler's job, which makes the attempts, 1 says of user code what 64 says of a configuration: no other one.
 """
 
 import contextlib
@@ -19,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue
-from launchers.causes import Failure, diagnose, pause_s, worth_another_attempt
-from launchers.spec import LocalCluster, describe, load_cluster
-from launchers.watch import is_running, metrics_size, read_record, start_ticks, write_record
-from pretrain.deadline import LEAD_VARIABLE
+from launchers.causes import USER_CODE_EXIT, Failure, diagnose, pause_s, worth_another_attempt
+from launchers.spec import RunSpec
+from launchers.watch import JOB, metrics_size, read_record, refuse_second_launch, start_ticks, write_record
+from pretrain.deadline import LEAD_VARIABLE, lead_s
 from pretrain.faults import faults_size, read_faults
 from pretrain.signals import StopSignals
 
@@ -72,22 +73,19 @@ class Group:
 
 
 def launch_local(
-    config_path: Path,
-    overrides: Sequence[str] = (),
-    cluster: LocalCluster | None = None,
+    spec: RunSpec,
     *,
-    nodes: int | None = None,
-    procs_per_node: int | None = None,
     node_rank: int = 0,
     master_addr: str = "127.0.0.1",
     master_port: int = 0,
     restarts: int | None = None,
     dry_run: bool = False,
 ) -> int:
-    """Run the recipe on this machine's processes -> exit code. Raises ConfigError before anything is started."""
-    cluster = cluster or load_cluster(LocalCluster, None)
-    restarts = cluster.restarts if restarts is None else restarts
-    spec = describe(config_path, overrides, cluster, nodes, procs_per_node)
+    """Run this machine's processes -> exit code. Raises ConfigError before anything is started."""
+    restarts = spec.retries if restarts is None else restarts
+    spec = replace(spec, lead_s=int(min(spec.lead_s, lead_s())))  # what started us may be in more of a hurry
+    if spec.on_ray and spec.nodes > 1:
+        raise ConfigError(f"a {spec.task} on {spec.nodes} nodes is for slurm or kubernetes, or name a `ray_address`")
     check_rendezvous(spec.nodes, node_rank, master_addr, master_port)
     group = Group(
         command=(sys.executable, *spec.command),
@@ -96,12 +94,12 @@ def launch_local(
         first_rank=node_rank * spec.procs_per_node,
         master_addr=master_addr,
         master_port=master_port,
-        env=spec.env,
+        env=tuple(spec.environment.items()),
     )
     if dry_run:
         print(dry_run_text(group))
         return 0
-    return _attempts(group, Path(spec.run_folder), node_rank, restarts, Patience(cluster.stop_timeout_s))
+    return _attempts(group, Path(spec.run_folder), node_rank, restarts, Patience(spec.lead_s))
 
 
 def check_rendezvous(nodes: int, node_rank: int, master_addr: str, master_port: int) -> None:
@@ -118,9 +116,12 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
     Of several nodes each starts its own processes again: they wait for each other at node 0's port. A stop of one is a
     stop of all.
     """
-    record, several = read_record(run) if node_rank == 0 else {}, group.world_size > group.procs
-    if is_running(record):
-        raise ConfigError(f"{run}: process {record['pid']} is training this run; `tessera stop {run}` first")
+    in_a_job = "TESSERA_ATTEMPT" in os.environ  # a scheduler's job started us and counts the attempts
+    several = group.world_size > group.procs
+    if node_rank == 0 and not in_a_job:
+        refuse_second_launch(run)
+        (run / JOB).unlink(missing_ok=True)
+    record = read_record(run) if node_rank == 0 else {}
     attempt = int(os.environ.get("TESSERA_ATTEMPT", record.get("attempt", -1) + 1))
     failed = 0
     with StopSignals() as stops:
@@ -139,7 +140,7 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
             another = restarts > failed and worth_another_attempt(diagnosis, metrics_size(run) > steps)
             say(f"attempt {attempt} ended, cause {diagnosis.cause}: {diagnosis.why}")
             if not another:
-                return end.exit_code
+                return USER_CODE_EXIT if in_a_job and diagnosis.cause == "user code" else end.exit_code
             say(f"starting again, {restarts - failed - 1} new attempts left after this one")
             _pause(pause_s(diagnosis, failed), stops)
             attempt, failed = attempt + 1, failed + 1

@@ -1,4 +1,4 @@
-"""Slices of tensors -> one safetensors file a rank, written in one pass; byte ranges of such files -> slices.
+"""Slices of tensors -> safetensors files of each rank, written in one pass; byte ranges of such files -> slices.
 
 In a file the tensors of one slice stand together, `param`, `exp_avg`, `exp_avg_sq` in this order, float32, little
 endian, under the keys KIND/NAME; the index says where each slice begins, so that a reader asks for nothing else.
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 ITEM = 4  # bytes of a float32
 READERS = 4
+PART = 1 << 30
+"""Bytes of tensors in a file, at most: S3 takes five times as much at once, and what fails is sent again whole."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
@@ -53,8 +55,9 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One rank's file before it is written: shares and, of rank 0, buffers by name."""
+    """One rank's file before it is written: shares, and buffers by name."""
 
+    rank: int
     file: str
     shares: list[Share]
     buffers: dict[str, Tensor]
@@ -76,8 +79,33 @@ def shard_of(engine: "Engine", mesh: "Mesh") -> Shard:
         if lo < hi:
             views = {kind: view[lo - owned.lo : hi - owned.lo] for kind, view in owned.tensors.items()}
             shares.append(Share(owned.name, owned.shape, lo, hi, views))
-    buffers = dict(engine.deepspeed.module.named_buffers()) if mesh.rank == 0 else {}
-    return Shard(f"r{mesh.rank:05d}.safetensors", shares, buffers)
+    return Shard(mesh.rank, _file(mesh.rank, 0), shares, dict(engine.deepspeed.module.named_buffers()))
+
+
+def _file(rank: int, part: int) -> str:
+    return f"r{rank:05d}.safetensors" if part == 0 else f"r{rank:05d}.part-{part:05d}.safetensors"
+
+
+def parts_of(shard: Shard, limit: int = PART) -> Iterator[Shard]:
+    """The shard as files of at most `limit` bytes of slices each; the buffers go with the first."""
+    part, held, buffers = list[Share](), 0, shard.buffers
+    number = 0
+    for share in (piece for whole in shard.shares for piece in _cut_share(whole, limit)):
+        size = (share.hi - share.lo) * ITEM * len(share.views)
+        if part and held + size > limit:
+            yield Shard(shard.rank, _file(shard.rank, number), part, buffers)
+            part, held, buffers, number = [], 0, {}, number + 1
+        part.append(share)
+        held += size
+    yield Shard(shard.rank, _file(shard.rank, number), part, buffers)
+
+
+def _cut_share(whole: Share, limit: int) -> Iterator[Share]:
+    step = max(1, limit // (ITEM * len(whole.views)))
+    for lo in range(whole.lo, whole.hi, step):
+        hi = min(lo + step, whole.hi)
+        views = {kind: view[lo - whole.lo : hi - whole.lo] for kind, view in whole.views.items()}
+        yield Share(whole.name, whole.shape, lo, hi, views)
 
 
 class Staging:
@@ -102,7 +130,7 @@ class Staging:
         buffers = {name: staged[f"buffer/{name}"] for name in shard.buffers}
         if on_cuda:
             torch.cuda.synchronize()
-        return Shard(shard.file, shares, buffers)
+        return Shard(shard.rank, shard.file, shares, buffers)
 
 
 def _padded(tensor: Tensor) -> int:
@@ -120,9 +148,10 @@ def _staged(tensor: Tensor, block: Tensor) -> Tensor:
 
 
 def write_shard(storage: Storage, shard: Shard) -> dict[str, Any]:
-    """Write and hash in one pass -> {name, bytes, sha256, slices, buffers}: the file's entry and its part of the index.
+    """Write and hash in one pass -> {name, bytes, sha256, rank, slices, buffers}: what manifest and index need.
 
-    slices: [name, shape, lo, hi, begin, kinds] each, begin counted in the file; buffers: name -> [dtype, shape, begin].
+    slices: [name, shape, lo, hi, begin, kinds] each, begin counted in the file; buffers: name -> [dtype, shape,
+    begin, digest of its bytes].
     """
     head, starts = _header(shard)
     digest, size = hashlib.sha256(), 0
@@ -145,25 +174,30 @@ def write_shard(storage: Storage, shard: Shard) -> dict[str, Any]:
         for share in shard.shares
     ]
     buffers = {
-        name: [NAMES_OF_DTYPES[tensor.dtype], list(tensor.shape), starts[f"buffer/{name}"]]
+        name: [
+            NAMES_OF_DTYPES[tensor.dtype], list(tensor.shape), starts[f"buffer/{name}"],
+            hashlib.sha256(_bytes(tensor)).hexdigest(),
+        ]
         for name, tensor in shard.buffers.items()
-    }
-    return entry | {"head": len(head), "slices": slices, "buffers": buffers}
+    }  # fmt: skip
+    return entry | {"rank": shard.rank, "head": len(head), "slices": slices, "buffers": buffers}
 
 
-def told_of(report: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
-    """What rank 0 must be told of `write_shard`'s report: without the slices where they are rank's of an even split."""
-    if rank == 0 or not _is_even(report, rank, world):
-        return report
-    return {key: value for key, value in report.items() if key != "slices"}
+def told_of(reports: list[dict[str, Any]], world: int) -> list[dict[str, Any]]:
+    """What rank 0 must be told of a rank's files: without the slices of a single one that is its part of an even split.
+
+    Rank 0 tells its own in full: there the others are named.
+    """
+    if len(reports) > 1 or reports[0]["rank"] == 0 or not _is_even(reports[0], world):
+        return reports
+    return [{key: value for key, value in reports[0].items() if key != "slices"}]
 
 
-def _is_even(report: dict[str, Any], rank: int, world: int) -> bool:
+def _is_even(report: dict[str, Any], world: int) -> bool:
     """Are these the slices that an even split of the same parameters gives the rank, one behind the other?"""
     at = report["head"]
     for _, shape, lo, hi, begin, kinds in report["slices"]:
-        size = math.prod(shape)
-        if (lo, hi, begin) != (*even_part(size, rank, world), at):
+        if (lo, hi, begin) != (*even_part(math.prod(shape), report["rank"], world), at):
             return False
         at += kinds * (hi - lo) * ITEM
     return True
@@ -200,10 +234,22 @@ def index_of(reports: list[dict[str, Any]], storage: Storage | None = None) -> d
 
     Of an even split names, shapes, kinds and where each file's tensors begin; else names and shapes once, of each file
     [number of name, lo, hi, begin, kinds]. Who told no slices, and is no part of an even split, is asked: its file.
+
+    buffers: name -> where rank 0 wrote it; own_buffers: the same by rank, of those alone whose bytes differ from rank
+    0's (batch norm's statistics are of a rank's own samples).
     """
-    buffers = {name: [report["name"], *where] for report in reports for name, where in report["buffers"].items()}
-    if (even := _even_index(reports)) is not None:
-        return even | {"buffers": buffers}
+    first: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for name, (dtype, shape, begin, digest) in report["buffers"].items():
+            place = [report["name"], dtype, shape, begin]
+            if first.setdefault(name, (digest, place))[0] != digest:
+                own.setdefault(str(report["rank"]), {})[name] = place
+    split = _even_index(reports) or _listed_index(reports, storage)
+    return split | {"buffers": {name: place for name, (_, place) in first.items()}, "own_buffers": own}
+
+
+def _listed_index(reports: list[dict[str, Any]], storage: Storage | None) -> dict[str, Any]:
     listed = [report["slices"] if "slices" in report else _slices_in(storage, report) for report in reports]
     shapes: dict[str, list[int]] = {name: shape for slices in listed for name, shape, *_ in slices}
     numbers = {name: number for number, name in enumerate(shapes)}
@@ -211,24 +257,29 @@ def index_of(reports: list[dict[str, Any]], storage: Storage | None = None) -> d
         report["name"]: [[numbers[name], *where] for name, _, *where in slices]
         for report, slices in zip(reports, listed, strict=True)
     }
-    return {"names": list(shapes), "shapes": list(shapes.values()), "files": files, "buffers": buffers}
+    return {"names": list(shapes), "shapes": list(shapes.values()), "files": files}
 
 
 def _even_index(reports: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The short index, where rank 0's slices are even, no other rank told any, and every file has the size for it."""
+    """The short index, where each rank has one file, rank 0's is even, no other told its slices, and all fit."""
     first, world = reports[0], len(reports)
-    if any("slices" in report for report in reports[1:]) or not _is_even(first, 0, world):
+    alone = all(report["rank"] == rank for rank, report in enumerate(reports))
+    if not alone or any("slices" in report for report in reports[1:]) or not _is_even(first, world):
         return None
     names, shapes, *_, kinds = zip(*first["slices"], strict=True) if first["slices"] else ((), (), ())
     even = Even(
         [math.prod(shape) for shape in shapes], list(kinds), [report["name"] for report in reports],
         [report["head"] for report in reports],
     )  # fmt: skip
-    ends = (int(even.begins(rank)[-1]) for rank in range(1, world))
-    if any(report["bytes"] != end for report, end in zip(reports[1:], ends, strict=True)):
+    if any(_slices_end(report) != even.begins(report["rank"])[-1] for report in reports):
         return None
     told = {"names": names, "shapes": shapes, "kinds": kinds}
     return {name: list(row) for name, row in told.items()} | {"heads": even.heads, "parts": even.files}
+
+
+def _slices_end(report: dict[str, Any]) -> int:
+    """Where the slices of a file end: buffers stand behind them."""
+    return min((where[2] for where in report["buffers"].values()), default=report["bytes"])
 
 
 def _slices_in(storage: Storage | None, report: dict[str, Any]) -> list[Any]:
@@ -326,6 +377,7 @@ class Slices:
         index = read_json(self._storage(), INDEX)
         self.shapes = {name: tuple(shape) for name, shape in zip(index["names"], index["shapes"], strict=True)}
         self._buffers: dict[str, Any] = index["buffers"]
+        self._own_buffers: dict[str, dict[str, Any]] = index["own_buffers"]
         self._numbers = {name: number for number, name in enumerate(self.shapes)}
         self._split: Even | Listed
         if "parts" in index:
@@ -372,9 +424,9 @@ class Slices:
         shape = torch.Size(self.shapes[name])
         return self.interval(kind, name, 0, shape.numel()).view(shape)
 
-    def buffer(self, name: str) -> Tensor:
-        """A buffer in its own dtype and shape."""
-        file, dtype, shape, begin = self._buffers[name]
+    def buffer(self, name: str, rank: int = 0) -> Tensor:
+        """A buffer in its own dtype and shape, as this rank had it."""
+        file, dtype, shape, begin = self._own_buffers.get(str(rank), {}).get(name) or self._buffers[name]
         tensor = torch.empty(shape, dtype=DTYPES[dtype])
         size = tensor.numel() * tensor.element_size()
         if size:

@@ -31,7 +31,7 @@ from pretrain.checkpoint.catalog import (
     refuse_overtaken,
     tidy,
 )
-from pretrain.checkpoint.layout import Shard, Staging, index_of, shard_of, told_of, write_shard
+from pretrain.checkpoint.layout import Shard, Staging, index_of, parts_of, shard_of, told_of, write_shard
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
@@ -42,6 +42,8 @@ COMMIT_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 3600.0
 ABANDON_S = 5.0
 """What a save in flight is given when the run ends by an error: enough for one whose parts are all written."""
+READ_S = 10.0
+"""How long rank 0, which holds the store, stays for the others to read how a save ended."""
 POLL_S = (0.005, 0.25)
 ASKED_AT_ONCE = 256
 ASKS_PER_S = 10_000
@@ -62,6 +64,8 @@ class Checkpoints:
         self.retention = retention
         self.blocked_s = 0.0
         """How long saves have held up training, in total: staging, and waiting for the save before."""
+        self.last_save_s = 0.0
+        """How long the newest save took that was committed, from staging to commit; known to rank 0."""
         self._staging = Staging()
         self._sums: dict[str, list[float]] = {}
         self._save: Save | None = None
@@ -83,7 +87,7 @@ class Checkpoints:
         stuck = self._save is not None and not self._save.ended(COMMIT_TIMEOUT_S)
         shard = None if stuck else self._staging.copy(shard_of(engine, self.mesh))
         self._saves += 1
-        self._save = Save(self, self._saves, step, shard, state | {"means": means})
+        self._save = Save(self, self._saves, step, shard, state | {"means": means}, began)
         self._save.start()
         self.blocked_s += time.monotonic() - began
 
@@ -132,7 +136,8 @@ class Checkpoints:
         store, mesh = self.mesh.store, self.mesh
         store.set(f"{key}/{mesh.rank}", json.dumps(_outcome(lambda: saved.faults(mesh.rank, mesh.world))))
         if mesh.rank == 0:
-            reports = [_result(told) for told in _gather(store, key, mesh.world, LOAD_TIMEOUT_S)]
+            keys = [f"{key}/{rank}" for rank in range(mesh.world)]
+            reports = [_result(told) for told in _gather(store, keys, LOAD_TIMEOUT_S)]
             faults = list(dict.fromkeys(line for report in reports for line in report))
             if faults:
                 print(f"checkpoint {saved.name} is passed over: {'; '.join(faults)}", flush=True)
@@ -146,15 +151,20 @@ UNTOUCHED = "the checkpoints before it are untouched"
 class Save(threading.Thread):
     """One save under way: this rank's file, its report, and on rank 0 the commit."""
 
-    def __init__(self, owner: Checkpoints, number: int, step: int, shard: Shard | None, state: dict[str, Any]) -> None:
+    def __init__(
+        self, owner: Checkpoints, number: int, step: int, shard: Shard | None, state: dict[str, Any], began: float
+    ) -> None:
         super().__init__(name=f"save-{step}", daemon=True)  # a dead disk must not keep the process alive
         self.owner = owner
         self.step = step
         self.folder = f"{owner.root}/{folder_name(step, owner.attempt)}"
         self.shard = shard
         self.state = state
+        self.began = began
         self.failure = ""
         self.abandoned = threading.Event()
+        self.heard: list[int] = []
+        """Rank 0: the ranks that have reported."""
         self.key = f"save-{number} {self.folder}"  # a word of an earlier save must not be taken for one of this
 
     def ended(self, timeout_s: float) -> bool:
@@ -169,11 +179,15 @@ class Save(threading.Thread):
             store.set(f"{self.key}/{self.owner.mesh.rank}", json.dumps(_outcome(self._write)))
             if self.owner.mesh.rank == 0:
                 store.set(self.key, json.dumps(_outcome(lambda: self._commit(store))))
-            _result(_get(store, self.key, self.owner.mesh.world, COMMIT_TIMEOUT_S, self.abandoned))
+            told = _get(store, self.key, self.owner.mesh.world, COMMIT_TIMEOUT_S, self.abandoned)
+            store.set(f"{self.key}/read/{self.owner.mesh.rank}", "{}")
+            _result(told)
         except (OSError, RuntimeError, TesseraError) as error:  # RuntimeError: the store's server is gone
             self.failure = str(error)
         if self.owner.mesh.rank == 0:
             self._follow()
+            with contextlib.suppress(RuntimeError, TesseraError):  # who is gone reads nothing
+                list(_gather(store, [f"{self.key}/read/{rank}" for rank in self.heard], READ_S, self.abandoned))
 
     def _follow(self) -> None:
         """Rank 0, after the commit: say what became of it, and let retention work."""
@@ -182,13 +196,14 @@ class Save(threading.Thread):
             self._discard()
         else:
             print(f"saved {self.folder}", flush=True)
+            self.owner.last_save_s = time.monotonic() - self.began
             self._tidy()
 
-    def _write(self) -> dict[str, Any]:
+    def _write(self) -> list[dict[str, Any]]:
         if self.shard is None:
             raise DataError(f"the save before is still being written after {COMMIT_TIMEOUT_S:.0f} s")
-        mesh = self.owner.mesh
-        return told_of(write_shard(open_storage(self.folder), self.shard), mesh.rank, mesh.world)
+        storage = open_storage(self.folder)
+        return told_of([write_shard(storage, part) for part in parts_of(self.shard)], self.owner.mesh.world)
 
     def _commit(self, store: "KeyValues") -> None:
         """Rank 0: all reports, index, state, and last the manifest."""
@@ -204,11 +219,14 @@ class Save(threading.Thread):
         put_once(storage, MANIFEST, as_json(manifest | {"files": files}))
 
     def _reports(self, store: "KeyValues") -> tuple[list[dict[str, Any]], list[str]]:
-        """What every rank wrote, and what went wrong, by rank."""
+        """The files that the ranks wrote, and what went wrong, by rank."""
         reports, errors = [], []
-        for rank, told in enumerate(_gather(store, self.key, self.owner.mesh.world, COMMIT_TIMEOUT_S, self.abandoned)):
+        keys = [f"{self.key}/{rank}" for rank in range(self.owner.mesh.world)]
+        for rank, told in enumerate(_gather(store, keys, COMMIT_TIMEOUT_S, self.abandoned)):
+            if told is not None:
+                self.heard.append(rank)
             try:
-                reports.append(_result(told))
+                reports += _result(told or {"error": f"no word within {COMMIT_TIMEOUT_S:.0f} s"})
             except DataError as error:
                 errors.append(f"rank {rank}: {error}")
         return reports, errors
@@ -254,7 +272,9 @@ def _outcome(call: Callable[[], Any]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def _result(told: dict[str, Any]) -> Any:
+def _result(told: dict[str, Any] | None) -> Any:
+    if told is None:
+        raise DataError("no word in time")
     if "error" in told:
         raise DataError(told["error"])
     return told["result"]
@@ -270,18 +290,16 @@ def _get(
 
 
 def _gather(
-    store: "KeyValues", key: str, world: int, timeout_s: float, abandoned: threading.Event | None = None
-) -> Iterator[dict[str, Any]]:
-    """KEY/RANK of every rank, in order, many in one question; an error in the place of those that do not come."""
+    store: "KeyValues", keys: list[str], timeout_s: float, abandoned: threading.Event | None = None
+) -> Iterator[dict[str, Any] | None]:
+    """The values of all keys, in order, many in one question; None in the place of those that do not come."""
     deadline = time.monotonic() + timeout_s
-    for first in range(0, world, ASKED_AT_ONCE):
-        keys = [f"{key}/{rank}" for rank in range(first, min(first + ASKED_AT_ONCE, world))]
-        if _wait(store, keys, deadline, abandoned):
-            yield from (json.loads(text) for text in store.multi_get(keys))
-            continue
-        for one in keys:
-            there = store.check([one])
-            yield json.loads(store.get(one)) if there else {"error": f"no word within {timeout_s:.0f} s"}
+    for first in range(0, len(keys), ASKED_AT_ONCE):
+        some = keys[first : first + ASKED_AT_ONCE]
+        if _wait(store, some, deadline, abandoned):
+            yield from (json.loads(text) for text in store.multi_get(some))
+        else:
+            yield from (json.loads(store.get(key)) if store.check([key]) else None for key in some)
 
 
 def _wait(

@@ -27,7 +27,8 @@ from rich.table import Table
 
 from data_pipeline.storage import open_storage
 from data_pipeline.stream.order import lanes_of, order, share
-from launchers import findings, kubernetes, slurm
+from launchers import findings, slurm
+from launchers.kubernetes import submit as kubernetes
 from launchers.spec import KubernetesCluster, RunSpec, SlurmCluster
 from pretrain.checkpoint.catalog import MANIFEST, Retention, Saved, committed, folder_name
 from pretrain.checkpoint.layout import Even, Shard, Share, Slices, even_part, index_of, told_of, write_shard
@@ -39,6 +40,7 @@ KINDS = ("param", "exp_avg", "exp_avg_sq")
 GPUS = 8
 TENSORS = {"embedding": 200_003, "weight": 70_001, "bias": 301}
 OTHER_WORLD = 1024
+CONFIG = Path(__file__).parents[2] / "configs/clip/vit-b-32.yaml"
 Step = tuple[str, Callable[[], Any]]
 
 
@@ -47,7 +49,7 @@ def mesh_of(rank: int, world: int, store: Any) -> Mesh:
 
 
 def spec(world: int) -> RunSpec:
-    return RunSpec("big", "train", ("train", "configs/clip.yaml"), "0" * 16, "runs/big", world // GPUS, GPUS, ())
+    return RunSpec("big", "train", ("train", str(CONFIG)), "0" * 16, "runs/big", world // GPUS, GPUS, ())
 
 
 def shard(rank: int, world: int) -> Shard:
@@ -58,7 +60,7 @@ def shard(rank: int, world: int) -> Shard:
         for name, (lo, hi) in parts.items()
         if lo < hi
     ]
-    return Shard(f"r{rank:05d}.safetensors", shares, {})
+    return Shard(rank, f"r{rank:05d}.safetensors", shares, {})
 
 
 class Simulated:
@@ -70,7 +72,7 @@ class Simulated:
         self.store = dist.PrefixStore("tessera", self.server)
         self.meshes = mesh_of(0, world, self.store), mesh_of(world - 1, world, self.store)
         self.checkpoints = Checkpoints(folder, self.meshes[0], 0, Retention(2))
-        self.reports: list[dict[str, Any]] = []
+        self.reports: list[list[dict[str, Any]]] = []
         self.split = Even([1 << 20] * parameters, [3] * parameters, [f"r{r:05d}" for r in range(world)], [4096] * world)
 
     def steps(self) -> Iterator[Step]:
@@ -132,7 +134,7 @@ class Simulated:
     def write(self) -> None:
         storage = open_storage(self.saved.folder)
         self.reports = [
-            told_of(write_shard(storage, shard(rank, self.world)), rank, self.world) for rank in range(self.world)
+            told_of([write_shard(storage, shard(rank, self.world))], self.world) for rank in range(self.world)
         ]
 
     def hear(self) -> None:
@@ -145,17 +147,15 @@ class Simulated:
         self._save()._commit(self.store)
 
     def _save(self) -> Save:
-        return Save(self.checkpoints, 1, 1, None, {"optimizer": {"groups": {}}})
+        return Save(self.checkpoints, 1, 1, None, {"optimizer": {"groups": {}}}, time.monotonic())
 
     def index(self) -> None:
-        first = {"name": "r00000", "bytes": 0, "head": 4096, "buffers": {}}
+        first = {"name": "r00000", "rank": 0, "head": 4096, "buffers": {}}
         starts, size = self.split.begins(0), -(-(1 << 20) // self.world)
         slices = [[f"layer.{n}.weight", [1 << 20], 0, size, int(starts[n]), 3] for n in range(self.parameters)]
         ends = [int(self.split.begins(rank)[-1]) for rank in range(self.world)]
-        others = [
-            {"name": f"r{rank:05d}", "bytes": ends[rank], "head": 4096, "buffers": {}} for rank in range(1, self.world)
-        ]
-        index = index_of([first | {"slices": slices}, *others])
+        others = [first | {"name": f"r{n:05d}", "rank": n, "bytes": ends[n]} for n in range(1, self.world)]
+        index = index_of([first | {"slices": slices, "bytes": ends[0]}, *others])
         assert "parts" in index
         self.index_bytes = len(json.dumps(index))
 
@@ -163,9 +163,10 @@ class Simulated:
         assert Saved(self.saved.folder).faults(self.world - 1, self.world) == []
 
     def hear_whole(self) -> None:
-        for rank in range(self.world):
-            self.store.set(f"choice/{rank}", json.dumps({"result": []}))
-        assert all(told == {"result": []} for told in _gather(self.store, "choice", self.world, 30))
+        keys = [f"choice/{rank}" for rank in range(self.world)]
+        for key in keys:
+            self.store.set(key, json.dumps({"result": []}))
+        assert all(told == {"result": []} for told in _gather(self.store, keys, 30))
 
     def plan(self) -> None:
         lo, hi = even_part(1 << 20, OTHER_WORLD // 2, OTHER_WORLD)

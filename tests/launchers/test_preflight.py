@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
+from launchers.chaos.proxy import CLEAN, fault_proxy
 from launchers.local import free_port
-from tests.faultproxy import CLEAN, fault_proxy
 from tests.gateway import OTHER, Gateway
 from tests.pretrain.commands import ROOT, Material, command, electra, environment, recipe
 

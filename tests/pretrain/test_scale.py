@@ -15,9 +15,10 @@ import torch.distributed as dist
 
 from data_pipeline.errors import NodeFault
 from data_pipeline.storage import open_storage
-from launchers import kubernetes, slurm
+from launchers import slurm
+from launchers.kubernetes import submit as kubernetes
 from launchers.spec import KubernetesCluster, SlurmCluster
-from pretrain.checkpoint.layout import Even, Shard, Share, Slices, even_part, index_of, told_of, write_shard
+from pretrain.checkpoint.layout import Even, Shard, Share, Slices, even_part, index_of, parts_of, told_of, write_shard
 from pretrain.checkpoint.saver import ASKED_AT_ONCE, _gather
 from pretrain.mesh import Place, _meet
 from tests.benchmarks.bench_scale import Simulated, spec
@@ -69,9 +70,8 @@ def test_reports_are_heard_many_at_a_time_and_the_silent_are_told_apart() -> Non
     store: Any = Counted()
     for rank in set(range(WORLD)) - {300}:
         store.inner.set(f"save/{rank}", json.dumps({"result": rank}))
-    heard = list(_gather(store, "save", WORLD, 0.05))
-    assert [told.get("result", "none") for told in heard] == [*range(300), "none", *range(301, WORLD)]
-    assert heard[300] == {"error": "no word within 0 s"}
+    heard = list(_gather(store, [f"save/{rank}" for rank in range(WORLD)], 0.05))
+    assert [told and told["result"] for told in heard] == [*range(300), None, *range(301, WORLD)]
     assert store.questions < 2 * WORLD / ASKED_AT_ONCE + 3 * ASKED_AT_ONCE
 
 
@@ -103,8 +103,8 @@ def shards(sizes: dict[str, int], world: int) -> list[Shard]:
             kinds = KINDS[: 1 if number == 1 else 3]
             views = {kind: torch.arange(lo, hi) + 1000.0 * number + 1e5 * KINDS.index(kind) for kind in kinds}
             shares += [Share(name, (size,), lo, hi, views)] if lo < hi else []
-        buffers = {"count": torch.tensor(7)} if rank == 0 else {}
-        made.append(Shard(f"r{rank:05d}.safetensors", shares, buffers))
+        buffers = {"count": torch.tensor(7), "mean": torch.full((3,), float(rank))}
+        made.append(Shard(rank, f"r{rank:05d}.safetensors", shares, buffers))
     return made
 
 
@@ -121,7 +121,7 @@ def opened(folder: Path, index: dict[str, Any]) -> Slices:
 @pytest.mark.parametrize("world", [1, 2, 5, 7])
 def test_an_even_split_is_read_without_being_listed(world: int, tmp_path: Path) -> None:
     sizes = {"a": 23, "b": 3, "c": 8, "d": 1}  # of some a rank has nothing
-    told = [told_of(report, rank, world) for rank, report in enumerate(reports(tmp_path, shards(sizes, world)))]
+    told = [told_of([report], world)[0] for report in reports(tmp_path, shards(sizes, world))]
     assert all("slices" not in report for report in told[1:])
     index = index_of(told)
     assert "parts" in index and "files" not in index
@@ -132,7 +132,8 @@ def test_an_even_split_is_read_without_being_listed(world: int, tmp_path: Path) 
             for kind in slices.kinds(name):
                 expected = [at + 1000.0 * number + 1e5 * KINDS.index(kind) for at in range(lo, hi)]
                 assert slices.interval(kind, name, lo, hi).tolist() == expected
-    assert slices.buffer("count") == 7
+    for rank in range(world):
+        assert slices.buffer("count", rank) == 7 and slices.buffer("mean", rank).tolist() == [rank] * 3
 
 
 def test_where_one_rank_is_not_even_its_peers_files_are_asked(tmp_path: Path) -> None:
@@ -141,8 +142,8 @@ def test_where_one_rank_is_not_even_its_peers_files_are_asked(tmp_path: Path) ->
     whole = made[0].shares[0]
     odd = Share("a", (24,), 0, 6, {kind: view[:6] for kind, view in whole.views.items()})
     rest = Share("x", (2,), 0, 2, {"param": torch.tensor([-1.0, -2.0])})
-    made[0] = Shard(made[0].file, [odd, *made[0].shares[1:], rest], made[0].buffers)
-    told = [told_of(report, rank, 3) for rank, report in enumerate(reports(tmp_path, made))]
+    made[0] = Shard(0, made[0].file, [odd, *made[0].shares[1:], rest], made[0].buffers)
+    told = [told_of([report], 3)[0] for report in reports(tmp_path, made)]
     assert "slices" not in told[1]
     slices = opened(tmp_path, index_of(told, open_storage(tmp_path)))
     assert slices.interval("exp_avg", "a", 8, 24).tolist() == [at + 1e5 for at in range(8, 24)]
@@ -153,8 +154,8 @@ def test_where_one_rank_is_not_even_its_peers_files_are_asked(tmp_path: Path) ->
 def test_a_file_of_another_length_than_an_even_split_has_is_not_taken_for_one(tmp_path: Path) -> None:
     """A rank that kept less than its part, evenly as far as it goes."""
     made = shards({"a": 24, "b": 6}, 3)
-    made[2] = Shard(made[2].file, made[2].shares[:1], {})
-    told = [told_of(report, rank, 3) for rank, report in enumerate(reports(tmp_path, made))]
+    made[2] = Shard(2, made[2].file, made[2].shares[:1], {})
+    told = [told_of([report], 3)[0] for report in reports(tmp_path, made)]
     index = index_of(told, open_storage(tmp_path))
     assert "parts" not in index and len(index["files"]["r00002.safetensors"]) == 1
 
@@ -168,6 +169,14 @@ def test_an_index_grows_with_ranks_plus_parameters_not_with_their_product(tmp_pa
     least = size(16, 16)
     assert size(WORLD, 16) - least < 40 * WORLD
     assert size(WORLD, 256) - size(WORLD, 16) < 100 * 256
+
+
+def test_a_rank_with_several_files_tells_all_their_slices(tmp_path: Path) -> None:
+    made = [part for shard in shards({"a": 23, "b": 3}, 2) for part in parts_of(shard, 40)]
+    written = reports(tmp_path, made)
+    told = [told_of([report for report in written if report["rank"] == rank], 2) for rank in (0, 1)]
+    slices = opened(tmp_path, index_of([report for files in told for report in files], open_storage(tmp_path)))
+    assert slices.interval("exp_avg", "a", 5, 20).tolist() == [at + 1e5 for at in range(5, 20)]
 
 
 @pytest.mark.parametrize(("saved", "now"), [(16384, 1024), (1024, 16384), (16384, 16384), (1000, 999)])
