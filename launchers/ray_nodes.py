@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 
 from data_pipeline.errors import NodeFault
 from data_pipeline.workers import sign_in
-from launchers.local import die_with, say
+from launchers.children import die_with
+from launchers.local import say
 
 JOIN_TIMEOUT_S = 300.0
 """Nodes differ in how long they take to start a program."""

@@ -10,8 +10,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_pipeline.errors import ConfigError, NodeFault, TesseraError
-from launchers.kubernetes.objects import API_VERSIONS, Tree
 
+Tree = dict[str, Any]
+"""An object as the API server takes and gives it."""
+
+APPLICATION = "app.kubernetes.io"
+CONTAINER = "node"
+"""The container of a pod that runs the program: the torch policy of TrainJobs looks for this name."""
+API_VERSIONS = {
+    "ConfigMap": "v1",
+    "Job": "batch/v1",
+    "JobSet": "jobset.x-k8s.io/v1alpha2",
+    "TrainingRuntime": "trainer.kubeflow.org/v1alpha1",
+    "TrainJob": "trainer.kubeflow.org/v1alpha1",
+    "RayJob": "ray.io/v1",
+}
 CALL_TIMEOUT_S = 30
 CORE = {"ConfigMap": ("core", "config_map"), "Job": ("batch", "job")}
 REMEDIES = {

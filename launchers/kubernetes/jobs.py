@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError
-from launchers.kubernetes.api import Cluster, Refused, connected
-from launchers.kubernetes.objects import APPLICATION, CONTAINER, Tree
+from launchers.kubernetes.api import APPLICATION, CONTAINER, Cluster, Refused, Tree, connected
 
 END = "job.end"
 """Written when a stop is asked for: which object."""

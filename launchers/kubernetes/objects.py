@@ -9,7 +9,6 @@ along in a ConfigMap, resolved: what was checked here is what runs there, whatev
 import shlex
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Any
 
 import yaml
 
@@ -17,14 +16,12 @@ from data_pipeline.config import BuildConfig, VocabConfig
 from data_pipeline.errors import ConfigError, Requeue
 from data_pipeline.settings import Settings, load_settings
 from launchers.causes import USER_CODE_EXIT
+from launchers.kubernetes.api import API_VERSIONS, APPLICATION, CONTAINER, Tree
 from launchers.kubernetes.lint import amount_of
 from launchers.spec import COMMANDS, KubernetesCluster, RunSpec, Task, check_gpus
 from pretrain.config import RunConfig
 
-Tree = dict[str, Any]
-
 JOB = "node"
-CONTAINER = "node"  # the torch policy of TrainJobs looks for a container of this name
 FOLDER = "/etc/tessera"
 RECIPE, PLACE = "recipe.yaml", "local.yaml"
 WORK_FOLDER = PurePosixPath("/work")  # the image's: relative paths of a recipe start here
@@ -32,17 +29,7 @@ USER_ID = 1000  # the image's user: nothing here runs as root
 GRACE_MARGIN_S = 30  # from the end of the launcher's patience to the kill
 HOPELESS = [USER_CODE_EXIT, ConfigError.exit_code]
 OBJECT_STORE_SHARE = 0.9
-APPLICATION = "app.kubernetes.io"
 RECIPES: dict[Task, type[Settings]] = {"train": RunConfig, "build": BuildConfig, "vocab": VocabConfig}
-
-API_VERSIONS = {
-    "ConfigMap": "v1",
-    "Job": "batch/v1",
-    "JobSet": "jobset.x-k8s.io/v1alpha2",
-    "TrainingRuntime": "trainer.kubeflow.org/v1alpha1",
-    "TrainJob": "trainer.kubeflow.org/v1alpha1",
-    "RayJob": "ray.io/v1",
-}
 
 
 def objects(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:

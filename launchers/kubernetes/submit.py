@@ -7,9 +7,9 @@ from pathlib import Path
 import yaml
 
 from data_pipeline.errors import NodeFault, TesseraError
-from launchers.kubernetes.api import Cluster, Refused, connected
+from launchers.kubernetes.api import Cluster, Refused, Tree, connected
 from launchers.kubernetes.lint import check
-from launchers.kubernetes.objects import Tree, objects
+from launchers.kubernetes.objects import objects
 from launchers.spec import KubernetesCluster, RunSpec
 from launchers.watch import JOB, refuse_second_launch, write_record
 
