@@ -39,7 +39,7 @@ def ray_of_two(home: Path, log: Path) -> Iterator[list[Host]]:
     if reason := why_not():
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
     small = ["--object-store-memory", str(80 * 1024**2), "--disable-usage-stats", "--block"]
-    user = os.environ | {"HOME": str(home), "RAY_AUTH_MODE": "token"}
+    user = os.environ | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
     with hosts(2) as (first, second):
         head = [
             "--head",
