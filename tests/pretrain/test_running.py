@@ -21,12 +21,14 @@ from tests.pretrain.commands import (
     rows_of,
     steps_of,
     two_ranks,
+    vqgan,
 )
-from tests.pretrain.processes import TIMEOUT_S, start_ranks
+from tests.pretrain.processes import TIMEOUT_S, run_ranks, start_ranks
 from tests.pretrain.test_guards import by_hand
 from tests.pretrain.test_training import assert_every_position_once, assert_same_state, final
 
 HANG_WORKER = Path(__file__).with_name("hang_worker.py")
+REFUSAL_WORKER = Path(__file__).with_name("refusal_worker.py")
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 
@@ -136,6 +138,19 @@ def test_refused_steps_are_skipped_recorded_and_those_of_the_definition(material
     assert final(run).state["guards"]["events"] == len(refused(run))
     assert all(text.startswith("skip: ") for text in refused(run).values())
     assert_every_position_once(run, 24, 16)
+
+
+def test_a_step_whose_second_optimizer_is_refused_changes_nothing_of_the_first(
+    material: Material, tmp_path: Path
+) -> None:
+    tree = vqgan(material, tmp_path / "run") | {"guards": {"non_finite": "skip"}}
+    tree["objective"] |= {"revive_after_steps": 0}
+    tree["train"] |= {"steps": 11}
+    (found,) = run_ranks(REFUSAL_WORKER, [str(recipe(tree, tmp_path / "run.yaml"))], world=1)
+    same = [step for step in range(11) if found["digests"][step] == found["digests"][step + 1]]
+    assert same == [8]
+    assert found["told"][9] == {"guard": "skip: discriminator gradient norm nan"}
+    assert final(tmp_path / "run").state["optimizer"]["groups"]["decay"]["updates"] == 10
 
 
 def test_a_run_that_rolls_back_and_is_killed_is_the_one_that_only_rolls_back(
