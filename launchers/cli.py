@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from data_pipeline.errors import ConfigError, Requeue, TesseraError
-from launchers import commands_checkpoint, commands_data, commands_launch, commands_run
+from launchers import commands_checkpoint, commands_data, commands_launch, commands_plan, commands_run
 
 USAGE_EXIT = 2  # what the argument parser leaves with; to us a wrong command line is a wrong configuration
 
@@ -58,6 +58,7 @@ app.add_typer(launch, name="launch")
 app.command("status")(commands_run.status)
 app.command("logs")(commands_run.logs)
 app.command("stop")(commands_run.stop)
+app.command("plan")(commands_plan.plan)
 app.add_typer(checkpoint, name="checkpoint")
 app.command("generate")(commands_run.generate)
 app.command("evaluate")(commands_run.evaluate)

@@ -29,13 +29,11 @@ from pretrain.config import MAIN, RunConfig
 from pretrain.mesh import Mesh
 from pretrain.models.noise import noise_of
 from pretrain.optim import build_optimizer, parameter_groups, roles_of
+from pretrain.sharding import settings_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HYPER_PARAMETERS = ("weight_decay", "betas", "eps")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-RESIDENT_PARAMETERS = 50_000_000
-"""Up to this size stage 3 keeps the gathered parameters between steps; gradients and optimizer stay sharded."""
-BUCKET = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,45 +365,13 @@ def warn_of_emulation(config: RunConfig, mesh: Mesh) -> None:
 def deepspeed_settings(
     config: RunConfig, module: nn.Module, world: int, micro_batch: int, accumulation: int
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON for this run; buckets follow the model's size, `deepspeed.extra` is laid over it last."""
+    """DeepSpeed's JSON for this run and this module."""
     size = sum(parameter.numel() for parameter in module.parameters())
-    bucket = min(size, BUCKET) // 64 * 64 + 64  # DeepSpeed wants whole alignment units
-    zero: dict[str, Any] = {
-        "stage": config.train.zero_stage,
-        "contiguous_gradients": True,
-        "overlap_comm": torch.cuda.is_available(),
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-    }
-    if config.train.zero_stage == 3:
-        resident = size <= RESIDENT_PARAMETERS
-        zero["memory_efficient_linear"] = not resident  # a linear layer in Python that spares autocast's copies
-        zero["stage3_prefetch_bucket_size"] = bucket
-        zero["stage3_param_persistence_threshold"] = size if resident else 100_000
-        zero["stage3_max_live_parameters"] = max(size, BUCKET)
-    settings: dict[str, Any] = {
-        "train_batch_size": micro_batch * accumulation * world,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        # Written even when 0: DeepSpeed clips at 1 where it is left out.
-        "gradient_clipping": config.train.clip_norm,
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
-    }
-    if config.train.precision == "bf16":
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    return _overlaid(settings, config.deepspeed.extra)
-
-
-def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = {key: (below[key], above[key]) for key in below.keys() & above.keys()}
-    nested = {key: _overlaid(a, b) for key, (a, b) in both.items() if isinstance(a, dict) and isinstance(b, dict)}
-    return below | above | nested
+    return settings_of(config, size, world, micro_batch, accumulation, overlap=torch.cuda.is_available())
 
 
 def _quiet_deepspeed() -> Any:
-    import deepspeed
+    deepspeed = _slim_deepspeed()
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
@@ -416,4 +382,22 @@ def _quiet_deepspeed() -> Any:
     # Its shared-memory collectives are compiled for over a minute at the first start; gloo's own do as well here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False)
+    return deepspeed
+
+
+def _slim_deepspeed() -> Any:
+    """DeepSpeed without what it imports for uses that are not made here: a third of the start of every process."""
+    absent = "mlflow" not in sys.modules
+    if absent:  # for its autotuner
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    import deepspeed
+    from deepspeed.runtime import compiler
+
+    if absent:
+        del sys.modules["mlflow"]
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:  # it asks whether the optimizer is Muon, whose functions are decorated with torch's whole compiler
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_
     return deepspeed

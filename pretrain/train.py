@@ -218,7 +218,7 @@ class Run:
             self.checkpoints.note(means)
         if self.writer:
             seconds = {"step_s": time.monotonic() - self.clock.since, "waited_s": self.feed.waited_s}
-            seconds["saved_s"] = self.clock.spent("save")
+            seconds |= {"saved_s": self.clock.spent("save"), "save_s": self.checkpoints.last_save_s}
             self.writer.step(self.step, positions, means, seconds, self.guards.told())
 
     def follow_guards(self) -> None:

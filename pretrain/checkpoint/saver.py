@@ -61,6 +61,8 @@ class Checkpoints:
         self.retention = retention
         self.blocked_s = 0.0
         """How long saves have held up training, in total: staging, and waiting for the save before."""
+        self.last_save_s = 0.0
+        """How long the newest save took that was committed, from staging to commit; known to rank 0."""
         self._staging = Staging()
         self._sums: dict[str, list[float]] = {}
         self._save: Save | None = None
@@ -82,7 +84,7 @@ class Checkpoints:
         stuck = self._save is not None and not self._save.ended(COMMIT_TIMEOUT_S)
         shard = None if stuck else self._staging.copy(shard_of(engine, self.mesh))
         self._saves += 1
-        self._save = Save(self, self._saves, step, shard, state | {"means": means})
+        self._save = Save(self, self._saves, step, shard, state | {"means": means}, began)
         self._save.start()
         self.blocked_s += time.monotonic() - began
 
@@ -145,13 +147,16 @@ UNTOUCHED = "the checkpoints before it are untouched"
 class Save(threading.Thread):
     """One save under way: this rank's file, its report, and on rank 0 the commit."""
 
-    def __init__(self, owner: Checkpoints, number: int, step: int, shard: Shard | None, state: dict[str, Any]) -> None:
+    def __init__(
+        self, owner: Checkpoints, number: int, step: int, shard: Shard | None, state: dict[str, Any], began: float
+    ) -> None:
         super().__init__(name=f"save-{step}", daemon=True)  # a dead disk must not keep the process alive
         self.owner = owner
         self.step = step
         self.folder = f"{owner.root}/{folder_name(step, owner.attempt)}"
         self.shard = shard
         self.state = state
+        self.began = began
         self.failure = ""
         self.abandoned = threading.Event()
         self.heard: list[int] = []
@@ -188,6 +193,7 @@ class Save(threading.Thread):
             self._discard()
         else:
             print(f"saved {self.folder}", flush=True)
+            self.owner.last_save_s = time.monotonic() - self.began
             self._tidy()
 
     def _write(self) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline import remote
 from data_pipeline.errors import DataError
 from data_pipeline.storage import open_storage
-from tests.faultproxy import CLEAN, fault_proxy
+from launchers.chaos.proxy import CLEAN, fault_proxy
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -21,6 +21,7 @@ SOURCES = {
     "packed rows": {"kind": "jsonl", "path": "AT/rows.jsonl.gz", "images": "img"},
     "parquet": {"kind": "parquet", "path": "AT/rows.parquet"},
     "tars": {"kind": "tars", "path": "AT/images.tar"},
+    "folder": {"kind": "folder", "path": "AT/img"},
 }
 FAULTS = [("503", 0), ("refuse", 0), ("cut", 700), ("short", 700), ("stall", 700)]
 
@@ -39,6 +40,7 @@ def material(bucket, make_png):
     with tarfile.open(fileobj=tar, mode="w") as file:
         for number, data in enumerate(images):
             storage.put_if_absent(f"img/{number:02d}.png", data)
+            storage.put_if_absent(f"img/{number:02d}.txt", f"c{number}".encode())
             for name, part in ((f"{number:02d}.png", data), (f"{number:02d}.txt", f"c{number}".encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(part)
