@@ -40,7 +40,8 @@ def material(folder: Path) -> Material:
     scenes = {"source": {"kind": "scenes", "count": 200}, "output": str(folder / "scenes"), "shard_size": 50}
     words = {"dataset": str(folder / "scenes"), "output": str(folder / "vocab"), "size": 200, "kind": "bpe"}
     words["character_coverage"] = 1.0
-    quiet = {"check": True, "cwd": ROOT, "stdout": subprocess.DEVNULL, "timeout": 300}
+    eager = os.environ | {"RAY_worker_niceness": "0"}  # on a busy machine Ray's default of 15 waits for ever
+    quiet = {"check": True, "cwd": ROOT, "stdout": subprocess.DEVNULL, "timeout": 300, "env": eager}
     subprocess.run(command("data", "build", recipe(scenes, folder / "scenes.yaml"), "--json"), **quiet)  # type: ignore[call-overload]
     subprocess.run(command("vocab", "train", recipe(words, folder / "vocab.yaml")), **quiet)  # type: ignore[call-overload]
     return Material(folder / "scenes", folder / "vocab" / "vocab.model")
