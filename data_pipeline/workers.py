@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ _IN_FLIGHT_PER_WORKER = 2
 _CONNECT_S = 10.0
 _LOOK_S = 2.0  # so often it is looked whether Ray lives, while no task ends
 _WITHOUT_ROOM_S = 300.0  # so long a cluster may be without a node that can run the tasks: one may be on its way
-_LEAVE_S = 20.0  # for Ray to be left, after an interrupt
+_LEAVE_S = 20.0  # for Ray to be left
 _PR_SET_PDEATHSIG = 1
 _CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # set to 0, Ray listens on the loopback address, on every system
 
@@ -44,8 +45,11 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     if address is not None:
         _check_address(address)
-    elif "ray" not in sys.modules:  # which reads it once: half of Ray would believe it, half would not
-        os.environ.setdefault(_CLUSTERS, "0")
+    else:
+        # the priority of the command itself: Ray would lower its workers' by 15, which starves them on a busy machine
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        if "ray" not in sys.modules:  # which reads it once: half of Ray would believe it, half would not
+            os.environ.setdefault(_CLUSTERS, "0")
     import ray
 
     if ray.is_initialized():  # the caller's session, for example a test's
@@ -69,7 +73,25 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
     try:
         yield
     finally:
-        ray.shutdown()
+        _leave()
+
+
+def _leave() -> None:
+    """ray.shutdown(), which would wait for ever where the process of a Ray of our own does not answer: it is ended."""
+    import ray
+
+    leaving = threading.Thread(target=ray.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(_LEAVE_S)
+    if leaving.is_alive():
+        for raylet in _raylets():
+            raylet.kill()
+        leaving.join(_LEAVE_S)
+
+
+def _raylets() -> list[psutil.Process]:
+    """The process of the Ray of our own, ended or not; none where a cluster was joined."""
+    return [child for child in psutil.Process().children() if child.name() == "raylet"]
 
 
 def in_driver(run: Callable[..., Any], *arguments: Any) -> Any:
@@ -168,8 +190,7 @@ def run_tasks(
 
 def _check_raylet() -> None:
     """Raises NodeFault where the Ray of our own is gone, before Ray ends this process over it."""
-    children = [child for child in psutil.Process().children() if child.name() == "raylet"]
-    if any(child.status() == psutil.STATUS_ZOMBIE for child in children):
+    if any(raylet.status() == psutil.STATUS_ZOMBIE for raylet in _raylets()):
         raise NodeFault("Ray's process on this machine died; look at its memory, then run the same command again")
 
 

@@ -43,6 +43,7 @@ WEIGHTS = {"worker": 4, "fetcher": 2, "decoder": 3, "driver": 2, "node": 2}
 BUILD_S = 1200  # far beyond what a build takes on a busy machine, too
 REPOSITORY = Path(__file__).resolve().parents[3]
 HEALTH = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}  # soon noticed
+HEALTH |= {"RAY_worker_niceness": "0"}  # in the cluster too: beside other work they would starve
 
 
 def make_web(folder: Path, web: Web, rows: int) -> Path:
