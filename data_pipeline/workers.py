@@ -37,7 +37,7 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
     """A Ray of our own with `workers` CPUs on the loopback address, or the cluster at `address`; left at the end.
 
     gpus: how many the Ray of our own may give to its actors. Raises ConfigError for what is no address of a cluster,
-    NodeFault where none answers.
+    NodeFault where none answers or our own does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -55,8 +55,21 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
     if ray.is_initialized():  # the caller's session, for example a test's
         yield
         return
+    _connect(workers, address, gpus)
+    try:
+        yield
+    finally:
+        _leave()
+
+
+def _connect(workers: int, address: str | None, gpus: int) -> None:
+    import ray
+
     common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address is None:
+    try:
+        if address is not None:
+            ray.init(address=address, **common)
+            return
         ray.init(
             "local",  # also where RAY_ADDRESS is set or another Ray runs on this machine
             num_cpus=workers,
@@ -65,15 +78,10 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
             object_store_memory=OBJECT_STORE_BYTES,
             **common,
         )
-    else:
-        try:
-            ray.init(address=address, **common)
-        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+    except Exception as error:  # a bare one where a node does not start within 30 s, however busy the machine is
+        if address is not None:
             raise NodeFault(f"ray_address={address}: {error}; see that it is this version of Ray") from None
-    try:
-        yield
-    finally:
-        _leave()
+        raise NodeFault(f"Ray did not start here: {error}; look at this machine's load, then run it again") from None
 
 
 def _leave() -> None:

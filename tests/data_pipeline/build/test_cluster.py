@@ -209,6 +209,17 @@ def test_what_answers_and_is_no_cluster_is_a_node_fault(monkeypatch):
             pass
 
 
+def test_a_ray_that_does_not_start_in_time_is_a_node_fault(monkeypatch):
+    import ray
+
+    def late(*_, **__):
+        raise Exception("The current node timed out during startup.")  # what Ray raises after 30 s
+
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(NodeFault, match="Ray did not start here: .*timed out.*load"), ray_session(1):
+        pass
+
+
 def test_a_bounded_number_of_tasks_is_in_flight_however_many_there_are(cluster: Nodes):
     import ray
 
