@@ -100,10 +100,12 @@ def test_an_embedded_build_leaves_a_cluster_on_its_machine_alone(cluster: Nodes,
     assert driver.returncode == 0, said[-2000:]
 
 
-def test_an_embedded_ray_listens_on_the_loopback_address_alone(tmp_path):
+def test_an_embedded_ray_listens_on_the_loopback_address_alone_and_has_the_priority_of_the_command(tmp_path):
     driver = start(tmp_path / "out")
     wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
     own = {driver.pid, *below(driver.pid)}
+    working = [pid for pid in own if command_of(pid).startswith(b"ray::")]
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in working} == {os.getpriority(os.PRIO_PROCESS, 0)}
     listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in own}
     driver.kill()
     driver.communicate(timeout=30)
