@@ -27,10 +27,11 @@ def as_dict(result: Any) -> dict[str, Any]:
 
 
 def emit(result: Mapping[str, Any], as_json: bool) -> None:
-    """Print `result` as one JSON line, or as `name  value` lines for a person."""
+    """Print `result` as one JSON line, or as `name  value` lines for a person, where a table is its number of rows."""
     if as_json:
         typer.echo(json_module.dumps(result, ensure_ascii=False, sort_keys=True, default=str))
         return
     width = max((len(name) for name in result), default=0)
     for name, value in result.items():
-        typer.echo(f"{name:<{width}}  {value}")
+        is_table = isinstance(value, list | tuple) and any(isinstance(row, Mapping) for row in value)
+        typer.echo(f"{name:<{width}}  {len(value) if is_table else value}")

@@ -1,26 +1,70 @@
-"""`tessera launch local|slurm|kubernetes`."""
+"""`tessera launch local|slurm|kubernetes`: what a command line means, checked; then rendered, started or submitted."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from launchers import kubernetes as kubernetes_jobs
+from data_pipeline.errors import ConfigError
+from launchers import commands_data, commands_run
 from launchers import slurm as slurm_jobs
-from launchers.arguments import AsJson, Overrides, emit
+from launchers.arguments import AsJson, emit
+from launchers.kubernetes import submit as kubernetes_jobs
 from launchers.local import launch_local
-from launchers.spec import KubernetesCluster, LocalCluster, SlurmCluster, describe, load_cluster
+from launchers.pipeline import Step, plan_steps
+from launchers.spec import COMMANDS, KubernetesCluster, LocalCluster, RunSpec, SlurmCluster, Task
 
-Config = Annotated[Path, typer.Argument(help="YAML of the run, one of the recipes in configs/.")]
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help="YAML of a run, a build, a vocabulary or a pipeline of such steps; with --task encode a dataset, with "
+        "--task evaluate or generate a run's folder.",
+    ),
+]
+Rest = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key=value ...", help="Dotted overrides; or, after --, the options of the --task."),
+]
+TaskOption = Annotated[Task | None, typer.Option("--task", help="What runs, where the YAML does not say it by itself.")]
 Cluster = Annotated[Path | None, typer.Option(help="YAML of the place; configs/cluster/<place>.yaml where not given.")]
 Nodes = Annotated[int | None, typer.Option(min=1, help="Machines; the cluster file's where not given.")]
 Procs = Annotated[int | None, typer.Option(min=1, help="Processes on each; the cluster file's where not given.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, start nothing.")]
 
+PROGRAMS: dict[Task, Callable[..., None]] = {
+    "train": commands_run.train,
+    "build": commands_data.build,
+    "encode": commands_data.encode,
+    "vocab": commands_data.vocab_train,
+    "evaluate": commands_run.evaluate,
+    "generate": commands_run.generate,
+}
+
+
+def check_options(spec: RunSpec) -> None:
+    """Read the command line that will run, without running it: a mistake in it ends the command here, with 64."""
+    program = typer.Typer(add_completion=False)
+    program.command()(PROGRAMS[spec.task])
+    words = COMMANDS[spec.task]
+    with typer.main.get_command(program).make_context(
+        " ".join(("tessera", *words)), list(spec.arguments[len(words) :])
+    ):
+        pass
+
+
+def checked(steps: list[Step[Any]]) -> list[Step[Any]]:
+    """The steps, once the command line of each was read."""
+    for step in steps:
+        check_options(step.spec)
+    return steps
+
 
 def local(
-    config: Config,
-    overrides: Overrides = None,
+    config: Target,
+    rest: Rest = None,
+    task: TaskOption = None,
     cluster: Cluster = None,
     nodes: Nodes = None,
     procs_per_node: Procs = None,
@@ -30,54 +74,69 @@ def local(
     restarts: Annotated[int | None, typer.Option(min=0, help="New attempts after a node fault.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Start the processes of one machine, stream their output, and stop them with a save on Ctrl-C or SIGTERM."""
-    code = launch_local(
-        config,
-        overrides or [],
-        load_cluster(LocalCluster, cluster),
-        nodes=nodes,
-        procs_per_node=procs_per_node,
-        node_rank=node_rank,
-        master_addr=master_addr,
-        master_port=master_port,
-        restarts=restarts,
-        dry_run=dry_run,
-    )
-    raise typer.Exit(code)
+    """Start the processes of one machine, stream their output, and stop them with a save on Ctrl-C or SIGTERM.
+
+    The steps of a pipeline run one after another, until one does not end with 0.
+    """
+    for step in checked(plan_steps(LocalCluster, config, rest or [], cluster, nodes, procs_per_node, task)):
+        code = launch_local(
+            step.spec,
+            node_rank=node_rank,
+            master_addr=master_addr,
+            master_port=master_port,
+            restarts=restarts,
+            dry_run=dry_run,
+        )
+        if code:
+            raise typer.Exit(code)
 
 
 def slurm(
-    config: Config,
-    overrides: Overrides = None,
+    config: Target,
+    rest: Rest = None,
+    task: TaskOption = None,
     cluster: Cluster = None,
     nodes: Nodes = None,
     procs_per_node: Procs = None,
+    seeds: Annotated[str, typer.Option(help="An array of runs: 0-3 or 1,5,9; each in RUN/seed-N.")] = "",
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
-    """Render a batch script for the site described by --cluster, and submit it unless --dry-run."""
-    site = load_cluster(SlurmCluster, cluster)
-    spec = describe(config, overrides or [], site, nodes, procs_per_node)
+    """Render batch scripts for the site described by --cluster, and submit them unless --dry-run.
+
+    The steps of a pipeline wait for each other; where one is refused, none is submitted.
+    """
+    steps = checked(plan_steps(SlurmCluster, config, rest or [], cluster, nodes, procs_per_node, task))
     if dry_run:
-        typer.echo(slurm_jobs.render(spec, site), nl=False)
+        typer.echo(slurm_jobs.render_all(steps, seeds), nl=False)
         return
-    job, script = slurm_jobs.submit(spec, site)
-    emit({"job": job, "script": str(script)}, json)
+    jobs = slurm_jobs.submit_all(steps, seeds)
+    if len(jobs) == 1:
+        emit(jobs[0], json)
+    else:
+        emit({"jobs": jobs} if json else {job["run"]: job["job"] for job in jobs}, json)
 
 
 def kubernetes(
-    config: Config,
-    overrides: Overrides = None,
+    config: Target,
+    rest: Rest = None,
+    task: TaskOption = None,
     cluster: Cluster = None,
     nodes: Nodes = None,
     procs_per_node: Procs = None,
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
-    """Render a JobSet for the cluster described by --cluster, and create it unless --dry-run."""
-    place = load_cluster(KubernetesCluster, cluster)
-    spec = describe(config, overrides or [], place, nodes, procs_per_node)
+    """Render the objects of a run for the cluster described by --cluster, and create them unless --dry-run."""
+    step = _only(checked(plan_steps(KubernetesCluster, config, rest or [], cluster, nodes, procs_per_node, task)))
     if dry_run:
-        typer.echo(kubernetes_jobs.render(spec, place), nl=False)
+        typer.echo(kubernetes_jobs.render(step.spec, step.cluster), nl=False)
         return
-    emit({"jobset": kubernetes_jobs.submit(spec, place), "namespace": place.namespace}, json)
+    emit(kubernetes_jobs.submit(step.spec, step.cluster), json)
+
+
+def _only(steps: list[Step[Any]]) -> Step[Any]:
+    """The one step of a place that does not know pipelines."""
+    if len(steps) > 1:
+        raise ConfigError(f"{len(steps)} steps: this place knows no order of jobs; launch them one by one")
+    return steps[0]

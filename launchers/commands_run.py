@@ -5,8 +5,11 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.errors import NodeFault
+from data_pipeline.errors import NodeFault, Requeue
 from launchers.arguments import AsJson, Overrides, Run, as_dict, emit
+
+trains = False
+"""Has this process begun to train? Then it must not leave by the interpreter's orderly end (cli.main)."""
 
 
 def train(
@@ -17,10 +20,18 @@ def train(
     from data_pipeline.settings import load_settings
     from pretrain.config import RunConfig
 
+    global trains
     run_config = load_settings(RunConfig, config, overrides or [])
+    from pretrain.signals import ignore_stop_signals
+
+    trains = True
     from pretrain.train import main  # after the configuration: a mistake in it need not wait for torch
 
-    main(run_config)
+    try:
+        main(run_config)
+    except Requeue:
+        ignore_stop_signals()  # it is saved and leaving: whoever asks again must not make it die of a signal instead
+        raise
 
 
 def generate(
@@ -90,8 +101,9 @@ def chaos(
     json: AsJson = False,
 ) -> None:
     """Kill a run again and again, start it again, and hold the result against an undisturbed one; verdict last."""
-    from launchers.chaos import figures, run_campaign, write_report
-    from launchers.laws import broken_laws
+    from launchers.chaos.campaign import run_campaign
+    from launchers.chaos.laws import broken_laws
+    from launchers.chaos.report import figures, write_report
 
     def say(text: str) -> None:
         typer.echo(text, err=json)

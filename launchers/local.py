@@ -2,10 +2,10 @@
 
 Exit code: 0 when every process left with 0; else the most telling of theirs (64, 74, then 70, then 75). A process that
 died by a signal or with a traceback is a node fault, 70. Another attempt is made where the cause lets hope: causes.py.
+Within a scheduler's job, which makes the attempts, 1 says of user code what 64 says of a configuration: no other one.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue
-from launchers.causes import Failure, diagnose, pause_s, worth_another_attempt
-from launchers.spec import LocalCluster, RunSpec, describe, load_cluster
-from launchers.watch import is_running, metrics_size, read_record, start_ticks, write_record
-from pretrain.deadline import LEAD_VARIABLE
+from launchers.causes import USER_CODE_EXIT, Failure, diagnose, pause_s, worth_another_attempt
+from launchers.children import die_with
+from launchers.spec import RunSpec
+from launchers.watch import JOB, metrics_size, read_record, refuse_second_launch, start_ticks, write_record
+from pretrain.deadline import LEAD_VARIABLE, lead_s
 from pretrain.faults import faults_size, read_faults
 from pretrain.signals import StopSignals
 
-PR_SET_PDEATHSIG = 1
 POLL_S = 0.05
 
 
@@ -72,22 +72,17 @@ class Group:
 
 
 def launch_local(
-    config_path: Path,
-    overrides: Sequence[str] = (),
-    cluster: LocalCluster | None = None,
+    spec: RunSpec,
     *,
-    nodes: int | None = None,
-    procs_per_node: int | None = None,
     node_rank: int = 0,
     master_addr: str = "127.0.0.1",
     master_port: int = 0,
     restarts: int | None = None,
     dry_run: bool = False,
 ) -> int:
-    """Run the recipe on this machine's processes -> exit code. Raises ConfigError before anything is started."""
-    cluster = cluster or load_cluster(LocalCluster, None)
-    restarts = cluster.restarts if restarts is None else restarts
-    spec = describe(config_path, overrides, cluster, nodes, procs_per_node)
+    """Run this machine's processes -> exit code. Raises ConfigError before anything is started."""
+    restarts = spec.retries if restarts is None else restarts
+    spec = replace(spec, lead_s=int(min(spec.lead_s, lead_s())))  # what started us may be in more of a hurry
     _check_node(spec, node_rank, master_addr, master_port, restarts)
     group = Group(
         command=(sys.executable, *spec.command),
@@ -96,12 +91,12 @@ def launch_local(
         first_rank=node_rank * spec.procs_per_node,
         master_addr=master_addr,
         master_port=master_port,
-        env=spec.env,
+        env=tuple(spec.environment.items()),
     )
     if dry_run:
         print(dry_run_text(group))
         return 0
-    return _attempts(group, Path(spec.run_folder), node_rank, restarts, Patience(cluster.stop_timeout_s))
+    return _attempts(group, Path(spec.run_folder), node_rank, restarts, Patience(spec.lead_s))
 
 
 def _check_node(spec: RunSpec, node_rank: int, master_addr: str, master_port: int, restarts: int) -> None:
@@ -109,6 +104,8 @@ def _check_node(spec: RunSpec, node_rank: int, master_addr: str, master_port: in
         raise ConfigError(f"--node-rank {node_rank} does not exist among {spec.nodes} nodes; they count from 0")
     if spec.nodes == 1:
         return
+    if spec.on_ray:
+        raise ConfigError(f"a {spec.task} on {spec.nodes} nodes is for slurm or kubernetes, or name a `ray_address`")
     if not master_port or master_addr.startswith("127."):
         raise ConfigError(f"{spec.nodes} nodes need the same --master-addr and --master-port of node 0 on each of them")
     if restarts:
@@ -117,9 +114,11 @@ def _check_node(spec: RunSpec, node_rank: int, master_addr: str, master_port: in
 
 def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: Patience) -> int:
     """Attempt after attempt while the cause of the end is worth one and `restarts` lasts."""
+    in_a_job = "TESSERA_ATTEMPT" in os.environ  # a scheduler's job started us and counts the attempts
+    if node_rank == 0 and not in_a_job:
+        refuse_second_launch(run)
+        (run / JOB).unlink(missing_ok=True)
     record = read_record(run) if node_rank == 0 else {}
-    if is_running(record):
-        raise ConfigError(f"{run}: process {record['pid']} is training this run; `tessera stop {run}` first")
     attempt = int(os.environ.get("TESSERA_ATTEMPT", record.get("attempt", -1) + 1))
     failed = 0
     with StopSignals() as stops:
@@ -138,7 +137,7 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
             another = restarts > failed and worth_another_attempt(diagnosis, metrics_size(run) > steps)
             say(f"attempt {attempt} ended, cause {diagnosis.cause}: {diagnosis.why}")
             if not another:
-                return end.exit_code
+                return USER_CODE_EXIT if in_a_job and diagnosis.cause == "user code" else end.exit_code
             say(f"starting again, {restarts - failed - 1} new attempts left after this one")
             _pause(pause_s(diagnosis, failed), stops)
             attempt, failed, group = attempt + 1, failed + 1, replace(group, master_port=0)
@@ -266,20 +265,6 @@ def _start(group: Group, local_rank: int) -> "subprocess.Popen[str]":
         process_group=0,  # Ctrl-C reaches the launcher alone, which asks for a save
         preexec_fn=die_with(os.getpid()),  # one system call: safe beside the thread that listens for signals
     )
-
-
-def die_with(parent: int) -> Any:
-    """What a child runs before its program: SIGKILL for it as soon as the launcher is gone (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-
-    def arm() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was gone before the line above
-            os._exit(NodeFault.exit_code)
-
-    return arm
 
 
 def _pump(child: "subprocess.Popen[str]", rank: int) -> threading.Thread:

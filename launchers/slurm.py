@@ -1,102 +1,212 @@
-"""RunSpec -> a batch script that a site can read and edit, and its submission. Facts: man sbatch, man srun.
+"""RunSpec -> a batch script that a site can read and edit, and its submission. Facts: man sbatch, srun, scontrol.
 
-One srun task per process. `--signal` without `B:` reaches the processes themselves, which save and leave with 75; the
-script then puts the job back into the queue, at most `requeues` times.
+`--signal` without `B:` reaches the processes themselves, which save and leave with 75. What an end means is decided by
+slurm_end.py from what the processes wrote; the script then puts the job back into the queue, or does not.
 """
 
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import ConfigError
-from launchers.spec import RunSpec, SlurmCluster, check_gpus
-from pretrain.deadline import LEAD_VARIABLE
+from launchers.pipeline import Step
+from launchers.slurm_jobs import END, cancel
+from launchers.spec import RunSpec, SlurmCluster, check_gpus, seconds_of
+from launchers.watch import JOB, refuse_second_launch, write_record
+from pretrain.faults import FAULTS
+from pretrain.goodput import METRICS
 
 SUBMIT_TIMEOUT_S = 60
+SCRIPT_NAME = "job.sbatch"
 
 SCRIPT = """#!/bin/bash
 # {header}
 {directives}
 
 set -euo pipefail
+run={folder}
+mkdir -p "$run"
 {setup}
 {rendezvous}
 export TESSERA_ATTEMPT="${{SLURM_RESTART_COUNT:-0}}"
-{lead}export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-1}}"
-{env}
+{env}{sizes}
 # A task that leaves does not take the others with it: all may be in the middle of the same save.
 status=0
-srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={wait} {container}\\
+srun --distribution=block --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={wait} {container}\\
   {command} || status=$?
+echo "$SLURM_JOB_ID ${{SLURM_RESTART_COUNT:-0}} $status" > "$run/{END}"
 {requeue}
 exit "$status"
 """
 
+FIRST_HOST = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+ADDRESS = {
+    "hostname": FIRST_HOST,
+    "node_addr": f'$(scontrol show node --oneliner "{FIRST_HOST}" | sed "s/.* NodeAddr=\\([^ ]*\\).*/\\1/")',
+}
 RENDEZVOUS = """
-# Every task finds rank 0 here; set either variable before sbatch to choose another network or port.
-export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
-export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}\""""
+# Every task finds rank 0 here; set either variable, before sbatch or above, to choose another network or port.
+export MASTER_ADDR="${{MASTER_ADDR:-{address}}}"
+export MASTER_PORT="${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}}\""""
+
+SIZES = f"""
+# How long what the run has written was before this attempt.
+size() {{ stat --format=%s "$1" 2> /dev/null || echo 0; }}
+faults="$(size "$run/{FAULTS}")" metrics="$(size "$run/{METRICS}")"
+"""
 
 REQUEUE = """
-# 75: the run saved before its time limit and wants to go on.
-if [ "$status" -eq 75 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
-  scontrol requeue "$SLURM_JOB_ID"
+# What the end means stands in the run's folder. A save before the time limit, a preemption, a fault of a node: back
+# into the queue, then without that node. A wrong configuration, user code, storage that never worked: the end.
+job={job}
+if [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
+  out="$(squeue --noheader --format=%x --job="$job")" || out=
+  verdict="$({prefix}{judge} "$run" --job "$job" --status "$status" \\
+    --faults-from "$faults" --metrics-before "$metrics" --out "$out" \\
+    --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST")" {judged})" || verdict=end
+  if [ "${{verdict%% *}}" = requeue ]; then
+    trap '' TERM  # which the requeue sends to this script, before it has named the nodes to do without
+    scontrol requeue "$job" || true  # refused where `tessera stop` asked for the end
+    [ "$verdict" = requeue ] || scontrol update JobId="$job" ExcNodeList="${{verdict#* }}"
+  fi
 fi"""
 
 
-def render(spec: RunSpec, cluster: SlurmCluster) -> str:
-    """The batch script. Raises ConfigError for what no site can run."""
-    check_gpus(spec.procs_per_node, cluster.gpus_per_node)
+# ------------------------------------------------------------------------------------------------ the script
+
+
+def render(spec: RunSpec, cluster: SlurmCluster, seeds: str = "", after: Sequence[str] = ()) -> str:
+    """The batch script. `seeds`: an array, as sbatch writes it, 0-3 or 1,5,9. `after`: jobs that must have ended well.
+
+    Raises ConfigError for what no site can run.
+    """
+    _check(spec, cluster, seeds)
+    comes_back = cluster.requeues > 0 and spec.goes_on
+    spec = spec.with_workers(spec.nodes * _cpus_per_task(spec, cluster))
+    told = spec if not seeds else _of_seed(spec)
+    run = shlex.quote(spec.run_folder) + ('/seed-"$SLURM_ARRAY_TASK_ID"' if seeds else "")
     text = SCRIPT.format(
         header=spec.header,
-        directives="\n".join(f"#SBATCH {line}" for line in _directives(spec, cluster)),
+        directives="\n".join(f"#SBATCH {line}" for line in _directives(spec, cluster, seeds, after)),
+        folder=run,
         setup="\n".join(cluster.setup),
-        rendezvous=RENDEZVOUS if spec.task == "train" else "",
-        env="".join(f"export {name}={shlex.quote(value)}\n" for name, value in spec.env),
-        lead=f"export {LEAD_VARIABLE}={cluster.signal_lead_s}\n" if spec.task == "train" else "",
-        cpus=cluster.cpus_per_proc,
+        rendezvous=RENDEZVOUS.format(address=ADDRESS[cluster.master_addr]) if spec.saves or spec.on_ray else "",
+        env="".join(f"export {name}={shlex.quote(value)}\n" for name, value in _environment(spec, cluster).items()),
+        cpus=_cpus_per_task(spec, cluster),
         wait=cluster.signal_lead_s,
         container=_srun_container(cluster),
-        command=shlex.join([*_inside(cluster), cluster.python, *spec.command]),
-        requeue=REQUEUE.format(requeues=cluster.requeues) if cluster.requeues and spec.task == "train" else "",
+        command=shlex.join([*_inside(cluster, spec), cluster.python, *_program(told, cluster)]),
+        sizes=SIZES if comes_back else "",
+        requeue=_requeue(spec, cluster, seeds) if comes_back else "",
+        END=END,
     )
+    for word in EXPANDED:
+        text = text.replace(f"'{word}'", f'"{word}"')
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
     return text
 
 
-def _directives(spec: RunSpec, cluster: SlurmCluster) -> list[str]:
+PER_SEED = ("seed=$SLURM_ARRAY_TASK_ID", "run=$run")
+RAY = "$MASTER_ADDR:$MASTER_PORT"
+EXPANDED = (*PER_SEED, RAY, f"ray_address={RAY}")
+"""Words that the shell of the job fills in: they stand in quotes that let it."""
+
+
+def _check(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> None:
+    if spec.task == "train":
+        check_gpus(spec.procs_per_node, cluster.gpus_per_node)
+    limit = seconds_of(cluster.time_limit)
+    if spec.saves and cluster.signal_lead_s >= limit:
+        raise ConfigError(
+            f"signal_lead_s={cluster.signal_lead_s} is not shorter than time_limit={cluster.time_limit} ({limit} s): "
+            "the job would be told to stop as it starts; raise the limit or lower the lead"
+        )
+    if cluster.container != "none" and not cluster.container_image:
+        raise ConfigError(f"container={cluster.container!r} without container_image; name the image or use 'none'")
+    if seeds and spec.task != "train":
+        raise ConfigError(f"--seeds {seeds} with a {spec.task}: seeds are for training")
+
+
+def _of_seed(spec: RunSpec) -> RunSpec:
+    """The run of one task of the array: its seed, and a folder of its own."""
+    return replace(spec, arguments=(*spec.arguments, *PER_SEED))
+
+
+def _directives(spec: RunSpec, cluster: SlurmCluster, seeds: str, after: Sequence[str]) -> list[str]:
     """The #SBATCH lines, without those that the site leaves empty."""
     optional = {
         "account": cluster.account,
         "partition": cluster.partition,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
-        "gres": cluster.gres,
-        "gpus-per-node": cluster.gpus_per_node or "",
+        "gres": cluster.gres if spec.wants_gpus else "",
+        "gpus-per-node": _gpus(spec, cluster) or "",
+        "array": seeds,
+        "dependency": f"afterok:{':'.join(after)}" if after else "",
+        "kill-on-invalid-dep": "yes" if after else "",
     }
     return [
         f"--job-name={spec.name}",
         f"--nodes={spec.nodes}",
-        f"--ntasks-per-node={spec.procs_per_node}",
-        f"--cpus-per-task={cluster.cpus_per_proc}",
+        f"--ntasks-per-node={_tasks_per_node(spec, cluster)}",
+        f"--cpus-per-task={_cpus_per_task(spec, cluster)}",
         f"--mem={cluster.memory}",
         *(f"--{name}={value}" for name, value in optional.items() if value),
         *(["--exclusive"] if cluster.exclusive else []),
         f"--time={cluster.time_limit}",
-        # A build has nothing to save: what is finished stays, and the same command goes on from it.
-        *([f"--signal=USR1@{cluster.signal_lead_s}"] if spec.task == "train" else []),
+        *([f"--signal=USR1@{cluster.signal_lead_s}"] if spec.goes_on else []),
         "--requeue" if cluster.requeues else "--no-requeue",
         "--open-mode=append",
-        f"--output={cluster.output}",
+        f"--output={cluster.output.replace('%j', '%A_%a') if seeds else cluster.output}",
+        *(f"--{option}" for option in cluster.options),
     ]
+
+
+def _tasks_per_node(spec: RunSpec, cluster: SlurmCluster) -> int:
+    """torchrun and Ray start a node's processes themselves."""
+    return spec.procs_per_node if cluster.start == "srun" else 1
+
+
+def _cpus_per_task(spec: RunSpec, cluster: SlurmCluster) -> int:
+    """The node's share: a training divides it among its processes, everything else has it whole."""
+    whole = cluster.cpus_per_proc * (spec.procs_per_node if spec.task == "train" else cluster.procs_per_node)
+    return whole // _tasks_per_node(spec, cluster)
+
+
+def _gpus(spec: RunSpec, cluster: SlurmCluster) -> int:
+    """Of a node: what trains or encodes takes all, what generates one, what reads and writes none."""
+    if spec.task in ("train", "encode"):
+        return cluster.gpus_per_node
+    return min(1, cluster.gpus_per_node) if spec.wants_gpus else 0
+
+
+def _environment(spec: RunSpec, cluster: SlurmCluster) -> dict[str, str]:
+    """The program's, and threads for its processes: Ray gives its own to each."""
+    threads = {} if spec.task in ("build", "encode") else {"OMP_NUM_THREADS": str(cluster.cpus_per_proc)}
+    return {**threads, **spec.environment}
+
+
+# ------------------------------------------------------------------------------------- what srun is told to run
+
+
+def _program(spec: RunSpec, cluster: SlurmCluster) -> tuple[str, ...]:
+    """What follows the interpreter in each task."""
+    if spec.on_ray:
+        told = ("--nodes", str(spec.nodes), "--cpus", str(_cpus_per_task(spec, cluster)))
+        return ("-m", "launchers.ray_nodes", *told, "--", *spec.on_cluster_of(RAY).arguments)
+    if spec.task == "train" and cluster.start == "torchrun":
+        size = (f"--nnodes={spec.nodes}", f"--nproc-per-node={spec.procs_per_node}")
+        return ("-m", "launchers.torchrun", *size, *spec.command)
+    return spec.command
 
 
 def _srun_container(cluster: SlurmCluster) -> str:
     """Options of srun itself, with a blank behind: pyxis only."""
-    if cluster.container != "none" and not cluster.container_image:
-        raise ConfigError(f"container={cluster.container!r} without container_image; name the image or use 'none'")
     if cluster.container != "pyxis":
         return ""
     options = [f"--container-image={cluster.container_image}"]
@@ -105,29 +215,86 @@ def _srun_container(cluster: SlurmCluster) -> str:
     return shlex.join(options) + ' --container-workdir="$PWD" '
 
 
-def _inside(cluster: SlurmCluster) -> list[str]:
+def _inside(cluster: SlurmCluster, spec: RunSpec) -> list[str]:
     """What stands before the interpreter: apptainer only."""
     if cluster.container != "apptainer":
         return []
     binds = [part for mount in cluster.container_mounts for part in ("--bind", mount)]
-    devices = ["--nv"] if cluster.gpus_per_node or cluster.gres else []
+    devices = ["--nv"] if spec.wants_gpus and (cluster.gpus_per_node or cluster.gres) else []
     return ["apptainer", "exec", *devices, *binds, cluster.container_image]
 
 
-def submit(spec: RunSpec, cluster: SlurmCluster) -> tuple[str, Path]:
-    """Write the script into the run's folder and hand it to sbatch -> (job id, script).
+def _requeue(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> str:
+    """The part of the script that reads what the end means; in the container where there is one."""
+    container = _srun_container(cluster)
+    return REQUEUE.format(
+        # an array's first number stands for all of it
+        job='"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if seeds else '"$SLURM_JOB_ID"',
+        requeues=cluster.requeues,
+        prefix=f"srun --nodes=1 --ntasks=1 --ntasks-per-node=1 {container}" if container else "",
+        judge=shlex.join([*_inside(cluster, spec), cluster.python, "-m", "launchers.slurm_end"]),
+        judged=f"--procs-per-node {spec.procs_per_node} --may-exclude {cluster.max_excluded_nodes}",
+    )
 
-    Raises ConfigError where there is no sbatch, and with the scheduler's own words where it refuses.
+
+# ------------------------------------------------------------------------------------------------ submission
+
+
+def submit(step: Step[SlurmCluster], seeds: str = "", after: Sequence[str] = ()) -> dict[str, Any]:
+    """Write the script into the run's folder and hand it to sbatch -> {"job", "script", "run"}.
+
+    Raises ConfigError where there is no sbatch, while the run is in the queue already, and with the scheduler's own
+    words where it refuses.
     """
-    text = render(spec, cluster)
+    spec = step.spec
+    text = render(spec, step.cluster, seeds, after)
     if shutil.which("sbatch") is None:
         raise ConfigError("no sbatch on this machine; go to a login node, or print the script with --dry-run")
-    script = Path(spec.run_folder) / "job.sbatch"
-    script.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(spec.run_folder)
+    refuse_second_launch(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / SCRIPT_NAME
     script.write_text(text, encoding="utf-8")
     done = subprocess.run(
         ["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S, check=False
     )
     if done.returncode:
         raise ConfigError(f"sbatch refused {script}: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    return done.stdout.strip().partition(";")[0], script
+    job = done.stdout.strip().partition(";")[0]
+    record = {"place": "slurm", "job": job, "name": spec.name, "saves": spec.saves, "script": str(script)}
+    write_record(folder, record, JOB)
+    for seed in seeds_of(seeds):
+        write_record(folder / f"seed-{seed}", record | {"job": f"{job}_{seed}"}, JOB)
+    return {"job": job, "script": str(script), "run": spec.run_folder}
+
+
+def submit_all(steps: Sequence[Step[SlurmCluster]], seeds: str = "") -> list[dict[str, Any]]:
+    """Submit a pipeline; where a step is refused, or this is interrupted, those before it are taken back."""
+    jobs: dict[str, dict[str, Any]] = {}
+    for step in steps:  # all are rendered before the first is submitted: a mistake in the last costs nothing
+        render(step.spec, step.cluster, seeds)
+    try:
+        for step in steps:
+            jobs[step.name] = submit(step, seeds, [jobs[name]["job"] for name in step.after])
+    except BaseException:
+        cancel([job["job"] for job in jobs.values()])
+        raise
+    return list(jobs.values())
+
+
+def render_all(steps: Sequence[Step[SlurmCluster]], seeds: str = "") -> str:
+    """The scripts of all steps; of the jobs that a step waits for the names stand in the place of their numbers."""
+    return "\n".join(render(step.spec, step.cluster, seeds, [f"<{name}>" for name in step.after]) for step in steps)
+
+
+def seeds_of(text: str) -> list[int]:
+    """0-3 or 1,5,9 -> the numbers. Raises ConfigError for anything else."""
+    seeds: list[int] = []
+    for part in text.split(",") if text else []:
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ConfigError(f"--seeds {text}: {part!r} is neither a number nor a range; write 0-3 or 1,5,9")
+        seeds += range(int(first), int(last or first) + 1)
+    if len(set(seeds)) < len(seeds) or (text and not seeds):
+        raise ConfigError(f"--seeds {text}: names a seed twice, or none; write 0-3 or 1,5,9")
+    return seeds

@@ -3,18 +3,21 @@
 The recipe says what is learnt, `configs/cluster/*.yaml` says where. Imports no torch: a login node renders jobs too.
 """
 
+import hashlib
 import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from data_pipeline.config import BuildConfig, VocabConfig
 from data_pipeline.errors import ConfigError
-from data_pipeline.settings import Settings, check_settings, digest, load_settings
+from data_pipeline.settings import Settings, check_settings, digest, load_settings, read_yaml
 from pretrain.config import RunConfig, micro_batch_of
+from pretrain.deadline import LEAD_VARIABLE, refusal
 
 CLUSTER_DIR = Path("configs/cluster")
 
@@ -22,11 +25,21 @@ CLUSTER_DIR = Path("configs/cluster")
 
 
 class ClusterConfig(Settings):
-    """What every place has."""
+    """What every place has. `lead_s` and `retries` are what it calls by names of its own."""
 
     nodes: PositiveInt = 1
     procs_per_node: PositiveInt = 1
     env: dict[str, str] = {}
+
+    @property
+    def lead_s(self) -> int:
+        """Seconds from the signal to stop to the kill: a step and a save must fit."""
+        raise NotImplementedError
+
+    @property
+    def retries(self) -> int:
+        """How often what was struck, or stopped by time, is started again."""
+        raise NotImplementedError
 
 
 class LocalCluster(ClusterConfig):
@@ -37,9 +50,23 @@ class LocalCluster(ClusterConfig):
     restarts: NonNegativeInt = 0
     stop_timeout_s: PositiveInt = 300
 
+    @property
+    def lead_s(self) -> int:
+        """Seconds from the signal to stop to the kill."""
+        return self.stop_timeout_s
+
+    @property
+    def retries(self) -> int:
+        """New attempts."""
+        return self.restarts
+
 
 class SlurmCluster(ClusterConfig):
-    """A Slurm site. What is empty is left out of the batch script."""
+    """A Slurm site. What is empty is left out of the batch script.
+
+    start: who starts the processes of a node. master_addr: how rank 0 is found, by the name of its node or by the
+    address that Slurm has of it, where names do not resolve. options: further options of sbatch, without their dashes.
+    """
 
     kind: Literal["slurm"] = "slurm"
     account: str = ""
@@ -51,26 +78,53 @@ class SlurmCluster(ClusterConfig):
     cpus_per_proc: PositiveInt = 8
     memory: str = "0"
     exclusive: bool = False
+    options: tuple[str, ...] = ()
     time_limit: str = Field("24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
     signal_lead_s: PositiveInt = Field(300, le=65535)
     requeues: NonNegativeInt = 20
+    max_excluded_nodes: NonNegativeInt = 2
     output: str = "%x-%j.out"
+    start: Literal["srun", "torchrun"] = "srun"
+    master_addr: Literal["hostname", "node_addr"] = "hostname"
     python: str = ".venv/bin/python"
     setup: tuple[str, ...] = ()
     container: Literal["none", "pyxis", "apptainer"] = "none"
     container_image: str = ""
     container_mounts: tuple[str, ...] = ()
 
+    @property
+    def lead_s(self) -> int:
+        """Seconds from the signal to stop to the kill."""
+        return self.signal_lead_s
+
+    @property
+    def retries(self) -> int:
+        """New attempts."""
+        return self.requeues
+
 
 class KubernetesCluster(ClusterConfig):
-    """A Kubernetes cluster with the JobSet controller; `queue` needs Kueue."""
+    """A Kubernetes cluster with the JobSet controller, or Kubeflow's trainer; builds on several nodes need KubeRay.
+
+    queue: Kueue's, where there is one. topology: a label of nodes, whose value is the same within a rack or block; the
+    pods of a run are kept within one. rdma: devices of a pod by the name of their resource. secrets: names of Secrets
+    whose keys become variables of the environment. tolerations: keys of taints.
+    """
 
     kind: Literal["kubernetes"] = "kubernetes"
     image: str
     namespace: str = "default"
+    controller: Literal["jobset", "trainjob"] = "jobset"
     queue: str = ""
+    service_account: str = ""
+    secrets: tuple[str, ...] = ()
+    node_selector: dict[str, str] = {}
+    tolerations: tuple[str, ...] = ()
+    topology: str = ""
+    topology_required: bool = False
     gpus_per_node: NonNegativeInt = 0
     gpu_resource: str = "nvidia.com/gpu"
+    rdma: dict[str, PositiveInt] = {}
     cpus_per_node: PositiveInt = 8
     memory: str = "32Gi"
     shared_memory: str = "8Gi"
@@ -78,6 +132,16 @@ class KubernetesCluster(ClusterConfig):
     max_restarts: NonNegativeInt = 3
     stop_timeout_s: PositiveInt = 300
     master_port: PositiveInt = Field(29500, le=65535)
+
+    @property
+    def lead_s(self) -> int:
+        """Seconds from the signal to stop to the kill."""
+        return self.stop_timeout_s
+
+    @property
+    def retries(self) -> int:
+        """New attempts."""
+        return self.max_restarts
 
 
 C = TypeVar("C", bound=ClusterConfig)
@@ -94,28 +158,87 @@ def load_cluster(schema: type[C], path: Path | None) -> C:
 
 # --------------------------------------------------------------------------------------------- what runs
 
+Task = Literal["train", "build", "encode", "vocab", "evaluate", "generate"]
+COMMANDS: dict[Task, tuple[str, ...]] = {
+    "train": ("train",),
+    "build": ("data", "build"),
+    "encode": ("data", "encode"),
+    "vocab": ("vocab", "train"),
+    "evaluate": ("evaluate",),
+    "generate": ("generate",),
+}
+RECOGNISED: dict[str, Task] = {"model": "train", "source": "build", "dataset": "vocab"}
+"""A YAML says what it is by a section that it alone has."""
+LAUNCHED = Path("runs")
+
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Something that runs on `nodes` x `procs_per_node` processes; `arguments` is what follows `tessera`."""
+    """Something that runs, whatever the place: a command line of `tessera`, on how many processes, by which rules.
+
+    `arguments` is what follows `tessera`. `run_folder` is where the launcher keeps its records: a training's own
+    folder, runs/NAME of the others. `storage` lists what is read and written, folders and addresses. `lead_s` are the
+    seconds from the signal to stop to the kill, `retries` the new attempts; image and volumes stay with the place.
+    """
 
     name: str
-    task: Literal["train", "build"]
+    task: Task
     arguments: tuple[str, ...]
     config_hash: str
     run_folder: str
-    nodes: int
-    procs_per_node: int
-    env: tuple[tuple[str, str], ...]
+    nodes: int = 1
+    procs_per_node: int = 1
+    env: tuple[tuple[str, str], ...] = ()
+    lead_s: int = 300
+    retries: int = 0
+    storage: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.procs_per_node
 
     @property
+    def saves(self) -> bool:
+        """Does it save when it is signalled, and leave with 75?"""
+        return self.task == "train"
+
+    @property
+    def goes_on(self) -> bool:
+        """Does the same command go on where it was interrupted? The other tasks begin again."""
+        return self.task in ("train", "build", "encode")
+
+    @property
+    def wants_gpus(self) -> bool:
+        """Does it compute, or only read and write?"""
+        return self.task not in ("build", "vocab")
+
+    @property
+    def on_ray(self) -> bool:
+        """Does it need a Ray of several nodes? On one node a build starts its own."""
+        return self.task in ("build", "encode") and self.nodes > 1
+
+    def with_workers(self, count: int) -> "RunSpec":
+        """The same with `count` processes, unless it says itself how many."""
+        told = {"build": ("workers=", f"workers={count}"), "encode": ("--workers", f"--workers={count}")}
+        if self.task not in told or any(word.startswith(told[self.task][0]) for word in self.arguments):
+            return self
+        return replace(self, arguments=(*self.arguments, told[self.task][1]))
+
+    def on_cluster_of(self, address: str) -> "RunSpec":
+        """The same, told to join the Ray at `address`, which the place starts."""
+        told = (f"ray_address={address}",) if self.task == "build" else ("--ray-address", address)
+        return replace(self, arguments=(*self.arguments, *told))
+
+    @property
     def command(self) -> tuple[str, ...]:
         """What follows the interpreter, in each process."""
         return ("-m", "launchers.cli", *self.arguments)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What every process is told in every place; a place adds ranks, rendezvous and threads. The user's win."""
+        lead = {LEAD_VARIABLE: str(self.lead_s)} if self.saves else {}
+        return {"PYTHONUNBUFFERED": "1", **lead, **dict(self.env)}
 
     @property
     def header(self) -> str:
@@ -125,45 +248,101 @@ class RunSpec:
 
 
 def describe(
-    config_path: Path, overrides: Sequence[str], cluster: ClusterConfig, nodes: int | None, procs_per_node: int | None
+    target: str | Path,
+    arguments: Sequence[str],
+    cluster: ClusterConfig,
+    nodes: int | None = None,
+    procs_per_node: int | None = None,
+    task: Task | None = None,
 ) -> RunSpec:
-    """Check the recipe and its fit to the number of processes, before anything starts or is submitted.
+    """Check what shall run and its fit to the number of processes, before anything starts or is submitted.
 
-    Raises ConfigError for a wrong recipe and for a batch that does not divide.
+    target: the YAML of a run, build or vocabulary; the dataset that `encode`, the run that `evaluate` and `generate`
+    work on. arguments: overrides, or that command's options. Raises ConfigError for a wrong recipe, for a batch that
+    does not divide, and for a target that does not say what it is.
     """
-    config = load_settings(RunConfig, config_path, overrides)
+    task = task or task_of(target)
     spec = RunSpec(
-        name=dns_label(Path(config.run).name),
-        task="train",
-        arguments=("train", str(config_path), *overrides),
-        config_hash=digest(config),
-        run_folder=config.run,
-        nodes=nodes or cluster.nodes,
-        procs_per_node=procs_per_node or cluster.procs_per_node,
+        name="",
+        task=task,
+        arguments=(*COMMANDS[task], str(target), *arguments),
+        config_hash="",
+        run_folder="",
+        nodes=(nodes or cluster.nodes) if task in ("train", "build", "encode") else 1,
+        procs_per_node=(procs_per_node or cluster.procs_per_node) if task == "train" else 1,
         env=tuple(sorted(cluster.env.items())),
+        lead_s=cluster.lead_s,
+        retries=cluster.retries,
     )
+    spec = DESCRIBED[task](spec, str(target), arguments)
+    return replace(spec, run_folder=spec.run_folder or str(LAUNCHED / spec.name))
+
+
+def task_of(target: str | Path) -> Task:
+    """What a YAML describes. Raises ConfigError where it cannot be told."""
+    path = Path(target)
+    tree: Mapping[str, object] = read_yaml(path) if path.suffix in (".yaml", ".yml", ".json") else {}
+    found = next((task for key, task in RECOGNISED.items() if key in tree), None)
+    if found is None:
+        raise ConfigError(
+            f"{target}: neither a run (`model:`), a build (`source:`), a vocabulary (`dataset:`) nor a pipeline "
+            f"(`steps:`); say what it is by --task {'|'.join(get_args(Task))}"
+        )
+    return found
+
+
+def _train(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
+    config = load_settings(RunConfig, target, overrides)
     try:
         micro_batch_of(config.train, spec.world_size)
     except ValueError as error:
-        raise ConfigError(f"{config_path}: {error}") from None
-    return spec
+        raise ConfigError(f"{target}: {error}") from None
+    if text := refusal(spec.lead_s, Path(config.run)):
+        raise ConfigError(text)
+    data = config.data
+    read = [data.dataset, *(source.path for source in data.datasets), data.vocabulary, data.tokenizer, data.evaluation]
+    storage = tuple(path for path in (config.run, config.train.checkpoints, config.initial, *read) if path)
+    name = dns_label(Path(config.run).name)
+    return replace(spec, name=name, config_hash=digest(config), run_folder=config.run, storage=storage)
 
 
-def describe_build(config_path: Path, overrides: Sequence[str], cluster: ClusterConfig) -> RunSpec:
-    """A data build: one process on one node, Ray spreads the work over that node's cores."""
-    from data_pipeline.config import BuildConfig
-
-    config = load_settings(BuildConfig, config_path, overrides)
-    return RunSpec(
-        name=dns_label(f"build-{Path(config.output).name}"),
-        task="build",
-        arguments=("data", "build", str(config_path), *overrides),
-        config_hash=digest(config),
-        run_folder=config.output,
-        nodes=1,
-        procs_per_node=1,
-        env=tuple(sorted(cluster.env.items())),
+def _build(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
+    config = load_settings(BuildConfig, target, overrides)
+    source = getattr(config.source, "path", None)
+    storage = tuple(path for path in (config.output, source, config.tokenizer) if path)
+    return replace(
+        spec, name=dns_label(f"build-{Path(config.output).name}"), config_hash=digest(config), storage=storage
     )
+
+
+def _vocab(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
+    config = load_settings(VocabConfig, target, overrides)
+    name = dns_label(f"vocab-{Path(config.output).name}")
+    return replace(spec, name=name, config_hash=digest(config), storage=(config.output, config.dataset))
+
+
+def _command(spec: RunSpec, target: str, arguments: Sequence[str]) -> RunSpec:
+    """What is told by options alone: the hash is that of the command line."""
+    hashed = hashlib.sha256("\0".join(spec.arguments).encode()).hexdigest()[:16]
+    return replace(spec, name=dns_label(f"{spec.task}-{Path(target).name}"), config_hash=hashed, storage=(target,))
+
+
+DESCRIBED: dict[Task, Callable[[RunSpec, str, Sequence[str]], RunSpec]] = {
+    "train": _train,
+    "build": _build,
+    "vocab": _vocab,
+    "encode": _command,
+    "evaluate": _command,
+    "generate": _command,
+}
+
+
+def seconds_of(limit: str) -> int:
+    """Slurm's time limit in seconds: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, dash, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 def check_gpus(procs_per_node: int, gpus_per_node: int) -> None:

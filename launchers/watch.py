@@ -1,4 +1,8 @@
-"""Follow and stop a run of this machine, by what lies in its folder: launcher.json, config.json, metrics.jsonl."""
+"""Follow and stop a run, by what lies in its folder: launcher.json, config.json, metrics.jsonl, job.json.
+
+launcher.json is written by the launcher of this machine, job.json by who submitted the run to a scheduler: then that
+place is asked.
+"""
 
 import json
 import os
@@ -6,30 +10,56 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault
+from launchers import slurm_jobs
+from launchers.kubernetes import jobs as kubernetes_jobs
 from pretrain.goodput import METRICS, goodput
 
 RECORD = "launcher.json"
+JOB = "job.json"
 POLL_S = 0.1
+ASK_S = 2.0  # a scheduler is asked no more often
+ASK_AGAIN_S = 10.0  # to stop
+
+
+@dataclass(frozen=True)
+class Place:
+    """How a scheduler is asked about the job of a record, in the run's folder.
+
+    look -> "state" (queued, running, done, stopped, cancelled, failed or vanished) and what is known besides; stop
+    asks for a save and an end, and may be called again until that has come. output: the last lines of what rank 0
+    writes, followed or not, for a place whose run folder is not on this machine.
+    """
+
+    look: Callable[[Mapping[str, Any], Path], dict[str, Any]]
+    stop: Callable[[Mapping[str, Any], Path], None]
+    output: Callable[[Mapping[str, Any], int, bool], Iterator[str]] | None = None
+
+
+PLACES: dict[str, Place] = {
+    "slurm": Place(slurm_jobs.look, slurm_jobs.stop),
+    "kubernetes": Place(kubernetes_jobs.look, kubernetes_jobs.stop, kubernetes_jobs.output),
+}
 
 # ---------------------------------------------------------------------------- the launcher's record of itself
 
 
-def write_record(run: Path, record: dict[str, Any]) -> None:
-    """Replace RUN/launcher.json as a whole: a reader sees the old or the new one."""
+def write_record(run: Path, record: dict[str, Any], name: str = RECORD) -> None:
+    """Replace RUN/launcher.json (or job.json) as a whole: a reader sees the old or the new one."""
     run.mkdir(parents=True, exist_ok=True)
-    draft = run / f".{RECORD}.{os.getpid()}"
+    draft = run / f".{name}.{os.getpid()}"
     draft.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    draft.replace(run / RECORD)
+    draft.replace(run / name)
 
 
-def read_record(run: Path) -> dict[str, Any]:
-    """RUN/launcher.json; empty where the run was never launched. Raises DataError when it is damaged."""
-    path = run / RECORD
+def read_record(run: Path, name: str = RECORD) -> dict[str, Any]:
+    """RUN/launcher.json (or job.json); empty where there is none. Raises DataError when it is damaged."""
+    path = run / name
     if not path.is_file():
         return {}
     try:
@@ -65,20 +95,49 @@ def metrics_size(run: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
+# ----------------------------------------------------------------------------- the record of a submitted job
+
+
+def job_of(run: Path) -> dict[str, Any]:
+    """RUN/job.json, if that run belongs to a scheduler; empty otherwise. Raises ConfigError for an unknown place."""
+    record = read_record(run, JOB)
+    if record and record.get("place") not in PLACES:
+        raise ConfigError(f"{run / JOB}: place={record.get('place')!r} is none of {sorted(PLACES)}")
+    return record
+
+
+def look_at_job(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the scheduler says of it."""
+    return {"place": record["place"], **PLACES[record["place"]].look(record, run)}
+
+
+def refuse_second_launch(run: Path) -> None:
+    """Raises ConfigError while this run runs, or waits to, here or at a scheduler."""
+    record, job = read_record(run), job_of(run)
+    if is_running(record):
+        raise ConfigError(f"{run}: process {record['pid']} is training this run; `tessera stop {run}` first")
+    if job and (state := look_at_job(run, job)["state"]) in ("queued", "running"):
+        raise ConfigError(f"{run}: job {job['job']} of this run is {state}; `tessera stop {run}` first")
+
+
 # ------------------------------------------------------------------------------------ status, logs, stop
 
 
 def run_status(run: Path) -> dict[str, Any]:
     """State, attempt, step, loss of the run in folder `run`. Raises ConfigError where there is no run."""
-    record, last = read_record(run), _last_metrics(run, 1)
-    if not record and not last:
-        raise ConfigError(f"{run}: neither {RECORD} nor {METRICS} is here; give the folder that `run:` names")
+    record, job, last = read_record(run), job_of(run), _last_metrics(run, 1)
+    if not record and not last and not job:
+        raise ConfigError(f"{run}: none of {RECORD}, {JOB} and {METRICS} is here; give the folder that `run:` names")
     status: dict[str, Any] = {"run": str(run), "state": _state(record)}
-    status |= {
-        name: record[name]
-        for name in ("host", "pid", "attempt", "world_size", "exit_code", "cause", "why")
-        if name in record
-    }
+    status |= (
+        look_at_job(run, job)
+        if job
+        else {
+            name: record[name]
+            for name in ("host", "pid", "attempt", "world_size", "exit_code", "cause", "why")
+            if name in record
+        }
+    )
     if last:
         newest = json.loads(last[0])
         status |= {name: newest[name] for name in ("step", "loss") if name in newest}
@@ -91,30 +150,58 @@ def metric_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
     """The last `lines` complete lines of metrics.jsonl; with `follow` also those that come, until the launcher ends."""
     path = run / METRICS
     if not path.is_file():
+        job = job_of(run)
+        if job and (output := PLACES[job["place"]].output):
+            yield from output(job, lines, follow)
+            return
         raise ConfigError(f"{path}: not there; the run has not logged a step yet, or {run} is not its folder")
     with path.open(encoding="utf-8") as file:
         yield from deque(_complete_lines(file), maxlen=lines)
         while follow:
-            running = is_running(read_record(run))
+            running = _is_alive(run)
             yield from _complete_lines(file)
             if not running:
                 return
-            time.sleep(POLL_S)
+            time.sleep(ASK_S if job_of(run) else POLL_S)
 
 
 def stop_run(run: Path, timeout_s: float) -> dict[str, Any]:
-    """SIGTERM to the run's launcher, which saves; waits for its end. Raises NodeFault when that takes too long."""
-    record = read_record(run)
+    """Ask the run's launcher or job to save, wait for its end. Raises NodeFault when that takes too long."""
+    record, began = read_record(run), time.monotonic()
+    if job := job_of(run):
+        _stop_job(run, job, timeout_s)
+        return run_status(run) | {"stop_s": round(time.monotonic() - began, 2)}
     if not is_running(record):
         place = f" on {record['host']}" if record.get("host") not in (None, socket.gethostname()) else ""
         raise ConfigError(f"{run}: no launcher of this run is running here{place and f', it was started{place}'}")
-    began = time.monotonic()
     os.kill(int(record["pid"]), signal.SIGTERM)
     while is_running(record):
         if time.monotonic() - began > timeout_s:
             raise NodeFault(f"{run}: process {record['pid']} is still there after {timeout_s:g} s; it may be saving")
         time.sleep(POLL_S)
     return run_status(run) | {"stop_s": round(time.monotonic() - began, 2)}
+
+
+def _stop_job(run: Path, job: Mapping[str, Any], timeout_s: float) -> None:
+    """Again and again: a process that was not there yet when it was asked has not heard it."""
+    state = look_at_job(run, job)["state"]
+    if state not in ("queued", "running"):
+        raise ConfigError(f"{run}: job {job['job']} is {state}, there is nothing to stop")
+    began = asked = time.monotonic()
+    PLACES[job["place"]].stop(job, run)
+    while look_at_job(run, job)["state"] in ("queued", "running"):
+        now = time.monotonic()
+        if now - began > timeout_s:
+            raise NodeFault(f"{run}: job {job['job']} is still there after {timeout_s:g} s; it may be saving")
+        if now - asked > ASK_AGAIN_S:
+            PLACES[job["place"]].stop(job, run)
+            asked = now
+        time.sleep(ASK_S)
+
+
+def _is_alive(run: Path) -> bool:
+    job = job_of(run)
+    return look_at_job(run, job)["state"] in ("queued", "running") if job else is_running(read_record(run))
 
 
 def _state(record: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """The save-deadline contract: a step and a save must fit between the stop signal and the kill that follows it.
 
-Who starts the processes says in TESSERA_STOP_LEAD_S how long that is. The warning comes before the first step, from a
-trial write of every rank at once and, where the run has made steps before, from how long they took.
+Who starts the processes says in TESSERA_STOP_LEAD_S how long that is. Too short a lead for what the run was measured to
+need is refused before anything starts. The warning comes before the first step, from a trial write of every rank at
+once and from how long steps took.
 """
 
 import math
@@ -44,7 +45,22 @@ def write_speed(folder: Path) -> float:
 
 def slowest_recent_step_s(run: Path) -> float:
     """Out of metrics.jsonl; 0 where no step was made yet."""
-    times = [float(row["step_s"]) for row in lines_of(run / METRICS, RECENT_BYTES)]
+    return _slowest(run, "step_s")
+
+
+def refusal(lead: float, run: Path) -> str:
+    """What to say of a lead that is shorter than a step and a save were, as measured in `run`; nothing if it is not."""
+    step_s, save_s = slowest_recent_step_s(run), _slowest(run, "save_s")
+    if not save_s or step_s + save_s <= lead:
+        return ""
+    return (
+        f"{lead:g} s lead, but in {run} a step took {step_s:.3g} s and a save {save_s:.3g} s: the kill would come "
+        f"before the save is done. Raise signal_lead_s or stop_timeout_s to {math.ceil(MARGIN * (step_s + save_s))}"
+    )
+
+
+def _slowest(run: Path, name: str) -> float:
+    times = [float(row.get(name, 0.0)) for row in lines_of(run / METRICS, RECENT_BYTES)]
     return max(times[-RECENT_STEPS:], default=0.0)
 
 

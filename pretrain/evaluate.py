@@ -194,8 +194,16 @@ def _gpt(
         images = np.stack([some[ranker.best(some, prompt)] for some, prompt in zip(many, prompts, strict=True)])
         figures["candidates"] = float(candidates)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    labelled_grid(images[:24], prompts[:24], columns=6).save(folder / "samples" / "evaluation-prompts.png")
+    labels = [_label(prompt, sample) for prompt, sample in zip(prompts[:24], samples, strict=False)]
+    labelled_grid(images[:24], labels, columns=6).save(folder / "samples" / "evaluation-prompts.png")
     return figures | _scene_figures(images, samples, "")
+
+
+def _label(prompt: str, sample: Sample) -> str:
+    """The prompt; where the picture's font cannot write it, a caption of the same sample that it can, in brackets."""
+    if prompt.isascii():
+        return prompt
+    return next((f"({caption})" for caption in sample.captions if caption.isascii()), prompt)
 
 
 def _scene_figures(images: np.ndarray, samples: list[Sample], prefix: str) -> Figures:

@@ -17,8 +17,10 @@ from pretrain.interchange.tokenizer import load_tokenizer
 from pretrain.models.gpt import Gpt
 
 BATCH = 64  # prompts decoded side by side; guidance doubles the rows
-LABEL_HEIGHT = 18
+LABEL_LINES, LINE_HEIGHT = 2, 12
+LABEL_HEIGHT = LABEL_LINES * LINE_HEIGHT + 6
 CELL = 160  # pixels of a picture in the grid
+FONT = ImageFont.load_default(10)
 
 
 def main(
@@ -112,12 +114,22 @@ def labelled_grid(images: np.ndarray, labels: list[str], columns: int | None = N
     scale = max(1, CELL // images.shape[1])
     side = scale * images.shape[1]
     grid = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + LABEL_HEIGHT + 4) + 4), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(10)
+    draw = ImageDraw.Draw(grid)
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         left, top = 4 + index % columns * (side + 4), 4 + index // columns * (side + LABEL_HEIGHT + 4)
         grid.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (left, top + LABEL_HEIGHT))
-        if label.isascii():
-            while label and draw.textlength(label, font=font) > side:
-                label = label[:-1]
-            draw.text((left, top + 3), label, fill="black", font=font)
+        for number, line in enumerate(label_lines(draw, label, side) if label.isascii() else []):
+            draw.text((left, top + 3 + number * LINE_HEIGHT), line, fill="black", font=FONT)
     return grid
+
+
+def label_lines(draw: ImageDraw.ImageDraw, label: str, width: int) -> list[str]:
+    """`label` broken between words into lines of at most `width` pixels; what LABEL_LINES cannot hold is cut off."""
+    lines = [""]
+    for word in label.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and draw.textlength(longer, font=FONT) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines[:LABEL_LINES]

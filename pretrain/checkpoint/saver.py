@@ -31,7 +31,7 @@ from pretrain.checkpoint.catalog import (
     refuse_overtaken,
     tidy,
 )
-from pretrain.checkpoint.layout import Shard, Staging, index_of, shard_of, write_shard
+from pretrain.checkpoint.layout import Shard, Staging, index_of, parts_of, shard_of, write_shard
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
@@ -42,6 +42,8 @@ COMMIT_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 3600.0
 ABANDON_S = 5.0
 """What a save in flight is given when the run ends by an error: enough for one whose parts are all written."""
+READ_S = 10.0
+"""How long rank 0, which holds the store, stays for the others to read how a save ended."""
 POLL_S = (0.005, 0.25)
 
 
@@ -59,6 +61,8 @@ class Checkpoints:
         self.retention = retention
         self.blocked_s = 0.0
         """How long saves have held up training, in total: staging, and waiting for the save before."""
+        self.last_save_s = 0.0
+        """How long the newest save took that was committed, from staging to commit; known to rank 0."""
         self._staging = Staging()
         self._sums: dict[str, list[float]] = {}
         self._save: Save | None = None
@@ -80,7 +84,7 @@ class Checkpoints:
         stuck = self._save is not None and not self._save.ended(COMMIT_TIMEOUT_S)
         shard = None if stuck else self._staging.copy(shard_of(engine, self.mesh))
         self._saves += 1
-        self._save = Save(self, self._saves, step, shard, state | {"means": means})
+        self._save = Save(self, self._saves, step, shard, state | {"means": means}, began)
         self._save.start()
         self.blocked_s += time.monotonic() - began
 
@@ -143,15 +147,20 @@ UNTOUCHED = "the checkpoints before it are untouched"
 class Save(threading.Thread):
     """One save under way: this rank's file, its report, and on rank 0 the commit."""
 
-    def __init__(self, owner: Checkpoints, number: int, step: int, shard: Shard | None, state: dict[str, Any]) -> None:
+    def __init__(
+        self, owner: Checkpoints, number: int, step: int, shard: Shard | None, state: dict[str, Any], began: float
+    ) -> None:
         super().__init__(name=f"save-{step}", daemon=True)  # a dead disk must not keep the process alive
         self.owner = owner
         self.step = step
         self.folder = f"{owner.root}/{folder_name(step, owner.attempt)}"
         self.shard = shard
         self.state = state
+        self.began = began
         self.failure = ""
         self.abandoned = threading.Event()
+        self.heard: list[int] = []
+        """Rank 0: the ranks that have reported."""
         self.key = f"save-{number} {self.folder}"  # a word of an earlier save must not be taken for one of this
 
     def ended(self, timeout_s: float) -> bool:
@@ -166,11 +175,16 @@ class Save(threading.Thread):
             store.set(f"{self.key}/{self.owner.mesh.rank}", json.dumps(_outcome(self._write)))
             if self.owner.mesh.rank == 0:
                 store.set(self.key, json.dumps(_outcome(lambda: self._commit(store))))
-            _result(_get(store, self.key, COMMIT_TIMEOUT_S, self.abandoned))
+            told = _get(store, self.key, COMMIT_TIMEOUT_S, self.abandoned)
+            store.set(f"{self.key}/read/{self.owner.mesh.rank}", "{}")
+            _result(told)
         except (OSError, RuntimeError, TesseraError) as error:  # RuntimeError: the store's server is gone
             self.failure = str(error)
         if self.owner.mesh.rank == 0:
             self._follow()
+            with contextlib.suppress(RuntimeError, TesseraError):  # who is gone reads nothing
+                for rank in self.heard:
+                    _get(store, f"{self.key}/read/{rank}", READ_S, self.abandoned)
 
     def _follow(self) -> None:
         """Rank 0, after the commit: say what became of it, and let retention work."""
@@ -179,12 +193,14 @@ class Save(threading.Thread):
             self._discard()
         else:
             print(f"saved {self.folder}", flush=True)
+            self.owner.last_save_s = time.monotonic() - self.began
             self._tidy()
 
-    def _write(self) -> dict[str, Any]:
+    def _write(self) -> list[dict[str, Any]]:
         if self.shard is None:
             raise DataError(f"the save before is still being written after {COMMIT_TIMEOUT_S:.0f} s")
-        return write_shard(open_storage(self.folder), self.shard)
+        storage = open_storage(self.folder)
+        return [write_shard(storage, part) for part in parts_of(self.shard)]
 
     def _commit(self, store: "KeyValues") -> None:
         """Rank 0: all reports, index, state, and last the manifest."""
@@ -200,13 +216,15 @@ class Save(threading.Thread):
         put_once(storage, MANIFEST, as_json(manifest | {"files": files}))
 
     def _reports(self, store: "KeyValues") -> tuple[list[dict[str, Any]], list[str]]:
-        """What every rank wrote, and what went wrong, by rank."""
+        """The files that the ranks wrote, and what went wrong, by rank."""
         reports, errors = [], []
         deadline = time.monotonic() + COMMIT_TIMEOUT_S
         for rank in range(self.owner.mesh.world):
             left = max(0.0, deadline - time.monotonic())
             try:
-                reports.append(_result(_get(store, f"{self.key}/{rank}", left, self.abandoned)))
+                told = _get(store, f"{self.key}/{rank}", left, self.abandoned)
+                self.heard.append(rank)
+                reports += _result(told)
             except Abandoned:
                 raise
             except TesseraError as error:

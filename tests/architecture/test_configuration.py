@@ -10,6 +10,7 @@ import pytest
 
 from data_pipeline.config import BuildConfig, VocabConfig
 from data_pipeline.settings import Settings, load_settings
+from launchers.pipeline import PipelineConfig
 from launchers.spec import KubernetesCluster, LocalCluster, SlurmCluster
 from pretrain.config import RunConfig
 
@@ -23,6 +24,7 @@ ROOTS: dict[str, type[Settings]] = {
     "local": LocalCluster,
     "slurm": SlurmCluster,
     "kubernetes": KubernetesCluster,
+    "pipeline": PipelineConfig,
 }
 CLUSTERS = {"local": LocalCluster, "slurm": SlurmCluster, "kubernetes": KubernetesCluster}
 PUBLISHED = ("text_to_image", "clip", "text", "image_tokenizer")
@@ -61,6 +63,8 @@ def schema_of(path: Path) -> type[Settings]:
     if path.stem.startswith("vocab"):
         return VocabConfig
     text = path.read_text(encoding="utf-8")
+    if "\nsteps:" in text:
+        return PipelineConfig
     return BuildConfig if "\nsource:" in f"\n{text}" or path.parent.name == "data" else RunConfig
 
 

@@ -32,15 +32,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PROCESSES, ROUNDS, MICRO_BATCH, LR = 2, 5, 1, 1e-3
 
 
-def engine_of(mesh: Mesh) -> tuple[Engine, int]:
-    """-> the engine after a step, and the number of parameters."""
+def engine_of(mesh: Mesh, width: int = 512) -> tuple[Engine, int]:
+    """-> the engine of a GPT of 12 layers after a step, and the number of parameters."""
     model = {"kind": "gpt", "text_vocab": 2000, "image_vocab": 256, "text_tokens": 8, "image_tokens": 16}
     tree: dict[str, Any] = {
         "run": "unused",
-        "model": model | {"layers": 12, "width": 512, "heads": 8},
+        "model": model | {"layers": 12, "width": width, "heads": 8},
         "objective": {"kind": "autoregressive"},
         "data": {"dataset": "unused", "vocabulary": "unused", "tokenizer": "unused"},
-        "train": {"steps": 10, "global_batch": PROCESSES * MICRO_BATCH, "precision": "fp32", "zero_stage": 3},
+        "train": {"steps": 10, "global_batch": mesh.world * MICRO_BATCH, "precision": "fp32", "zero_stage": 3},
         "optim": {"lr": LR},
     }
     config = check_settings(RunConfig, tree, "benchmark")

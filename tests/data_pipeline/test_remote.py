@@ -12,7 +12,7 @@ import pytest
 from data_pipeline import remote
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.storage import open_storage
-from tests.faultproxy import CLEAN, fault_proxy
+from launchers.chaos.proxy import CLEAN, fault_proxy
 
 
 def on_s3(test):

@@ -1,28 +1,27 @@
-"""Batch scripts and JobSets: golden files, the shell's own parser, the public schema, and what schemas cannot see.
+"""Batch scripts: golden files, the shell's own parser, and what is refused before anything is submitted.
 
 After an intended change write the golden files again: `TESSERA_WRITE_GOLDEN=1 pytest tests/launchers/test_jobs.py`.
 """
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
-import yaml
 
 from data_pipeline.errors import ConfigError
-from launchers import kubernetes, slurm
-from launchers.spec import KubernetesCluster, SlurmCluster, describe, describe_build, dns_label, load_cluster
+from launchers import slurm
+from launchers.pipeline import Step, plan_steps
+from launchers.spec import SlurmCluster, describe, dns_label, load_cluster, seconds_of
 
 GOLDEN = Path("tests/launchers/golden")
 RECIPE = Path("configs/clip/vit-b-32.yaml")
 BUILD = Path("configs/data/folder.yaml")
 SITE = SlurmCluster(procs_per_node=4, gpus_per_node=4, cpus_per_proc=8, partition="gpu")
-PLACE = KubernetesCluster(image="example.com/tessera:0.1.0", nodes=2, procs_per_node=4, gpus_per_node=4)
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +37,13 @@ def site_example() -> str:
     return slurm_script(load_cluster(SlurmCluster, Path("configs/cluster/slurm.yaml")))
 
 
-def build_example() -> str:
+def build_example(nodes: int = 1) -> str:
     site = SlurmCluster(cpus_per_proc=32, account="my-account", partition="cpu", time_limit="08:00:00")
-    return slurm.render(describe_build(BUILD, ["workers=32"], site), site)
+    return slurm.render(describe(BUILD, [], site, nodes), site)
 
 
-def jobset_example() -> str:
-    place = load_cluster(KubernetesCluster, Path("configs/cluster/kubernetes.yaml"))
-    return kubernetes.render(describe(RECIPE, [], place, None, None), place)
+def pipeline_example() -> str:
+    return slurm.render_all(plan_steps(SlurmCluster, "configs/demo/pipeline.yaml"))
 
 
 PYXIS = {"container": "pyxis", "container_image": "example.com/tessera:0.1.0", "container_mounts": ("/data:/data",)}
@@ -58,7 +56,14 @@ RENDERED: dict[str, Callable[[], str]] = {
         SITE.model_copy(update={**APPTAINER, "requeues": 0, "setup": ("module load cuda",), "env": {"A": "b c"}}),
         "optim.lr=1e-3",
     ),
-    "tests/launchers/golden/jobset.yaml": jobset_example,
+    "tests/launchers/golden/torchrun.sbatch": lambda: slurm_script(
+        SITE.model_copy(
+            update={"start": "torchrun", "master_addr": "node_addr", "options": ("reservation=maintenance",)}
+        )
+    ),
+    "tests/launchers/golden/array.sbatch": lambda: slurm.render(describe(RECIPE, [], SITE), SITE, seeds="0-3"),
+    "tests/launchers/golden/ray.sbatch": lambda: build_example(nodes=4),
+    "tests/launchers/golden/pipeline.sbatch": pipeline_example,
 }
 
 
@@ -91,110 +96,99 @@ def test_an_override_with_blanks_and_quotes_stays_one_argument() -> None:
     assert shown.stdout.splitlines()[-1] == override
 
 
-def run_script(script: str, folder: Path, status: int, restarts: int) -> tuple[int, bool]:
-    """Run a rendered script with stand-ins for srun and scontrol -> (exit code, whether it asked for a requeue)."""
-    tools = folder / "bin"
+FAULT = {"time": 1.0, "rank": 3, "host": "node2", "cause": "node", "why": "a device failed", "blamed": [3]}
+
+
+def run_script(script: str, folder: Path, status: int, restarts: int, faults: Sequence[Any] = ()) -> tuple[int, str]:
+    """Run a rendered script with stand-ins for Slurm's tools -> (exit code, what it asked of scontrol)."""
+    tools, asked = folder / "bin", folder / "asked"
     tools.mkdir()
-    (tools / "srun").write_text(f"#!/bin/bash\nexit {status}\n")
-    (tools / "scontrol").write_text(f'#!/bin/bash\n[ "$1" = requeue ] && touch {folder}/requeued\necho node1\n')
+    written = "".join(json.dumps(fault) + "\\n" for fault in faults)
+    (tools / "srun").write_text(f"#!/bin/bash\nprintf '{written}' >> {folder}/run/faults.jsonl\nexit {status}\n")
+    (tools / "squeue").write_text("#!/bin/bash\necho 'node7'\n")
+    (tools / "scontrol").write_text(
+        f'#!/bin/bash\n[ "$1" = show ] && printf "node1\\nnode2\\n" || echo "$*" >> {asked}\n'
+    )
     for tool in tools.iterdir():
         tool.chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_RESTART_COUNT": str(restarts)}
     path = f"{tools}:{os.environ['PATH']}"
-    done = subprocess.run(["bash"], input=script, text=True, timeout=10, env={**os.environ, **job, "PATH": path})
-    return done.returncode, (folder / "requeued").exists()
+    done = subprocess.run(["bash"], input=script, text=True, timeout=30, env={**os.environ, **job, "PATH": path})
+    return done.returncode, asked.read_text() if asked.exists() else ""
 
 
 @pytest.mark.parametrize(
-    ("status", "restarts", "requeued"), [(0, 0, False), (75, 0, True), (75, 20, False), (64, 0, False), (70, 3, False)]
+    ("status", "restarts", "asked"),
+    [(0, 0, ""), (75, 0, "requeue 7\n"), (75, 20, ""), (64, 0, ""), (1, 0, ""), (70, 3, "requeue 7\n")],
 )
-def test_only_a_saved_run_within_its_budget_goes_back_into_the_queue(
-    status: int, restarts: int, requeued: bool, tmp_path: Path
+def test_only_what_may_succeed_goes_back_into_the_queue_within_its_budget(
+    status: int, restarts: int, asked: str, tmp_path: Path
 ) -> None:
-    assert run_script(slurm_script(SITE), tmp_path, status, restarts) == (status, requeued)
+    script = slurm_script(SITE.model_copy(update={"python": sys.executable}), f"run={tmp_path}/run")
+    assert run_script(script, tmp_path, status, restarts) == (status, asked)
+    assert (tmp_path / "run/job.end").read_text() == f"7 {restarts} {status}\n"
 
 
-# ---------------------------------------------------------------------------------------------- Kubernetes
+@pytest.mark.parametrize(("budget", "asked"), [(0, ""), (1, "requeue 7\nupdate JobId=7 ExcNodeList=node1,node7\n")])
+def test_a_node_that_is_blamed_is_left_out_within_a_budget(budget: int, asked: str, tmp_path: Path) -> None:
+    site = SITE.model_copy(update={"python": sys.executable, "max_excluded_nodes": budget})
+    script = slurm_script(site, f"run={tmp_path}/run")
+    assert run_script(script, tmp_path, 70, 0, [FAULT]) == (70, asked)
 
 
-def strict(schema: Any) -> Any:
-    """The schema with unknown fields refused in every object that lists its properties."""
-    if isinstance(schema, list):
-        return [strict(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {key: strict(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and "additionalProperties" not in schema:
-        closed["additionalProperties"] = bool(schema.get("x-kubernetes-preserve-unknown-fields", False))
-    if schema.get("x-kubernetes-int-or-string"):
-        closed.pop("type", None)
-    return closed
+# -------------------------------------------------------------------------------- what no site can run, and seeds
 
 
-def jobset_schema(shared: Path) -> Any:
-    definition = yaml.safe_load((shared / "k8s-crd" / "jobset.yaml").read_text(encoding="utf-8"))
-    version = next(v for v in definition["spec"]["versions"] if v["name"] == kubernetes.VERSION)
-    schema = dict(version["schema"]["openAPIV3Schema"])
-    schema["properties"] = {**schema["properties"], "metadata": {"type": "object"}}  # the API server's own part
-    return strict(schema)
+def test_a_lead_that_fills_the_time_limit_is_refused() -> None:
+    site = SITE.model_copy(update={"time_limit": "5", "signal_lead_s": 300})
+    with pytest.raises(ConfigError, match=r"signal_lead_s=300 is not shorter than time_limit=5 \(300 s\)"):
+        slurm_script(site)
 
 
-def test_jobset_fits_the_public_schema_without_unknown_fields(shared: Path) -> None:
-    jsonschema.validate(yaml.safe_load(jobset_example()), jobset_schema(shared))
+def test_a_lead_shorter_than_a_save_was_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "attempt": 0, "step_s": 3.0, "save_s": 210.0}\n')
+    site = SITE.model_copy(update={"signal_lead_s": 120})
+    with pytest.raises(ConfigError, match=r"120 s lead, but in .* a step took 3 s and a save 210 s.* to 320"):
+        slurm_script(site, f"run={tmp_path}")
 
 
-def test_the_schema_check_refuses_an_unknown_field(shared: Path) -> None:
-    tree = yaml.safe_load(jobset_example())
-    tree["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["imagee"] = "x"
-    with pytest.raises(jsonschema.ValidationError, match="imagee"):
-        jsonschema.validate(tree, jobset_schema(shared))
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("30", 1800), ("30:15", 1815), ("2:00:01", 7201), ("1-0", 86400), ("1-2:30", 95400), ("1-0:0:5", 86405)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(limit: str, seconds: int) -> None:
+    assert seconds_of(limit) == seconds
 
 
-def test_pods_agree_with_the_job_on_number_name_and_shutdown() -> None:
-    tree = yaml.safe_load(jobset_example())
-    job = tree["spec"]["replicatedJobs"][0]["template"]["spec"]
-    pod = job["template"]["spec"]
-    container = pod["containers"][0]
-    env = {entry["name"]: entry.get("value") for entry in container["env"]}
-    name = tree["metadata"]["name"]
-    assert job["completions"] == job["parallelism"] == 2 and job["completionMode"] == "Indexed"
-    assert env["MASTER_ADDR"] == f"{name}-node-0-0.{name}"
-    assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
-    assert pod["terminationGracePeriodSeconds"] > 300
-    assert container["resources"]["limits"] == container["resources"]["requests"]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+def test_a_container_without_an_image_is_refused() -> None:
+    with pytest.raises(ConfigError, match="without container_image"):
+        slurm_script(SITE.model_copy(update={"container": "apptainer"}))
 
 
-@pytest.mark.parametrize("image", ["tessera", "example.com:5000/tessera", "example.com/tessera:latest"])
-def test_an_image_without_a_version_is_refused(image: str) -> None:
-    place = PLACE.model_copy(update={"image": image})
-    with pytest.raises(ConfigError, match="tag"):
-        kubernetes.jobset(describe(RECIPE, [], place, None, None), place)
+@pytest.mark.parametrize("seeds", ["a", "1-", "3,3", "2-1", "0-2,1"])
+def test_seeds_that_are_no_list_of_numbers_are_refused(seeds: str) -> None:
+    with pytest.raises(ConfigError, match=f"--seeds {seeds}"):
+        slurm.seeds_of(seeds)
 
 
-def test_an_image_by_digest_is_accepted() -> None:
-    place = PLACE.model_copy(update={"image": "example.com/tessera@sha256:" + "0" * 64})
-    kubernetes.jobset(describe(RECIPE, [], place, None, None), place)
+def test_seeds_are_for_training() -> None:
+    with pytest.raises(ConfigError, match="seeds are for training"):
+        slurm.render(describe(BUILD, [], SITE), SITE, seeds="0-3")
 
 
-def test_a_namespace_that_is_no_dns_label_is_refused() -> None:
-    place = PLACE.model_copy(update={"namespace": "My_Team"})
-    with pytest.raises(ConfigError, match="DNS label"):
-        kubernetes.jobset(describe(RECIPE, [], place, None, None), place)
-
-
-@pytest.mark.parametrize("module", [slurm, kubernetes])
-def test_more_processes_than_gpus_are_refused(module: Any) -> None:
-    cluster = {slurm: SITE, kubernetes: PLACE}[module]
+def test_more_processes_than_gpus_are_refused() -> None:
     with pytest.raises(ConfigError, match="a GPU serves one process, use --procs-per-node 4"):
-        module.render(describe(RECIPE, [], cluster, 1, 8), cluster)
+        slurm.render(describe(RECIPE, [], SITE, 1, 8), SITE)
+
+
+def step(run: Path) -> Step[SlurmCluster]:
+    return Step("train", describe(RECIPE, [f"run={run}"], SITE), SITE)
 
 
 def test_submitting_without_sbatch_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    spec = describe(RECIPE, [f"run={tmp_path}/run"], SITE, None, None)
     with pytest.raises(ConfigError, match="no sbatch"):
-        slurm.submit(spec, SITE)
+        slurm.submit(step(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -204,7 +198,7 @@ def test_sbatch_refusing_is_shown_in_its_own_words(monkeypatch: pytest.MonkeyPat
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(ConfigError, match="invalid partition specified: gpu"):
-        slurm.submit(describe(RECIPE, [f"run={tmp_path}/run"], SITE, None, None), SITE)
+        slurm.submit(step(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -213,9 +207,3 @@ def test_sbatch_refusing_is_shown_in_its_own_words(monkeypatch: pytest.MonkeyPat
 )
 def test_job_names_are_dns_labels(text: str, label: str) -> None:
     assert dns_label(text) == label
-
-
-def test_creating_a_jobset_without_the_client_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "kubernetes", None)
-    with pytest.raises(ConfigError, match=r"pip install 'tessera\[kubernetes\]'"):
-        kubernetes.submit(describe(RECIPE, [], PLACE, None, None), PLACE)

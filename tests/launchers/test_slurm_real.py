@@ -1,101 +1,285 @@
-"""The rendered script under a real Slurm: two nodes on this machine, started and ended by the fixture."""
+"""Jobs under a real Slurm: four nodes on this machine, started and ended by the fixture, with accounting.
 
+One run is struck again and again, by everything that ends a job, and is then held against an undisturbed one; the other
+tests are about what is beside it. Slurm's clock is coarse: it looks at time limits every 30 seconds.
+"""
+
+import dataclasses
+import json
 import os
 import shutil
+import signal
 import subprocess
-import time
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launchers import slurm
-from launchers.spec import RunSpec, SlurmCluster
+from launchers.watch import job_of, run_status
+from tests.launchers.site import ACCOUNTING, NEEDED, PACKAGES, Site, running_site, wait_until
+from tests.pretrain.commands import Material, command, electra, interrupted, recipe, rows_of, tessera
 
-pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(240)]
-NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "bc")
-PACKAGES = "slurm-wlm slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins bc"
-
-# Stands in for the interpreter: says where it is, and on the first attempt waits for the signal and leaves with 75.
-PAYLOAD = """#!/bin/bash
-echo "rank=$SLURM_PROCID local=$SLURM_LOCALID world=$SLURM_NTASKS at=$MASTER_ADDR:$MASTER_PORT attempt=$TESSERA_ATTEMPT"
-echo "arguments: $*"
-trap 'echo "rank $SLURM_PROCID saved"; exit 75' USR1
-if [ "$TESSERA_ATTEMPT" = 0 ]; then for i in $(seq 600); do sleep 0.2; done; fi
-exit "$(cat "$(dirname "$0")/status")"
-"""
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
+STEPS = 100_000  # more than any of these runs makes
+PLACE: dict[str, Any] = {
+    "kind": "slurm", "nodes": 2, "cpus_per_proc": 1, "memory": "100", "time_limit": "20", "signal_lead_s": 100,
+    "master_addr": "node_addr", "python": sys.executable,
+    "env": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def site(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a running Slurm of two nodes; SLURM_CONF points at it."""
-    if missing := [name for name in NEEDED if shutil.which(name) is None]:
+def site(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A running Slurm of four nodes; SLURM_CONF points at it."""
+    if missing := [name for name in (*NEEDED, *ACCOUNTING) if shutil.which(name) is None]:
         message = f"{', '.join(missing)} missing; as root: apt-get install --no-install-recommends {PACKAGES}"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(message)
     folder = tmp_path_factory.mktemp("slurm")
-    for name in ("start.sh", "stop.sh"):
-        shutil.copy(shared / "components" / "slurm" / name, folder)
-    before = dict(os.environ)
-    os.environ["SLURM_CONF"] = str(folder / "etc" / "slurm.conf")
-    try:
-        subprocess.run(["bash", str(folder / "start.sh")], env={**before, "N": "2"}, check=True, timeout=60)
-        yield folder
-    finally:
-        subprocess.run(["bash", str(folder / "stop.sh")], timeout=60, check=False)
-        os.environ.pop("SLURM_CONF")
+    with running_site(shared / "components" / "slurm", folder, nodes=4, accounting=True) as started:
+        yield started
 
 
-def submit(folder: Path, status: int, procs: int = 1) -> tuple[str, Path]:
-    """Submit the payload on two nodes -> (job id, output file). It leaves with `status` on its second attempt."""
-    folder.mkdir()
-    payload = folder / "payload"
-    payload.write_text(PAYLOAD)
-    payload.chmod(0o755)
-    (folder / "status").write_text(str(status))
-    cluster = SlurmCluster(
-        nodes=2, cpus_per_proc=1, python=str(payload), output=str(folder / "out"), time_limit="10", signal_lead_s=60
-    )
-    spec = RunSpec("payload", "train", ("train", "recipe.yaml", "a=b c"), "hash", str(folder), 2, procs, ())
-    return slurm.submit(spec, cluster)[0], folder / "out"
+@dataclasses.dataclass(frozen=True)
+class Desk:
+    """Where a test writes what it launches, and the command line it does so with."""
+
+    folder: Path
+    material: Material
+
+    def place(self, **changes: Any) -> Path:
+        """A cluster file."""
+        return recipe(PLACE | {"output": f"{self.folder}/%x-%j.out"} | changes, self.folder / "place.yaml")
+
+    def recipe(self, name: str, **train: Any) -> tuple[Path, Path]:
+        """-> (recipe of a tiny ELECTRA, its run folder)."""
+        run = self.folder / name
+        settings = {"steps": STEPS, "checkpoint_every_steps": 20, "collective_timeout_s": 60} | train
+        return recipe(electra(self.material, run, **settings), self.folder / f"{name}.yaml"), run
+
+    def launch(self, *arguments: str | Path) -> dict[str, Any]:
+        """`tessera launch slurm`, which must succeed -> what it says."""
+        done = tessera("launch", "slurm", *arguments, "--json")
+        assert done.returncode == 0, done.stdout
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    def outputs(self) -> str:
+        return "\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("*.out")))
 
 
-def wait_for_text(path: Path, text: str, count: int, seconds: float = 60) -> str:
-    end = time.monotonic() + seconds
-    while True:
-        said = path.read_text() if path.exists() else ""
-        if said.count(text) >= count:
-            return said
-        assert time.monotonic() < end, f"no {count} x {text!r} in: {said}"
-        time.sleep(0.1)
+@pytest.fixture
+def desk(site: Site, material: Material, tmp_path: Path) -> Desk:
+    return Desk(tmp_path, material)
 
 
-def state(job: str) -> str:
-    done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=20, check=True)
-    return done.stdout.partition("JobState=")[2].split()[0]
+def reached(desk: Desk, run: Path, attempts: int) -> int:
+    """Wait until `attempts` attempts have made steps, the newest five -> its last step."""
+
+    def last() -> int:
+        rows = rows_of(run)
+        newest = [row["step"] for row in rows if row["attempt"] == rows[-1]["attempt"]]
+        return newest[-1] if len({row["attempt"] for row in rows}) == attempts and len(newest) >= 5 else 0
+
+    return int(wait_until(last, desk.outputs, 400))
 
 
-def wait_for_state(job: str, wanted: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while state(job) != wanted:
-        assert time.monotonic() < end, f"job {job} is {state(job)}, not {wanted}"
-        time.sleep(0.2)
+def state_of(run: Path) -> str:
+    return str(run_status(run)["state"])
 
 
-def test_a_signalled_job_saves_is_requeued_and_ends(site: Path) -> None:
-    job, out = submit(site / "requeued", status=0, procs=2)
-    first = wait_for_text(out, "attempt=0", 4)
-    assert sorted(line.split()[0] for line in first.splitlines() if line.startswith("rank=")) == [
-        f"rank={rank}" for rank in range(4)
+# ------------------------------------------------------------------------------- one run, and all that befalls it
+
+
+@dataclasses.dataclass(frozen=True)
+class Story:
+    """A run that was struck, what Slurm said of its job after each strike, and what `tessera stop` said."""
+
+    run: Path
+    recipe: Path
+    output: str
+    while_running: dict[str, Any]
+    after: dict[str, dict[str, str]]
+    stopped: dict[str, Any]
+
+
+def strikes(site: Site, job: str) -> dict[str, Callable[[], Any]]:
+    """Everything that ends a job without ending its run, the name of each first."""
+    return {
+        "preemption": lambda: site.tool("scancel", "--signal=USR1", job),
+        "a rank killed": lambda: os.kill(site.rank(job, 1), signal.SIGKILL),
+        "a node lost": lambda: site.lose("node3", job),
+        "the time limit": lambda: site.tool("scontrol", "update", f"JobId={job}", f"TimeLimit={soon(site.job(job))}"),
+    }
+
+
+def soon(job: dict[str, str]) -> int:
+    """A time limit one to two minutes from now: Slurm announces it at its next look, and the save has time."""
+    hours, minutes, _ = map(int, job["RunTime"].split(":"))
+    return 60 * hours + minutes + 2
+
+
+@pytest.fixture(scope="module")
+def story(site: Site, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """The run is trained on two nodes, struck four times, and stopped."""
+    desk = Desk(tmp_path_factory.mktemp("story"), material)
+    config, run = desk.recipe("struck")
+    job = desk.launch(config, "--cluster", desk.place())["job"]
+    after: dict[str, dict[str, str]] = {}
+    reached(desk, run, 1)
+    while_running = run_status(run)
+    for number, (name, strike) in enumerate(strikes(site, job).items()):
+        strike()
+        reached(desk, run, number + 2)
+        after[name] = site.job(job)
+    site.restore("node3")
+    done = tessera("stop", run, "--timeout-s", "300", "--json")
+    assert done.returncode == 0, done.stdout + desk.outputs()
+    return Story(run, config, desk.outputs(), while_running, after, json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_a_run_on_two_nodes_is_followed_while_it_trains(story: Story) -> None:
+    told = story.while_running
+    assert (told["state"], told["nodes"], told["steps"]) == ("running", "node[1-2]", STEPS)
+    assert told["step"] >= 5 and Path(told["output"]).is_file()
+
+
+def test_every_strike_puts_the_same_job_back_into_the_queue(story: Story) -> None:
+    assert [told["Restarts"] for told in story.after.values()] == ["1", "2", "3", "4"]
+    assert len({told["JobId"] for told in story.after.values()}) == 1
+
+
+def test_the_node_of_a_rank_that_died_is_left_out_from_then_on(story: Story) -> None:
+    assert story.after["preemption"]["ExcNodeList"] == "(null)"
+    assert story.after["a rank killed"]["ExcNodeList"] == "node2"
+    assert story.after["a rank killed"]["NodeList"] == "node[1,3]"
+    assert "rank 1 was killed by SIGKILL; back into the queue without node2" in story.output
+
+
+def test_a_job_whose_node_is_lost_goes_on_with_another_one(story: Story) -> None:
+    assert story.after["a node lost"]["NodeList"] == "node[1,4]"
+
+
+def test_a_stopped_run_has_saved_and_does_not_come_back(story: Story) -> None:
+    assert (story.stopped["state"], story.stopped["exit_code"], story.stopped["restarts"]) == ("stopped", 75, "4")
+    saved = sorted(path.parent.name for path in (story.run / "checkpoints").glob("step-*/MANIFEST.json"))
+    assert saved[-1].startswith(f"step-{story.stopped['step']:08d}.")
+
+
+def test_the_struck_run_has_bitwise_the_losses_of_an_undisturbed_one(story: Story, tmp_path: Path) -> None:
+    rows, undisturbed = rows_of(story.run), tmp_path / "undisturbed"
+    last = max(row["step"] for row in rows)
+    argv = command("launch", "local", story.recipe, "--procs-per-node", "2", f"run={undisturbed}")
+    interrupted(argv, undisturbed, last, lambda launcher: os.kill(launcher, signal.SIGTERM))
+    expected = {row["step"]: (row["loss_hex"], row["positions"]) for row in rows_of(undisturbed)}
+    assert len({row["attempt"] for row in rows}) == 5 and {row["step"] for row in rows} == set(range(1, last + 1))
+    assert [(row["step"], row["loss_hex"], row["positions"]) for row in rows] == [
+        (row["step"], *expected[row["step"]]) for row in rows
     ]
-    assert f"at=node1:{20000 + int(job) % 20000}" in first
-    assert "arguments: -m launchers.cli train recipe.yaml a=b c" in first
-    subprocess.run(["scancel", "--signal=USR1", job], check=True, timeout=20)
-    said = wait_for_text(out, "attempt=1", 4, seconds=150)
-    assert said.count("saved") == 4
-    wait_for_state(job, "COMPLETED")
 
 
-def test_a_wrong_partition_is_refused_in_the_schedulers_words(site: Path) -> None:
-    spec = RunSpec("payload", "train", ("train", "recipe.yaml"), "hash", str(site / "refused"), 1, 1, ())
-    with pytest.raises(slurm.ConfigError, match="partition"):
-        slurm.submit(spec, SlurmCluster(partition="nowhere", cpus_per_proc=1))
+# --------------------------------------------------------------------------------------- other ways to start
+
+
+def test_torchrun_starts_the_processes_of_a_node_and_their_75_comes_through(site: Site, desk: Desk) -> None:
+    config, run = desk.recipe("elastic")
+    desk.launch(config, "--cluster", desk.place(start="torchrun"), "--procs-per-node", "1")
+    reached(desk, run, 1)
+    done = tessera("stop", run, "--json")
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["state"], told["exit_code"]) == ("stopped", 75), desk.outputs()
+    assert "launchers.torchrun --nnodes=2 --nproc-per-node=1" in (run / "job.sbatch").read_text()
+
+
+def test_an_array_trains_each_seed_in_a_folder_of_its_own(site: Site, desk: Desk) -> None:
+    config, run = desk.recipe("seeds", steps=3)
+    desk.launch(config, "--cluster", desk.place(nodes=1), "--seeds", "3,5")
+    wait_until(lambda: state_of(run) == "done", desk.outputs, 400)
+    losses = {seed: [row["loss_hex"] for row in rows_of(run / f"seed-{seed}")] for seed in (3, 5)}
+    assert len(losses[3]) == len(losses[5]) == 3 and losses[3] != losses[5]
+    assert run_status(run)["tasks"] == {"done": 2}
+    assert json.loads((run / "seed-5" / "config.json").read_text())["seed"] == 5
+    assert run_status(run / "seed-5")["state"] == "done"
+
+
+def test_a_pipeline_builds_over_two_nodes_then_trains_then_evaluates(site: Site, desk: Desk) -> None:
+    shards, folder = desk.folder / "shards", desk.folder
+    build = recipe(
+        {"source": {"kind": "scenes", "count": 200}, "output": str(shards), "shard_size": 50}, folder / "b.yaml"
+    )
+    config, run = desk.recipe("trained", steps=3)
+    steps = [
+        {"target": str(build), "name": "build"},
+        {"target": str(config), "arguments": [f"data.dataset={shards}", f"data.evaluation={shards}"]},
+        {"target": str(run), "task": "evaluate"},
+    ]
+    launched = desk.launch(recipe({"steps": steps}, folder / "p.yaml"), "--cluster", desk.place())["jobs"]
+    assert site.job(launched[2]["job"])["Dependency"].startswith(f"afterok:{launched[1]['job']}")
+    wait_until(lambda: state_of(Path(launched[2]["run"])) not in ("queued", "running"), desk.outputs, 600)
+    assert [state_of(Path(job["run"])) for job in launched] == ["done"] * 3, desk.outputs()
+    assert "Ray at 127.0.0.1" in desk.outputs() and ": 2 nodes" in desk.outputs()
+    assert digests(shards) == digests(desk.material.dataset)
+    assert "loss" in next(folder.glob("evaluate-*.out")).read_text()
+
+
+def digests(dataset: Path) -> list[tuple[str, str]]:
+    return [(shard["name"], shard["digest"]) for shard in json.loads((dataset / "manifest.json").read_text())["shards"]]
+
+
+# ------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_wrong_partition_is_refused_in_the_schedulers_words(site: Site, desk: Desk) -> None:
+    config, _ = desk.recipe("refused")
+    done = tessera("launch", "slurm", config, "--cluster", desk.place(partition="nowhere"))
+    assert done.returncode == 64 and "invalid partition specified: nowhere" in done.stdout
+
+
+def test_a_pipeline_whose_last_step_is_refused_leaves_nothing_in_the_queue(site: Site, desk: Desk) -> None:
+    (first, run), (second, _) = desk.recipe("first"), desk.recipe("second")
+    elsewhere = recipe(PLACE | {"partition": "nowhere"}, desk.folder / "elsewhere.yaml")
+    steps = [{"target": str(first)}, {"target": str(second), "cluster": str(elsewhere)}]
+    done = tessera("launch", "slurm", recipe({"steps": steps}, desk.folder / "p.yaml"), "--cluster", desk.place())
+    assert done.returncode == 64 and "invalid partition" in done.stdout
+    wait_until(lambda: state_of(run) == "cancelled", "the first step is not taken back")
+
+
+@pytest.fixture
+def waiting(site: Site, desk: Desk) -> Path:
+    """The folder of a run whose job waits: it asks for a node that is not there."""
+    config, run = desk.recipe("waiting")
+    desk.launch(config, "--cluster", desk.place(options=["begin=now+1hour"]))
+    return run
+
+
+def test_a_job_that_waits_is_followed_refused_a_second_time_and_taken_back(waiting: Path, desk: Desk) -> None:
+    told = run_status(waiting)
+    assert (told["state"], told["reason"]) == ("queued", "BeginTime")
+    again = tessera("launch", "slurm", desk.folder / "waiting.yaml", "--cluster", desk.folder / "place.yaml")
+    assert again.returncode == 64 and "of this run is queued; `tessera stop" in again.stdout
+    done = tessera("stop", waiting, "--json")
+    assert json.loads(done.stdout.splitlines()[-1])["state"] == "cancelled"
+
+
+def test_scancel_ends_a_run_for_good(site: Site, desk: Desk) -> None:
+    config, run = desk.recipe("cancelled")
+    job = desk.launch(config, "--cluster", desk.place(nodes=1))["job"]
+    reached(desk, run, 1)
+    site.tool("scancel", job)
+    wait_until(lambda: state_of(run) == "cancelled", desk.outputs)
+    assert list((run / "checkpoints").glob("step-*/MANIFEST.json"))  # SIGTERM, which scancel sends first, saves too
+
+
+def test_a_job_is_known_after_the_controller_forgot_it(
+    site: Site, desk: Desk, story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.forget_soon()
+    job = job_of(story.run)["job"]
+    forgotten = ["scontrol", "show", "job", job]
+    wait_until(lambda: subprocess.run(forgotten, capture_output=True, timeout=60).returncode, "still known")
+    assert run_status(story.run)["slurm_state"] == "FAILED"  # sacct knows
+    monkeypatch.setenv("SLURM_CONF", str(site.without_accounting()))
+    told = run_status(story.run)  # what the script left behind
+    assert (told["state"], told["exit_code"], "slurm_state" in told) == ("stopped", 75, False)
+    (story.run / "job.end").unlink()
+    assert run_status(story.run)["state"] == "vanished"

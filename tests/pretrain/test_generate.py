@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from data_pipeline.errors import ConfigError
 from pretrain import generate
@@ -106,3 +106,14 @@ def test_a_grid_has_room_for_every_image():
     images = np.zeros((5, 8, 8, 3), np.uint8)
     grid = np.array(generate.labelled_grid(images, ["a label"] * 5, columns=3))
     assert (grid == 0).all(-1).sum() >= 5 * 160 * 160
+
+
+@pytest.mark.parametrize(
+    ("label", "width", "lines"),
+    [("", 160, 1), ("a ring", 160, 1), ("a small purple diamond at the top left on black", 160, 2), ("i i i", 1, 2)],
+)
+def test_a_label_is_broken_between_words_and_cut_after_two_lines(label, width, lines):
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    broken = generate.label_lines(draw, label, width)
+    assert len(broken) == lines and label.startswith(" ".join(broken))
+    assert width == 1 or all(draw.textlength(line, font=generate.FONT) <= width for line in broken)

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline import remote
 from data_pipeline.errors import DataError
 from data_pipeline.storage import open_storage
-from tests.faultproxy import CLEAN, fault_proxy
+from launchers.chaos.proxy import CLEAN, fault_proxy
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

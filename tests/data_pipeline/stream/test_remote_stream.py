@@ -23,7 +23,7 @@ from data_pipeline.storage import open_storage
 from data_pipeline.stream import cache
 from data_pipeline.stream.order import Geometry
 from data_pipeline.stream.reader import Stream
-from tests.faultproxy import CLEAN, fault_proxy
+from launchers.chaos.proxy import CLEAN, fault_proxy
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 SAMPLES, SHARDS = 600, 6

@@ -11,10 +11,10 @@ import torch
 from data_pipeline import remote
 from data_pipeline.errors import DataError
 from data_pipeline.storage import open_storage
+from launchers.chaos.proxy import CLEAN, fault_proxy
 from pretrain.checkpoint.catalog import Retention, Saved, claim_attempt, committed
 from pretrain.checkpoint.layout import Slices
 from pretrain.checkpoint.saver import Checkpoints
-from tests.faultproxy import CLEAN, fault_proxy
 from tests.gateway import Gateway
 from tests.pretrain.checkpoint.simulated import mesh_of, model_of, ranks_of, save
 

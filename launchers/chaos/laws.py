@@ -1,0 +1,193 @@
+"""The laws that a kill campaign is held against: each looks at what the two runs left, and says what breaks it.
+
+A law is a function Campaign -> complaints; none means that it held.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import TesseraError
+from data_pipeline.storage import open_storage
+from launchers.chaos.campaign import Campaign, Event
+from launchers.chaos.plan import Whom
+from pretrain.checkpoint.catalog import CLAIM, FOLDER, MANIFEST, committed, numbers
+from pretrain.goodput import ATTEMPTS, METRICS, lines_of
+
+ENDS: dict[Whom, set[int | None]] = {
+    "rank": {70}, "launcher": {-9}, "tree": {-9}, "stop": {75, 0}, "freeze": {70}, "storage": {None, 0},
+    "nobody": set(),
+}  # fmt: skip
+"""How an attempt may end that was struck so; a stop may meet the last step, a fault of the storage must be outlived."""
+
+
+def last_rows(run: Path) -> dict[int, dict[str, Any]]:
+    """The last line of each step: what counts is the attempt that made it last."""
+    return {row["step"]: row for row in lines_of(run / METRICS)}
+
+
+def same_losses(campaign: Campaign) -> Iterator[str]:
+    """Every step has the undisturbed run's loss, bit for bit; steps made again had it too."""
+    expected = last_rows(campaign.reference)
+    for row in lines_of(campaign.struck / METRICS):
+        reference = expected.get(row["step"])
+        if reference is None or row["loss_hex"] != reference["loss_hex"]:
+            wanted = reference["loss_hex"] if reference else "no such step"
+            yield f"step {row['step']} of attempt {row['attempt']}: loss {row['loss_hex']}, undisturbed {wanted}"
+    missing = sorted(expected.keys() - last_rows(campaign.struck).keys())
+    if missing:
+        yield f"{len(missing)} steps are missing, first {missing[0]}"
+
+
+def same_tensors(campaign: Campaign) -> Iterator[str]:
+    """Every parameter, moment and buffer of the last checkpoint has the same sha256."""
+    mine, theirs = tensor_digests(campaign.struck), tensor_digests(campaign.reference)
+    if mine.keys() != theirs.keys():
+        yield f"other tensors: {sorted(mine.keys() ^ theirs.keys())[:3]}"
+    for name in sorted(mine.keys() & theirs.keys()):
+        if mine[name] != theirs[name]:
+            yield f"{name}: sha256 {mine[name][:12]}, undisturbed {theirs[name][:12]}"
+
+
+def tensor_digests(run: Path) -> dict[str, str]:
+    """Name -> sha256 of every tensor of the newest checkpoint."""
+    from pretrain.checkpoint.layout import Slices
+    from pretrain.checkpoint.trained import newest_whole
+
+    slices = Slices(newest_whole(run).folder)
+    tensors = {f"{kind}/{name}": slices.whole(kind, name) for name in slices.shapes for kind in slices.kinds(name)}
+    tensors |= {f"buffer/{name}": slices.buffer(name) for name in slices.buffers}
+    return {name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+
+
+def every_position_once(campaign: Campaign) -> Iterator[str]:
+    """The ledger: the steps that count consume every position of the stream once, in order, none twice."""
+    at, batch = 0, campaign.config.train.global_batch
+    for step, row in sorted(last_rows(campaign.struck).items()):
+        if row["positions"] != [at, at + batch]:
+            yield f"step {step} consumed positions {row['positions']}, its turn were [{at}, {at + batch}]"
+        at = row["positions"][1]
+    if at != campaign.config.train.steps * batch:
+        yield f"{at} positions consumed, {campaign.config.train.steps * batch} expected"
+
+
+def every_sample_once(campaign: Campaign) -> Iterator[str]:
+    """Counted by sample: each id of a dataset once in every epoch that is complete, at most once in the last one."""
+    from pretrain.inputs.source import open_stream
+
+    stream = open_stream(campaign.config.data, campaign.config.seed)
+    seen: Counter[tuple[int, int]] = Counter()
+    epochs: dict[int, dict[int, int]] = {}
+    sizes: dict[int, int] = {}
+    for row in last_rows(campaign.struck).values():
+        for position in range(*row["positions"]):
+            epoch, sample, ids = stream.locate(position)
+            seen[epoch, sample] += 1
+            sizes[ids.start] = len(ids)
+            counts = epochs.setdefault(ids.start, {})
+            counts[epoch] = counts.get(epoch, 0) + 1
+    for (epoch, sample), count in seen.items():
+        if count > 1:
+            yield f"sample {sample} was consumed {count} times in epoch {epoch}"
+    for first, counts in epochs.items():
+        for epoch in range(max(counts)):
+            if counts.get(epoch, 0) != sizes[first]:
+                yield f"epoch {epoch} consumed {counts.get(epoch, 0)} samples of {sizes[first]}"
+
+
+def always_resumable(campaign: Campaign) -> Iterator[str]:
+    """Every attempt ended the way its strike ends one, the last one with 0."""
+    for number, event in enumerate(campaign.events, 1):
+        last_save_failed = event.code == 74 and campaign.config.train.steps in event.failed
+        if event.code not in ENDS[event.strike.whom] and not last_save_failed:
+            yield f"strike {number} ({event.strike}): exit code {event.code}"
+    if campaign.last_code != 0:
+        yield f"the last attempt left with {campaign.last_code}, see {campaign.struck.with_suffix('.log')}"
+
+
+def newest_is_taken(campaign: Campaign) -> Iterator[str]:
+    """Every attempt goes on from the newest checkpoint that was whole when the one before it had ended."""
+    for line, event in _starts(campaign):
+        if line["from_step"] != event.newest:
+            yield f"attempt {line['attempt']} went on from {line['from_step']}, the newest whole was {event.newest}"
+
+
+def little_is_lost(campaign: Campaign) -> Iterator[str]:
+    """A restart goes back one interval and the save under way; one more for each save since that was made impossible
+    or was damaged on the disk.
+    """
+    for line, event in _starts(campaign):
+        start = line["from_step"]
+        spoilt = {step for past in campaign.events for step in (*past.failed, _step_of(past.damaged)) if step > start}
+        if event.reached - start > campaign.every * (2 + len(spoilt)):
+            yield f"attempt {line['attempt']} went on from step {start}, {event.reached - start} steps behind"
+
+
+def _starts(campaign: Campaign) -> Iterator[tuple[dict[str, Any], Event]]:
+    """Each attempt that came so far, and the event that ended the one before it."""
+    ended = [event for event in campaign.events if event.code is not None]
+    for line in lines_of(campaign.struck / ATTEMPTS):
+        before = [event for event in ended if event.ended_at < line["time"]]
+        if before:
+            yield line, before[-1]
+
+
+def _step_of(damaged: str) -> int:
+    return numbers(damaged.partition("/")[0])[0]
+
+
+def nothing_is_left_over(campaign: Campaign) -> Iterator[str]:
+    """No process outlives its launcher, no folder without a manifest outlives the run, every checkpoint is whole."""
+    for number, event in enumerate(campaign.events, 1):
+        if event.orphans:
+            yield f"strike {number} ({event.strike}) left processes {list(event.orphans)}"
+    root = campaign.root(campaign.struck)
+    whole = {saved.name: saved for saved in committed(root)}
+    for name in open_storage(root).folders():
+        if FOLDER.fullmatch(name) and name not in whole:
+            yield f"{name} has no {MANIFEST} and was not removed"
+    damaged = {event.damaged.partition("/")[0] for event in campaign.events}
+    for name in whole.keys() - damaged:
+        yield from (f"{name}/{fault}" for fault in whole[name].faults())
+
+
+def attempts_are_fenced(campaign: Campaign) -> Iterator[str]:
+    """Each attempt claimed a number of its own; what stands was committed by an attempt that owned the run."""
+    root = campaign.root(campaign.struck)
+    claimed = {int(match[1]) for name in open_storage(root).list() if (match := CLAIM.fullmatch(name))}
+    noted = [line["attempt"] for line in lines_of(campaign.struck / ATTEMPTS)]
+    if len(set(noted)) != len(noted):
+        yield f"attempts {sorted(number for number, count in Counter(noted).items() if count > 1)} were made twice"
+    if missing := sorted(set(noted) - claimed):
+        yield f"attempts {missing} ran without a claim"
+    damaged = {event.damaged.partition("/")[0] for event in campaign.events}
+    steps = [saved for saved in committed(root) if saved.name not in damaged]
+    for earlier, later in zip(steps, steps[1:], strict=False):
+        if later.attempt < earlier.attempt:
+            yield f"{later.name} was committed by an attempt that {earlier.name} had overtaken"
+
+
+LAWS: dict[str, Callable[[Campaign], Iterator[str]]] = {
+    "same training: losses": same_losses,
+    "same training: tensors": same_tensors,
+    "same batches: positions": every_position_once,
+    "same batches: samples": every_sample_once,
+    "always resumable": always_resumable,
+    "the newest is taken": newest_is_taken,
+    "little is lost": little_is_lost,
+    "nothing is left over": nothing_is_left_over,
+    "attempts are fenced": attempts_are_fenced,
+}
+
+
+def broken_laws(campaign: Campaign) -> dict[str, list[str]]:
+    """Law -> complaints, for all of LAWS; a law that cannot be looked at is broken."""
+    told = {}
+    for name, law in LAWS.items():
+        try:
+            told[name] = list(law(campaign))
+        except TesseraError as error:
+            told[name] = [str(error)]
+    return told

@@ -1,0 +1,138 @@
+"""The points of a run at which it is struck, seen from outside: in the files of its checkpoints, or in its requests."""
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from data_pipeline.errors import NodeFault
+from data_pipeline.storage import open_storage
+from launchers.chaos.attempt import PATIENCE_S, Attempt
+from launchers.chaos.plan import Strike, When
+from pretrain.checkpoint.catalog import FOLDER, MANIFEST, numbers
+
+POLL_S = 0.005
+CLOSE_S = 0.0003
+"""Between looks while a point is near: what follows a manifest takes a millisecond."""
+SHARD = re.compile(r"r\d+\.safetensors")
+SPREAD_S = {"step": 0.2, "start": 4.0, "load": 3.0, "shard": 0.0, "staging": 0.0, "commit": 0.0, "retention": 0.002}
+"""How long after its beginning a point may be struck."""
+
+
+class Points(Protocol):
+    """Where a save stands."""
+
+    def expect(self, point: When, attempt: Attempt) -> None:
+        """From now on this point is looked for."""
+        ...
+
+    def reached(self) -> bool:
+        """Is the run there?"""
+        ...
+
+    def go_on(self) -> None:
+        """The blow fell: nothing is held any more."""
+        ...
+
+
+def moment(strike: Strike, attempt: Attempt, points: Points, every: int) -> bool:
+    """Returns when the strike is due; False when the attempt ended by itself.
+
+    every: steps between saves. An attempt that makes a step has nothing to load any more: it is struck there.
+    """
+    if strike.when == "load":
+        points.expect("load", attempt)
+        _until(lambda: points.reached() or attempt.step() > 0, attempt, POLL_S)
+    elif strike.when == "start":
+        _until(lambda: attempt.rank(strike.rank) is not None, attempt, POLL_S)
+    else:
+        _until(lambda: attempt.step() >= strike.step, attempt, POLL_S)
+    if strike.when == "staging":
+        begun = attempt.step()
+        _until(lambda: attempt.step() > begun and attempt.step() % every == 0, attempt, CLOSE_S)
+    elif strike.when in ("shard", "commit", "retention"):
+        points.expect(strike.when, attempt)
+        _until(points.reached, attempt, CLOSE_S)
+    time.sleep(SPREAD_S[strike.when] * strike.after)
+    return not attempt.done
+
+
+def _until(there: Callable[[], bool], attempt: Attempt, pause_s: float) -> None:
+    """Wait for `there()`, or for the attempt's own end. Raises NodeFault when the attempt is stuck."""
+    while not there() and not attempt.done:
+        if attempt.stuck:
+            raise NodeFault(f"{attempt.run}: no step for {PATIENCE_S:g} s before the next strike, see {attempt.log}")
+        time.sleep(pause_s)
+
+
+class FolderPoints:
+    """Saves in a local folder, by what lies in it."""
+
+    def __init__(self, root: str, world: int) -> None:
+        self.root = Path(root)
+        self.world = world
+        self._point: When = "shard"
+        self._before: set[str] = set()
+
+    def expect(self, point: When, attempt: Attempt) -> None:
+        self._point, self._attempt = point, attempt
+        self._before = self._manifests()
+
+    def reached(self) -> bool:
+        if self._point == "load":
+            return has_open(self._attempt, SHARD.pattern)
+        if self._point == "retention":
+            return bool(self._manifests() - self._before)
+        for folder in self._folders():
+            names = _names(folder)
+            if MANIFEST in names or folder.name in self._before:
+                continue
+            shards = sum(SHARD.fullmatch(name) is not None for name in names)
+            if self._point == "commit" and shards == self.world:
+                return True
+            if self._point == "shard" and shards < self.world and ".tmp" in names:
+                return True
+        return False
+
+    def go_on(self) -> None:
+        """Nothing is ever held here."""
+
+    def _folders(self) -> list[Path]:
+        return sorted(path for path in self.root.glob("step-*") if FOLDER.fullmatch(path.name))
+
+    def _manifests(self) -> set[str]:
+        return {folder.name for folder in self._folders() if (folder / MANIFEST).exists()}
+
+
+def has_open(attempt: Attempt, pattern: str) -> bool:
+    """Does a process of the attempt have a file open whose name is of this pattern?"""
+    for process in attempt.family()[1:]:
+        with contextlib.suppress(OSError):
+            for link in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if re.fullmatch(pattern, os.path.basename(os.readlink(link))):
+                        return True
+    return False
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:  # it was removed meanwhile
+        return {MANIFEST}
+
+
+def newest_save(root: str) -> str:
+    """What stands of the newest save, for the report: its parts, not its numbers."""
+    folders = sorted((name for name in open_storage(root).folders() if FOLDER.fullmatch(name)), key=numbers)
+    if not folders:
+        return "no save"
+    names = open_storage(f"{root}/{folders[-1]}").list()
+    if MANIFEST in names:
+        return "a whole save"
+    shards = sum(SHARD.fullmatch(name) is not None for name in names)
+    others = sorted(name for name in names if not SHARD.fullmatch(name))
+    return f"a save of {shards} shards" + (f" and {', '.join(others)}" if others else "") + ", no manifest"

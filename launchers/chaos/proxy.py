@@ -1,0 +1,161 @@
+"""A proxy that does to each request what a script says: delay, refuse, 503, cut, end early, stall, trickle, nothing.
+
+It speaks plain http to one server, one request a connection. Requests can also be held until `release` is called: who
+strikes a run at one of them has time to do so.
+"""
+
+import contextlib
+import re
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+Fault = tuple[str, float]
+"""(kind, argument).
+delay, trickle: seconds before the request, before each piece of the answer; cut, short, stall: after how many bytes of
+the answer; torn: after which share of the request's body both sides are reset; hold, late, pause: wait for `release`
+before the request is passed on, before its answer is, after a share of its body; others: 0.
+"""
+
+CLEAN: Fault = ("clean", 0)
+LONGEST_HOLD_S = 10.0
+_PIECE = 65536
+_UNAVAILABLE = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+_CONTINUE = b"HTTP/1.1 100"  # not yet the answer
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.I)
+
+
+class FaultProxy:
+    """One request a connection. `script(n, request line)` -> what happens to the n-th request."""
+
+    def __init__(self, upstream_port: int, script: Callable[[int, str], Fault], upstream: str = "127.0.0.1") -> None:
+        self.script = script
+        self.happened: Counter[str] = Counter()
+        self.requests: list[str] = []
+        self._upstream = (upstream, upstream_port)
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._released = threading.Event()
+        self._server = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = int(self._server.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def release(self) -> None:
+        """Requests that are held go on."""
+        self._released.set()
+
+    def hold(self) -> None:
+        """Requests to come that are to be held are."""
+        self._released.clear()
+
+    def close(self) -> None:
+        """No more connections; stalled ones are let go."""
+        self._closed.set()
+        self._released.set()
+        with contextlib.suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+
+    def _accept(self) -> None:
+        while not self._closed.is_set():
+            try:
+                client, _ = self._server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            head, body = _read_head(client)
+            if not head:
+                return
+            line = head.split(b"\r\n", 1)[0].decode()
+            with self._lock:
+                kind, argument = self.script(len(self.requests), line)
+                self.requests.append(line)
+                self.happened[kind] += 1
+            if kind == "refuse":
+                return _reset(client)
+            if kind == "503":
+                client.sendall(_UNAVAILABLE)
+                return
+            if kind == "delay":
+                time.sleep(argument)
+            if kind == "hold":
+                self._released.wait(LONGEST_HOLD_S)
+            with socket.create_connection(self._upstream, timeout=30) as server:
+                server.sendall(head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+                length = _LENGTH.search(head)
+                limit = int(argument * int(length[1])) if length and kind in ("torn", "pause") else None
+                forward = (client, server, body, limit, kind == "torn")
+                threading.Thread(target=self._relay, args=forward, daemon=True).start()
+                self._answer(server, client, kind, argument)
+
+    def _answer(self, server: socket.socket, client: socket.socket, kind: str, argument: float) -> None:
+        sent = 0
+        while data := server.recv(_PIECE):
+            if kind in ("cut", "short", "stall") and sent + len(data) > argument:
+                client.sendall(data[: max(0, int(argument) - sent)])
+                if kind == "cut":
+                    _reset(client)
+                elif kind == "stall":
+                    self._closed.wait(30)
+                return
+            if kind == "trickle":
+                time.sleep(argument)
+            if kind == "late" and not sent and not data.startswith(_CONTINUE):
+                self._released.wait(LONGEST_HOLD_S)
+            client.sendall(data)
+            sent += 0 if data.startswith(_CONTINUE) else len(data)
+        client.shutdown(socket.SHUT_WR)
+
+    def _relay(self, client: socket.socket, server: socket.socket, data: bytes, limit: int | None, tear: bool) -> None:
+        """The request's body, of which `data` came with the head; something happens to it after `limit` bytes."""
+        with contextlib.suppress(OSError):
+            sent = 0
+            while True:
+                if limit is not None and sent + len(data) >= limit:
+                    server.sendall(data[: limit - sent])
+                    sent, data = limit, data[limit - sent :]
+                    if tear:
+                        for side in (server, client):
+                            _reset(side)
+                            side.shutdown(socket.SHUT_RDWR)
+                        return
+                    self._released.wait(LONGEST_HOLD_S)
+                    limit = None
+                server.sendall(data)
+                sent += len(data)
+                data = client.recv(_PIECE)
+                if not data:
+                    return
+
+
+@contextlib.contextmanager
+def fault_proxy(upstream_port: int, script: Callable[[int, str], Fault]) -> Iterator[FaultProxy]:
+    """A running proxy, closed at the end."""
+    proxy = FaultProxy(upstream_port, script)
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+
+
+def _read_head(client: socket.socket) -> tuple[bytes, bytes]:
+    """-> the request's head, and what came of its body with it."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = client.recv(_PIECE)
+        if not piece:
+            return b"", b""
+        data += piece
+    head, end, body = data.partition(b"\r\n\r\n")
+    return head + end, body
+
+
+def _reset(client: socket.socket) -> None:
+    """Close with RST instead of FIN."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

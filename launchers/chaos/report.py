@@ -1,0 +1,56 @@
+"""What the strikes of a campaign cost, and its record for later."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launchers.chaos.campaign import MARKER, Campaign, Event
+from pretrain.goodput import ATTEMPTS, METRICS, goodput, lines_of
+
+
+def figures(campaign: Campaign) -> dict[str, Any]:
+    """What the strikes cost, in seconds (median and longest) and steps; how often each was dealt."""
+    rows = list(lines_of(campaign.struck / METRICS))
+    starts = {line["attempt"]: line["started"] for line in lines_of(campaign.struck / ATTEMPTS)}
+    firsts: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        firsts.setdefault(row["attempt"], row)
+    ended = [event for event in campaign.events if event.code is not None]
+    next_step = [after - event.struck_at for event in ended for after in _next(rows, event)]
+    first_step = [row["time_ms"] / 1000 - starts[attempt] for attempt, row in firsts.items() if attempt in starts]
+    noticed = [event.ended_at - event.struck_at for event in ended if event.strike.whom == "freeze"]
+    named = {"kill_to_next_step": next_step, "start_to_first_step": first_step, "freeze_to_end": noticed}
+    told: dict[str, Any] = {}
+    for name, values in named.items():
+        if values:
+            told |= {f"{name}_median_s": sorted(values)[len(values) // 2], f"{name}_longest_s": max(values)}
+    told["steps_made_again"] = len(rows) - len({row["step"] for row in rows})
+    told["goodput"] = goodput(campaign.struck)["goodput"]
+    told["goodput_undisturbed"] = goodput(campaign.reference)["goodput"]
+    return {name: round(value, 3) for name, value in told.items()} | {"dealt": dealt(campaign)}
+
+
+def _next(rows: list[dict[str, Any]], event: Event) -> Iterator[float]:
+    """When the first step after the end of a struck attempt was made."""
+    after = [row["time_ms"] / 1000 for row in rows if row["time_ms"] / 1000 > event.ended_at]
+    yield from after[:1]
+
+
+def dealt(campaign: Campaign) -> dict[str, int]:
+    """Kind of strike, point and damage -> how often."""
+    strikes = [event.strike for event in campaign.events]
+    counts: Counter[str] = Counter(strike.fault or strike.whom for strike in strikes)
+    counts.update(f"at {strike.when}" for strike in strikes)
+    counts.update(event.strike.damage for event in campaign.events if event.damaged)
+    return dict(sorted(counts.items()))
+
+
+def write_report(campaign: Campaign, told: dict[str, Any]) -> Path:
+    """All events and figures as JSON."""
+    path = campaign.struck.parent / MARKER
+    events = [dataclasses.asdict(event) for event in campaign.events]
+    path.write_text(json.dumps(told | {"events": events}, indent=1) + "\n", encoding="utf-8")
+    return path

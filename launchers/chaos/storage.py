@@ -1,0 +1,234 @@
+"""How the storage of checkpoints is struck: a full disk, a proxy before S3 that fails, a shard that is damaged."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import psutil
+
+from data_pipeline.errors import ConfigError, NodeFault
+from data_pipeline.storage import open_storage
+from launchers.chaos import plan, proxy
+from launchers.chaos.attempt import PATIENCE_S, Attempt
+from launchers.chaos.plan import Fault, Strike, When
+from launchers.chaos.points import POLL_S, SHARD, FolderPoints, Points
+from pretrain.checkpoint.catalog import committed
+
+MET = 6
+"""Requests that a fault of S3 meets: short enough for a run to ride it out."""
+SLOW_S = 0.7
+SPARE = 3
+"""How many checkpoints the small disk has room for, beside those that the undisturbed run kept."""
+SLACK = 4 << 20
+ENDPOINT = "AWS_ENDPOINT_URL"
+NOT_COMMITTED = re.compile(r"step-(\d+)\.attempt-\d+ was not committed")
+REQUESTS: dict[When, re.Pattern[str]] = {
+    "load": re.compile(r"GET \S+/r\d+\.safetensors"),
+    "shard": re.compile(r"PUT \S+/r\d+\.safetensors"),
+    "commit": re.compile(r"PUT \S+/MANIFEST\.json"),
+    "retention": re.compile(r"DELETE \S+/step-\S+"),
+}
+DEALT: dict[Fault, proxy.Fault] = {
+    "503": ("503", 0), "refuse": ("refuse", 0), "slow": ("delay", SLOW_S), "torn": ("torn", 0.5),
+}  # fmt: skip
+
+
+class Ground(Protocol):
+    """The place where a struck run keeps its checkpoints."""
+
+    faults: Sequence[Fault]
+    """What it can be struck with."""
+    points: Points
+    environment: dict[str, str]
+
+    def strike(self, fault: Fault, attempt: Attempt) -> list[int]:
+        """Lay a fault, wait until the run met it, lift it -> the steps whose saves failed by it."""
+        ...
+
+    def close(self) -> None:
+        """Leave checkpoints as plain files; nothing stays behind."""
+        ...
+
+
+# -------------------------------------------------------------------------------------------------- a folder
+
+
+class Folder:
+    """A folder; where this user may mount, on a file system of its own that can be filled to the last byte."""
+
+    def __init__(self, root: str, world: int, model: str = "") -> None:
+        """model: the undisturbed run's checkpoints, whose size says how large the file system must be; "": none."""
+        self.root = Path(root)
+        self.points: Points = FolderPoints(root, world)
+        self.environment: dict[str, str] = {}
+        sizes = _sizes(Path(model)) if model else []
+        self._mounted = bool(sizes) and self._mount(sum(sizes) + SPARE * max(sizes) + SLACK)
+        self.faults: Sequence[Fault] = plan.FAULTS_OF_DISK if self._mounted else ()
+
+    def strike(self, fault: Fault, attempt: Attempt) -> list[int]:
+        """Full until a save has failed by it. Retention makes no room before a save is done."""
+        assert fault == "full"
+        attempt.said()  # what it said before is no answer to this
+        ballast, failed = self.root / ".ballast", list[int]()
+        try:
+            while not failed and not attempt.done:
+                _fill(ballast)
+                failed = _failed(attempt)
+                if attempt.stuck:
+                    raise NodeFault(f"{self.root} is full, no step for {PATIENCE_S:g} s, see {attempt.log}")
+                time.sleep(POLL_S)
+        finally:
+            ballast.unlink(missing_ok=True)
+        return failed or _failed(attempt)
+
+    def close(self) -> None:
+        if self._mounted:
+            aside = self.root.with_name(f"{self.root.name}.kept")
+            shutil.copytree(self.root, aside)
+            unmount(self.root)
+            self.root.rmdir()
+            aside.rename(self.root)
+            self._mounted = False
+
+    def _mount(self, size: int) -> bool:
+        """In memory, of which it may take a quarter -> is it there?"""
+        if os.geteuid() != 0 or size > psutil.virtual_memory().available // 4:
+            return False
+        self.root.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tessera-chaos", str(self.root)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def unmount(root: Path) -> None:
+    """What an earlier campaign may have left, too."""
+    if root.is_mount():
+        subprocess.run(["umount", "-l", str(root)], check=True, capture_output=True)
+
+
+def _sizes(root: Path) -> list[int]:
+    """Bytes of each checkpoint."""
+    folders = [folder for folder in root.iterdir() if folder.is_dir()]
+    return [sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in folders]
+
+
+def _fill(ballast: Path) -> None:
+    """Write until no byte more has room."""
+    with ballast.open("ab", buffering=0) as file:
+        for piece in (1 << 20, 1 << 12, 1):
+            try:
+                while file.write(b"\0" * piece) == piece:
+                    pass
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+
+
+def _failed(attempt: Attempt) -> list[int]:
+    """Steps of the saves that the run said it could not commit."""
+    return [int(match[1]) for line in attempt.said() if (match := NOT_COMMITTED.search(line))]
+
+
+# -------------------------------------------------------------------------------------------------------- S3
+
+
+class Gate:
+    """A proxy between a run and its S3 server. Other endpoints than plain http cannot be stood before."""
+
+    faults: Sequence[Fault] = plan.FAULTS_OF_S3
+
+    def __init__(self) -> None:
+        address = urlsplit(os.environ.get(ENDPOINT, ""))
+        if address.scheme != "http" or not address.hostname:
+            raise ConfigError(
+                f"{ENDPOINT}={os.environ.get(ENDPOINT, '')!r}: a campaign strikes S3 through a proxy before a server "
+                "that speaks plain http; name one (http://host:port), or take checkpoints in a folder"
+            )
+        self.points: Points = self
+        self._proxy = proxy.FaultProxy(address.port or 80, self._happens, address.hostname)
+        self.environment = {ENDPOINT: f"http://127.0.0.1:{self._proxy.port}"}
+        self._dealt: proxy.Fault = proxy.CLEAN
+        self._left = 0
+        self._expected: When | None = None
+        self._held = False
+
+    def strike(self, fault: Fault, attempt: Attempt) -> list[int]:
+        """The next requests meet the fault. Torn uploads meet the next shards alone, their verification is spared."""
+        attempt.said()  # what it said before is no answer to this
+        self._dealt, self._left = DEALT[fault], MET
+        while self._left and not attempt.done:
+            if attempt.stuck:
+                raise NodeFault(f"{fault} before S3: no step for {PATIENCE_S:g} s, see {attempt.log}")
+            time.sleep(POLL_S)
+        self._left = 0
+        return _failed(attempt)
+
+    def expect(self, point: When, attempt: Attempt) -> None:
+        self._held, self._expected = False, point
+        self._proxy.hold()
+
+    def reached(self) -> bool:
+        return self._held
+
+    def go_on(self) -> None:
+        self._expected = None
+        self._proxy.release()
+
+    def close(self) -> None:
+        self._proxy.close()
+
+    def _happens(self, number: int, line: str) -> proxy.Fault:
+        """What happens to a request; called by one thread of the proxy at a time."""
+        if self._expected and REQUESTS[self._expected].match(line):
+            point, self._expected, self._held = self._expected, None, True
+            if point == "shard":
+                return ("pause", 0.5)
+            return ("hold" if number % 2 else "late", 0)
+        if self._left and (self._dealt[0] != "torn" or REQUESTS["shard"].match(line)):
+            self._left -= 1
+            return self._dealt
+        return proxy.CLEAN
+
+
+# -------------------------------------------------------------------------------------------------- damage
+
+
+def damage(root: str, strike: Strike, spared: set[str]) -> str:
+    """Cut or flip a shard of the newest checkpoint, if another whole one is left to go on from -> which.
+
+    spared: checkpoints that are damaged already.
+    """
+    whole = [saved for saved in committed(root) if saved.name not in spared]
+    if len(whole) < 2:
+        return ""
+    newest = whole[-1]
+    shards = [name for name in newest.storage.list() if SHARD.fullmatch(name)]
+    shard = shards[strike.rank % len(shards)]
+    data = bytearray(newest.storage.get(shard))
+    at = int(strike.after * (len(data) - 1))
+    if strike.damage == "cut":
+        data = data[:at]
+    else:
+        data[at] ^= 1
+    newest.storage.replace(shard, bytes(data))
+    return f"{newest.name}/{shard}"
+
+
+def ground(root: str, world: int, model: str) -> Ground:
+    """Where a run with its checkpoints in `root` is struck."""
+    return Gate() if root.startswith("s3://") else Folder(root, world, model)
+
+
+def empty(root: str) -> None:
+    """Remove what an earlier campaign left there."""
+    if not root.startswith("s3://"):
+        unmount(Path(root))
+    with contextlib.suppress(FileNotFoundError):
+        open_storage(root).remove_all()

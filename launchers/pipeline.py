@@ -1,0 +1,96 @@
+"""Several things that run one after another: build -> encode -> train -> evaluate, from one file.
+
+A single thing is a pipeline of one step, so that every place knows one shape.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic
+
+from pydantic import PositiveInt
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.settings import Settings, check_settings, read_yaml
+from launchers.spec import C, RunSpec, Task, describe, load_cluster
+
+
+class StepConfig(Settings):
+    """A step: what `tessera launch` takes on its command line.
+
+    after: names of steps that must have ended well; the step above where not given, `[]` for none. cluster: another
+    place than the rest, for example a partition without GPUs.
+    """
+
+    target: str
+    name: str | None = None
+    task: Task | None = None
+    arguments: tuple[str, ...] = ()
+    after: tuple[str, ...] | None = None
+    cluster: Path | None = None
+    nodes: PositiveInt | None = None
+    procs_per_node: PositiveInt | None = None
+
+
+class PipelineConfig(Settings):
+    """Steps, in an order in which they could run."""
+
+    steps: tuple[StepConfig, ...]
+
+
+@dataclass(frozen=True)
+class Step(Generic[C]):
+    """One thing that runs, where, and after which others (by name)."""
+
+    name: str
+    spec: RunSpec
+    cluster: C
+    after: tuple[str, ...] = ()
+
+
+def plan_steps(
+    schema: type[C],
+    target: str,
+    arguments: Sequence[str] = (),
+    cluster: Path | None = None,
+    nodes: int | None = None,
+    procs_per_node: int | None = None,
+    task: Task | None = None,
+) -> list[Step[C]]:
+    """What a command line launches: the steps of a pipeline, or the one step that is no pipeline. All are checked.
+
+    Raises ConfigError as `describe` does, and for steps that wait for none before them or share a folder.
+    """
+    if task is None and _is_pipeline(target):
+        if arguments:
+            raise ConfigError(f"{target}: overrides belong to a step of a pipeline; put {arguments[0]} into its file")
+        return _read_pipeline(schema, Path(target), cluster, nodes, procs_per_node)
+    place = load_cluster(schema, cluster)
+    spec = describe(target, arguments, place, nodes, procs_per_node, task)
+    return [Step(spec.name, spec, place)]
+
+
+def _is_pipeline(target: str) -> bool:
+    return Path(target).suffix in (".yaml", ".yml") and "steps" in read_yaml(Path(target))
+
+
+def _read_pipeline(
+    schema: type[C], path: Path, cluster: Path | None, nodes: int | None, procs_per_node: int | None
+) -> list[Step[C]]:
+    steps: list[Step[C]] = []
+    for config in check_settings(PipelineConfig, read_yaml(path), str(path)).steps:
+        place = load_cluster(schema, config.cluster or cluster)
+        procs = config.procs_per_node or procs_per_node
+        spec = describe(config.target, config.arguments, place, config.nodes or nodes, procs, config.task)
+        name, above = config.name or spec.name, [step.name for step in steps]
+        if name in above:
+            raise ConfigError(f"{path}: two steps are called {name!r}; give one of them another `name:`")
+        after = tuple(above[-1:]) if config.after is None else config.after
+        if unknown := [other for other in after if other not in above]:
+            raise ConfigError(f"{path}: {name!r} waits for {unknown[0]!r}, which is none of the steps above: {above}")
+        if same := [step.name for step in steps if step.spec.run_folder == spec.run_folder]:
+            raise ConfigError(f"{path}: {name!r} and {same[0]!r} keep their records in the same {spec.run_folder}")
+        steps.append(Step(name, spec, place, after))
+    if not steps:
+        raise ConfigError(f"{path}: `steps:` is empty; give at least one `target:`")
+    return steps

@@ -1,0 +1,151 @@
+"""Ask Slurm what became of a job, and ask a job to save and leave. Works with accounting and without.
+
+The controller knows a job until MinJobAge after its end; sacct knows it for longer, where a site has it; what the
+batch script wrote into the run's folder as its last act stays for good.
+"""
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import ConfigError, NodeFault, Requeue
+
+END = "job.end"
+"""Written by the batch script: job, restarts and exit code of its newest end."""
+TOOL_TIMEOUT_S = 60
+PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+SACCT_FIELDS = ("JobID", "JobName", "State", "ExitCode", "NodeList")
+FIELD = re.compile(r"(\S+?)=(.*?)(?= [A-Za-z:/]+=|$)")
+
+
+def look(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """-> {"state": queued, running, done, stopped, cancelled, failed or vanished, and what is known besides}.
+
+    record: what `submit` wrote into `folder`. Raises ConfigError where there is no Slurm, NodeFault where it does not
+    answer.
+    """
+    rows = _controller(record) or _accounting(record)
+    if not rows:
+        return {"job": record["job"]} | _left_behind(record, folder)
+    states = Counter(_state(row) for row in rows)
+    told: dict[str, Any] = {"job": record["job"], "state": _of_all(states)}
+    if len(rows) > 1:
+        return told | {"tasks": dict(states)}
+    row = rows[0]
+    known = {
+        "reason": row.get("Reason", "None"),
+        "nodes": row.get("NodeList", ""),
+        "restarts": row.get("Restarts", ""),
+        "excluded": row.get("ExcNodeList", ""),
+        "output": row.get("StdOut", ""),
+    }
+    told |= {name: value for name, value in known.items() if value not in ("", "None", "(null)", "None assigned")}
+    if told["state"] in ("done", "stopped", "failed"):
+        told |= {"slurm_state": row["State"], "exit_code": _exit_code(row)}
+    return told
+
+
+def stop(record: Mapping[str, Any], folder: Path) -> None:
+    """Ask the job to save and leave for good; returns at once, and may be called again.
+
+    What has not begun, or has nothing to save, is cancelled.
+    """
+    job, state = str(record["job"]), look(record, folder)["state"]
+    if state not in ("queued", "running"):
+        return
+    if not record.get("saves"):
+        _run("scancel", job)
+        return
+    _run("scancel", "--state=PENDING", job)
+    # 1. Without this its own script would put it back into the queue after the save.
+    _run("scontrol", "update", f"JobId={job}", "Requeue=0")
+    # 2. The processes, not the script: they save and leave with 75. Said twice it says nothing new.
+    _run("scancel", "--signal=USR1", job)
+
+
+def cancel(jobs: list[str]) -> None:
+    """Take jobs back."""
+    if jobs:
+        _run("scancel", *jobs)
+
+
+# ------------------------------------------------------------------------------------------------ who knows
+
+
+def _controller(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What scontrol says: a row for each task of an array, one otherwise; nothing where the job is forgotten."""
+    done = _run("scontrol", "show", "job", "--oneliner", str(record["job"]))
+    if done.returncode:
+        if "Invalid job id" in done.stderr:
+            return []
+        raise NodeFault(f"Slurm does not answer: {done.stderr.strip() or f'scontrol left with {done.returncode}'}")
+    rows = [dict(FIELD.findall(line)) for line in done.stdout.splitlines() if line.startswith("JobId=")]
+    # Numbers begin anew when a site loses its state: another name is another job.
+    return [row | {"State": row["JobState"]} for row in rows if row.get("JobName") == record["name"]]
+
+
+def _accounting(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What sacct says; nothing where a site has no accounting."""
+    fields = ",".join(SACCT_FIELDS)
+    try:
+        done = _run("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={record['job']}", f"-o{fields}")
+    except ConfigError:
+        return []
+    rows = [dict(zip(SACCT_FIELDS, line.split("|"), strict=True)) for line in done.stdout.splitlines() if line]
+    return [row for row in rows if row["JobName"] == record["name"]] if done.returncode == 0 else []
+
+
+def _left_behind(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What the batch script said last, of a job that nobody knows any more."""
+    path = folder / END
+    words = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    if len(words) == 3 and words[0] == str(record["job"]):
+        code = int(words[2])
+        return {"state": _ended(code), "exit_code": code, "restarts": words[1]}
+    why = "Slurm knows it no more and its script did not get to its end; see its output file, and start it again"
+    return {"state": "vanished", "why": why}
+
+
+# ------------------------------------------------------------------------------------------------ small parts
+
+
+def _state(row: Mapping[str, str]) -> str:
+    """Ours for Slurm's."""
+    words = row["State"].split()
+    if words[0] in PENDING:
+        return "queued"
+    if words[0] in RUNNING:
+        return "running"
+    if words[0] == "CANCELLED":
+        return "cancelled"
+    return _ended(_exit_code(row)) if words[0] in ("COMPLETED", "FAILED") else "failed"
+
+
+def _ended(code: int) -> str:
+    return {0: "done", Requeue.exit_code: "stopped"}.get(code, "failed")
+
+
+def _of_all(states: Counter[str]) -> str:
+    """Of an array: what still moves first, then what went wrong."""
+    order = ("running", "queued", "failed", "cancelled", "stopped", "done")
+    return next(state for state in order if states[state])
+
+
+def _exit_code(row: Mapping[str, str]) -> int:
+    """Slurm writes code:signal."""
+    code, _, number = row["ExitCode"].partition(":")
+    return int(code) or (128 + int(number) if number.isdigit() and int(number) else 0)
+
+
+def _run(*argv: str) -> "subprocess.CompletedProcess[str]":
+    """One of Slurm's tools. Raises ConfigError where it is missing, NodeFault where it does not come back."""
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False)
+    except FileNotFoundError:
+        raise ConfigError(f"no {argv[0]} on this machine; go to a login node of the site") from None
+    except subprocess.TimeoutExpired:
+        raise NodeFault(f"{argv[0]} did not come back within {TOOL_TIMEOUT_S} s; the scheduler may be down") from None

@@ -1,0 +1,171 @@
+"""One description for every place: what a YAML is, what is checked, and the same environment for the program."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import ConfigError
+from launchers import cli, kubernetes, slurm
+from launchers.pipeline import plan_steps
+from launchers.spec import KubernetesCluster, LocalCluster, SlurmCluster, Task, describe, task_of
+
+TRAIN, BUILD, VOCAB = "configs/clip/vit-b-32.yaml", "configs/data/folder.yaml", "configs/demo/vocab.yaml"
+ENV = {"NCCL_SOCKET_IFNAME": "ib0", "A": "b c"}
+PLACES = (
+    LocalCluster(env=ENV),
+    SlurmCluster(env=ENV, cpus_per_proc=1),
+    KubernetesCluster(image="example.com/tessera:1", env=ENV),
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["tessera", "launch", *words])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    return int(leaving.value.code or 0)
+
+
+@pytest.mark.parametrize(("path", "task"), [(TRAIN, "train"), (BUILD, "build"), (VOCAB, "vocab")])
+def test_a_yaml_says_what_it_is(path: str, task: str) -> None:
+    assert task_of(path) == task
+
+
+def test_what_does_not_say_what_it_is_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"--task train\|build\|encode"):
+        task_of("runs/demo/gpt")
+
+
+def test_a_place_changes_how_often_and_how_long_but_not_what_runs() -> None:
+    specs = [describe(TRAIN, ["optim.lr=1e-3"], place, 2, 4) for place in PLACES]
+    assert [(spec.lead_s, spec.retries) for spec in specs] == [(300, 0), (300, 20), (300, 3)]
+    assert len({dataclasses.replace(spec, retries=0) for spec in specs}) == 1
+    assert specs[0].arguments == ("train", TRAIN, "optim.lr=1e-3") and specs[0].world_size == 8
+
+
+def test_the_program_gets_the_same_environment_in_every_place(capsys: pytest.CaptureFixture[str]) -> None:
+    local, site, place = (describe(TRAIN, [], where, 1, 1) for where in PLACES)
+    assert local.environment == site.environment == place.environment
+    assert local.environment == {"PYTHONUNBUFFERED": "1", "TESSERA_STOP_LEAD_S": "300", **ENV}
+    script = slurm.render(site, SlurmCluster(env=ENV, cpus_per_proc=1))
+    assert "export A='b c'" in script and "export TESSERA_STOP_LEAD_S=300" in script
+    text = kubernetes.render(place, KubernetesCluster(image="example.com/t:1"))
+    assert all(f"name: {name}" in text for name in local.environment)
+
+
+def test_only_training_takes_every_process_of_a_place() -> None:
+    place = SlurmCluster(nodes=4, procs_per_node=8, cpus_per_proc=8)
+    targets: dict[Task, str] = {"train": TRAIN, "build": BUILD, "encode": "d", "vocab": VOCAB, "evaluate": "runs/r"}
+    specs = [describe(target, [], place, task=task) for task, target in targets.items()]
+    shape = {spec.task: (spec.nodes, spec.procs_per_node, spec.on_ray) for spec in specs}
+    assert shape == {
+        "train": (4, 8, False), "build": (4, 1, True), "encode": (4, 1, True), "vocab": (1, 1, False),
+        "evaluate": (1, 1, False),
+    }  # fmt: skip
+
+
+def test_a_build_takes_the_processors_of_its_nodes_unless_told() -> None:
+    place = SlurmCluster(nodes=2, procs_per_node=8, cpus_per_proc=8)
+    assert "data build configs/data/folder.yaml workers=128 " in slurm.render(describe(BUILD, [], place), place)
+    assert "workers=5 " in slurm.render(describe(BUILD, ["workers=5"], place), place)
+    encode = describe("data/mine", ["--tokenizer", "t"], place, task="encode")
+    assert '--workers=128 --ray-address "$MASTER_ADDR:$MASTER_PORT"' in slurm.render(encode, place)
+
+
+def test_what_is_read_and_written_is_listed() -> None:
+    spec = describe("configs/demo/gpt.yaml", ["train.checkpoints=s3://bucket/gpt"], LocalCluster())
+    assert set(spec.storage) == {
+        "runs/demo/gpt", "s3://bucket/gpt", "runs/demo/data", "runs/demo/heldout", "runs/demo/vocab/vocab.model",
+        "runs/demo/tokenizer",
+    }  # fmt: skip
+
+
+def test_an_option_that_the_task_lacks_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(monkeypatch, "slurm", "runs/gpt", "--task", "generate", "--", "--promt", "a cat") == 64
+    assert "No such option: --promt" in capsys.readouterr().err
+
+
+def test_a_task_with_options_is_launched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(monkeypatch, "slurm", "runs/gpt", "--task", "generate", "--dry-run", "--", "--prompt", "a cat") == 0
+    assert "launchers.cli generate runs/gpt --prompt 'a cat' ||" in capsys.readouterr().out
+
+
+def test_an_unknown_key_of_a_cluster_file_is_named_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("kind: slurm\npartitions: gpu\n")
+    assert launch(monkeypatch, "slurm", TRAIN, "--cluster", str(path), "--dry-run") == 64
+    assert "partitions: unknown key; did you mean 'partition'?" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ pipelines
+
+
+def pipeline(folder: Path, *steps: dict[str, Any]) -> str:
+    path = folder / "pipeline.yaml"
+    path.write_text(json.dumps({"steps": list(steps)}))
+    return str(path)
+
+
+def test_steps_wait_for_the_one_above_unless_told() -> None:
+    steps = plan_steps(SlurmCluster, "configs/demo/pipeline.yaml")
+    assert {step.name: step.after for step in steps} == {
+        "build-data": (),
+        "build-heldout": (),
+        "vocab-vocab": ("build-data",),
+        "clip": ("build-heldout", "vocab-vocab"),
+        "evaluate-clip": ("clip",),
+    }
+
+
+def test_a_step_has_a_place_and_a_size_of_its_own(tmp_path: Path) -> None:
+    place = tmp_path / "cpu.yaml"
+    place.write_text("kind: slurm\npartition: cpu\n")
+    build, train = {"target": BUILD, "cluster": str(place), "nodes": 3}, {"target": TRAIN}
+    first, second = plan_steps(SlurmCluster, pipeline(tmp_path, build, train))
+    assert (first.cluster.partition, first.spec.nodes) == ("cpu", 3)
+    assert (second.cluster.partition, second.spec.nodes) == ("gpu", 2)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([], "`steps:` is empty"),
+        ([{"target": BUILD}, {"target": BUILD}], "two steps are called 'build-mine'"),
+        ([{"target": BUILD, "after": ["train"]}], "waits for 'train', which is none of the steps above"),
+        ([{"target": TRAIN}, {"target": TRAIN, "name": "again"}], "keep their records in the same runs/clip-vit-b-32"),
+        ([{"target": BUILD, "worker": 3}], "unknown key"),
+    ],
+)
+def test_a_pipeline_that_cannot_run_is_refused(steps: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_steps(SlurmCluster, pipeline(tmp_path, *steps))
+
+
+def test_overrides_belong_to_a_step() -> None:
+    with pytest.raises(ConfigError, match="overrides belong to a step"):
+        plan_steps(SlurmCluster, "configs/demo/pipeline.yaml", ["optim.lr=1"])
+
+
+def test_a_pipeline_runs_step_by_step_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(monkeypatch, "local", "configs/demo/pipeline.yaml", "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [line.partition("launchers.cli ")[2] for line in lines]
+    assert told == [
+        "data build configs/demo/data.yaml", "data build configs/demo/heldout.yaml",
+        "vocab train configs/demo/vocab.yaml", "train configs/demo/clip.yaml", "train configs/demo/clip.yaml",
+        "evaluate runs/demo/clip",
+    ]  # fmt: skip
