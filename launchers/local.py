@@ -5,7 +5,6 @@ died by a signal or with a traceback is a node fault, 70. Another attempt is mad
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -20,13 +19,13 @@ from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue
 from launchers.causes import Failure, diagnose, pause_s, worth_another_attempt
+from launchers.children import die_with
 from launchers.spec import RunSpec
 from launchers.watch import JOB, metrics_size, read_record, refuse_second_launch, start_ticks, write_record
 from pretrain.deadline import LEAD_VARIABLE, lead_s
 from pretrain.faults import faults_size, read_faults
 from pretrain.signals import StopSignals
 
-PR_SET_PDEATHSIG = 1
 POLL_S = 0.05
 
 
@@ -265,20 +264,6 @@ def _start(group: Group, local_rank: int) -> "subprocess.Popen[str]":
         process_group=0,  # Ctrl-C reaches the launcher alone, which asks for a save
         preexec_fn=die_with(os.getpid()),  # one system call: safe beside the thread that listens for signals
     )
-
-
-def die_with(parent: int) -> Any:
-    """What a child runs before its program: SIGKILL for it as soon as the launcher is gone (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-
-    def arm() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was gone before the line above
-            os._exit(NodeFault.exit_code)
-
-    return arm
 
 
 def _pump(child: "subprocess.Popen[str]", rank: int) -> threading.Thread:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from launchers.local import die_with
+from launchers.children import die_with
 from pretrain.goodput import METRICS
 
 PATIENCE_S = 600.0

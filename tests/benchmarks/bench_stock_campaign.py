@@ -25,7 +25,8 @@ from launchers.chaos.attempt import Attempt, left_over  # noqa: E402
 from launchers.chaos.campaign import hit  # noqa: E402
 from launchers.chaos.plan import Strike, When, plan  # noqa: E402
 from launchers.chaos.points import has_open, moment  # noqa: E402
-from launchers.local import die_with, free_port  # noqa: E402
+from launchers.children import die_with  # noqa: E402
+from launchers.local import free_port  # noqa: E402
 from pretrain.goodput import lines_of  # noqa: E402
 
 WORLD, EVERY, WIDTH = 2, 4, 256
