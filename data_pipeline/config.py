@@ -21,7 +21,10 @@ class ScenesSource(Settings):
 
 
 class FolderSource(Settings):
-    """Images anywhere below `path`, each with its captions beside it: NAME.txt (one a line) or NAME.json."""
+    """Images anywhere below `path`, each with its captions beside it: NAME.txt (one a line) or NAME.json.
+
+    `path`: a folder here or on s3://, or several, with {00..99} and `::`; keys then begin with the folder's name.
+    """
 
     kind: Literal["folder"] = "folder"
     path: str

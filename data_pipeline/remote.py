@@ -303,6 +303,10 @@ class S3Storage(RemoteStorage):
         found = [entry["Prefix"].rstrip("/").rpartition("/")[2] for entry in self._pages("CommonPrefixes", "/")]
         return sorted(name for name in found if not name.startswith("."))
 
+    def names_below(self) -> list[str]:
+        """Names of all objects under the root, however deep, sorted."""
+        return sorted(entry["Key"].removeprefix(self._key("")) for entry in self._pages("Contents", ""))
+
     def list(self) -> list[str]:
         """Names of the objects directly under the root, sorted."""
         return sorted(entry["Key"].rpartition("/")[2] for entry in self._pages("Contents", "/"))
@@ -313,9 +317,8 @@ class S3Storage(RemoteStorage):
 
     def remove_all(self) -> None:
         """Remove the root with everything under it."""
-        names = [entry["Key"].removeprefix(self._key("")) for entry in self._pages("Contents", "")]
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            for _ in pool.map(self.remove, names):
+            for _ in pool.map(self.remove, self.names_below()):
                 pass
 
     def put_if_absent(self, name: str, data: bytes) -> bool:

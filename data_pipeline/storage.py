@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from data_pipeline.errors import DataError
 
 _OPEN_FILES = 512
-_REMOVALS = 5
 _PIECE = 1 << 20
 
 
@@ -44,7 +43,7 @@ class Storage(Protocol):
         ...
 
     def remove_all(self) -> None:
-        """Remove the root with everything under it."""
+        """Remove the root with everything under it; what another process adds meanwhile may stay."""
         ...
 
     def get(self, name: str) -> bytes:
@@ -126,15 +125,7 @@ class LocalStorage:
 
     def remove_all(self) -> None:
         with _named(self.root, ""):
-            for _ in range(_REMOVALS):  # another process may remove it, or add to it, at the same time
-                try:
-                    shutil.rmtree(self.root)
-                except FileNotFoundError:
-                    if not Path(self.root).exists():
-                        return
-                except OSError as error:
-                    if error.errno != errno.ENOTEMPTY:
-                        raise
+            shutil.rmtree(self.root, onerror=_unless_shared)
 
     def get(self, name: str) -> bytes:
         with _named(self.root, name):
@@ -221,6 +212,13 @@ def _named(root: str, name: str) -> Iterator[None]:
         raise DataError(f"{where}: permission denied ({error}); give this user the right to it") from None
     except OSError as error:
         raise DataError(f"{where}: {error.strerror or error}; see to the storage and run again") from None
+
+
+def _unless_shared(_: object, __: str, raised: tuple[Any, Any, Any]) -> None:
+    """While a tree is removed: another process removes it too, or adds to it. Anything else is raised."""
+    error = raised[1]
+    if not isinstance(error, FileNotFoundError) and getattr(error, "errno", None) != errno.ENOTEMPTY:
+        raise error
 
 
 def _sync_folder(folder: Path) -> None:

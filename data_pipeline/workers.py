@@ -1,11 +1,17 @@
 """Ray, kept small: a session, a bounded number of tasks in flight, lost workers that cost only their task's time."""
 
 import contextlib
+import ctypes
 import logging
+import multiprocessing
 import os
+import signal
 import socket
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
@@ -19,6 +25,9 @@ OUTER_RETRIES = 5
 _IN_FLIGHT_PER_WORKER = 2
 _CONNECT_S = 10.0
 _LOOK_S = 2.0  # so often it is looked whether Ray lives, while no task ends
+_WITHOUT_ROOM_S = 300.0  # so long a cluster may be without a node that can run the tasks: one may be on its way
+_LEAVE_S = 20.0  # for Ray to be left, after an interrupt
+_PR_SET_PDEATHSIG = 1
 _CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # set to 0, Ray listens on the loopback address, on every system
 
 
@@ -63,6 +72,49 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
         ray.shutdown()
 
 
+def in_driver(run: Callable[..., Any], *arguments: Any) -> Any:
+    """`run(*arguments)` in a process of its own, which ends with this one.
+
+    Ray ends its driver at once, with exit code 1 and no exception, where the driver's node died or was declared dead,
+    as on a machine that starves. Raises the TesseraError of `run`, and NodeFault where the process gave no answer.
+    """
+    context = multiprocessing.get_context("spawn")
+    answers, answer = context.Pipe(duplex=False)
+    driver = context.Process(target=_drive, args=(os.getpid(), answer, run, arguments))
+    driver.start()
+    answer.close()
+    try:
+        done = answers.recv()
+    except EOFError:
+        driver.join()
+        raise NodeFault(
+            f"the process that drives Ray ended by itself ({driver.exitcode}): its node died, or was too busy to "
+            "answer and was given up; look at this machine's memory and load, then run the same command again"
+        ) from None
+    finally:
+        driver.join(_LEAVE_S)
+        driver.kill()
+    if isinstance(done, BaseException):
+        raise done
+    return done
+
+
+def _drive(parent: int, answer: Connection, run: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Send what `run` gives or raises; an exception that is not for the user shows its traceback here."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before the line above
+        os._exit(NodeFault.exit_code)
+    try:
+        done = run(*arguments)
+    except (TesseraError, KeyboardInterrupt) as error:
+        done = error
+    except Exception:
+        traceback.print_exc()
+        done = SystemExit(1)
+    answer.send(done)
+
+
 def _check_address(address: str) -> None:
     """Raises ConfigError for what is no address, and NodeFault where nobody answers: Ray would try for minutes."""
     host, _, port = address.rpartition(":")
@@ -77,16 +129,17 @@ def _check_address(address: str) -> None:
 
 
 def run_tasks(
-    submit: Callable[[Any], Any], items: Sequence[Any], workers: int, ahead: int | None = None
+    submit: Callable[[Any], Any], items: Sequence[Any], workers: int, ahead: int | None = None, gpus: int = 0
 ) -> Iterator[tuple[Any, Any]]:
     """Results of `submit(item)` (a Ray reference) as (item, result), in the order in which they end.
 
     At most `ahead` tasks a worker, two unless told, are in flight. A task whose worker or node is lost is submitted
     again, OUTER_RETRIES times beyond Ray's own; then NodeFault. A TesseraError raised in a task is raised here.
+    gpus: that a task takes beside its CPU. A cluster without a node that has them is waited for, for _WITHOUT_ROOM_S.
     """
     import ray
 
-    waiting, losses = list(reversed(items)), dict.fromkeys(items, 0)
+    waiting, losses, without = list(reversed(items)), dict.fromkeys(items, 0), None
     running: dict[Any, Any] = {}
     while waiting or running:
         while waiting and len(running) < (ahead or _IN_FLIGHT_PER_WORKER) * workers:
@@ -95,6 +148,7 @@ def run_tasks(
         done, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_S)
         if not done:
             _check_raylet()
+            without = _without_room(gpus, without)
         for reference in done:
             item = running.pop(reference)
             try:
@@ -119,6 +173,23 @@ def _check_raylet() -> None:
         raise NodeFault("Ray's process on this machine died; look at its memory, then run the same command again")
 
 
+def _without_room(gpus: int, since: float | None) -> float | None:
+    """-> since when no node can run a task; None where one can. Raises NodeFault after _WITHOUT_ROOM_S."""
+    import ray
+
+    needed = {"CPU": 1, **({"GPU": gpus} if gpus else {})}
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(there.get(name, 0) >= number for name, number in needed.items()) for there in alive):
+        return None
+    lacks = f"none of the {len(alive)} nodes that the Ray cluster has left offers {needed}"
+    if since is None:
+        print(f"{lacks}; waiting up to {_WITHOUT_ROOM_S:.0f} s for one", file=sys.stderr, flush=True)
+        return time.monotonic()
+    if time.monotonic() - since > _WITHOUT_ROOM_S:
+        raise NodeFault(f"{lacks}; add a node, then run the same command again")
+    return since
+
+
 def _raise_unless_lost(error: Any) -> None:
     """Raise what a task or the constructor of its actor raised; return where a process or node was lost."""
     import ray
@@ -134,9 +205,12 @@ def _raise_unless_lost(error: Any) -> None:
 
 
 class Counter:
-    """A progress line on the terminal: samples, rate, rejects by reason, time left; silent where `shown` is False."""
+    """A progress line on the terminal: samples, rate, time left, rejects by reason; silent where `shown` is False.
 
-    def __init__(self, title: str, total: int, shown: bool) -> None:
+    before: of the total, what an earlier run has done: it says nothing about the rate of this one.
+    """
+
+    def __init__(self, title: str, total: int, shown: bool, before: int = 0) -> None:
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -145,8 +219,9 @@ class Counter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[rejects]}"),
         )
+        self._before = before
         self._progress = Progress(*columns, disable=not shown)
-        self._task: TaskID = self._progress.add_task(title, total=total, rate="", rejects="")
+        self._task: TaskID = self._progress.add_task(title, total=total, completed=before, rate="", rejects="")
 
     def __enter__(self) -> "Counter":
         self._progress.start()
@@ -159,6 +234,6 @@ class Counter:
         """`count` more done; `rejected` are the totals so far."""
         self._progress.advance(self._task, count)
         task = self._progress.tasks[0]
-        rate = task.completed / task.elapsed if task.elapsed else 0.0
+        rate = (task.completed - self._before) / task.elapsed if task.elapsed else 0.0
         rejects = " ".join(f"{reason}={number}" for reason, number in sorted((rejected or {}).items()))
         self._progress.update(self._task, rate=f"{rate:.0f}/s", rejects=rejects)

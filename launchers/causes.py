@@ -18,6 +18,8 @@ BY_EXIT_CODE: dict[int, Cause] = {
     DataError.exit_code: "storage",
     Requeue.exit_code: "preemption",
 }
+USER_CODE_EXIT = 1
+"""Python's own for an exception that nobody caught: what a scheduler's job leaves with, no node fault."""
 LONGEST_PAUSE_S = 60.0
 
 
@@ -61,6 +63,11 @@ def diagnose(failures: Sequence[Failure], faults: Sequence[dict[str, Any]], code
     return Diagnosis(
         BY_EXIT_CODE.get(first_failure.code, "user code"), f"rank {first_failure.rank} {first_failure.how}"
     )
+
+
+def exit_code_for(diagnosis: Diagnosis, code: int) -> int:
+    """What the launcher leaves with: user code is no fault of a node, whatever `code` the processes agree on."""
+    return USER_CODE_EXIT if diagnosis.cause == "user code" else code
 
 
 def worth_another_attempt(diagnosis: Diagnosis, made_steps: bool) -> bool:

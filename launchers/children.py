@@ -1,4 +1,4 @@
-"""Child processes that do not outlive the one that started them."""
+"""Child processes that must not outlive who started them; imports next to nothing, for whoever starts processes."""
 
 import ctypes
 import os

@@ -3,13 +3,15 @@
 Commands import what they need when they run: `--help` and `--dry-run` need no torch.
 """
 
+import contextlib
+import os
 import sys
 
 import typer
 from rich.console import Console
 
 from data_pipeline.errors import ConfigError, Requeue, TesseraError
-from launchers import commands_checkpoint, commands_data, commands_launch, commands_run
+from launchers import commands_checkpoint, commands_data, commands_launch, commands_plan, commands_run
 
 USAGE_EXIT = 2  # what the argument parser leaves with; to us a wrong command line is a wrong configuration
 
@@ -56,6 +58,7 @@ app.add_typer(launch, name="launch")
 app.command("status")(commands_run.status)
 app.command("logs")(commands_run.logs)
 app.command("stop")(commands_run.stop)
+app.command("plan")(commands_plan.plan)
 app.add_typer(checkpoint, name="checkpoint")
 app.command("generate")(commands_run.generate)
 app.command("evaluate")(commands_run.evaluate)
@@ -65,18 +68,35 @@ app.command("chaos")(commands_run.chaos)
 
 
 def main() -> None:
-    """Run the command line. A TesseraError is printed without a traceback; an unexpected exception keeps its own."""
+    """Run the command line and leave with its exit code.
+
+    A process that trained leaves at once, its output flushed: the interpreter's orderly end would stop threads wherever
+    they are, and where one is about to come back from a call of torch's, C++ aborts the process and its exit code.
+    """
+    code = run()
+    if commands_run.trains:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # who read it is gone
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def run() -> int:
+    """-> exit code. A TesseraError is printed without a traceback; an unexpected exception keeps its own."""
     try:
         app(prog_name="tessera")
     except TesseraError as error:
         asked_for = isinstance(error, Requeue)  # an end that was asked for, after a save
         text, style = (str(error), "") if asked_for else (f"error: {error}", "red")
         Console(stderr=True, soft_wrap=True).print(text, style=style, markup=False, highlight=False)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except SystemExit as leaving:
-        sys.exit(ConfigError.exit_code if leaving.code == USAGE_EXIT else leaving.code)
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        return ConfigError.exit_code if code == USAGE_EXIT else code
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """`tessera data ...` and `tessera vocab ...`: thin wrappers over data_pipeline; `encode` hands it the model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from launchers.arguments import AsJson, Overrides, as_dict, emit
 
 if TYPE_CHECKING:
+    from data_pipeline.config import BuildConfig
     from data_pipeline.shards.codes import ImageTokenizer
     from data_pipeline.stream.mixture import Source
 
@@ -19,30 +20,40 @@ Dataset = Annotated[
 
 def build(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
     """Raw pairs -> shards (and codes where the configuration names a tokenizer)."""
-    from data_pipeline.build.run import build as run_build
     from data_pipeline.config import BuildConfig
     from data_pipeline.settings import load_settings
+    from data_pipeline.workers import in_driver
 
-    settings = load_settings(BuildConfig, config, overrides or [])
+    emit(as_dict(in_driver(_build, load_settings(BuildConfig, config, overrides or []), not json)), json)
+
+
+def _build(settings: "BuildConfig", progress: bool) -> dict[str, Any]:
+    from data_pipeline.build.run import build as run_build
+
     if settings.tokenizer is None:
-        emit(as_dict(run_build(settings, progress=not json)), json)
-        return
+        return run_build(settings, progress)
     from data_pipeline.shards.codes import encode_dataset
     from pretrain.interchange.tokenizer import load_tokenizer
 
     load_tokenizer(settings.tokenizer)  # a wrong folder is told before the build
-    built = run_build(settings, progress=not json)
-    where = (load_tokenizer, settings.tokenizer, settings.workers, not json, settings.ray_address)
-    emit({**built, "codes": encode_dataset(settings.output, *where)["tokenizer"]}, json)
+    built = run_build(settings, progress)
+    where = (load_tokenizer, settings.tokenizer, settings.workers, progress, settings.ray_address)
+    return {**built, "codes": encode_dataset(settings.output, *where)["tokenizer"]}
 
 
 def retry(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
     """Only the rows that a finished build rejected, as new shards; what stands stays as it is."""
-    from data_pipeline.build.run import retry as run_retry
     from data_pipeline.config import BuildConfig
     from data_pipeline.settings import load_settings
+    from data_pipeline.workers import in_driver
 
-    emit(as_dict(run_retry(load_settings(BuildConfig, config, overrides or []), progress=not json)), json)
+    emit(as_dict(in_driver(_retry, load_settings(BuildConfig, config, overrides or []), not json)), json)
+
+
+def _retry(settings: "BuildConfig", progress: bool) -> dict[str, Any]:
+    from data_pipeline.build.run import retry as run_retry
+
+    return run_retry(settings, progress)
 
 
 def report(
@@ -78,14 +89,29 @@ def encode(
     json: AsJson = False,
 ) -> None:
     """Add image codes beside the shards of a dataset."""
+    from data_pipeline.workers import in_driver
+
+    words = (str(tokenizer), precision, device, workers, not json, ray_address, crops)
+    emit(as_dict(in_driver(_encode, dataset, *words)), json)
+
+
+def _encode(
+    dataset: str,
+    tokenizer: str,
+    precision: Literal["fp32", "bf16"],
+    device: str,
+    workers: int,
+    progress: bool,
+    ray_address: str | None,
+    crops: int,
+) -> dict[str, Any]:
     from functools import partial
 
     from data_pipeline.shards.codes import encode_dataset
     from pretrain.interchange.tokenizer import load_tokenizer
 
     factory, gpus = partial(load_tokenizer, precision=precision, device=device), int(device == "cuda")
-    meta = encode_dataset(dataset, factory, tokenizer, workers, not json, ray_address, crops, gpus)
-    emit(as_dict(meta), json)
+    return encode_dataset(dataset, factory, tokenizer, workers, progress, ray_address, crops, gpus)
 
 
 def index(

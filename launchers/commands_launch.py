@@ -8,9 +8,9 @@ import typer
 
 from data_pipeline.errors import ConfigError
 from launchers import commands_data, commands_run
-from launchers import kubernetes as kubernetes_jobs
 from launchers import slurm as slurm_jobs
 from launchers.arguments import AsJson, emit
+from launchers.kubernetes import submit as kubernetes_jobs
 from launchers.local import launch_local
 from launchers.pipeline import Step, plan_steps
 from launchers.spec import COMMANDS, KubernetesCluster, LocalCluster, RunSpec, SlurmCluster, Task
@@ -127,12 +127,12 @@ def kubernetes(
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
-    """Render a JobSet for the cluster described by --cluster, and create it unless --dry-run."""
+    """Render the objects of a run for the cluster described by --cluster, and create them unless --dry-run."""
     step = _only(checked(plan_steps(KubernetesCluster, config, rest or [], cluster, nodes, procs_per_node, task)))
     if dry_run:
         typer.echo(kubernetes_jobs.render(step.spec, step.cluster), nl=False)
         return
-    emit({"jobset": kubernetes_jobs.submit(step.spec, step.cluster), "namespace": step.cluster.namespace}, json)
+    emit(kubernetes_jobs.submit(step.spec, step.cluster), json)
 
 
 def _only(steps: list[Step[Any]]) -> Step[Any]:

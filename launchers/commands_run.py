@@ -8,6 +8,9 @@ import typer
 from data_pipeline.errors import NodeFault, Requeue
 from launchers.arguments import AsJson, Overrides, Run, as_dict, emit
 
+trains = False
+"""Has this process begun to train? Then it must not leave by the interpreter's orderly end (cli.main)."""
+
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML of the run, one of the recipes in configs/.")],
@@ -17,8 +20,11 @@ def train(
     from data_pipeline.settings import load_settings
     from pretrain.config import RunConfig
 
+    global trains
     run_config = load_settings(RunConfig, config, overrides or [])
     from pretrain.signals import ignore_stop_signals
+
+    trains = True
     from pretrain.train import main  # after the configuration: a mistake in it need not wait for torch
 
     try:

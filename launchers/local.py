@@ -2,6 +2,7 @@
 
 Exit code: 0 when every process left with 0; else the most telling of theirs (64, 74, then 70, then 75). A process that
 died by a signal or with a traceback is a node fault, 70. Another attempt is made where the cause lets hope: causes.py.
+Within a scheduler's job, which makes the attempts, 1 says of user code what 64 says of a configuration: no other one.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue
-from launchers.causes import Failure, diagnose, pause_s, worth_another_attempt
+from launchers.causes import USER_CODE_EXIT, Failure, diagnose, pause_s, worth_another_attempt
 from launchers.children import die_with
 from launchers.spec import RunSpec
 from launchers.watch import JOB, metrics_size, read_record, refuse_second_launch, start_ticks, write_record
@@ -136,7 +137,7 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
             another = restarts > failed and worth_another_attempt(diagnosis, metrics_size(run) > steps)
             say(f"attempt {attempt} ended, cause {diagnosis.cause}: {diagnosis.why}")
             if not another:
-                return end.exit_code
+                return USER_CODE_EXIT if in_a_job and diagnosis.cause == "user code" else end.exit_code
             say(f"starting again, {restarts - failed - 1} new attempts left after this one")
             _pause(pause_s(diagnosis, failed), stops)
             attempt, failed, group = attempt + 1, failed + 1, replace(group, master_port=0)

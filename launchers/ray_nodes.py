@@ -18,7 +18,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from data_pipeline.errors import NodeFault
-from launchers.local import die_with, say
+from launchers.children import die_with
+from launchers.local import say
 
 JOIN_TIMEOUT_S = 300.0
 """Nodes differ in how long they take to start a program."""

@@ -104,14 +104,27 @@ class SlurmCluster(ClusterConfig):
 
 
 class KubernetesCluster(ClusterConfig):
-    """A Kubernetes cluster with the JobSet controller; `queue` needs Kueue."""
+    """A Kubernetes cluster with the JobSet controller, or Kubeflow's trainer; builds on several nodes need KubeRay.
+
+    queue: Kueue's, where there is one. topology: a label of nodes, whose value is the same within a rack or block; the
+    pods of a run are kept within one. rdma: devices of a pod by the name of their resource. secrets: names of Secrets
+    whose keys become variables of the environment. tolerations: keys of taints.
+    """
 
     kind: Literal["kubernetes"] = "kubernetes"
     image: str
     namespace: str = "default"
+    controller: Literal["jobset", "trainjob"] = "jobset"
     queue: str = ""
+    service_account: str = ""
+    secrets: tuple[str, ...] = ()
+    node_selector: dict[str, str] = {}
+    tolerations: tuple[str, ...] = ()
+    topology: str = ""
+    topology_required: bool = False
     gpus_per_node: NonNegativeInt = 0
     gpu_resource: str = "nvidia.com/gpu"
+    rdma: dict[str, PositiveInt] = {}
     cpus_per_node: PositiveInt = 8
     memory: str = "32Gi"
     shared_memory: str = "8Gi"

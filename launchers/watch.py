@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault
 from launchers import slurm_jobs
+from launchers.kubernetes import jobs as kubernetes_jobs
 from pretrain.goodput import METRICS, goodput
 
 RECORD = "launcher.json"
@@ -31,14 +32,19 @@ class Place:
     """How a scheduler is asked about the job of a record, in the run's folder.
 
     look -> "state" (queued, running, done, stopped, cancelled, failed or vanished) and what is known besides; stop
-    asks for a save and an end, and may be called again until that has come.
+    asks for a save and an end, and may be called again until that has come. output: the last lines of what rank 0
+    writes, followed or not, for a place whose run folder is not on this machine.
     """
 
     look: Callable[[Mapping[str, Any], Path], dict[str, Any]]
     stop: Callable[[Mapping[str, Any], Path], None]
+    output: Callable[[Mapping[str, Any], int, bool], Iterator[str]] | None = None
 
 
-PLACES: dict[str, Place] = {"slurm": Place(slurm_jobs.look, slurm_jobs.stop)}
+PLACES: dict[str, Place] = {
+    "slurm": Place(slurm_jobs.look, slurm_jobs.stop),
+    "kubernetes": Place(kubernetes_jobs.look, kubernetes_jobs.stop, kubernetes_jobs.output),
+}
 
 # ---------------------------------------------------------------------------- the launcher's record of itself
 
@@ -144,6 +150,10 @@ def metric_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
     """The last `lines` complete lines of metrics.jsonl; with `follow` also those that come, until the launcher ends."""
     path = run / METRICS
     if not path.is_file():
+        job = job_of(run)
+        if job and (output := PLACES[job["place"]].output):
+            yield from output(job, lines, follow)
+            return
         raise ConfigError(f"{path}: not there; the run has not logged a step yet, or {run} is not its folder")
     with path.open(encoding="utf-8") as file:
         yield from deque(_complete_lines(file), maxlen=lines)

@@ -252,8 +252,12 @@ class TrainConfig(Settings):
     collective_timeout_s: PositiveInt = 120
 
 
-class OptimConfig(Settings):
-    """AdamW with decay and no-decay groups, and the learning-rate schedule."""
+MAIN = "main"
+"""The role of all parameters that no other optimizer of an objective has."""
+
+
+class AdamWConfig(Settings):
+    """AdamW with decay and no-decay groups, and the learning-rate schedule over the steps of the run."""
 
     lr: PositiveFloat
     betas: tuple[float, float] = (0.9, 0.95)
@@ -264,6 +268,29 @@ class OptimConfig(Settings):
     warmup_steps: NonNegativeInt = 0
     final_lr_fraction: NonNegativeFloat = Field(0.0, le=1.0)
     power: PositiveFloat = 1.0
+
+
+class OptimConfig(AdamWConfig):
+    """The optimizer of the model; `roles`: those beside it, by name, as far as they differ from it.
+
+    A reconstruction has the role "discriminator".
+    """
+
+    roles: dict[str, AdamWConfig] = {}
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _differences(cls, tree: Any) -> Any:
+        """What a role does not say is as for the model."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("roles"), dict):
+            return tree
+        own = {key: value for key, value in tree.items() if key != "roles"}
+        roles = {name: own | given if isinstance(given, dict) else given for name, given in tree["roles"].items()}
+        return own | {"roles": roles}
+
+    def of(self, role: str) -> AdamWConfig:
+        """The settings of a role's optimizer."""
+        return self.roles.get(role, self)
 
 
 class GuardsConfig(Settings):
@@ -321,6 +348,8 @@ OBJECTIVE_OF = {
     "gpt": "autoregressive",
     "vqgan": "reconstruction",
 }
+ROLES = {"reconstruction": ("discriminator",)}
+"""Objectives that train by optimizers beside the main one."""
 
 
 def check_sections(config: RunConfig) -> None:
@@ -343,10 +372,20 @@ def check_sections(config: RunConfig) -> None:
             f"train.zero_stage={config.train.zero_stage}: a vqgan trains replicated, its codebook is revived in place; "
             "use 0"
         )
-    if config.optim.warmup_steps >= config.train.steps:
-        raise ValueError(
-            f"optim.warmup_steps={config.optim.warmup_steps} must be below train.steps={config.train.steps}"
-        )
+    _check_optimizers(config)
+
+
+def _check_optimizers(config: RunConfig) -> None:
+    known = ROLES.get(config.objective.kind, ())
+    for role in config.optim.roles:
+        if role not in known:
+            raise ValueError(
+                f"optim.roles.{role}: {config.objective.kind!r} has no such optimizer beside the main one; "
+                + (f"use {', '.join(known)}" if known else "leave optim.roles out")
+            )
+    for name, own in [("optim", config.optim), *((f"optim.roles.{role}", o) for role, o in config.optim.roles.items())]:
+        if own.warmup_steps >= config.train.steps:
+            raise ValueError(f"{name}.warmup_steps={own.warmup_steps} must be below train.steps={config.train.steps}")
 
 
 def micro_batch_of(train: TrainConfig, world_size: int) -> tuple[int, int]:

@@ -1,9 +1,13 @@
-"""DeepSpeed set-up and step: ZeRO stages 0 to 3 behind the same four calls, on CPU and CUDA.
+"""DeepSpeed set-up and step: ZeRO stages 0 to 3 behind the same few calls, on CPU and CUDA.
 
 What DeepSpeed 0.19 gets wrong is put right here, each with a test in tests/pretrain/test_engine.py: gradients left over
 from the step before (stage 3), ranks that run different modules (silently mixed weights), 0-dim parameters (broken
 initialisation), bf16 at stage 0 (another, less accurate path: autocast at every stage instead), and operators compiled
 for minutes on first use.
+
+Where an objective takes turns, all its optimizers are groups of one AdamW, and a step of DeepSpeed is one of one role:
+the others' parameters ask for no gradient meanwhile, so theirs are zero in norm and clipping, and their groups are
+hidden from AdamW, which would decay weights and move moments even so.
 """
 
 import dataclasses
@@ -21,17 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault
-from pretrain.config import RunConfig
+from pretrain.config import MAIN, RunConfig
 from pretrain.mesh import Mesh
 from pretrain.models.noise import noise_of
-from pretrain.optim import build_optimizer, parameter_groups
+from pretrain.optim import build_optimizer, parameter_groups, roles_of
+from pretrain.sharding import settings_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HYPER_PARAMETERS = ("weight_decay", "betas", "eps")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-RESIDENT_PARAMETERS = 50_000_000
-"""Up to this size stage 3 keeps the gathered parameters between steps; gradients and optimizer stay sharded."""
-BUCKET = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Owned:
 
 
 class Engine:
-    """One objective under DeepSpeed. Calls: forward, backward (per micro-batch), update (per step), owned (to save)."""
+    """One objective under DeepSpeed.
+
+    Calls of a step: for each of its turns take_turn, forward and backward (per micro-batch), update; then settle.
+    """
 
     def __init__(
         self, objective: nn.Module, config: RunConfig, mesh: Mesh, micro_batch: int, accumulation: int
@@ -58,7 +63,8 @@ class Engine:
         refuse_scalars(objective)
         self.mesh = mesh
         self.stage = config.train.zero_stage
-        self.updates = 0
+        self.role = MAIN
+        self._replaced: list[tuple[Tensor, Tensor]] = []
         self._norm: float | None = None
         self._accepts: Callable[[float], bool] = math.isfinite
         self._verdict: bool | None = None
@@ -67,14 +73,22 @@ class Engine:
         self.trace = ModuleTrace(objective)
         deepspeed = _quiet_deepspeed()
         groups = self.groups = parameter_groups(objective, config.optim)
+        self.roles = roles_of(objective)
         settings = deepspeed_settings(config, objective, mesh.world, micro_batch, accumulation)
         warn_of_emulation(config, mesh)
         objective.to(mesh.device)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=objective, optimizer=build_optimizer(groups, config.optim), config=settings, dist_init_required=False
+            model=objective, optimizer=build_optimizer(groups), config=settings, dist_init_required=False
         )
         self.resident = _take_resident(self.deepspeed.optimizer) if self.stage == 3 else []
         self._guard_optimizer()
+
+    def take_turn(self, role: str, keep: bool = False) -> None:
+        """From here to the next `update` only the parameters of `role` learn. keep: `settle` can take that back."""
+        self.role = role
+        if keep:
+            self._replaced += [(tensor, tensor.clone()) for tensor in self._state_of(role)]
+        self._learn((role,))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One micro-batch on this rank -> named losses; "loss" is the one to differentiate."""
@@ -93,7 +107,7 @@ class Engine:
             self.deepspeed.step()
 
     def update(self, lr: float, accepts: Callable[[float], bool] = math.isfinite) -> float:
-        """Clip, AdamW at rate `lr`, clear -> the gradient's global norm before clipping.
+        """Clip, AdamW at rate `lr`, clear -> the global norm, before clipping, of the gradient of this turn's role.
 
         `accepts(norm)` says whether the gradient is applied; where it is not, it is only cleared.
         """
@@ -102,16 +116,44 @@ class Engine:
         # At stage 0 DeepSpeed clips without telling the norm.
         grads = [parameter.grad for parameter in self.names if parameter.grad is not None] if self.stage == 0 else []
         self._norm = float(torch.nn.utils.get_total_norm(grads)) if self.stage == 0 else None
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        for group in self._base_optimizer().param_groups:
+            if group["role"] == self.role:
+                group["lr"] = lr
         self.deepspeed.step()
         if self.stage == 3:
             # DeepSpeed never clears these partitions: a parameter without a gradient in the next first micro-step
             # would be updated by this step's once more.
             self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
             self._gather_resident()
-        self.updates += int(self._accepted())
+        self._learn(self.roles)
+        self._accepted()  # DeepSpeed does not come to the optimizer where it sees an overflow itself
         return self._global_norm()
+
+    @torch.no_grad()
+    def settle(self, accepted: bool) -> None:
+        """The step's last word: where it is refused, what its turns have changed becomes what it was before."""
+        if self._replaced and not accepted:
+            for tensor, before in self._replaced:
+                tensor.copy_(before)
+            self.refresh()
+        self._replaced.clear()
+
+    def _learn(self, roles: tuple[str, ...]) -> None:
+        """Which parameters ask for a gradient: between turns all but the frozen ones."""
+        if len(self.roles) > 1:
+            for group in self.groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(group["role"] in roles)
+
+    def _state_of(self, role: str) -> Iterator[Tensor]:
+        """All that an update of this role changes on this rank: masters, moments, counts."""
+        names = {name for group in self.groups if group["role"] == role for name in group["names"]}
+        for owned in self.owned():
+            if owned.name in names:
+                yield from owned.tensors.values()
+        for number, tensor in self._optimized():
+            if self.groups[number]["role"] == role:
+                yield self._base_optimizer().state[tensor]["step"]
 
     def _gather_resident(self) -> None:
         """One collective for all parameters that stage 3 keeps gathered between steps; DeepSpeed takes one for each."""
@@ -122,20 +164,27 @@ class Engine:
         return float(self.deepspeed.optimizer._global_grad_norm or 0.0) if self._norm is None else self._norm
 
     def _accepted(self) -> bool:
-        """Asked once a step: DeepSpeed steps the optimizer for each of its groups, or not at all."""
+        """Asked once an update: DeepSpeed steps the optimizer for each of its groups, or not at all."""
         if self._verdict is None:
             self._verdict = self._accepts(self._global_norm())
         return self._verdict
 
     def _guard_optimizer(self) -> None:
-        """DeepSpeed knows the norm only inside its step: the optimizer below it asks before it touches anything."""
+        """DeepSpeed knows the norm only inside its step: the optimizer below it asks before it touches anything.
+
+        It also sees the groups of this turn's role alone.
+        """
         optimizer = self._base_optimizer()
         step = optimizer.step
 
-        def guarded(*args: Any, **options: Any) -> Any:
-            return step(*args, **options) if self._accepted() else None
+        def guarded() -> None:
+            groups = optimizer.param_groups  # at some stages DeepSpeed shows it one group at a time
+            optimizer.param_groups = [group for group in groups if group["role"] == self.role]
+            if optimizer.param_groups and self._accepted():
+                step()
+            optimizer.param_groups = groups
 
-        optimizer.step = guarded  # type: ignore[method-assign]
+        optimizer.step = guarded  # type: ignore[method-assign,assignment]
 
     # --------------------------------------------------------------------------------- state, by intervals
 
@@ -149,18 +198,16 @@ class Engine:
 
         Every group has its own count, which AdamW's bias correction reads: optimizers that step apart stay apart.
         """
-        state, counts = self._base_optimizer().state, [self.updates] * len(self.groups)
+        state, counts = self._base_optimizer().state, [0] * len(self.groups)
         for number, tensor in self._optimized():
             counts[number] = int(state[tensor]["step"]) if state[tensor] else 0
         hyper = self._base_optimizer().param_groups
         groups = [
-            {"names": group["names"], "updates": count} | {key: theirs[key] for key in HYPER_PARAMETERS}
-            for group, count, theirs in zip(self.groups, counts, hyper, strict=True)
+            {"number": number, "names": group["names"], "updates": count} | {k: theirs[k] for k in HYPER_PARAMETERS}
+            for number, (group, count, theirs) in enumerate(zip(self.groups, counts, hyper, strict=True))
         ]
         plain = {group["name"]: row for group, row in zip(self.groups, groups, strict=True)}
-        return dict(
-            json.loads(json.dumps({"updates": self.updates, "groups": plain, "loss_scale": self._loss_scale()}))
-        )
+        return dict(json.loads(json.dumps({"groups": plain, "loss_scale": self._loss_scale()})))
 
     def load_scalars(self, saved: dict[str, Any], where: str) -> None:
         """Go on from `scalars()`. Raises DataError where a group has other members or settings than it was saved with.
@@ -176,7 +223,6 @@ class Engine:
                     f"{where}: parameter group {name} differs in {', '.join(wrong)}; go on with the revision and the "
                     "settings that saved it, or start another run from its weights with `initial`"
                 )
-        self.updates = saved["updates"]
         counts = [saved["groups"][group["name"]]["updates"] for group in self.groups]
         for number, tensor in self._optimized():
             self._base_optimizer().state[tensor]["step"].fill_(counts[number])
@@ -319,41 +365,9 @@ def warn_of_emulation(config: RunConfig, mesh: Mesh) -> None:
 def deepspeed_settings(
     config: RunConfig, module: nn.Module, world: int, micro_batch: int, accumulation: int
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON for this run; buckets follow the model's size, `deepspeed.extra` is laid over it last."""
+    """DeepSpeed's JSON for this run and this module."""
     size = sum(parameter.numel() for parameter in module.parameters())
-    bucket = min(size, BUCKET) // 64 * 64 + 64  # DeepSpeed wants whole alignment units
-    zero: dict[str, Any] = {
-        "stage": config.train.zero_stage,
-        "contiguous_gradients": True,
-        "overlap_comm": torch.cuda.is_available(),
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-    }
-    if config.train.zero_stage == 3:
-        resident = size <= RESIDENT_PARAMETERS
-        zero["memory_efficient_linear"] = not resident  # a linear layer in Python that spares autocast's copies
-        zero["stage3_prefetch_bucket_size"] = bucket
-        zero["stage3_param_persistence_threshold"] = size if resident else 100_000
-        zero["stage3_max_live_parameters"] = max(size, BUCKET)
-    settings: dict[str, Any] = {
-        "train_batch_size": micro_batch * accumulation * world,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        # Written even when 0: DeepSpeed clips at 1 where it is left out.
-        "gradient_clipping": config.train.clip_norm,
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
-    }
-    if config.train.precision == "bf16":
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    return _overlaid(settings, config.deepspeed.extra)
-
-
-def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = {key: (below[key], above[key]) for key in below.keys() & above.keys()}
-    nested = {key: _overlaid(a, b) for key, (a, b) in both.items() if isinstance(a, dict) and isinstance(b, dict)}
-    return below | above | nested
+    return settings_of(config, size, world, micro_batch, accumulation, overlap=torch.cuda.is_available())
 
 
 def _quiet_deepspeed() -> Any:

@@ -1,6 +1,8 @@
 """Why a process ended: one line in RUN/faults.jsonl, which the launcher reads to decide about another attempt.
 
-Causes: configuration, node, storage, preemption, user code. Imports no torch.
+Causes: configuration, node, storage, preemption, user code. An end without a fault, done or saved on request, stands in
+RUN/ended.json, which is there only then: what starts processes by other means than ours, such as torchrun, may hide
+their exit codes. Imports no torch.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ from typing import Any, Literal
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue, TesseraError
 
 FAULTS = "faults.jsonl"
+ENDED = "ended.json"
 Cause = Literal["configuration", "node", "storage", "preemption", "user code"]
 CAUSES: tuple[tuple[type[TesseraError], Cause], ...] = (
     (ConfigError, "configuration"),
@@ -40,6 +43,14 @@ def record_fault(run: Path, cause: Cause, why: str, rank: int, **more: Any) -> N
         os.close(file)
 
 
+def _note_end(run: Path, rank: int, exit_code: int, why: str) -> None:
+    if rank == 0:
+        draft = run / f".{ENDED}"
+        with contextlib.suppress(OSError):
+            draft.write_text(json.dumps({"exit_code": exit_code, "why": why, "time": time.time()}) + "\n")
+            draft.replace(run / ENDED)
+
+
 def read_faults(run: Path, start: int = 0) -> list[dict[str, Any]]:
     """The lines from byte `start` on, oldest first."""
     path = run / FAULTS
@@ -61,9 +72,13 @@ def faults_noted(run: Path, rank: int, peer_lost: Callable[[BaseException], bool
 
     A collective that broke is a node fault, a disk that takes no more is storage; neither says so by itself.
     """
+    if rank == 0:
+        (run / ENDED).unlink(missing_ok=True)
     try:
         yield
-    except Requeue:
+        _note_end(run, rank, 0, "done")
+    except Requeue as asked:
+        _note_end(run, rank, asked.exit_code, str(asked))
         raise
     except Exception as error:
         told: Exception = error

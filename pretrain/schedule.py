@@ -2,10 +2,10 @@
 
 import math
 
-from pretrain.config import OptimConfig
+from pretrain.config import AdamWConfig
 
 
-def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
+def learning_rate(step: int, steps: int, optim: AdamWConfig) -> float:
     """Rate for the update that turns weights of `step` into those of `step + 1`, 0 <= step < steps.
 
     Linear warm-up to `lr` over `warmup_steps`, then from `lr` to `final_lr_fraction * lr` at `steps` along the

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 ASK_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -75,3 +75,17 @@ def ignore_stop_signals() -> None:
     """For worker processes: the process that they work for decides when to stop, and ends them."""
     for number in ASK_TO_STOP:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASK_TO_STOP)
+
+
+@contextlib.contextmanager
+def stop_signals_held() -> Iterator[None]:
+    """Processes started within cannot die of a stop signal before they have come to ignore it.
+
+    They inherit the mask of this thread; this process hears signals as before, by its other threads.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASK_TO_STOP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,5 +1,7 @@
 """READ FIRST. The training loop: next batch -> forward -> backward -> update -> log -> save, the same lines everywhere.
 
+Where an objective has several optimizers, forward to update are made once for each: a step is a sequence of turns.
+
 `train` is the loop; `Run.start` builds what it needs. Nothing in the loop depends on when it was started or how often
 it was interrupted: batches and randomness are functions of the position, the learning rate is one of the step.
 """
@@ -8,6 +10,7 @@ import dataclasses
 import functools
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +25,7 @@ from pretrain.checkpoint.catalog import Retention, Saved, checkpoint_root
 from pretrain.checkpoint.identity import check_identity, identity
 from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.saver import Checkpoints, start_attempt
-from pretrain.config import RunConfig, micro_batch_of
+from pretrain.config import MAIN, RunConfig, micro_batch_of
 from pretrain.engine import Engine
 from pretrain.faults import faults_noted
 from pretrain.goodput import PhaseClock
@@ -37,6 +40,7 @@ from pretrain.models import MODELS
 from pretrain.models.noise import name_noise
 from pretrain.objectives import OBJECTIVES, CachesGradients, FollowsSteps, Previews
 from pretrain.objectives.collectives import Collectives
+from pretrain.optim import TakesTurns
 from pretrain.schedule import learning_rate
 from pretrain.signals import StopSignals, leave_at_once
 from pretrain.tracking import SystemLog, Writer
@@ -63,15 +67,15 @@ def train(run: "Run", stop: StopSignals) -> None:
     config, engine = run.config, run.engine
     for positions, batches in run.feed.steps(run.step, config.train.steps, run.position):
         run.clock.enter("step")
-        losses: list[dict[str, Tensor]] = []
-        for batch in run.with_whole_step(batches):
-            losses.append(engine.forward(batch | {"step": torch.tensor(run.step)}))
-            engine.backward(losses[-1]["loss"])
-        means = run.mean_over_batches_and_ranks(losses)
-        lr = learning_rate(run.step, config.train.steps, config.optim)
-        means["grad_norm"] = engine.update(lr, functools.partial(run.guards.accepts, means["loss"]))
-        run.after_update()
-        run.log(positions, means | {"lr": lr})
+        means: dict[str, float] = {}
+        for turn in run.turns():
+            losses: list[dict[str, Tensor]] = []
+            for batch in run.with_whole_step(batches):
+                losses.append(engine.forward(batch | {"step": torch.tensor(run.step), "turn": turn.number}))
+                engine.backward(losses[-1]["loss"])
+            means |= run.update(turn, run.mean_over_batches_and_ranks(losses))
+        run.after_updates()
+        run.log(positions, means)
         run.follow_guards()
         stopping = run.agree(stop.count)
         if stopping or run.step % config.train.checkpoint_every_steps == 0 or run.step == config.train.steps:
@@ -81,6 +85,15 @@ def train(run: "Run", stop: StopSignals) -> None:
             raise Requeue(f"stopped and saved at step {run.step} of {config.train.steps}; the same command goes on")
         run.clock.enter("wait")
     run.checkpoints.finish()
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One optimizer's part of a step. number: int64 [], its role among the objective's, for `forward`."""
+
+    role: str
+    number: Tensor
+    last: bool
 
 
 @dataclasses.dataclass
@@ -173,8 +186,24 @@ class Run:
         }
         self.checkpoints.save(self.engine, self.step, state)
 
-    def after_update(self) -> None:
-        """What follows a step: dead codes are revived, pictures drawn."""
+    def turns(self) -> Iterator[Turn]:
+        """Who learns in this step, one after another; most objectives have one optimizer and one turn."""
+        roles = self.objective.turns(self.step) if isinstance(self.objective, TakesTurns) else (MAIN,)
+        for role in roles:
+            last = role == roles[-1]
+            self.engine.take_turn(role, keep=self.guards.may_skip and not last)
+            yield Turn(role, torch.tensor(self.engine.roles.index(role)), last)
+
+    def update(self, turn: Turn, means: dict[str, float]) -> dict[str, float]:
+        """Apply this turn's gradient where the guards accept it -> its metrics; another role's are under its name."""
+        lr = learning_rate(self.step, self.config.train.steps, self.config.optim.of(turn.role))
+        judge = functools.partial(self.guards.accepts, means["loss"], role=turn.role, last=turn.last)
+        found = means | {"grad_norm": self.engine.update(lr, judge), "lr": lr}
+        return found if turn.role == MAIN else {f"{turn.role}_{name}": value for name, value in found.items()}
+
+    def after_updates(self) -> None:
+        """What follows a step's turns: a refused step is taken back, dead codes are revived, pictures drawn."""
+        self.engine.settle(self.guards.action == "accept")
         self.step, self.position = self.step + 1, self.position + self.config.train.global_batch
         if isinstance(self.objective, FollowsSteps):
             self.objective.after_step(self.step)

@@ -33,6 +33,7 @@ DUMP_SIGNAL = signal.SIGUSR2
 WAITS_FOR_PEERS = ("torch/distributed/distributed_c10d.py", "pretrain/mesh.py")
 INTERVAL_S = (0.1, 5.0)
 DUMP_S = 0.5
+STOP_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Watchdog:
         self._heard: dict[int, float] = {}
         self._told = ""
         self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Begin to watch; the run folder exists by now."""
@@ -123,11 +125,14 @@ class Watchdog:
         self.store = self.mesh.side_store()
         self._meet()
         for target in (self._exchange, self._watch):
-            threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True).start()
+            self._threads.append(threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True))
+            self._threads[-1].start()
 
     def stop(self) -> None:
         """The run ends by itself: nobody watches any more."""
         self._ended.set()
+        for thread in self._threads:
+            thread.join(STOP_S)
         faulthandler.unregister(DUMP_SIGNAL)
         if self._file.tell() == 0:
             with contextlib.suppress(OSError):

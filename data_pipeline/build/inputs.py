@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 import xxhash
 
 from data_pipeline.errors import DataError
-from data_pipeline.remote import HttpStorage, S3Storage, Version
+from data_pipeline.remote import HttpStorage, Missing, S3Storage, Version
 from data_pipeline.storage import open_storage
 
 _BUFFER = 1 << 20
@@ -92,6 +92,17 @@ def open_input(path: str) -> BinaryIO:
         return cast(BinaryIO, gzip.open(path, "rb") if packed else open(path, "rb", buffering=_BUFFER))  # noqa: SIM115
     file = _open_remote(path)
     return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.endswith(".gz") else file
+
+
+def read_input(path: str) -> bytes:
+    """The whole file. Raises OSError; FileNotFoundError too for what is not there on a server that answers."""
+    if not is_remote(path):
+        return Path(path).read_bytes()
+    try:
+        with open_input(path) as file:
+            return file.read()
+    except Missing as error:
+        raise FileNotFoundError(str(error)) from None
 
 
 def _open_remote(path: str) -> BinaryIO:

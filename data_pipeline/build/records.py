@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.build.inputs import beside, is_remote, must_exist, open_input
+from data_pipeline.build.inputs import beside, is_remote, must_exist, open_input, read_input
 from data_pipeline.build.layout import Row
 from data_pipeline.config import TableSource
-from data_pipeline.remote import Missing
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.tar import Member, scan
 
@@ -101,11 +100,7 @@ class ImageStore:
         """Raises OSError for what is not there alone: a server that fails says nothing about the row."""
         if "://" in name or name.startswith("/") or ".." in name.split("/"):
             raise OSError(f"{name!r} lies outside of {self._path}")
-        try:
-            with open_input(f"{self._path}/{name}") as file:
-                return file.read()
-        except Missing as error:
-            raise OSError(str(error)) from None
+        return read_input(f"{self._path}/{name}")
 
 
 def captions_of_json(tree: Any) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -211,8 +211,8 @@ def _run(storage: Storage, plan: Plan, task: Any, title: str, linked: bool, prog
     result_name = stats_name if task is build_shard else survey_name
     missing = _missing(storage, plan, result_name)
     rejected: Tally[str] = Tally()
-    with Counter(title, plan.rows, progress) as counter:
-        counter.add(sum(_rows(plan, shard) for shard in set(plan.shards) - set(missing)))
+    before = plan.rows - sum(_rows(plan, shard) for shard in missing)
+    with Counter(title, plan.rows, progress, before) as counter:
         ahead = _SHARDS_AHEAD if linked else None
         for shard, result in run_tasks(_submitter(plan, task, linked), missing, plan.config.workers, ahead):
             rejected.update(result["rejected"] if isinstance(result, dict) else {})

@@ -120,7 +120,8 @@ class Stages:
         if isinstance(admitted, Link):
             admitted = self._fetched(number, admitted, record)
         if isinstance(admitted, Pair):
-            record["sha256"] = hashlib.sha256(admitted.image).hexdigest()
+            if "sha256" not in record:  # of what was fetched it is known, and compared when it is read
+                record["sha256"] = hashlib.sha256(admitted.image).hexdigest()
             repeat = self._repeats.get(number)
             outcome = repeat or self._look(admitted, record)
         else:
@@ -159,6 +160,7 @@ class Stages:
             return Drop(link.key, outcome["reason"], outcome["detail"])
         digest, data = next(self._fetched_bytes)  # in the order of the journal, which is that of the rows
         assert digest == outcome["sha256"]
+        record["sha256"] = digest
         return Pair(link.key, data, link.captions, {"url": link.url, **link.meta})
 
 

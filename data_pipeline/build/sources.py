@@ -4,23 +4,34 @@ Every row of a range comes back, in order, as a Pair, as a Link to be fetched, o
 is a counted rejection.
 """
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 import xxhash
 
-from data_pipeline.build.inputs import beside, expand_braces, input_paths, is_remote, must_exist, open_input
+from data_pipeline.build.inputs import (
+    beside,
+    expand_braces,
+    input_paths,
+    is_remote,
+    must_exist,
+    open_input,
+    read_input,
+)
 from data_pipeline.build.layout import Layout, Part, Row, lines_layout
 from data_pipeline.build.records import ImageStore, as_captions, captions_of_json, is_json
 from data_pipeline.build.tables import Table, load_json, published_table
 from data_pipeline.config import CocoSource, FolderSource, ScenesSource, SourceConfig, TarsSource
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.remote import S3Storage
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.tar import Member, scan, split_name
 
@@ -84,47 +95,72 @@ class Scenes:
 
 
 class Folder:
-    """Images below a folder, sorted by name; captions stand beside them."""
+    """Images below a folder, sorted by name; captions stand beside them.
+
+    A key is a name below the folder; of several folders the name of its own stands before it.
+    """
 
     def __init__(self, config: FolderSource, layout: Layout | None = None) -> None:
-        self._root = Path(config.path)
+        self._path = config.path
+        self._roots = [root for part in config.path.split("::") for root in expand_braces(part)]
         self._given = layout
 
     @cached_property
     def layout(self) -> Layout:
         if self._given is not None:
             return self._given
-        must_exist(self._root, "source.path")
-        found = (path.relative_to(self._root) for path in self._root.rglob("*") if path.is_file())
-        names = (path.as_posix() for path in found if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-        return lines_layout(str(self._root), sorted(names))
+        each = [lines_layout(root, _images_below(root)) for root in self._roots]
+        return Layout(tuple(layout.parts[0] for layout in each), pa.concat_arrays([layout.lines for layout in each]))
 
     def count(self) -> int:
         if not self.layout.rows:
-            raise DataError(f"{self._root}: no images ({', '.join(IMAGE_EXTENSIONS)}) here; check source.path")
+            raise DataError(f"{self._path}: no images ({', '.join(IMAGE_EXTENSIONS)}) here; check source.path")
         return self.layout.rows
 
     def keys(self) -> Iterator[str]:
-        return (name.rpartition(".")[0] for name in self.layout.texts(0, self.layout.rows))
+        return (self._key(root, name) for root, name in self._names(0, self.layout.rows))
 
     def rows(self, start: int, stop: int) -> Iterator[Row]:
-        for name in self.layout.texts(start, stop):
-            key, path = name.rpartition(".")[0], self._root / name
+        for root, name in self._names(start, stop):
+            key = self._key(root, name)
             try:
-                captions, meta = _beside(path)
-                yield Pair(key, path.read_bytes(), captions, meta)
+                captions, meta = _beside(f"{root}/{name}")
+                yield Pair(key, read_input(f"{root}/{name}"), captions, meta)
             except OSError as error:
                 yield Drop(key, "unreadable_file", str(error))
             except (ValueError, TypeError) as error:
                 yield Drop(key, "unreadable_caption", str(error))
 
+    def _names(self, start: int, stop: int) -> Iterator[tuple[str, str]]:
+        """(folder, name below it) of rows [start, stop)."""
+        for part, first, last in self.layout.ranges(start, stop):
+            yield from ((part.path, name) for name in self.layout.texts(start, start + last - first))
+            start += last - first
 
-def _beside(image: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+    def _key(self, root: str, name: str) -> str:
+        own = f"{root.rstrip('/').rpartition('/')[2]}/" if len(self._roots) > 1 else ""
+        return own + name.rpartition(".")[0]
+
+
+def _images_below(root: str) -> list[str]:
+    """Names of the images below a folder of this machine or a prefix on S3, sorted."""
+    if root.startswith("s3://"):
+        names: Iterable[str] = S3Storage(root).names_below()
+    elif is_remote(root):
+        raise ConfigError(f"source.path={root}: only s3:// tells what lies in a folder; name a table or tars instead")
+    else:
+        must_exist(Path(root), "source.path")
+        names = (path.relative_to(root).as_posix() for path in Path(root).rglob("*") if path.is_file())
+    return sorted(name for name in names if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
+
+
+def _beside(image: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Captions and attributes of the .json or .txt file beside an image; none where there is no such file."""
-    if (path := image.with_suffix(".json")).is_file():
-        return captions_of_json(json.loads(path.read_text(encoding="utf-8")))
-    if (path := image.with_suffix(".txt")).is_file():
-        return tuple(path.read_text(encoding="utf-8").splitlines()), {}
+    stem = image.rpartition(".")[0]
+    with contextlib.suppress(FileNotFoundError):
+        return captions_of_json(json.loads(read_input(f"{stem}.json").decode("utf-8")))
+    with contextlib.suppress(FileNotFoundError):
+        return tuple(read_input(f"{stem}.txt").decode("utf-8").splitlines()), {}
     return (), {}
 
 

@@ -126,19 +126,18 @@ class Table:
     def _records(self, start: int, stop: int, columns: list[str] | None = None) -> Iterator[tuple[str, Record]]:
         """(path of the table, record) of rows [start, stop); parquet reads `columns` only."""
         for part, first, last in self.layout.ranges(start, stop):
-            records = self._part_records(part, first, last, columns)
-            yield from ((part.path, record) for record in itertools.islice(records, last - first))
+            yield from ((part.path, record) for record in self._part_records(part, first, last, columns))
 
     def _part_records(self, part: Part, first: int, last: int, columns: list[str] | None) -> Iterator[Record]:
         if self.layout.lines is not None:
             yield from (parse_object(line) for line in self.layout.texts(first, last))
-            return
-        with open_input(part.path) as file:
-            if self._config.kind == "parquet":
-                yield from parquet_records(file, part.path, first, columns)
-            elif len(part.offsets):
+        elif self._config.kind == "parquet":
+            yield from parquet_records(part, first, last, columns)
+        elif len(part.offsets):
+            with open_input(part.path) as file:
                 text = TextRecords(file, self._config, int(part.offsets[first // STRIDE]))
-                for _, record in itertools.islice(text, first % STRIDE, None):
+                skipped = first % STRIDE
+                for _, record in itertools.islice(text, skipped, skipped + last - first):
                     yield record if isinstance(record, dict) else text.named(record)
 
 
@@ -236,19 +235,80 @@ def load_json(path: str) -> Any:
             raise DataError(f"{path}: not JSON ({error}); check source.path and source.kind") from None
 
 
-def parquet_records(source: BinaryIO, path: str, start: int, columns: list[str] | None) -> Iterator[Record]:
-    """Records from row `start` on; row groups before it are not read."""
-    file = _parquet(source, path)
-    before = 0
-    for group in range(file.metadata.num_row_groups):
-        first, before = before, before + file.metadata.row_group(group).num_rows
-        if before <= start:
-            continue
-        # a reader of one group at a time: one of all prepares them all, some 45 KB each; and by one thread: each of
-        # Arrow's keeps memory of its own, some 30 MB
-        for batch in file.iter_batches(batch_size=256, use_threads=False, row_groups=[group], columns=columns):
-            if first + batch.num_rows > start:
-                yield from batch.slice(max(0, start - first)).to_pylist()
+_PAUSED: dict[tuple[Any, ...], "ParquetReader"] = {}  # at most one
+
+
+def parquet_records(part: Part, start: int, stop: int, columns: list[str] | None) -> Iterator[Record]:
+    """Records [start, stop) of a parquet file; row groups before them are not read.
+
+    A row group is decoded from its beginning only. Where a range ends within one, its reader waits for the next range
+    of this process, so that a worker decodes a large group once and not once a shard.
+    """
+    key = (part.path, part.digest, None if columns is None else tuple(columns))
+    reader = _PAUSED.pop(key, None) or ParquetReader(part.path, columns)
+    _forget_paused()
+    try:
+        yield from reader.records(start, stop)
+        if reader.is_within_group(stop):
+            _PAUSED[key] = reader
+    finally:
+        if key not in _PAUSED:
+            reader.close()
+
+
+def _forget_paused() -> None:
+    while _PAUSED:
+        _PAUSED.popitem()[1].close()
+
+
+class ParquetReader:
+    """Records of one parquet file; going on after the last one that was asked for decodes nothing twice."""
+
+    def __init__(self, path: str, columns: list[str] | None) -> None:
+        self._source = open_input(path)
+        self._file = _parquet(self._source, path)
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self._begins = np.cumsum([0, *sizes])  # of the groups, and the end
+        self._columns = columns
+        self._batches: Iterator[tuple[int, Any]] = iter(())
+        self._newest: tuple[int, Any] = (-1, None)  # (number of its first row, batch)
+
+    def records(self, start: int, stop: int) -> Iterator[Record]:
+        """Records [start, stop), or as many of them as the file has."""
+        for first, batch in self._from(start):
+            self._newest = first, batch
+            begin, end = max(first, start), min(first + batch.num_rows, stop)
+            if begin < end:
+                yield from batch.slice(begin - first, end - begin).to_pylist()
+            if end == stop:
+                return
+
+    def is_within_group(self, row: int) -> bool:
+        """Is there a row group that begins before this row and ends after it?"""
+        return row < self._begins[-1] and row not in self._begins
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _from(self, start: int) -> Iterator[tuple[int, Any]]:
+        """Batches from the group of row `start` on, or from where this reader stands where that is further."""
+        group = int(np.searchsorted(self._begins, start, side="right")) - 1
+        if self._begins[group] <= self._newest[0] <= start:
+            return itertools.chain([self._newest], self._batches)
+        self._batches = _decoded(self._file, self._begins, group, self._columns)  # without self: no cycle to collect
+        return self._batches
+
+
+def _decoded(file: Any, begins: np.ndarray, group: int, columns: list[str] | None) -> Iterator[tuple[int, Any]]:
+    """(number of its first row, batch) from a row group on; `begins` are the groups' first rows, and the end."""
+    # a reader of one group at a time: one of all prepares them all, some 45 KB each; and by one thread: each of Arrow's
+    # keeps memory of its own, some 30 MB
+    options = {"batch_size": 256, "use_threads": False, "columns": columns}
+    for number in range(group, len(begins) - 1):
+        first = int(begins[number])
+        for batch in file.iter_batches(row_groups=[number], **options):
+            yield first, batch
             first += batch.num_rows
 
 

@@ -258,13 +258,13 @@ def _encode_shards(
 ) -> None:
     there = set(open_storage(job.dataset).list())
     missing = [i for i, shard in enumerate(manifest.shards) if codes_name(shard.name, job.tokenizer_id) not in there]
-    with Counter("encode", manifest.samples, progress) as counter:
-        counter.add(manifest.samples - sum(manifest.shards[i].n for i in missing))
+    before = manifest.samples - sum(manifest.shards[i].n for i in missing)
+    with Counter("encode", manifest.samples, progress, before) as counter:
         if not missing:
             return
         with ray_session(workers, ray_address, gpus * workers):
             pool = _Actors(job, min(workers, len(missing)), gpus)
-            for _, samples in run_tasks(pool.submit, missing, workers):
+            for _, samples in run_tasks(pool.submit, missing, workers, gpus=gpus):
                 counter.add(samples)
 
 

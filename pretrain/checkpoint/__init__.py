@@ -1,8 +1,8 @@
 """Sharded checkpoints, committed by a manifest that is written last; nothing in them executes.
 
 ROOT is RUN/checkpoints, or a folder or s3:// prefix of its own (`train.checkpoints`). ROOT/step-S.attempt-A/ holds
-    rRRRRR.safetensors  of each rank: float32 slices [lo, hi) of flattened parameters and AdamW moments; of rank 0
-                        also the buffers
+    rRRRRR.safetensors  of each rank: float32 slices [lo, hi) of flattened parameters and AdamW moments, and buffers;
+                        beyond 1 GiB it goes on in rRRRRR.part-PPPPP.safetensors
     index.json          where every slice lies: what a reader needs to ask for its byte ranges alone
     state.json          step, position, parameter groups by name, update counts, loss scale, what the run is
     MANIFEST.json       name, size and sha256 of every file, created once and last: without it there is no checkpoint

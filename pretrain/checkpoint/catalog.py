@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 INDEX = "index.json"
-VERSION = 2
+VERSION = 3
 BUFFER = 8 << 20
 """Bytes held at once while a file is hashed or read."""
 FOLDER = re.compile(r"step-(\d+)\.attempt-(\d+)")
@@ -165,22 +165,32 @@ def refuse_overtaken(root: str | Path, attempt: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the last ones, every M-th step, the one with the lowest `best`, and named ones."""
+    """Which checkpoints stay: the last ones, every M-th step, the one with the lowest `best`, and named ones.
+
+    The last are counted among the regular ones, whose step `regular` divides: a roll back needs them, and a save that a
+    stop signal asked for must not push them out. Of the others the newest stays.
+    """
 
     last: int
     every_steps: int = 0
     best: str = ""
+    regular: int = 1
 
     @classmethod
     def of(cls, train: "TrainConfig") -> "Retention":
         """As a run's configuration has it."""
-        return cls(train.keep_checkpoints, train.keep_every_steps, train.keep_best)
+        regular = train.checkpoint_every_steps
+        return cls(train.keep_checkpoints, train.keep_every_steps, train.keep_best, regular)
 
     def reasons(self, root: str | Path, rows: list[Saved]) -> dict[str, list[str]]:
         """Folder name -> why it stays; no reason, no stay."""
         kept: dict[str, list[str]] = {saved.name: [] for saved in rows}
-        for saved in rows[-self.last :]:
+        regular = [saved for saved in rows if saved.step % self.regular == 0]
+        for saved in regular[-self.last :]:
             kept[saved.name].append("last")
+        for saved in rows[-1:]:
+            if not kept[saved.name]:
+                kept[saved.name].append("newest")
         for saved in rows:
             if self.every_steps and saved.step % self.every_steps == 0:
                 kept[saved.name].append(f"every {self.every_steps}")

@@ -1,4 +1,4 @@
-"""Slices of tensors -> one safetensors file a rank, written in one pass; byte ranges of such files -> slices.
+"""Slices of tensors -> safetensors files of each rank, written in one pass; byte ranges of such files -> slices.
 
 In a file the tensors of one slice stand together, `param`, `exp_avg`, `exp_avg_sq` in this order, float32, little
 endian, under the keys KIND/NAME; the index says where each slice begins, so that a reader asks for nothing else.
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 ITEM = 4  # bytes of a float32
 READERS = 4
+PART = 1 << 30
+"""Bytes of tensors in a file, at most: S3 takes five times as much at once, and what fails is sent again whole."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
@@ -47,8 +49,9 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One rank's file before it is written: shares and, of rank 0, buffers by name."""
+    """One rank's file before it is written: shares, and buffers by name."""
 
+    rank: int
     file: str
     shares: list[Share]
     buffers: dict[str, Tensor]
@@ -71,8 +74,33 @@ def shard_of(engine: "Engine", mesh: "Mesh") -> Shard:
         if lo < hi:
             views = {kind: view[lo - owned.lo : hi - owned.lo] for kind, view in owned.tensors.items()}
             shares.append(Share(owned.name, owned.shape, lo, hi, views))
-    buffers = dict(engine.deepspeed.module.named_buffers()) if mesh.rank == 0 else {}
-    return Shard(f"r{mesh.rank:05d}.safetensors", shares, buffers)
+    return Shard(mesh.rank, _file(mesh.rank, 0), shares, dict(engine.deepspeed.module.named_buffers()))
+
+
+def _file(rank: int, part: int) -> str:
+    return f"r{rank:05d}.safetensors" if part == 0 else f"r{rank:05d}.part-{part:05d}.safetensors"
+
+
+def parts_of(shard: Shard, limit: int = PART) -> Iterator[Shard]:
+    """The shard as files of at most `limit` bytes of slices each; the buffers go with the first."""
+    part, held, buffers = list[Share](), 0, shard.buffers
+    number = 0
+    for share in (piece for whole in shard.shares for piece in _cut_share(whole, limit)):
+        size = (share.hi - share.lo) * ITEM * len(share.views)
+        if part and held + size > limit:
+            yield Shard(shard.rank, _file(shard.rank, number), part, buffers)
+            part, held, buffers, number = [], 0, {}, number + 1
+        part.append(share)
+        held += size
+    yield Shard(shard.rank, _file(shard.rank, number), part, buffers)
+
+
+def _cut_share(whole: Share, limit: int) -> Iterator[Share]:
+    step = max(1, limit // (ITEM * len(whole.views)))
+    for lo in range(whole.lo, whole.hi, step):
+        hi = min(lo + step, whole.hi)
+        views = {kind: view[lo - whole.lo : hi - whole.lo] for kind, view in whole.views.items()}
+        yield Share(whole.name, whole.shape, lo, hi, views)
 
 
 class Staging:
@@ -97,7 +125,7 @@ class Staging:
         buffers = {name: staged[f"buffer/{name}"] for name in shard.buffers}
         if on_cuda:
             torch.cuda.synchronize()
-        return Shard(shard.file, shares, buffers)
+        return Shard(shard.rank, shard.file, shares, buffers)
 
 
 def _padded(tensor: Tensor) -> int:
@@ -115,9 +143,10 @@ def _staged(tensor: Tensor, block: Tensor) -> Tensor:
 
 
 def write_shard(storage: Storage, shard: Shard) -> dict[str, Any]:
-    """Write and hash in one pass -> {name, bytes, sha256, slices, buffers}: the file's entry and its part of the index.
+    """Write and hash in one pass -> {name, bytes, sha256, rank, slices, buffers}: what manifest and index need.
 
-    slices: [name, shape, lo, hi, begin, kinds] each, begin counted in the file; buffers: name -> [dtype, shape, begin].
+    slices: [name, shape, lo, hi, begin, kinds] each, begin counted in the file; buffers: name -> [dtype, shape,
+    begin, digest of its bytes].
     """
     head, starts = _header(shard)
     digest, size = hashlib.sha256(), 0
@@ -140,10 +169,13 @@ def write_shard(storage: Storage, shard: Shard) -> dict[str, Any]:
         for share in shard.shares
     ]
     buffers = {
-        name: [NAMES_OF_DTYPES[tensor.dtype], list(tensor.shape), starts[f"buffer/{name}"]]
+        name: [
+            NAMES_OF_DTYPES[tensor.dtype], list(tensor.shape), starts[f"buffer/{name}"],
+            hashlib.sha256(_bytes(tensor)).hexdigest(),
+        ]
         for name, tensor in shard.buffers.items()
-    }
-    return entry | {"slices": slices, "buffers": buffers}
+    }  # fmt: skip
+    return entry | {"rank": shard.rank, "slices": slices, "buffers": buffers}
 
 
 def _header(shard: Shard) -> tuple[bytes, dict[str, int]]:
@@ -167,17 +199,27 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def index_of(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The index over all ranks' files: names and shapes once, of each file [number of name, lo, hi, begin, kinds]."""
+    """The index over all ranks' files: names and shapes once, of each file [number of name, lo, hi, begin, kinds].
+
+    buffers: name -> where rank 0 wrote it; own_buffers: the same by rank, of those alone whose bytes differ from rank
+    0's (batch norm's statistics are of a rank's own samples).
+    """
     shapes: dict[str, list[int]] = {}
     files: dict[str, list[list[int]]] = {}
-    buffers: dict[str, Any] = {}
+    first: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
     for report in reports:
         shapes |= {name: shape for name, shape, *_ in report["slices"]}
-        buffers |= {name: [report["name"], *where] for name, where in report["buffers"].items()}
+        for name, (dtype, shape, begin, digest) in report["buffers"].items():
+            place = [report["name"], dtype, shape, begin]
+            if first.setdefault(name, (digest, place))[0] != digest:
+                own.setdefault(str(report["rank"]), {})[name] = place
     numbers = {name: number for number, name in enumerate(shapes)}
     for report in reports:
         files[report["name"]] = [[numbers[name], *where] for name, _, *where in report["slices"]]
-    return {"names": list(shapes), "shapes": list(shapes.values()), "files": files, "buffers": buffers}
+    buffers = {name: place for name, (_, place) in first.items()}
+    shared = {"names": list(shapes), "shapes": list(shapes.values()), "files": files}
+    return shared | {"buffers": buffers, "own_buffers": own}
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -202,6 +244,7 @@ class Slices:
         index = read_json(self._storage(), INDEX)
         self.shapes = {name: tuple(shape) for name, shape in zip(index["names"], index["shapes"], strict=True)}
         self._buffers: dict[str, Any] = index["buffers"]
+        self._own_buffers: dict[str, dict[str, Any]] = index["own_buffers"]
         self._parts: dict[str, list[tuple[int, int, str, int, int]]] = {name: [] for name in self.shapes}
         for file, slices in index["files"].items():
             for number, lo, hi, begin, kinds in slices:
@@ -243,9 +286,9 @@ class Slices:
         shape = torch.Size(self.shapes[name])
         return self.interval(kind, name, 0, shape.numel()).view(shape)
 
-    def buffer(self, name: str) -> Tensor:
-        """A buffer in its own dtype and shape."""
-        file, dtype, shape, begin = self._buffers[name]
+    def buffer(self, name: str, rank: int = 0) -> Tensor:
+        """A buffer in its own dtype and shape, as this rank had it."""
+        file, dtype, shape, begin = self._own_buffers.get(str(rank), {}).get(name) or self._buffers[name]
         tensor = torch.empty(shape, dtype=DTYPES[dtype])
         size = tensor.numel() * tensor.element_size()
         if size:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def restore(saved: Saved, engine: "Engine") -> None:
     """Fill the engine's masters, moments, working copies, buffers and counts.
 
-    Raises DataError for another model's checkpoint.
+    At the world that wrote it every rank has its own buffers back, at another one those of rank 0. Raises DataError for
+    another model's checkpoint.
     """
     slices = Slices(saved.folder)
     unknown = sorted(set(engine.names.values()) ^ set(slices.shapes))
@@ -30,6 +31,7 @@ def restore(saved: Saved, engine: "Engine") -> None:
     slices.fill((kind, owned.name, owned.lo, view) for owned in parts for kind, view in owned.tensors.items())
     engine.refresh()
     buffers = dict(engine.deepspeed.module.named_buffers())
+    rank = engine.mesh.rank if engine.mesh.world == saved.manifest["world"] else 0
     for name in slices.buffers:
-        buffers[name].copy_(slices.buffer(name))
+        buffers[name].copy_(slices.buffer(name, rank))
     engine.load_scalars(saved.state["optimizer"], saved.folder)

@@ -31,7 +31,7 @@ from pretrain.checkpoint.catalog import (
     refuse_overtaken,
     tidy,
 )
-from pretrain.checkpoint.layout import Shard, Staging, index_of, shard_of, write_shard
+from pretrain.checkpoint.layout import Shard, Staging, index_of, parts_of, shard_of, write_shard
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
@@ -42,6 +42,8 @@ COMMIT_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 3600.0
 ABANDON_S = 5.0
 """What a save in flight is given when the run ends by an error: enough for one whose parts are all written."""
+READ_S = 10.0
+"""How long rank 0, which holds the store, stays for the others to read how a save ended."""
 POLL_S = (0.005, 0.25)
 
 
@@ -157,6 +159,8 @@ class Save(threading.Thread):
         self.began = began
         self.failure = ""
         self.abandoned = threading.Event()
+        self.heard: list[int] = []
+        """Rank 0: the ranks that have reported."""
         self.key = f"save-{number} {self.folder}"  # a word of an earlier save must not be taken for one of this
 
     def ended(self, timeout_s: float) -> bool:
@@ -171,11 +175,16 @@ class Save(threading.Thread):
             store.set(f"{self.key}/{self.owner.mesh.rank}", json.dumps(_outcome(self._write)))
             if self.owner.mesh.rank == 0:
                 store.set(self.key, json.dumps(_outcome(lambda: self._commit(store))))
-            _result(_get(store, self.key, COMMIT_TIMEOUT_S, self.abandoned))
+            told = _get(store, self.key, COMMIT_TIMEOUT_S, self.abandoned)
+            store.set(f"{self.key}/read/{self.owner.mesh.rank}", "{}")
+            _result(told)
         except (OSError, RuntimeError, TesseraError) as error:  # RuntimeError: the store's server is gone
             self.failure = str(error)
         if self.owner.mesh.rank == 0:
             self._follow()
+            with contextlib.suppress(RuntimeError, TesseraError):  # who is gone reads nothing
+                for rank in self.heard:
+                    _get(store, f"{self.key}/read/{rank}", READ_S, self.abandoned)
 
     def _follow(self) -> None:
         """Rank 0, after the commit: say what became of it, and let retention work."""
@@ -187,10 +196,11 @@ class Save(threading.Thread):
             self.owner.last_save_s = time.monotonic() - self.began
             self._tidy()
 
-    def _write(self) -> dict[str, Any]:
+    def _write(self) -> list[dict[str, Any]]:
         if self.shard is None:
             raise DataError(f"the save before is still being written after {COMMIT_TIMEOUT_S:.0f} s")
-        return write_shard(open_storage(self.folder), self.shard)
+        storage = open_storage(self.folder)
+        return [write_shard(storage, part) for part in parts_of(self.shard)]
 
     def _commit(self, store: "KeyValues") -> None:
         """Rank 0: all reports, index, state, and last the manifest."""
@@ -206,13 +216,15 @@ class Save(threading.Thread):
         put_once(storage, MANIFEST, as_json(manifest | {"files": files}))
 
     def _reports(self, store: "KeyValues") -> tuple[list[dict[str, Any]], list[str]]:
-        """What every rank wrote, and what went wrong, by rank."""
+        """The files that the ranks wrote, and what went wrong, by rank."""
         reports, errors = [], []
         deadline = time.monotonic() + COMMIT_TIMEOUT_S
         for rank in range(self.owner.mesh.world):
             left = max(0.0, deadline - time.monotonic())
             try:
-                reports.append(_result(_get(store, f"{self.key}/{rank}", left, self.abandoned)))
+                told = _get(store, f"{self.key}/{rank}", left, self.abandoned)
+                self.heard.append(rank)
+                reports += _result(told)
             except Abandoned:
                 raise
             except TesseraError as error:

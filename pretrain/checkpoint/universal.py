@@ -32,7 +32,8 @@ def export_universal(saved: Saved, output: str | Path) -> Path:
             torch.save({"param": slices.whole(kind, name)}, place / f"{KEYS[kind]}.pt")
         if name in updates:
             torch.save(torch.tensor(float(updates[name])), place / "step.pt")
-    rows = [{key: value for key, value in group.items() if key != "names"} for group in groups.values()]
+    ordered = sorted(groups.values(), key=lambda group: int(group["number"]))  # as the optimizer has them
+    rows = [{key: value for key, value in group.items() if key not in ("names", "number")} for group in ordered]
     hyper = [row | {"betas": tuple(row["betas"]), "params": []} for row in rows]
     step = torch.tensor(float(max(updates.values(), default=0)))
     inner = {"state": {0: {"step": step}}, "param_groups": hyper}

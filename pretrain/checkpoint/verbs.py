@@ -1,5 +1,6 @@
 """What `tessera checkpoint` does: what is saved and why it stays, is it whole, name it, take it elsewhere, tidy up."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def gc(run: str | Path, keep: int | None = None) -> dict[str, Any]:
     def may_go(step: int, attempt: int) -> bool:
         return attempt < owner or (step, attempt) < newest
 
-    return {"removed": tidy(root, Retention(keep or kept.last, kept.every_steps, kept.best), may_go)}
+    return {"removed": tidy(root, dataclasses.replace(kept, last=keep or kept.last), may_go)}
 
 
 def _retention(run: str | Path) -> Retention:

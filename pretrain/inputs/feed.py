@@ -29,7 +29,7 @@ from data_pipeline.errors import BadSample, NodeFault
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import share
 from pretrain.inputs.bad import Ledger, Replaced, Usable
-from pretrain.signals import ignore_stop_signals
+from pretrain.signals import ignore_stop_signals, stop_signals_held
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
@@ -133,7 +133,8 @@ class Feed:
             self.waited_s += time.monotonic() - began
 
     def _submit(self, pool: Executor, position: int) -> Future[Prepared]:
-        return pool.submit(_prepare_here if self.workers else self.preparer.at, position)
+        with stop_signals_held():  # the first submit starts the workers
+            return pool.submit(_prepare_here if self.workers else self.preparer.at, position)
 
     def _pool(self) -> contextlib.AbstractContextManager[Executor]:
         if not self.workers:

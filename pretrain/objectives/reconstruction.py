@@ -1,13 +1,15 @@
 """Training of the VQGAN. Esser et al. 2021, arXiv:2012.09841; the losses of taming-transformers.
 
-    total = nll + codebook_weight * codebook + [step >= discriminator_start_step] (lambda * generator + hinge)
-    nll = mean(|x - y|) + perceptual_weight * perceptual(x, y),   y the reconstruction
+    main = nll + codebook_weight * codebook + [step >= discriminator_start_step] lambda * generator
+    nll = mean(|x - y|) + perceptual_weight * perceptual(x, y),   y the reconstruction, generator = -mean D(y)
     lambda = discriminator_weight * clamp(|d nll / d last layer| / (|d generator / d last layer| + 1e-4), 0, 1e4)
+    discriminator = hinge(D(x), D(y')),   y' the reconstruction by the model that the turn of main has just updated
 
-Deviations: the discriminator learns in the same backward and from the same reconstruction as the generator, not in a
-step of its own: the generator's adversarial gradient is taken with respect to the reconstruction alone, so the
-discriminator's parameters receive only the hinge gradient. The norms in lambda are of the global batch. Perceptual
-distance is LPIPS in the paper; ours is injectable and by default needs no weights (`EdgePyramid`).
+Two optimizers take turns, the model's first. Deviations: before discriminator_start_step there is no turn of the
+discriminator, where the original takes steps of gradient zero: its weights do not move either way, but its AdamW counts
+from its first gradient on, so that the bias correction holds for it (the original's first steps are 1.6 times the
+rate). The norms in lambda are of the global batch. Perceptual distance is LPIPS in the paper; ours is injectable and by
+default needs no weights (`EdgePyramid`).
 Letters: B batch of this rank, S image side, E code width, N codebook size, M latents of a batch.
 """
 
@@ -48,6 +50,7 @@ class Reconstruction(nn.Module):
     """Owns model and discriminator; `after_step` replaces codes that nothing uses."""
 
     keys: ClassVar[tuple[str, ...]] = ("pixels", "step")
+    roles: ClassVar[tuple[str, ...]] = ("main", "discriminator")
     model: Vqgan
     last_used: Tensor  # int64 [N], the step at which each code was last used
 
@@ -71,9 +74,25 @@ class Reconstruction(nn.Module):
         self.register_buffer("last_used", torch.zeros(model.config.codebook_size, dtype=torch.int64))
         self._pool = torch.empty(0)  # float32 [<= REVIVAL_POOL, E], latents of the last batch
 
+    def role_of(self, name: str) -> str:
+        """The discriminator's parameters learn apart."""
+        return "discriminator" if name.startswith("discriminator.") else "main"
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        """The model, then, from its start on, the discriminator."""
+        return self.roles if self._plays(step) else self.roles[:1]
+
+    def _plays(self, step: int) -> bool:
+        return self.discriminator is not None and step >= self.config.discriminator_start_step
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """pixels float32 [B, 3, S, S] in [-1, 1], step int64 [] -> loss and metrics."""
-        pixels, step = batch["pixels"], int(batch["step"])
+        """pixels float32 [B, 3, S, S] in [-1, 1], step int64 [], turn int64 [] -> loss and metrics of that turn."""
+        if int(batch.get("turn", 0)):
+            return self._discriminate(batch["pixels"])
+        return self._reconstruct(batch["pixels"], int(batch["step"]))
+
+    def _reconstruct(self, pixels: Tensor, step: int) -> dict[str, Tensor]:
+        """The turn of the model."""
         output, quantised = self.model(pixels)
         reconstruction = output.float()
         absolute = (pixels - reconstruction).abs().mean()
@@ -83,8 +102,8 @@ class Reconstruction(nn.Module):
         )
         loss = nll + self.config.codebook_weight * codebook
         metrics = {"absolute_error": absolute, "codebook_loss": codebook, "psnr": psnr(pixels, reconstruction)}
-        if self.discriminator is not None and step >= self.config.discriminator_start_step:
-            adversarial, more = self._adversarial(pixels, reconstruction, nll)
+        if self._plays(step):
+            adversarial, more = self._adversarial(reconstruction, nll)
             loss = loss + adversarial
             metrics |= more
         if self.training:
@@ -92,26 +111,29 @@ class Reconstruction(nn.Module):
         metrics |= self._usage(quantised.codes, step)
         return {"loss": loss} | {name: value.detach() for name, value in metrics.items()}
 
-    def _adversarial(self, pixels: Tensor, reconstruction: Tensor, nll: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> (lambda * generator + hinge, where each part has its own gradient only; metrics)."""
+    def _adversarial(self, reconstruction: Tensor, nll: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """-> (lambda * generator, metrics)."""
         assert self.discriminator is not None
-        shown = reconstruction.detach().requires_grad_(torch.is_grad_enabled())
-        real, fake = self.discriminator(pixels).float(), self.discriminator(shown).float()
-        hinge = hinge_loss(real, fake)
-        metrics = {"discriminator_loss": hinge, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        generator = -self.discriminator(reconstruction).float().mean()
         if not torch.is_grad_enabled():
-            return hinge - fake.mean(), metrics
-        (slope,) = torch.autograd.grad(-fake.mean(), shown, retain_graph=True)
-        weight = self._adaptive_weight(nll, reconstruction, slope)
-        generator = (reconstruction * slope).sum()  # its gradient is that of -mean D(y); its value is of no meaning
-        generator = generator - generator.detach() - fake.mean().detach()
-        return weight * generator + hinge, metrics | {"adversarial_weight": weight}
+            return generator, {}
+        weight = self._adaptive_weight(nll, generator)
+        return weight * generator, {"adversarial_weight": weight}
 
-    def _adaptive_weight(self, nll: Tensor, reconstruction: Tensor, slope: Tensor) -> Tensor:
+    def _discriminate(self, pixels: Tensor) -> dict[str, Tensor]:
+        """The turn of the discriminator: the model only draws."""
+        assert self.discriminator is not None
+        with torch.no_grad():
+            drawn, _ = self.model(pixels)
+        real, fake = self.discriminator(pixels).float(), self.discriminator(drawn.float()).float()
+        logits = {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
+        return {"loss": hinge_loss(real, fake)} | logits
+
+    def _adaptive_weight(self, nll: Tensor, generator: Tensor) -> Tensor:
         """lambda []: both gradients at the decoder's last layer, averaged over the ranks before the norm."""
         last = self.model.decoder.conv_out.weight
         (of_nll,) = torch.autograd.grad(nll, last, retain_graph=True)
-        (of_generator,) = torch.autograd.grad(reconstruction, last, grad_outputs=slope, retain_graph=True)
+        (of_generator,) = torch.autograd.grad(generator, last, retain_graph=True)
         both = self.collectives.sum(torch.stack([of_nll, of_generator]).detach()) / self.collectives.world
         ratio = both[0].norm() / (both[1].norm() + 1e-4)
         return self.config.discriminator_weight * ratio.clamp(0, 1e4)

@@ -25,6 +25,7 @@ NO_TORCH = {
     "data_pipeline.shards.manifest",
     "data_pipeline.shards.codes",
     "pretrain.config",
+    "pretrain.sharding",
 }
 
 

@@ -72,7 +72,7 @@ def test_every_test_that_the_readme_names_exists(readme: str, repository: Path) 
 
 
 def test_links_of_the_documents_lead_somewhere(repository: Path) -> None:
-    for document in ("README.md", "CONTRIBUTING.md", "slurm/README.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "slurm/README.md", "deploy/README.md"):
         for target in LINK.findall((repository / document).read_text(encoding="utf-8")):
             there = (repository / document).parent.joinpath(target).exists()
             assert there or target in MADE_LATER, f"{document}: {target}"

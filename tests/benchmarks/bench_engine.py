@@ -78,7 +78,7 @@ def by_ddp(mesh: Mesh) -> Callable[[], None]:
     """One step of torch's own."""
     module, mine = objective(mesh), batch(mesh.rank)
     optim = config(0).optim
-    optimizer = build_optimizer(parameter_groups(module, optim), optim)
+    optimizer = build_optimizer(parameter_groups(module, optim))
     wrapped = DistributedDataParallel(module)
 
     def step() -> None:

@@ -1,6 +1,7 @@
 """What a build costs before it makes anything, and whether its memory grows with its rows.
 
-python -m tests.benchmarks.bench_plan plan [--rows 100000000]      time and memory to plan a csv and a parquet
+python -m tests.benchmarks.bench_plan plan [--rows 100000000] [--rounds 5]
+    time and memory to plan a csv and a parquet
 python -m tests.benchmarks.bench_plan memory [--rows 10000 100000 1000000] [--rounds 1]
     peak memory of a whole build of small images, all processes together, Ray's included
 """
@@ -34,8 +35,7 @@ start = time.monotonic()
 last = [row.url for row in __import__("data_pipeline.build.sources", fromlist=["x"]).open_source(
     plan.config.source, plan.layout).rows(plan.rows - 1000, plan.rows)]
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(f"{plan.rows:,} rows planned in {planned:.1f} s, {(peak - before) / 1024:.0f} MB more than before; "
-      f"the last shard's 1000 rows read in {time.monotonic() - start:.2f} s")
+print(json.dumps([planned, time.process_time(), (peak - before) / 1024, time.monotonic() - start]))
 """
 BUILD = """
 import sys
@@ -60,16 +60,22 @@ def write_tables(folder: Path, rows: int) -> None:
             table.write_table(pa.table({"URL": urls, "TEXT": ["a caption"] * len(urls)}, schema=schema))
 
 
-def plan(rows: int) -> None:
+def plan(rows: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         write_tables(Path(name), rows)
         for kind in ("parquet", "csv"):
             source = {"kind": kind, "path": f"{name}/x.{kind}", "image": "URL", "captions": ["TEXT"]}
-            tree = json.dumps({"source": source, "output": f"{name}/out"})
-            done = subprocess.run(
-                [sys.executable, "-c", PLAN, tree], cwd=REPOSITORY, capture_output=True, text=True, check=True
+            command = [sys.executable, "-c", PLAN, json.dumps({"source": source, "output": f"{name}/out"})]
+            found = []
+            for _ in range(rounds):
+                done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+                found.append(json.loads(done.stdout))
+                print(f"{kind:8} {found[-1]}", flush=True)
+            planned, cpu, more, last = (statistics.median(one[place] for one in found) for place in range(4))
+            print(
+                f"{kind:8} {rows:,} rows planned in {planned:.1f} s, {cpu:.1f} s of CPU in all, {more:.0f} MB more "
+                f"than before; the last 1000 rows read in {last:.2f} s (medians of {rounds})"
             )
-            print(f"{kind:8} {done.stdout.strip()}")
 
 
 def write_images(path: Path, rows: int) -> None:
@@ -109,7 +115,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     if options.what == "plan":
-        plan((options.rows or [100_000_000])[0])
+        plan((options.rows or [100_000_000])[0], options.rounds)
     else:
         memory(options.rows or [10_000, 100_000, 1_000_000], options.rounds)
 

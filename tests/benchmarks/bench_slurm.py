@@ -4,7 +4,7 @@ python -m tests.benchmarks.bench_slurm [ROUNDS]  a Slurm of two nodes on this ma
 
 Both train the same tiny ELECTRA on two nodes. Submit to first step: from the start of `tessera launch slurm` or
 `sbatch` to the end of step 1. Stop to saved: from scancel --signal=USR1 to the manifest. Saved to first step: from
-there, through the queue, to the end of the next attempt's first step, Slurm's own wait (cred_expire, 5 s here) included.
+there, through the queue, to the end of the next attempt's first step, with Slurm's own wait (cred_expire, 5 s here).
 """
 
 import json

@@ -1,5 +1,8 @@
+import contextlib
+import itertools
 import pickle
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +71,47 @@ def test_folders_are_listed_and_removed_with_all_they_hold(storage):
     for _ in range(2):
         open_storage(f"{storage.root}/b").remove_all()
         assert storage.folders() == ["a", "c"]
+
+
+def test_a_folder_that_another_removes_and_adds_to_is_removed_all_the_same(storage):
+    for number in range(300):
+        (storage.path(f"{number % 7}") / "deep").mkdir(parents=True, exist_ok=True)
+        (storage.path(f"{number % 7}") / "deep" / f"old{number}").touch()
+    ends, faults = threading.Event(), []
+
+    def remove():
+        try:
+            storage.remove_all()
+        except BaseException as error:
+            faults.append(error)
+
+    def add():
+        for number in itertools.count():
+            if ends.is_set():
+                return
+            with contextlib.suppress(OSError):
+                (storage.path("0") / "deep").mkdir(parents=True, exist_ok=True)
+                (storage.path("0") / "deep" / f"new{number}").touch()
+
+    removers = [threading.Thread(target=remove) for _ in range(4)]
+    for thread in (adder := threading.Thread(target=add), *removers):
+        thread.start()
+    for thread in removers:
+        thread.join()
+    ends.set()
+    adder.join()
+    assert not faults and not list(Path(storage.root).rglob("old*"))
+
+
+def test_what_may_not_be_removed_is_named(storage, monkeypatch):
+    storage.put_if_absent("a", b"0")
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.unlink", refused)
+    with pytest.raises(DataError, match="permission denied"):
+        storage.remove_all()
 
 
 def test_an_object_is_removed_once_or_not_there(storage):

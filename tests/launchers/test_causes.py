@@ -83,3 +83,20 @@ def test_the_launcher_starts_again_where_that_may_help(
     assert len(list((tmp_path / "run").glob("seen-*"))) == attempts
     record = read_record(tmp_path / "run")
     assert (record["attempt"], record.get("cause")) == (attempts - 1, cause)
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("sys.exit(64)", 64),
+        ("raise ValueError('a bug')", 1),
+        ("sys.exit(74)", 74),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 70),
+        ("sys.exit(75)", 75),
+    ],
+)
+def test_a_schedulers_job_can_tell_user_code_from_a_node_fault(
+    end: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESSERA_ATTEMPT", "0")
+    assert start_launcher(tmp_path, HEAD + end).wait(timeout=60) == code

@@ -128,6 +128,42 @@ def test_an_unexpected_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyP
         cli.main()
 
 
+ENDING = """
+import datetime, sys, threading
+import torch.distributed as dist
+import pretrain.train
+from data_pipeline import errors
+from launchers import cli
+
+def trained(config):
+    store = dist.TCPStore('127.0.0.1', 0, 1, True, datetime.timedelta(seconds=30), wait_for_workers=False)
+    store.set('key', '')
+    def talk():
+        while True:
+            store.multi_get(['key'])
+    for _ in range(3):
+        threading.Thread(target=talk, daemon=True).start()
+    if how == 'Requeue':
+        raise errors.Requeue('saved')
+
+how = sys.argv.pop()
+pretrain.train.main = trained
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [("done", 0), ("Requeue", 75)])
+def test_a_training_process_leaves_with_its_code_whatever_its_threads_are_doing(how: str, code: int) -> None:
+    """At the interpreter's orderly end a thread that comes back from a call of torch's aborts the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING, "train", RECIPE, how], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-2000:]
+    assert "terminate called" not in done.stderr and ("saved" in done.stderr) == (how == "Requeue")
+
+
 def test_interrupt_leaves_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

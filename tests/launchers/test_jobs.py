@@ -1,4 +1,4 @@
-"""Batch scripts and JobSets: golden files, the shell's own parser, the public schema, and what schemas cannot see.
+"""Batch scripts: golden files, the shell's own parser, and what is refused before anything is submitted.
 
 After an intended change write the golden files again: `TESSERA_WRITE_GOLDEN=1 pytest tests/launchers/test_jobs.py`.
 """
@@ -11,20 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
-import yaml
 
 from data_pipeline.errors import ConfigError
-from launchers import kubernetes, slurm
+from launchers import slurm
 from launchers.pipeline import Step, plan_steps
-from launchers.spec import KubernetesCluster, SlurmCluster, describe, dns_label, load_cluster, seconds_of
+from launchers.spec import SlurmCluster, describe, dns_label, load_cluster, seconds_of
 
 GOLDEN = Path("tests/launchers/golden")
 RECIPE = Path("configs/clip/vit-b-32.yaml")
 BUILD = Path("configs/data/folder.yaml")
 SITE = SlurmCluster(procs_per_node=4, gpus_per_node=4, cpus_per_proc=8, partition="gpu")
-PLACE = KubernetesCluster(image="example.com/tessera:0.1.0", nodes=2, procs_per_node=4, gpus_per_node=4)
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +46,6 @@ def pipeline_example() -> str:
     return slurm.render_all(plan_steps(SlurmCluster, "configs/demo/pipeline.yaml"))
 
 
-def jobset_example() -> str:
-    place = load_cluster(KubernetesCluster, Path("configs/cluster/kubernetes.yaml"))
-    return kubernetes.render(describe(RECIPE, [], place, None, None), place)
-
-
 PYXIS = {"container": "pyxis", "container_image": "example.com/tessera:0.1.0", "container_mounts": ("/data:/data",)}
 APPTAINER = {"container": "apptainer", "container_image": "tessera.sif", "container_mounts": ("/scratch dir:/data",)}
 RENDERED: dict[str, Callable[[], str]] = {
@@ -72,7 +64,6 @@ RENDERED: dict[str, Callable[[], str]] = {
     "tests/launchers/golden/array.sbatch": lambda: slurm.render(describe(RECIPE, [], SITE), SITE, seeds="0-3"),
     "tests/launchers/golden/ray.sbatch": lambda: build_example(nodes=4),
     "tests/launchers/golden/pipeline.sbatch": pipeline_example,
-    "tests/launchers/golden/jobset.yaml": jobset_example,
 }
 
 
@@ -185,80 +176,9 @@ def test_seeds_are_for_training() -> None:
         slurm.render(describe(BUILD, [], SITE), SITE, seeds="0-3")
 
 
-# ---------------------------------------------------------------------------------------------- Kubernetes
-
-
-def strict(schema: Any) -> Any:
-    """The schema with unknown fields refused in every object that lists its properties."""
-    if isinstance(schema, list):
-        return [strict(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {key: strict(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and "additionalProperties" not in schema:
-        closed["additionalProperties"] = bool(schema.get("x-kubernetes-preserve-unknown-fields", False))
-    if schema.get("x-kubernetes-int-or-string"):
-        closed.pop("type", None)
-    return closed
-
-
-def jobset_schema(shared: Path) -> Any:
-    definition = yaml.safe_load((shared / "k8s-crd" / "jobset.yaml").read_text(encoding="utf-8"))
-    version = next(v for v in definition["spec"]["versions"] if v["name"] == kubernetes.VERSION)
-    schema = dict(version["schema"]["openAPIV3Schema"])
-    schema["properties"] = {**schema["properties"], "metadata": {"type": "object"}}  # the API server's own part
-    return strict(schema)
-
-
-def test_jobset_fits_the_public_schema_without_unknown_fields(shared: Path) -> None:
-    jsonschema.validate(yaml.safe_load(jobset_example()), jobset_schema(shared))
-
-
-def test_the_schema_check_refuses_an_unknown_field(shared: Path) -> None:
-    tree = yaml.safe_load(jobset_example())
-    tree["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["imagee"] = "x"
-    with pytest.raises(jsonschema.ValidationError, match="imagee"):
-        jsonschema.validate(tree, jobset_schema(shared))
-
-
-def test_pods_agree_with_the_job_on_number_name_and_shutdown() -> None:
-    tree = yaml.safe_load(jobset_example())
-    job = tree["spec"]["replicatedJobs"][0]["template"]["spec"]
-    pod = job["template"]["spec"]
-    container = pod["containers"][0]
-    env = {entry["name"]: entry.get("value") for entry in container["env"]}
-    name = tree["metadata"]["name"]
-    assert job["completions"] == job["parallelism"] == 2 and job["completionMode"] == "Indexed"
-    assert env["MASTER_ADDR"] == f"{name}-node-0-0.{name}"
-    assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
-    assert pod["terminationGracePeriodSeconds"] > 300
-    assert container["resources"]["limits"] == container["resources"]["requests"]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-
-
-@pytest.mark.parametrize("image", ["tessera", "example.com:5000/tessera", "example.com/tessera:latest"])
-def test_an_image_without_a_version_is_refused(image: str) -> None:
-    place = PLACE.model_copy(update={"image": image})
-    with pytest.raises(ConfigError, match="tag"):
-        kubernetes.jobset(describe(RECIPE, [], place, None, None), place)
-
-
-def test_an_image_by_digest_is_accepted() -> None:
-    place = PLACE.model_copy(update={"image": "example.com/tessera@sha256:" + "0" * 64})
-    kubernetes.jobset(describe(RECIPE, [], place, None, None), place)
-
-
-def test_a_namespace_that_is_no_dns_label_is_refused() -> None:
-    place = PLACE.model_copy(update={"namespace": "My_Team"})
-    with pytest.raises(ConfigError, match="DNS label"):
-        kubernetes.jobset(describe(RECIPE, [], place, None, None), place)
-
-
-@pytest.mark.parametrize("module", [slurm, kubernetes])
-def test_more_processes_than_gpus_are_refused(module: Any) -> None:
-    cluster = {slurm: SITE, kubernetes: PLACE}[module]
+def test_more_processes_than_gpus_are_refused() -> None:
     with pytest.raises(ConfigError, match="a GPU serves one process, use --procs-per-node 4"):
-        module.render(describe(RECIPE, [], cluster, 1, 8), cluster)
+        slurm.render(describe(RECIPE, [], SITE, 1, 8), SITE)
 
 
 def step(run: Path) -> Step[SlurmCluster]:
@@ -287,9 +207,3 @@ def test_sbatch_refusing_is_shown_in_its_own_words(monkeypatch: pytest.MonkeyPat
 )
 def test_job_names_are_dns_labels(text: str, label: str) -> None:
     assert dns_label(text) == label
-
-
-def test_creating_a_jobset_without_the_client_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "kubernetes", None)
-    with pytest.raises(ConfigError, match=r"pip install 'tessera\[kubernetes\]'"):
-        kubernetes.submit(describe(RECIPE, [], PLACE, None, None), PLACE)

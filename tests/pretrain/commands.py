@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.pretrain.processes import ROOT
 
-TIMEOUT_S = 200
+TIMEOUT_S = 500
 TRACEBACK = "Traceback (most recent call last)"
 
 
@@ -42,7 +42,7 @@ def electra(material: Material, run: Path, **train: Any) -> dict[str, Any]:
 
 
 def vqgan(material: Material, run: Path) -> dict[str, Any]:
-    """A run of a tiny VQGAN whose dead codes are revived every few steps."""
+    """A run of a tiny VQGAN whose dead codes are revived every few steps, with a discriminator of its own rate."""
     return {
         "run": str(run),
         "model": {
@@ -53,7 +53,7 @@ def vqgan(material: Material, run: Path) -> dict[str, Any]:
         "objective": {"kind": "reconstruction", "discriminator_start_step": 6, "revive_after_steps": 3},
         "data": {"dataset": str(material.dataset)},
         "train": {"steps": 20, "global_batch": 8, "zero_stage": 0, "checkpoint_every_steps": 4, "log_every_steps": 50},
-        "optim": {"lr": 1e-3},
+        "optim": {"lr": 1e-3, "roles": {"discriminator": {"lr": 3e-4, "betas": [0.5, 0.9], "schedule": "constant"}}},
         "tracking": {"uri": ""},
     }  # fmt: skip
 

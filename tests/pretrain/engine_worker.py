@@ -125,7 +125,7 @@ def costs(mesh: Mesh) -> dict[str, int]:
 def refused(mesh: Mesh, stage: int) -> dict[str, Any]:
     """Steps 0 and 2, with nothing between them, or with a step that is refused: NaN on one rank, or finite."""
 
-    def states(between: Tensor | None) -> tuple[list[Tensor], int, list[float]]:
+    def states(between: Tensor | None) -> tuple[list[Tensor], dict[str, Any], list[float]]:
         engine = Engine(Towers(), config(zero_stage=stage), mesh, BATCH // mesh.world, 1)
         norms = []
         for step, x in ((0, global_batch(0)), (1, between), (2, global_batch(2))):
@@ -135,15 +135,15 @@ def refused(mesh: Mesh, stage: int) -> dict[str, Any]:
             engine.backward(engine.forward({"x": mine, "tower": torch.tensor(step % 2)})["loss"])
             norms.append(engine.update(LR, lambda norm, step=step: step != 1 and math.isfinite(norm)))
         kept = [tensor.clone() for owned in engine.owned() for tensor in owned.tensors.values()]
-        return kept, engine.updates, norms
+        return kept, engine.scalars(), norms
 
     broken = global_batch(1)
     broken[-1] = math.nan
-    expected, updates, _ = states(None)
+    expected, scalars, _ = states(None)
     results = {"finite": states(global_batch(1)), "nan": states(broken)}
     return {
-        name: {"same": all(map(torch.equal, kept, expected)), "updates": count == updates, "norm": str(norms[1])}
-        for name, (kept, count, norms) in results.items()
+        name: {"same": all(map(torch.equal, kept, expected)), "scalars": counts == scalars, "norm": str(norms[1])}
+        for name, (kept, counts, norms) in results.items()
     }
 
 

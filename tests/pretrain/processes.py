@@ -12,7 +12,7 @@ from typing import Any
 from launchers.local import free_port
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 180
+TIMEOUT_S = 400
 RUNNER = """
 import os, runpy, sys
 del sys.argv[0]

@@ -8,8 +8,11 @@ import contextlib
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing import get_context
@@ -178,6 +181,31 @@ def test_worker_processes_prepare_what_the_thread_prepares_and_leave_with_the_fe
         shown.append([(where, torch.cat([b["samples"] for b in bs]).tolist()) for where, bs in feed.steps(0, 8, 30)])
     assert shown[0] == shown[1] and len(shown[0]) == 8
     assert {where for where, _ in shown[0]} == {(30 + 24 * step, 54 + 24 * step) for step in range(8)}
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_stop_signals_end_no_worker_not_even_one_that_is_being_started(folders: list[Path]) -> None:
+    """A scheduler sends them to every process of the job, also in the seconds in which a worker imports its program."""
+    feed = Feed(open_stream(data_of(folders, 0), 5), identities, 24, (0, 1), 4, 2, 2)
+    struck: set[tuple[int, int]] = set()
+    done = threading.Event()
+
+    def strike() -> None:
+        while not done.wait(0.01):
+            for worker in multiprocessing.active_children():
+                for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+                    os.kill(worker.pid or 0, number)
+                    struck.add((worker.pid or 0, number))
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    try:
+        assert len(list(feed.steps(0, 8))) == 8
+    finally:
+        done.set()
+        thread.join(timeout=30)
+    assert len(struck) == 6  # two workers, three signals
 
 
 def leave(samples: list[Sample]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue, TrainingFault
-from pretrain.faults import FAULTS, cause_of, faults_noted, faults_size, read_faults, record_fault
+from pretrain.faults import ENDED, FAULTS, cause_of, faults_noted, faults_size, read_faults, record_fault
 from pretrain.mesh import peer_lost
 
 GLOO = "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typical"
@@ -55,6 +55,17 @@ def test_a_stop_that_was_asked_for_is_no_fault(tmp_path: Path) -> None:
     with contextlib.suppress(Requeue), faults_noted(tmp_path, 0, peer_lost):
         raise Requeue("saved")
     assert not (tmp_path / FAULTS).exists()
+    assert json.loads((tmp_path / ENDED).read_text())["exit_code"] == Requeue.exit_code
+
+
+def test_only_a_clean_end_leaves_its_marker(tmp_path: Path) -> None:
+    with faults_noted(tmp_path, 0, peer_lost):
+        pass
+    assert json.loads((tmp_path / ENDED).read_text())["exit_code"] == 0
+    with contextlib.suppress(NodeFault), faults_noted(tmp_path, 0, peer_lost):
+        assert not (tmp_path / ENDED).exists()  # while it runs, and where it is killed, nothing says that it ended
+        raise NodeFault("gone")
+    assert not (tmp_path / ENDED).exists()
 
 
 def test_nothing_is_written_where_there_is_no_run_yet(tmp_path: Path) -> None:

@@ -4,14 +4,16 @@ import itertools
 import json
 import math
 import statistics
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from data_pipeline.errors import TrainingFault
+from data_pipeline.errors import NodeFault, TrainingFault
 from pretrain.config import GuardsConfig
 from pretrain.guards import Guards
+from pretrain.train import Run
 
 NAN, INF = math.nan, math.inf
 
@@ -106,6 +108,36 @@ def test_one_accepted_step_starts_the_count_again() -> None:
     assert judge.events == 20
 
 
+def test_a_step_of_turns_is_refused_whole_and_each_turn_is_judged_by_its_own_past() -> None:
+    judge = guards(spike="skip", window_steps=4, spike_sigmas=3)
+    for loss in (10.0, 11.0, 10.5):
+        assert judge.accepts(loss, 1.0, last=False) and judge.accepts(loss / 1000, 1.0, "judge")
+    known = judge.state()
+    assert judge.accepts(10.2, 1.0, last=False) and not judge.accepts(5.0, 1.0, "judge")  # 5 is no spike of main's
+    assert judge.told()["guard"].startswith("skip: judge loss 5 above")
+    assert not judge.accepts(500.0, 1.0, last=False) and not judge.accepts(0.0105, 1.0, "judge")
+    assert judge.told()["guard"].startswith("skip: loss 500 above")
+    assert (judge.events, judge.in_a_row) == (2, 2)
+    assert judge.state()["accepted"] == known["accepted"]  # not even the turn that was fine is remembered
+    assert judge.accepts(10.3, 1.0, last=False) and judge.accepts(0.0103, 1.0, "judge") and judge.in_a_row == 0
+
+
+def test_ranks_that_do_not_judge_alike_end_the_run() -> None:
+    """One of them computes wrongly, whatever it computed."""
+
+    def agreed(mine: int, others: int) -> bool:
+        judge = guards()
+        judge.events = mine
+        there = [0, others, -others]
+        mesh = SimpleNamespace(maximum=lambda here: [max(pair) for pair in zip(here, there, strict=True)])
+        run: Any = SimpleNamespace(mesh=mesh, guards=judge, step=7)
+        return Run.agree(run, 0)
+
+    assert not agreed(3, 3)
+    with pytest.raises(NodeFault, match="step 7: ranks refused 2 to 3 steps"):
+        agreed(2, 3)
+
+
 def test_a_roll_back_takes_over_the_checkpoint_s_past_but_not_its_count() -> None:
     judge = guards(non_finite="roll_back", window_steps=4)
     judge.accepts(1.0, 2.0)
@@ -113,5 +145,5 @@ def test_a_roll_back_takes_over_the_checkpoint_s_past_but_not_its_count() -> Non
     judge.accepts(3.0, 4.0)
     judge.accepts(NAN, 1.0)
     judge.remember(saved)
-    assert list(judge.accepted) == [(1.0, 2.0)]
+    assert list(judge.accepted["main"]) == [(1.0, 2.0)]
     assert (judge.events, judge.in_a_row) == (1, 1)

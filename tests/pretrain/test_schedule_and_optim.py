@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from data_pipeline.settings import check_settings
-from pretrain.config import ElectraConfig, OptimConfig
+from pretrain.config import ROLES, ElectraConfig, OptimConfig
 from pretrain.models import MODELS
+from pretrain.objectives import OBJECTIVES
 from pretrain.optim import build_optimizer, parameter_groups
 from pretrain.schedule import learning_rate
 
@@ -95,6 +96,36 @@ def test_matrices_decay_unless_named_and_vectors_never(
     assert [(group["names"], group["weight_decay"]) for group in groups] == expected
 
 
+class Duel(Net):
+    roles = ("main", "judge")
+
+    def role_of(self, name: str) -> str:
+        return "judge" if name.startswith("table") or name == "linear.bias" else "main"
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        return self.roles
+
+
+def test_each_role_has_groups_and_settings_of_its_own_and_the_rest_from_the_main_one() -> None:
+    """What a role does not say is the main optimizer's."""
+    config = optim(weight_decay=0.3, betas=[0.5, 0.9], roles={"judge": {"lr": 0.25, "schedule": "linear"}})
+    rows = [(g["name"], g["role"], g["names"], g["lr"], g["weight_decay"]) for g in parameter_groups(Duel(), config)]
+    assert rows == [
+        ("decay", "main", ["linear.weight"], 1.0, 0.3),
+        ("no_decay", "main", ["norm.weight", "norm.bias"], 1.0, 0.0),
+        ("judge.decay", "judge", ["table.weight"], 0.25, 0.3),
+        ("judge.no_decay", "judge", ["linear.bias"], 0.25, 0.0),
+    ]
+    assert config.of("judge").betas == (0.5, 0.9)
+    assert [learning_rate(step, 4, config.of("judge")) for step in (0, 2)] == [0.25, 0.125]
+    assert [learning_rate(step, 4, config.of("main")) for step in (0, 2)] == [1.0, 0.5]
+
+
+def test_the_roles_that_a_configuration_may_name_are_those_of_the_objectives() -> None:
+    found = {kind: objective.roles[1:] for kind, objective in OBJECTIVES.items() if hasattr(objective, "roles")}
+    assert found == ROLES
+
+
 def test_every_trainable_parameter_of_a_model_is_in_exactly_one_group() -> None:
     model = MODELS["electra"](ElectraConfig(vocab_size=50, context=8, layers=1, width=16, heads=2, embedding_width=8))
     names = [name for group in parameter_groups(model, optim()) for name in group["names"]]
@@ -105,7 +136,7 @@ def test_the_optimizer_moves_weights_as_the_formula_of_adamw_does() -> None:
     """Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2, in float64."""
     net = Net()
     config = optim(lr=0.1, betas=[0.9, 0.99], eps=1e-3, weight_decay=0.5)
-    optimizer = build_optimizer(parameter_groups(net, config), config)
+    optimizer = build_optimizer(parameter_groups(net, config))
     weight, bias = net.linear.weight.detach().double().clone(), net.linear.bias.detach().double().clone()
     loss = net.linear(torch.ones(1, 3)).square().sum()
     loss.backward()

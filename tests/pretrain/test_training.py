@@ -116,7 +116,9 @@ def test_a_killed_run_continues_bitwise(uninterrupted: Path, material: Material,
     assert {row["attempt"] for row in rows_of(run)} == {0, 1}
 
 
-def test_a_killed_vqgan_with_revived_codes_continues_bitwise(material: Material, tmp_path: Path) -> None:
+def test_a_killed_vqgan_with_revived_codes_and_two_optimizers_continues_bitwise(
+    material: Material, tmp_path: Path
+) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert finish(two_ranks(recipe(vqgan(material, whole), tmp_path / "whole.yaml"))).returncode == 0
     argv = two_ranks(recipe(vqgan(material, run), tmp_path / "run.yaml"))
@@ -127,6 +129,11 @@ def test_a_killed_vqgan_with_revived_codes_continues_bitwise(material: Material,
     assert loss_bits(run) == loss_bits(whole)
     assert any(key.startswith("buffer/") for key in tensors(final(run)))
     assert_same_state(run, whole)
+    groups = final(run).state["optimizer"]["groups"]
+    counts = {"decay": 20, "no_decay": 20, "discriminator.decay": 14, "discriminator.no_decay": 14}  # from step 6 on
+    assert {name: group["updates"] for name, group in groups.items()} == counts
+    mine, theirs = ([row["discriminator_loss"] for row in list(steps_of(r).values())[6:]] for r in (run, whole))
+    assert mine == theirs and steps_of(run)[20]["discriminator_lr"] == 3e-4
 
 
 def test_sigterm_saves_and_leaves_with_75_and_the_same_command_goes_on(
@@ -182,6 +189,23 @@ def test_torchrun_starts_the_same_run(uninterrupted: Path, material: Material, t
     assert loss_bits(run) == loss_bits(uninterrupted)
 
 
+def test_what_torchrun_hides_of_a_clean_stop_stands_in_the_run_folder(
+    uninterrupted: Path, material: Material, tmp_path: Path
+) -> None:
+    """torchrun leaves with 1 after SIGTERM, whatever its processes left with: the marker tells a save from a fault."""
+    run = tmp_path / "run"
+    config = recipe(electra(material, run, checkpoint_every_steps=1000), tmp_path / "run.yaml")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    argv = [*torchrun, str(free_port()), "-m", "launchers.cli", "train", str(config)]
+    code, output = interrupted(argv, run, 5, lambda agent: os.kill(agent, signal.SIGTERM))
+    assert code == 1, output[-3000:]
+    ended = json.loads((run / "ended.json").read_text())
+    assert ended["exit_code"] == 75 and final(run).step == max(steps_of(run)) < 24
+    assert finish(argv).returncode == 0
+    assert json.loads((run / "ended.json").read_text())["exit_code"] == 0
+    assert loss_bits(run) == loss_bits(uninterrupted)
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -210,6 +234,7 @@ def refused(done: Any, code: int, *parts: str) -> None:
         (["data.dataset=/nowhere/scenes"], 74, ["/nowhere/scenes"]),
         (["data.vocabulary=/nowhere/vocab.model"], 74, ["/nowhere/vocab.model"]),
         (["model.vocab_size=100"], 64, ["200 pieces", "100"]),
+        (["optim.roles.critic.lr=1e-3"], 64, ["optim.roles.critic", "no such optimizer"]),
         (["objective.kind=mlm"], 64, ["objective.kind='mlm'", "use 'rtd'"]),
     ],
 )

@@ -34,18 +34,6 @@ from tests.data_pipeline.build.cluster import Nodes, below, command_of, kill, no
 from tests.data_pipeline.web import Web
 from tests.gateway import CREDENTIALS, start_gateway
 
-DRIVER = """
-import sys
-from data_pipeline.build.run import build
-from data_pipeline.config import BuildConfig
-from data_pipeline.errors import TesseraError
-from data_pipeline.settings import load_settings
-try:
-    build(load_settings(BuildConfig, sys.argv[1], sys.argv[2:]), progress=False)
-except TesseraError as error:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
-"""
 VICTIMS = {
     "worker": (b"ray::build_shard", b"ray::survey_shard"),
     "fetcher": (b"ray::ShardFetcher",),
@@ -99,7 +87,7 @@ class Build:
         settings = [f"output={self.output}", f"workers={self.workers}"]
         settings += [f"ray_address={self.cluster.address}"] if self.cluster else []
         with (self.config.parent / "driver.log").open("ab") as log:
-            command = [sys.executable, "-c", DRIVER, str(self.config), *settings]
+            command = [sys.executable, "-m", "launchers.cli", "data", "build", str(self.config), *settings, "--json"]
             self.driver = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=log, stderr=log)
 
     def wait(self) -> None:
@@ -107,15 +95,20 @@ class Build:
         assert self.driver.wait(timeout=BUILD_S) == 0, self._said()
 
     def is_running(self) -> bool:
-        """False once the build is done; a driver that ended with its node is started again."""
+        """False once the build is done; a driver that ended with its node is started again.
+
+        Ray gives up a node that does not answer in time: on a starving machine a driver may once end without a kill.
+        """
         ended = self.driver.poll()
-        if ended == NodeFault.exit_code and self._lost_its_node:
+        if ended == NodeFault.exit_code and (self._lost_its_node or not self.given_up):
+            self.given_up += not self._lost_its_node
             self._lost_its_node = False
             self.start()
             return True
         assert ended in (None, 0), self._said()
         return ended is None
 
+    given_up = 0
     _lost_its_node = False
 
     def processes(self) -> list[int]:
@@ -179,7 +172,7 @@ def digests(output: str) -> dict[str, str]:
     """Everything below the dataset, hidden or not, by its sha256."""
     storage = open_storage(output)
     if isinstance(storage, S3Storage):
-        names = [entry["Key"].removeprefix(storage._key("")) for entry in storage._pages("Contents", "")]
+        names = storage.names_below()
     else:
         names = [str(path.relative_to(output)) for path in Path(output).rglob("*") if path.is_file()]
     return {name: hashlib.sha256(storage.get(name)).hexdigest() for name in names}
@@ -209,7 +202,8 @@ def run(folder: Path, kills: int, workers: list[int], seed: int, rows: int, each
             builds += 1
             ray = "joined" if joined else "embedded"
             took = f"{build.workers} workers, {ray} Ray, {time.monotonic() - began:.0f} s"
-            print(f"build {builds}: {took}, identical; killed so far {dict(total)}", flush=True)
+            starved = ", once given up by Ray without a kill" if build.given_up else ""
+            print(f"build {builds}: {took}{starved}, identical; killed so far {dict(total)}", flush=True)
     return total
 
 

@@ -70,6 +70,10 @@ class Nodes:
         kill(self.processes(number))
         self._cluster.remove_node(self._nodes[number], allow_graceful=False)
 
+    def lose_own(self) -> None:
+        """The node on the head dies, which is that of a driver that joins."""
+        kill([info.process.pid for info in self._cluster.head_node.all_processes["raylet"]])
+
     def replace(self, number: int) -> None:
         """A new node in the place of the lost one."""
         self._nodes[number] = self._add()

@@ -36,6 +36,8 @@ def test_a_caption_is_cleaned(text, expected):
         (("ab", "abcd"), {"min_chars": 3}, ("abcd",), ""),
         (("ab",), {"min_chars": 3}, (), "caption_too_short"),
         (("abcd",), {"max_chars": 3}, (), "caption_too_long"),
+        (("红色",), {"min_chars": 3}, (), "caption_too_short"),  # characters, in every script
+        (("红色圆形", "红圆形"), {"max_chars": 3}, ("红圆形",), ""),
     ],
 )
 def test_captions_outside_of_the_rules_are_left_out_with_a_reason(captions, rules, kept, reason):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_pipeline import workers
 from data_pipeline.errors import ConfigError, DataError, NodeFault
 from data_pipeline.shards.codes import encode_dataset
 from data_pipeline.workers import ray_session, run_tasks
@@ -62,7 +64,7 @@ def test_a_build_joins_a_cluster_and_outlives_one_of_its_nodes(cluster: Nodes, b
     assert not [pid for pid in below(driver.pid) if b"raylet" in command_of(pid)], "it started a Ray of its own"
     cluster.lose(1)
     assert shards_in(tmp_path / "out") < COUNT // SHARD
-    _, said = driver.communicate(timeout=120)
+    _, said = driver.communicate(timeout=240)
     assert driver.returncode == 0, said[-2000:]
     cluster.replace(1)
     assert tree_digests(tmp_path / "out") == tree_digests(tmp_path / "whole")
@@ -99,6 +101,52 @@ def test_a_driver_whose_ray_died_leaves_with_the_code_of_a_node_fault_and_is_res
     build_here(**TREE, output=f"{tmp_path}/whole")
     build_here(**TREE, output=f"{tmp_path}/out")
     assert tree_digests(tmp_path / "out") == tree_digests(tmp_path / "whole")
+
+
+def command(folder, **more) -> "subprocess.Popen[str]":
+    """The same by the command line."""
+    (folder / "build.yaml").write_text(json.dumps({**TREE, "output": f"{folder}/out", **more}))
+    words = [sys.executable, "-m", "launchers.cli", "data", "build", f"{folder}/build.yaml", "--json"]
+    return subprocess.Popen(words, cwd=campaign.REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_a_driver_whose_node_was_given_up_leaves_with_70(tmp_path, monkeypatch):
+    for name, value in {**campaign.HEALTH, "RAY_health_check_timeout_ms": "1000"}.items():
+        monkeypatch.setenv(name, value)
+    started = command(tmp_path)
+    wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
+    (raylet,) = [pid for pid in below(started.pid) if command_of(pid).split(b"\0")[0].endswith(b"/raylet")]
+    os.kill(raylet, signal.SIGSTOP)  # it answers no more, as on a machine that starves
+    assert any("none of the 0 nodes" in line for line in started.stderr)
+    os.kill(raylet, signal.SIGCONT)
+    _, said = started.communicate(timeout=240)
+    assert started.returncode == 70 and "run the same command again" in said, (started.returncode, said[-2000:])
+
+
+def test_a_driver_that_joined_leaves_with_70_when_its_own_node_dies(tmp_path):
+    with nodes(1, 1) as own:
+        started = command(tmp_path, ray_address=own.address)
+        wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
+        own.lose_own()
+        _, said = started.communicate(timeout=240)
+    assert started.returncode == 70 and "run the same command again" in said, (started.returncode, said[-2000:])
+
+
+def test_a_cluster_that_lost_every_node_is_waited_for_and_this_is_said(cluster: Nodes, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_WITHOUT_ROOM_S", 3.0)
+    started = command(tmp_path, ray_address=cluster.address)
+    wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
+    for number in range(cluster.count):
+        cluster.lose(number)
+    assert any("none of the 1 nodes" in line for line in started.stderr)
+    with pytest.raises(NodeFault, match="none of the 1 nodes.*add a node"), ray_session(1, cluster.address):
+        import ray
+
+        list(run_tasks(ray.remote(lambda item: item).remote, [0], 1))
+    for number in range(cluster.count):
+        cluster.replace(number)
+    _, said = started.communicate(timeout=240)
+    assert started.returncode == 0, said[-2000:]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:6379", "nonsense"])

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -131,6 +132,26 @@ def test_columns_are_judged_before_anything_is_fetched(web, tmp_path, build_here
     stats = build_here(**config_of(tmp_path, source=source, filters=filters))
     assert stats["rejected"] == {"empty_caption": 1, "unsafe": 1} and stats["out"] == 3
     assert sorted(web.asked) == ["/file/0.png", "/file/2.png", "/file/3.png"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_rows_are_chosen_by_the_scores_that_laion_publishes(tmp_path, build_here, make_png, kind):
+    (tmp_path / "0.png").write_bytes(make_png())
+    scores = [("UNLIKELY", 0.1, 6.5, 0.33), ("NSFW", 0.1, 6.5, 0.33), ("UNLIKELY", 0.9, 6.5, 0.33)]
+    scores += [("UNLIKELY", 0.1, 4.0, 0.33), ("UNLIKELY", 0.1, 6.5, 0.2), ("UNSURE", None, 6.5, 0.3)]
+    names = ("NSFW", "pwatermark", "AESTHETIC_SCORE", "similarity")
+    rows = [{"URL": "0.png", "TEXT": f"c{n}", **dict(zip(names, row, strict=True))} for n, row in enumerate(scores)]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    else:
+        lines = [",".join(rows[0]), *(",".join("" if v is None else str(v) for v in row.values()) for row in rows)]
+        (tmp_path / "x.csv").write_text("\n".join(lines))
+    filters = {"unsafe": "NSFW in ['UNLIKELY', 'UNSURE']", "watermark": "pwatermark < 0.5"}
+    filters |= {"ugly": "AESTHETIC_SCORE >= 5", "unlike": "similarity >= 0.28"}
+    source = {"kind": kind, "path": f"{tmp_path}/x.{kind}", "image": "URL", "captions": ["TEXT"]}
+    stats = build_here(source=source, output=f"{tmp_path}/out", filters=filters)
+    assert stats["rejected"] == {"unsafe": 1, "watermark": 2, "ugly": 1, "unlike": 1}
+    assert Stream(tmp_path / "out", seed=0).fetch(0).captions == ("c0",)
 
 
 def test_a_condition_on_the_image_sees_the_size_that_it_came_with(folder, build_here, tmp_path):
@@ -312,7 +333,8 @@ def test_of_equal_images_the_first_stays_in_every_sharding(tmp_path, build_here,
     assert not list((tmp_path / "out").glob("*_survey.parquet"))
 
 
-def test_near_duplicates_are_found_over_all_shards_and_over_generations(tmp_path, build_here, make_config):
+@pytest.mark.parametrize("shard_size", [1, 2, 100])
+def test_near_duplicates_are_found_over_all_shards_and_over_generations(tmp_path, build_here, make_config, shard_size):
     import cv2
     import numpy as np
 
@@ -322,7 +344,7 @@ def test_near_duplicates_are_found_over_all_shards_and_over_generations(tmp_path
         return cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
     source = spread(tmp_path, [photo(0, 95), photo(1, 95), photo(0, 70), photo(2, 95)])
-    tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": 1, "dedup": {"near_bits": 6}}
+    tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": shard_size, "dedup": {"near_bits": 6}}
     assert build_here(**tree)["rejected"] == {"near_duplicate": 1}
     (tmp_path / "img/04.png").write_bytes(photo(1, 60))
     (tmp_path / "img/05.png").write_bytes(photo(3, 60))

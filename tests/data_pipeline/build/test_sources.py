@@ -1,10 +1,12 @@
 import base64
 import csv
+import gc
 import gzip
 import io
 import itertools
 import json
 import lzma
+import random
 import tarfile
 
 import cv2
@@ -31,8 +33,9 @@ def write_table(path, kind, rows):
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
     elif kind == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif kind == "jsonl.gz":
-        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    elif kind.endswith(".gz"):
+        write_table(path, kind.removesuffix(".gz"), rows)
+        path.write_bytes(gzip.compress(path.read_bytes()))
     else:
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0], delimiter="\t" if kind == "tsv" else ",")
@@ -78,7 +81,7 @@ def test_every_kind_of_source_is_in_the_table():
 
 
 @pytest.mark.parametrize("in_tar", [False, True])
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "tsv", "tsv.gz", "jsonl", "jsonl.gz", "parquet"])
 def test_a_table_yields_every_row_as_a_pair_or_a_drop(table, make_png, kind, in_tar):
     source = table(kind, in_tar)
     assert source.count() == 4 and list(source.keys()) == ["k0", "k1", "k2", "k3"]
@@ -96,6 +99,59 @@ def test_a_range_of_rows_is_that_part_of_all_rows(table, kind):
     for start in range(4):
         for stop in range(start, 5):
             assert list(source.rows(start, stop)) == everything[start:stop]
+
+
+@pytest.mark.parametrize("group", [1, 7, 300, 1000])
+def test_any_sequence_of_ranges_of_a_parquet_is_those_parts_of_it(tmp_path, make_config, group):
+    rows = [{"image": f"http://h/{number}", "caption": f"c{number}"} for number in range(1000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=group)
+    source = opened(make_config, kind="parquet", path=f"{tmp_path}/x.parquet")
+    chance = random.Random(group)
+    readers = []
+    for _ in range(150):  # some are left in their middle, some go on side by side
+        start = chance.randrange(1000)
+        stop = min(1000, start + chance.choice([1, 30, 256, 600]))
+        expected = iter([row["image"] for row in rows[start:stop]])
+        readers.append((source.rows(start, stop), expected))
+        for _ in range(chance.choice([1, 40, 1000])):
+            found, wanted = chance.choice(readers)
+            assert getattr(next(found, None), "url", None) == next(wanted, None)
+        readers = readers[-3:]
+
+
+def test_a_large_row_group_is_decoded_once_by_a_process_that_reads_one_range_after_another(
+    tmp_path, make_config, monkeypatch
+):
+    rows = [{"image": f"http://h/{number}", "caption": "c"} for number in range(5000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=5000)
+    decoded, original = [], tables._decoded
+
+    def counted(*arguments):
+        for first, batch in original(*arguments):
+            decoded.append(first)
+            yield first, batch
+
+    source = opened(make_config, kind="parquet", path=f"{tmp_path}/x.parquet")
+    monkeypatch.setattr(tables, "_decoded", counted)
+    for start in range(0, 5000, 100):
+        assert [row.url for row in source.rows(start, start + 100)] == [row["image"] for row in rows[start:][:100]]
+    assert decoded == list(range(0, 5000, 256))
+    assert not tables._PAUSED  # nothing is kept behind the end
+
+
+def test_a_reader_of_parquet_is_freed_with_its_range(tmp_path, make_config):
+    rows = [{"image": f"http://h/{number}", "caption": "c"} for number in range(1000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=100)
+    source = opened(make_config, kind="parquet", path=f"{tmp_path}/x.parquet")
+    gc.collect()
+    gc.disable()
+    try:
+        for start in range(0, 1000, 100):
+            assert len(list(source.rows(start, start + 100))) == 100
+            assert next(iter(source.rows(start, start + 100))).captions == ("c",)
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, tables.ParquetReader)]
+    finally:
+        gc.enable()
 
 
 def test_captions_may_be_lists_and_images_inline(table, make_png):
@@ -131,6 +187,27 @@ def test_a_folder_pairs_images_with_the_captions_beside_them(folder, make_config
     assert [row.key for row in rows] == ["a/0", "a/1", "b/0", "b/1", "b/2", "c"] == list(source.keys())
     assert rows[0].captions == ("picture 0",)
     assert (rows[1].captions, rows[1].meta) == (("picture 1", "图片"), {"score": 1})
+
+
+def test_several_folders_are_read_one_after_another_with_their_names_in_the_keys(tmp_path, make_png, make_config):
+    for number, name in enumerate(["in-08/x", "in-09/x", "in-09/deep/y", "more/x"]):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make_png(number))
+        path.with_suffix(".txt").write_text(f"{number}\nagain\n")
+    source = opened(make_config, kind="folder", path=f"{tmp_path}/in-{{08..09}}::{tmp_path}/more")
+    rows = list(source.rows(0, source.count()))
+    assert [row.key for row in rows] == ["in-08/x", "in-09/deep/y", "in-09/x", "more/x"] == list(source.keys())
+    assert [(row.image, row.captions) for row in rows] == [
+        (make_png(number), (str(number), "again")) for number in (0, 2, 1, 3)
+    ]
+    for start, stop in itertools.combinations(range(5), 2):
+        assert list(source.rows(start, stop)) == rows[start:stop]
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(make_config):
+    with pytest.raises(ConfigError, match="https://host/folder: only s3:// tells"):
+        opened(make_config, kind="folder", path="https://host/folder").count()
 
 
 def test_tars_are_a_source_with_their_name_in_the_key(tmp_path, make_png, make_config):
@@ -261,10 +338,12 @@ def test_fruits_and_fashion_are_read_inline(shared, tmp_path, make_config):
     assert [row.image for row in rows] == files
 
 
-def test_a_json_list_is_a_table(tmp_path, make_png, make_config):
+@pytest.mark.parametrize("name", ["x.json", "x.json.gz"])
+def test_a_json_list_is_a_table(tmp_path, make_png, make_config, name):
     (tmp_path / "0.png").write_bytes(make_png())
-    (tmp_path / "x.json").write_text(json.dumps([{"image": "0.png", "caption": "c", "n": 1}, 5]))
-    rows = list(opened(make_config, kind="json", path=f"{tmp_path}/x.json").rows(0, 2))
+    data = json.dumps([{"image": "0.png", "caption": "c", "n": 1}, 5]).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    rows = list(opened(make_config, kind="json", path=f"{tmp_path}/{name}").rows(0, 2))
     assert rows[0] == Pair("000000000", make_png(), ("c",), {"n": 1}) and rows[1].reason == "unreadable_row"
 
 

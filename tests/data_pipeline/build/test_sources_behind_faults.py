@@ -21,6 +21,7 @@ SOURCES = {
     "packed rows": {"kind": "jsonl", "path": "AT/rows.jsonl.gz", "images": "img"},
     "parquet": {"kind": "parquet", "path": "AT/rows.parquet"},
     "tars": {"kind": "tars", "path": "AT/images.tar"},
+    "folder": {"kind": "folder", "path": "AT/img"},
 }
 FAULTS = [("503", 0), ("refuse", 0), ("cut", 700), ("short", 700), ("stall", 700)]
 
@@ -39,6 +40,7 @@ def material(bucket, make_png):
     with tarfile.open(fileobj=tar, mode="w") as file:
         for number, data in enumerate(images):
             storage.put_if_absent(f"img/{number:02d}.png", data)
+            storage.put_if_absent(f"img/{number:02d}.txt", f"c{number}".encode())
             for name, part in ((f"{number:02d}.png", data), (f"{number:02d}.txt", f"c{number}".encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(part)

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from pretrain.checkpoint.layout import Slices
 from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.saver import Checkpoints
 from pretrain.checkpoint.universal import export_universal
+from pretrain.config import AdamWConfig, RunConfig
 from pretrain.engine import Engine, deepspeed_settings
 from pretrain.mesh import Mesh
 from pretrain.optim import build_optimizer, parameter_groups
@@ -23,7 +24,12 @@ STAGES = (0, 1, 2, 3)
 
 
 class Everything(nn.Module):
-    """A frozen layer, a tied matrix, batch norm with its buffers, a matrix that does not decay, odd sizes."""
+    """A frozen layer, a tied matrix, batch norm with its buffers, a matrix that does not decay, odd sizes.
+
+    A judge on top has an optimizer of its own, and its turns begin a step later.
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ("main", "judge")
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -34,30 +40,49 @@ class Everything(nn.Module):
         self.tied.weight = self.inner.weight
         self.norm = nn.BatchNorm1d(WIDTH)
         self.spared = nn.Linear(WIDTH, 7, bias=True)
+        self.judge = nn.Linear(7, 5)
+
+    def role_of(self, name: str) -> str:
+        return "judge" if name.startswith("judge.") else "main"
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        return self.roles if step else self.roles[:1]
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """x float32 [b, WIDTH] -> loss."""
+        """x float32 [b, WIDTH], turn int64 [] -> loss."""
         hidden = torch.tanh(self.norm(self.inner(self.frozen(batch["x"]))))
-        return {"loss": self.spared(self.tied(hidden)).square().mean()}
+        seen = self.judge(self.spared(self.tied(hidden)))
+        return {"loss": (seen - 1).square().mean() if int(batch["turn"]) else seen.square().mean()}
 
 
-def engine_at(stage: int, mesh: Mesh, seed: int, **train: Any) -> Engine:
-    return Engine(Everything(seed), config(zero_stage=stage, **train), mesh, BATCH // mesh.world, 1)
+def settings_at(stage: int) -> RunConfig:
+    settings = config(zero_stage=stage)
+    judge = AdamWConfig(lr=LR / 2, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.3)
+    return settings.model_copy(update={"optim": settings.optim.model_copy(update={"roles": {"judge": judge}})})
+
+
+def engine_at(stage: int, mesh: Mesh, seed: int) -> Engine:
+    return Engine(Everything(seed), settings_at(stage), mesh, BATCH // mesh.world, 1)
 
 
 def step(engine: Engine, mesh: Mesh, number: int) -> float:
-    loss = engine.forward({"x": global_batch(number).chunk(mesh.world)[mesh.rank]})["loss"]
-    engine.backward(loss)
-    engine.update(LR)
-    return mesh.mean([float(loss.detach())])[0]
+    """-> the sum of the turns' losses."""
+    losses = []
+    for turn, role in enumerate(Everything.turns(engine.deepspeed.module, number)):
+        engine.take_turn(role)
+        x = global_batch(number).chunk(mesh.world)[mesh.rank]
+        loss = engine.forward({"x": x, "turn": torch.tensor(turn)})["loss"]
+        engine.backward(loss)
+        engine.update(LR)
+        losses.append(float(loss.detach()))
+    return mesh.mean([sum(losses)])[0]
 
 
 def contents(engine: Engine) -> dict[str, list[Any]]:
-    """Everything this rank keeps, by name and kind, with its place; counts; of rank 0, whose are saved, the buffers."""
+    """Everything this rank keeps, by name and kind, with its place; counts; buffers."""
     kept = {f"{kind}/{o.name}": [o.lo, tensor.tolist()] for o in engine.owned() for kind, tensor in o.tensors.items()}
-    named = engine.deepspeed.module.named_buffers() if engine.mesh.rank == 0 else ()
-    buffers = {name: buffer.tolist() for name, buffer in named}
-    return kept | {"buffers": [buffers], "scalars": [engine.scalars()["updates"], engine.scalars()["groups"]]}
+    buffers = {name: buffer.tolist() for name, buffer in engine.deepspeed.module.named_buffers()}
+    return kept | {"buffers": [buffers], "scalars": [engine.scalars()["groups"]]}
 
 
 def of_universal(mesh: Mesh, folder: Path, stage: int) -> dict[str, Any]:
@@ -69,9 +94,9 @@ def of_universal(mesh: Mesh, folder: Path, stage: int) -> dict[str, Any]:
     if mesh.rank == 0 and not output.exists():
         export_universal(saved, output)
     mesh.sum(torch.zeros(1))  # wait for rank 0
-    module, settings = Everything(5), config(zero_stage=stage)
+    module, settings = Everything(5), settings_at(stage)
     stock = deepspeed_settings(settings, module, mesh.world, BATCH // mesh.world, 1)
-    optimizer = build_optimizer(parameter_groups(module, settings.optim), settings.optim)
+    optimizer = build_optimizer(parameter_groups(module, settings.optim))
     stock["checkpoint"] = {"load_universal": True}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=stock, dist_init_required=False)
     engine.load_checkpoint(str(output))

@@ -147,6 +147,33 @@ def test_a_rank_that_never_reports_fails_the_save_at_the_deadline(
         ranks[0].finish()
 
 
+def test_rank_0_whose_process_holds_the_store_stays_until_all_have_read_how_the_save_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the last save of a run, committed and whole, is a failed one to a rank that looks a moment later."""
+    ranks, model = ranks_of(tmp_path / "checkpoints", 2), model_of(4)
+    go_on, get = threading.Event(), saver._get
+
+    def slow(store: Any, key: str, *rest: Any) -> dict[str, Any]:
+        if threading.current_thread() is ranks[1]._save:
+            go_on.wait(30)
+        return get(store, key, *rest)
+
+    monkeypatch.setattr(saver, "_get", slow)
+    for rank, checkpoints in enumerate(ranks):
+        part: Any = Part(model, rank, 2)
+        checkpoints.save(part, 4, {"step": 4})
+    first, second = (checkpoints._save for checkpoints in ranks)
+    assert first is not None and second is not None
+    deadline = time.monotonic() + 30
+    while not committed(tmp_path / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not first.ended(0.5)  # committed, but rank 1 has not read it
+    go_on.set()
+    assert first.ended(30) and second.ended(30)
+    assert ranks[0].finish() == ranks[1].finish() is not None
+
+
 def test_a_save_is_abandoned_when_the_run_ends_without_its_peers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,7 +327,7 @@ def test_a_checkpoint_of_another_format_is_passed_over_with_both_numbers(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
     with pytest.raises(DataError, match="none of 1 checkpoints"):
         newest(tmp_path)
-    assert "format 1, this program reads 2" in capsys.readouterr().out
+    assert "format 1, this program reads 3" in capsys.readouterr().out
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from data_pipeline.errors import DataError
 from data_pipeline.storage import LocalStorage, open_storage
 from pretrain.checkpoint import layout
-from pretrain.checkpoint.layout import Shard, Share, Slices, Staging, index_of, write_shard
+from pretrain.checkpoint.layout import Shard, Share, Slices, Staging, index_of, parts_of, write_shard
 from pretrain.checkpoint.trained import load_trained
 from tests.pretrain.checkpoint.simulated import KINDS, config_of, folder_of, write
 
@@ -31,6 +32,7 @@ def squares(*intervals: tuple[int, int]) -> list[Shard]:
     values = torch.arange(23, dtype=torch.float32) ** 2
     return [
         Shard(
+            rank,
             f"r{rank:05d}.safetensors",
             [Share("w", (23,), lo, hi, {kind: values[lo:hi] + i for i, kind in enumerate(KINDS)})],
             {},
@@ -64,7 +66,7 @@ def test_many_tensors_are_read_alike_whatever_the_buffer(
             for name, (lo, hi) in bounds.items()
             if lo < hi
         ]
-        shards.append(Shard(f"r{rank:05d}.safetensors", shares, {}))
+        shards.append(Shard(rank, f"r{rank:05d}.safetensors", shares, {}))
     slices = stored(tmp_path, shards)
     wanted = [(kind, name, lo, torch.empty(hi - lo)) for kind in KINDS for name, t in whole.items()
               for lo, hi in itertools.pairwise(sorted({0, len(t) // 2, len(t)}))]  # fmt: skip
@@ -98,7 +100,7 @@ def test_what_is_written_is_what_the_safetensors_library_reads(tmp_path: Path) -
         "empty": torch.empty(0, 4), "matrix": torch.randn(2, 3),
     }  # fmt: skip
     share = Share("w", (2, 3), 1, 4, {kind: torch.randn(3) for kind in KINDS})
-    shard = Staging().copy(Shard("r00000.safetensors", [share], buffers))
+    shard = Staging().copy(Shard(0, "r00000.safetensors", [share], buffers))
     slices = stored(tmp_path, [shard])
     theirs = load_file(tmp_path / "r00000.safetensors")
     assert theirs.keys() == {f"buffer/{name}" for name in buffers} | {f"{kind}/w" for kind in KINDS}
@@ -110,10 +112,26 @@ def test_what_is_written_is_what_the_safetensors_library_reads(tmp_path: Path) -
         assert torch.equal(slices.interval(kind, "w", 1, 4), share.views[kind])
 
 
+def test_what_reading_holds_in_memory_is_a_few_buffers_whatever_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the tensors that are filled: no file, no whole shard, however it was cut."""
+    values = torch.randn(2_000_000)
+    shares = [Share("w", (2_000_000,), 0, 2_000_000, {kind: values for kind in KINDS})]
+    slices, into = stored(tmp_path, [Shard(0, "r00000.safetensors", shares, {})]), torch.empty(1_000_000)
+    monkeypatch.setattr(layout, "BUFFER", 1 << 16)
+    tracemalloc.start()
+    slices.fill([("exp_avg", "w", 500_000, into)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(into, values[500_000:1_500_000])
+    assert peak < 4 * layout.READERS * (1 << 16) < into.nbytes / 3
+
+
 def test_staged_tensors_do_not_follow_the_originals_and_memory_is_taken_once() -> None:
     tensor = torch.arange(5.0)
     staging = Staging()
-    shard = Shard("f", [Share("w", (5,), 0, 5, {"param": tensor})], {"b": torch.tensor([1, 2])})
+    shard = Shard(0, "f", [Share("w", (5,), 0, 5, {"param": tensor})], {"b": torch.tensor([1, 2])})
     copy = staging.copy(shard)
     tensor += 1
     assert copy.shares[0].views["param"].tolist() == [0, 1, 2, 3, 4]
@@ -141,15 +159,49 @@ def test_a_missing_part_is_named_and_not_filled_in(tmp_path: Path) -> None:
 
 def test_a_frozen_parameter_has_no_moments_to_read(tmp_path: Path) -> None:
     frozen = Share("w", (4,), 0, 4, {"param": torch.ones(4)})
-    slices = stored(tmp_path, [Shard("r00000.safetensors", [frozen], {})])
+    slices = stored(tmp_path, [Shard(0, "r00000.safetensors", [frozen], {})])
     assert slices.kinds("w") == ("param",)
     with pytest.raises(DataError, match="exp_avg of w"):
         slices.interval("exp_avg", "w", 0, 4)
 
 
+@pytest.mark.parametrize("limit", [4, 100, 1000, 10**9])
+def test_a_shard_in_files_of_any_size_reads_as_one(limit: int, tmp_path: Path) -> None:
+    """S3 takes no more than 5 GiB at once: a rank's part of a big model is several objects."""
+    sizes = {"a": 90, "b": 7, "c": 1, "d": 300}
+    tensors = {f"{kind}/{name}": torch.randn(size) for name, size in sizes.items() for kind in KINDS}
+    shares = [
+        Share(name, (size,), 0, size, {kind: tensors[f"{kind}/{name}"] for kind in KINDS})
+        for name, size in sizes.items()
+    ]
+    parts = list(parts_of(Shard(3, "r00003.safetensors", shares, {"steps": torch.tensor([7])}), limit))
+    files = [part.file for part in parts]
+    assert files[0] == "r00003.safetensors" and len(set(files)) == len(files) and (len(files) == 1) == (limit == 10**9)
+    slices = stored(tmp_path, parts)
+    for name in sizes:
+        for kind in KINDS:
+            assert torch.equal(slices.whole(kind, name), tensors[f"{kind}/{name}"])
+    assert slices.buffer("steps").tolist() == [7]
+    for path in tmp_path.glob("r*"):
+        data = path.read_bytes()
+        assert len(data) - 8 - int.from_bytes(data[:8], "little") <= max(limit, 3 * 4) + 8  # and the buffer
+
+
+def test_each_rank_has_its_own_buffers_back_and_only_those_that_differ_are_listed(tmp_path: Path) -> None:
+    shards = [
+        Shard(rank, f"r{rank:05d}.safetensors", [], {"mean": torch.tensor([float(rank % 2)]), "count": torch.tensor(5)})
+        for rank in range(3)
+    ]
+    slices = stored(tmp_path, shards)
+    assert [slices.buffer("mean", rank).item() for rank in range(4)] == [0, 1, 0, 0]
+    assert {slices.buffer("count", rank).item() for rank in range(3)} == {5}
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert {rank: list(named) for rank, named in index["own_buffers"].items()} == {"1": ["mean"]}
+
+
 def test_an_index_of_a_thousand_ranks_stays_small(tmp_path: Path) -> None:
     names = [f"model.encoder.blocks.{i}.attention.qkv.weight" for i in range(300)]
-    report: dict[str, Any] = {"buffers": {}}
+    report: dict[str, Any] = {"rank": 0, "buffers": {}}
     reports = [
         report | {"name": f"r{rank:05d}", "slices": [[name, [768, 768], 0, 590, 12345678, 3] for name in names]}
         for rank in range(1000)

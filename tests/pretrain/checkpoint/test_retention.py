@@ -23,6 +23,18 @@ def test_the_newest_k_are_kept_as_new_ones_come(keep: int, tmp_path: Path) -> No
     assert len(list((tmp_path / "checkpoints").iterdir())) == keep
 
 
+def test_saves_of_stop_signals_push_out_none_that_a_roll_back_needs(tmp_path: Path) -> None:
+    """A run that saves every 8 steps and was stopped four times: the newest and the last regular ones are there."""
+    for step in (8, 13, 14, 16, 17, 19):
+        write(tmp_path, step, retention=Retention(1, regular=8))
+        assert steps_in(tmp_path)[-1] == step
+    assert steps_in(tmp_path) == [16, 19]
+    (checkpoints,) = ranks_of(tmp_path / "checkpoints", 1)
+    newest = checkpoints.newest(8)
+    assert newest is not None and newest.step == 16
+    assert [row["kept"] for row in verbs.list_(tmp_path)] != []
+
+
 LOSSES = {4: 3.0, 8: 1.0, 12: 2.0, 16: 4.0, 20: 5.0}
 
 

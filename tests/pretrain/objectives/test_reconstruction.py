@@ -23,9 +23,9 @@ def objective(config: ReconstructionConfig = GAN, collectives: Collectives = ONE
     return Reconstruction(Vqgan(MODEL), config, collectives)
 
 
-def batch(step: int) -> dict[str, Tensor]:
+def batch(step: int, turn: int = 0) -> dict[str, Tensor]:
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return {"pixels": pixels, "step": torch.tensor(step)}
+    return {"pixels": pixels, "step": torch.tensor(step), "turn": torch.tensor(turn)}
 
 
 def gradients(module: nn.Module) -> list[Tensor | None]:
@@ -70,15 +70,19 @@ def test_edge_pyramid_is_zero_for_equal_images_and_grows_with_blur():
 # ------------------------------------------------------------------------------------------- the whole loss
 
 
-def test_before_the_start_step_the_discriminator_is_left_alone():
+def test_the_discriminator_has_its_turn_from_the_start_step_on():
     one = objective()
+    assert one.turns(4) == ("main",) and one.turns(5) == ("main", "discriminator")
     one(batch(4))["loss"].backward()
     assert all(grad is None for grad in gradients(one.discriminator))
+    roles = {one.role_of(name) for name, _ in one.discriminator.named_parameters(prefix="discriminator")}
+    assert roles == {"discriminator"} and one.role_of("model.decoder.conv_out.weight") == "main"
 
 
-def test_the_discriminator_receives_the_hinge_gradient_only():
+def test_the_turn_of_the_discriminator_is_the_hinge_and_moves_nothing_of_the_model():
     one = objective()
-    one(batch(5))["loss"].backward()
+    one(batch(5, 1))["loss"].backward()
+    assert all(grad is None for grad in gradients(one.model)) and not one.last_used.any()
     found = gradients(one.discriminator)
     one.discriminator.zero_grad()
     pixels = batch(5)["pixels"]
@@ -106,6 +110,7 @@ def test_the_model_receives_nll_codebook_and_lambda_times_the_generator_gradient
 def test_without_adversarial_weight_there_is_no_discriminator():
     one = objective(ReconstructionConfig(discriminator_weight=0))
     assert one.discriminator is None and "adversarial_weight" not in one(batch(10**9))
+    assert one.turns(10**9) == ("main",)
 
 
 def test_evaluation_needs_no_gradient_and_changes_no_state():

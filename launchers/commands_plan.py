@@ -1,0 +1,38 @@
+"""`tessera plan`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launchers.arguments import AsJson, Overrides, emit
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML of the run, one of the recipes in configs/.")],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Devices of each; with --gpu cpu, processes.")] = 8,
+    gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200, b200, or cpu: this machine.")] = "h100",
+    network_gbits: Annotated[
+        float | None, typer.Option(min=0.001, help="What leaves a node, one way; the maker's where not given.")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Memory, FLOPs, traffic and time of a run before it starts, with error bars, and which setting is fastest."""
+    from rich.console import Console
+
+    from data_pipeline.settings import load_settings
+    from launchers.plan.clusters import cluster_of
+    from launchers.plan.make import advise, as_json, check_batch, make_plan
+    from launchers.plan.show import show
+    from pretrain.config import RunConfig
+
+    run = load_settings(RunConfig, config, overrides or [])
+    check_batch(run, nodes * gpus_per_node)
+    cluster = cluster_of(gpu, nodes, gpus_per_node, network_gbits)
+    planned, best = make_plan(run, cluster), advise(run, cluster)
+    if json:
+        emit(as_json(planned, best), json)
+        return
+    show(planned, best, Console(soft_wrap=False, highlight=False))

@@ -1,0 +1,1 @@
+"""Kubernetes: objects.py says what, lint.py what no schema sees, submit.py renders and creates, jobs.py follows."""

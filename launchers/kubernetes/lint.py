@@ -1,0 +1,311 @@
+"""What the public schemas of Kubernetes objects cannot see, checked by hand: before a submission, and by the tests.
+
+A schema knows types and fields. It does not know that a name becomes a host name, that a pod's numbers must agree with
+each other, or that a value is a credential. `problems` takes plain trees of any of the kinds that are rendered here.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from data_pipeline.errors import ConfigError
+from pretrain.deadline import LEAD_VARIABLE
+
+Tree = Mapping[str, Any]
+
+DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+HOST_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")  # a service's name too: a letter first
+DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+LABEL_KEY = re.compile(rf"({DNS_NAME.pattern}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?")
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+RULE_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?")
+QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(m|k|[MGTPE]i?|Ki)?")
+SHELLS = {"sh", "bash", "dash", "/bin/sh", "/bin/bash", "/usr/bin/bash"}
+SUBMISSION_MODES = {"K8sJobMode", "HTTPMode", "SidecarMode"}  # InteractiveMode waits for a person
+LONGEST_RAY_JOB = 47
+JOB_FAILURES = {
+    "BackoffLimitExceeded",
+    "DeadlineExceeded",
+    "FailedIndexes",
+    "MaxFailedIndexesExceeded",
+    "PodFailurePolicy",
+}
+CREDENTIAL_NAME = re.compile(
+    r"(^|_)(SECRETS?|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEY|ACCESS_KEY|PRIVATE_KEY)(_|$)",
+    re.I,
+)
+CREDENTIAL_VALUE = re.compile(
+    r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY|\b(hf|ghp|gho|glpat)[_-][A-Za-z0-9]{20,}"
+    r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.|[a-z][a-z0-9+.-]*://[^/\s:@]+:[^/\s@]+@"
+)
+
+
+def check(objects: Sequence[Tree]) -> None:
+    """Raises ConfigError with every problem that is found."""
+    if found := problems(objects):
+        raise ConfigError("not submitted: " + "\n  ".join(found))
+
+
+def problems(objects: Sequence[Tree]) -> list[str]:
+    """One sentence for each thing that no cluster would run, or would run differently from what was meant."""
+    found: list[str] = []
+    for tree in objects:
+        where = f"{tree.get('kind')} {tree.get('metadata', {}).get('name')}"
+        checks: list[Iterator[str]] = [_metadata(tree), _credentials(tree)]
+        checks += [_pod(template) for template in pods(tree)]
+        checks += [_job(job, tree["kind"]) for job in jobs(tree)]
+        special = BY_KIND.get(tree["kind"])
+        checks += [special(tree)] if special else []
+        found += [f"{where}: {problem}" for check in checks for problem in check]
+    return found + [f"TrainJob: {problem}" for problem in _references(objects)]
+
+
+# ------------------------------------------------------------------------------------- where pods and jobs stand
+
+
+def jobs(tree: Tree) -> list[Tree]:
+    """The specs of the batch jobs that an object holds."""
+    if tree["kind"] == "Job":
+        return [tree["spec"]]
+    spec = tree["spec"]["template"].get("spec", {}) if tree["kind"] == "TrainingRuntime" else tree.get("spec", {})
+    return [job["template"]["spec"] for job in spec.get("replicatedJobs", [])]
+
+
+def pods(tree: Tree) -> list[Tree]:
+    """The pod templates that an object holds."""
+    if tree["kind"] != "RayJob":
+        return [job["template"] for job in jobs(tree)]
+    cluster = tree["spec"].get("rayClusterSpec", {})
+    groups = [cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", [])]
+    submitter = tree["spec"].get("submitterPodTemplate")
+    return [group["template"] for group in groups] + ([submitter] if submitter else [])
+
+
+# ------------------------------------------------------------------------------------------- one check a subject
+
+
+def _metadata(tree: Tree) -> Iterator[str]:
+    """Names that become host names, services and labels."""
+    metadata = tree["metadata"]
+    name, namespace = str(metadata.get("name", "")), str(metadata.get("namespace", "default"))
+    hosts = tree["kind"] in ("JobSet", "TrainJob", "RayJob")
+    if not (HOST_LABEL if hosts else DNS_LABEL).fullmatch(name):
+        first = ", a letter first" if hosts else ""
+        yield f"name={name!r} is no DNS label; use a-z, 0-9 and '-' inside{first}, at most 63"
+    if not DNS_LABEL.fullmatch(namespace):
+        yield f"namespace={namespace!r} is no DNS label; use a-z, 0-9 and '-' inside, at most 63"
+    metadatas = [metadata, *(template.get("metadata", {}) for template in pods(tree))]
+    for key, value in [pair for part in metadatas for pair in part.get("labels", {}).items()]:
+        if not LABEL_KEY.fullmatch(key) or not LABEL_VALUE.fullmatch(str(value)):
+            yield f"label {key}={value!r}: letters, digits, '-', '_' and '.' only, at most 63"
+
+
+def _pod(template: Tree) -> Iterator[str]:
+    """A pod: its containers, and what they share."""
+    pod = template["spec"]
+    volumes = [volume["name"] for volume in pod.get("volumes", [])]
+    if len(set(volumes)) < len(volumes):
+        yield f"volumes {sorted(volumes)}: a name stands twice"
+    for volume in pod.get("volumes", []):
+        claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+        if not DNS_LABEL.fullmatch(volume["name"]) or (claim is not None and not DNS_NAME.fullmatch(claim)):
+            yield f"claim {claim or volume['name']!r} is no DNS label; use a-z, 0-9 and '-' inside, at most 63"
+    for container in pod["containers"]:
+        yield from _image(container)
+        yield from _environment(container)
+        yield from _resources(container, pod)
+        yield from _command(container, pod)
+        mounts = container.get("volumeMounts", [])
+        for mount in mounts:
+            if mount["name"] not in volumes:
+                yield f"mount {mount['name']!r} has no volume of that name"
+            if not mount["mountPath"].startswith("/") or ":" in mount["mountPath"]:
+                yield f"mountPath={mount['mountPath']!r} is no absolute path"
+        if len({mount["mountPath"] for mount in mounts}) < len(mounts):
+            yield "two volumes are mounted at one path; give each its own"
+    reference = pod.get("serviceAccountName")
+    if reference is not None and not DNS_NAME.fullmatch(reference):
+        yield f"service account {reference!r} is no DNS name"
+
+
+def _image(container: Tree) -> Iterator[str]:
+    tag = container["image"].rpartition("/")[2].partition(":")[2]
+    if not tag or tag == "latest":
+        yield f"image={container['image']!r} names no version; add a tag other than latest, or a digest"
+
+
+def _environment(container: Tree) -> Iterator[str]:
+    """Valid names, each once, and secrets by reference."""
+    names = [entry["name"] for entry in container.get("env", [])]
+    for name in names:
+        if not ENV_NAME.fullmatch(name):
+            yield f"env {name!r} is no name of a variable"
+        if names.count(name) > 1:
+            yield f"env {name!r} is set twice; it is one that is given to every run, leave it out"
+    for entry in container.get("env", []):
+        value = entry.get("value", "")
+        if value and not value.startswith("/") and CREDENTIAL_NAME.search(entry["name"]):  # a path is none itself
+            yield f"env {entry['name']} looks like a credential; put it into a Secret and name that in `secrets`"
+    for source in container.get("envFrom", []):
+        name = source.get("secretRef", {}).get("name", "")
+        if not DNS_NAME.fullmatch(name):
+            yield f"secret {name!r} is no DNS name"
+
+
+def _resources(container: Tree, pod: Tree) -> Iterator[str]:
+    """Limits equal requests (nothing is overcommitted, devices demand it), and shared memory counts as memory."""
+    resources = container.get("resources", {})
+    limits, requests = resources.get("limits", {}), resources.get("requests", {})
+    if limits != requests or not {"cpu", "memory"} <= limits.keys():
+        yield f"limits {limits} and requests {requests} must be equal, with cpu and memory in them"
+    for name, amount in limits.items():
+        if not QUANTITY.fullmatch(str(amount)):
+            yield f"{name}={amount!r} is no quantity such as 8, 500m, 32Gi"
+        elif name not in ("cpu", "memory", "ephemeral-storage") and not str(amount).isdigit():
+            yield f"{name}={amount!r}: devices come in whole numbers"
+        if not LABEL_KEY.fullmatch(name):
+            yield f"resource {name!r}: a name such as nvidia.com/gpu or rdma/hca is needed"
+    for volume in pod.get("volumes", []):
+        size = volume.get("emptyDir", {}).get("sizeLimit")
+        if volume.get("emptyDir", {}).get("medium") == "Memory":
+            if size is None or not QUANTITY.fullmatch(str(size)):
+                yield f"volume {volume['name']!r}: sizeLimit={size!r} is no quantity such as 8Gi"
+            elif QUANTITY.fullmatch(str(limits.get("memory"))) and amount_of(size) > amount_of(limits["memory"]):
+                yield f"shared memory {size} counts as memory and is more than its limit {limits['memory']}"
+
+
+def _command(container: Tree, pod: Tree) -> Iterator[str]:
+    """Signals reach the program, and there is time for the save that they ask for."""
+    command = list(container.get("command", []))
+    if command and command[0] in SHELLS:
+        yield f"command starts with {command[0]!r}, which keeps signals to itself; name the program"
+    grace = pod.get("terminationGracePeriodSeconds", 30)
+    leads = [int(entry["value"]) for entry in container.get("env", []) if entry["name"] == LEAD_VARIABLE]
+    if leads and leads[0] >= grace:
+        yield f"terminationGracePeriodSeconds={grace} is over before the {leads[0]} s that a step and a save may take"
+
+
+def _job(job: Tree, kind: str) -> Iterator[str]:
+    """A batch job and its rules for failed pods."""
+    pod, policy = job["template"]["spec"], job.get("podFailurePolicy")
+    if pod.get("restartPolicy") not in (("Never",) if policy else ("Never", "OnFailure")):
+        yield f"restartPolicy={pod.get('restartPolicy')!r}: rules for failed pods need Never"
+    if job.get("completionMode") == "Indexed" and job.get("completions") != job.get("parallelism"):
+        yield f"completions={job.get('completions')} and parallelism={job.get('parallelism')} must be the same number"
+    if kind != "Job" and job.get("backoffLimit") != 0:
+        yield f"backoffLimit={job.get('backoffLimit')}: the nodes of a run go on together or not at all, it must be 0"
+    names = {container["name"] for container in pod["containers"]}
+    for rule in policy["rules"] if policy else []:
+        codes = rule.get("onExitCodes")
+        if codes and codes.get("containerName", next(iter(names))) not in names:
+            yield f"podFailurePolicy names container {codes['containerName']!r}; there is {sorted(names)}"
+        if codes and (sorted(set(codes["values"])) != codes["values"] or 0 in codes["values"]):
+            yield f"podFailurePolicy's exit codes {codes['values']} must be in order, each once, without 0"
+
+
+def _replicated(tree: Tree) -> Iterator[str]:
+    """JobSets, alone or as the template of a runtime: host names and restart rules."""
+    name = tree["metadata"]["name"]
+    spec = tree["spec"]["template"]["spec"] if tree["kind"] == "TrainingRuntime" else tree["spec"]
+    for job in spec["replicatedJobs"]:
+        last = job["template"]["spec"].get("completions", 1) - 1
+        longest = f"{name}-{job['name']}-{job.get('replicas', 1) - 1}-{last}-abcde"
+        if not HOST_LABEL.fullmatch(longest):
+            yield f"its pods would be called {longest!r}, which is no DNS label of at most 63; take a shorter name"
+        first = f"{name}-{job['name']}-0-0.{spec.get('network', {}).get('subdomain', name)}"
+        for container in job["template"]["spec"]["template"]["spec"]["containers"]:
+            told = [entry.get("value") for entry in container.get("env", []) if entry["name"] == "MASTER_ADDR"]
+            if told not in ([], [first]):
+                yield f"MASTER_ADDR={told}, but pod 0 answers as {first}"
+    rules = spec.get("failurePolicy", {}).get("rules", [])
+    names = [rule["name"] for rule in rules]
+    if len(set(names)) < len(names) or not all(map(RULE_NAME.fullmatch, names)):
+        yield f"failurePolicy: rules {names} need different names of letters, digits and '_'"
+    for rule in rules:
+        if unknown := set(rule.get("onJobFailureReasons", [])) - JOB_FAILURES:
+            yield f"failurePolicy: {sorted(unknown)} is none of the reasons {sorted(JOB_FAILURES)}"
+        for pattern in rule.get("onJobFailureMessagePatterns", []):
+            re.compile(pattern)
+
+
+def _ray_job(tree: Tree) -> Iterator[str]:
+    spec, name = tree["spec"], tree["metadata"]["name"]
+    if len(name) > LONGEST_RAY_JOB:
+        yield f"name={name!r} is longer than the {LONGEST_RAY_JOB} letters that KubeRay leaves for it"
+    if spec.get("submissionMode", "K8sJobMode") not in SUBMISSION_MODES:
+        yield f"submissionMode={spec['submissionMode']!r} is none of {sorted(SUBMISSION_MODES)}"
+    if not spec.get("entrypoint"):
+        yield "there is no entrypoint"
+    if not spec.get("shutdownAfterJobFinishes"):
+        yield "shutdownAfterJobFinishes must be true: else its nodes stay when it is done, and no queue can suspend it"
+    cluster = spec["rayClusterSpec"]
+    groups = cluster.get("workerGroupSpecs", [])
+    for group in groups:
+        if len({group.get(key) for key in ("replicas", "minReplicas", "maxReplicas")}) > 1:
+            yield f"group {group['groupName']!r}: replicas, minReplicas and maxReplicas must be the same number"
+    for group in [cluster["headGroupSpec"], *groups]:
+        limit = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {}).get("cpu")
+        if group.get("rayStartParams", {}).get("num-cpus", limit) != limit:
+            yield f"num-cpus={group['rayStartParams']['num-cpus']}, but its pod has cpu={limit}"
+
+
+def _train_job(tree: Tree) -> Iterator[str]:
+    env = [entry["name"] for entry in tree["spec"].get("trainer", {}).get("env", [])]
+    reserved = [name for name in env if name.startswith("PET_")]
+    if reserved:
+        yield f"env {reserved} is what the torch policy sets itself"
+
+
+BY_KIND: dict[str, Callable[[Tree], Iterator[str]]] = {
+    "JobSet": _replicated,
+    "TrainingRuntime": _replicated,
+    "RayJob": _ray_job,
+    "TrainJob": _train_job,
+}
+
+
+def _references(objects: Sequence[Tree]) -> Iterator[str]:
+    """A TrainJob's runtime is among the objects and has the container that the torch policy looks for."""
+    runtimes = {tree["metadata"]["name"]: tree for tree in objects if tree["kind"] == "TrainingRuntime"}
+    for tree in objects:
+        reference = tree["spec"]["runtimeRef"] if tree["kind"] == "TrainJob" else {}
+        if reference.get("kind") != "TrainingRuntime":
+            continue
+        if reference["name"] not in runtimes:
+            yield f"runtimeRef {reference['name']!r} is none of {sorted(runtimes)}"
+            continue
+        containers = [part["name"] for pod in pods(runtimes[reference["name"]]) for part in pod["spec"]["containers"]]
+        if "node" not in containers:
+            yield f"its runtime's containers are {containers}; the torch policy looks for one called 'node'"
+
+
+def _credentials(tree: Tree) -> Iterator[str]:
+    """Keys, tokens and addresses with a password in them, anywhere; the value itself is not repeated."""
+    for key, value in _strings(tree, ""):
+        if CREDENTIAL_VALUE.search(value):
+            yield f"{key}: a value looks like a credential; put it into a Secret and name that in `secrets`"
+
+
+def _strings(tree: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every string with the key that it stands under."""
+    if isinstance(tree, str):
+        yield key, tree
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _strings(value, str(name))
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _strings(value, key)
+
+
+def amount_of(quantity: str | int) -> float:
+    """A quantity as a number: bytes, or cores."""
+    matched = QUANTITY.fullmatch(str(quantity))
+    if matched is None:
+        raise ConfigError(f"{quantity!r} is no quantity such as 8, 500m, 32Gi")
+    number, unit = float(matched[1]), matched[2] or ""
+    if unit == "m":
+        return number / 1000
+    base = 1024 if unit.endswith("i") else 1000
+    return number * base ** ("kMGTPE".index(unit[0].replace("K", "k")) + 1) if unit else number

@@ -1,0 +1,93 @@
+"""Objects as YAML that a person can read and edit, and their creation as a whole or not at all."""
+
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from data_pipeline.errors import NodeFault, TesseraError
+from launchers.kubernetes.api import Cluster, Refused, Tree, connected
+from launchers.kubernetes.lint import check
+from launchers.kubernetes.objects import objects
+from launchers.spec import KubernetesCluster, RunSpec
+from launchers.watch import JOB, refuse_second_launch, write_record
+
+SUBMISSION = "tessera/submission"
+
+
+class _Readable(yaml.SafeDumper):
+    """Text of several lines as a block."""
+
+
+def _block(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Readable.add_representer(str, _block)
+
+
+def rendered(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:
+    """The objects. Raises ConfigError for what no cluster can run."""
+    trees = objects(spec, cluster)
+    check(trees)
+    return trees
+
+
+def render(spec: RunSpec, cluster: KubernetesCluster) -> str:
+    """The objects as YAML, one document each. Raises ConfigError for what no cluster can run."""
+    documents = [
+        yaml.dump(tree, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=110)
+        for tree in rendered(spec, cluster)
+    ]
+    return f"# {spec.header}\n" + "---\n".join(documents)
+
+
+def submit(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, object]:
+    """Create everything or nothing -> the record to find the run by, which lies in RUN/job.json too.
+
+    Raises ConfigError for what no cluster can run, this one refuses, or is running already; NodeFault where it does
+    not answer.
+    """
+    trees = rendered(spec, cluster)
+    run, token = Path(spec.run_folder), uuid.uuid4().hex
+    refuse_second_launch(run)
+    for tree in trees:
+        tree["metadata"]["annotations"][SUBMISSION] = token
+    with connected() as api:
+        try:
+            for tree in trees:
+                api.create(tree)
+            owner = api.read(trees[-1]["kind"], cluster.namespace, spec.name)
+            for tree in trees[:-1]:
+                api.own(tree, owner | {"kind": trees[-1]["kind"]})
+            record = {
+                "place": "kubernetes",
+                "job": spec.name,
+                "kind": trees[-1]["kind"],
+                "namespace": cluster.namespace,
+                "uid": owner["metadata"]["uid"],
+            }
+            write_record(run, record, JOB)
+        except BaseException:
+            _take_back(api, trees, token)
+            raise
+    return record
+
+
+def _take_back(api: Cluster, trees: Sequence[Tree], token: str) -> None:
+    """Delete what stands of a submission that failed, and nothing of another. Raises NodeFault where that fails too."""
+    left = []
+    for tree in reversed(trees):
+        kind, metadata = tree["kind"], tree["metadata"]
+        place = (kind, metadata["namespace"], metadata["name"])
+        try:
+            # Read first: a call without an answer may have been heard, and a name may be somebody else's.
+            if api.read(*place)["metadata"].get("annotations", {}).get(SUBMISSION) == token:
+                api.delete(*place)
+        except Refused:
+            continue
+        except TesseraError as error:
+            left.append(f"kubectl delete {kind.lower()} {metadata['name']} -n {metadata['namespace']} ({error})")
+    if left:
+        raise NodeFault("a part of the submission may stand, and could not be taken back: " + "; ".join(left))

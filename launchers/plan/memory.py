@@ -1,0 +1,133 @@
+"""What one device holds at the worst moment of a step, item by item, each with the error that its check allows."""
+
+import dataclasses
+from typing import Any
+
+from launchers.plan.clusters import GIB
+from launchers.plan.models import FEATURES, LOGITS
+from launchers.plan.tape import BATCH, FP32, Tape
+from launchers.plan.traffic import released_share
+
+STATE, WORKING, ACTIVATION, FIXED = "states", "working set", "activations", "fixed"
+ERRORS = {STATE: 0.02, WORKING: 0.2, ACTIVATION: 0.1, FIXED: 0.35}
+"""Shares by which a kind of item may be off. tests/benchmarks/bench_planner.py measures the first three, on a CPU."""
+FLAT_REDUCTION = 500_000_000  # elements that stage 0 flattens at once
+CONTEXT = 1.5 * GIB  # CUDA's context, its libraries and NCCL's buffers; a guess from reports, not measured here
+SLACK = 0.05  # of the activations: what the allocator cannot use again
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """`bytes` for `what`; kind: one of ERRORS."""
+
+    what: str
+    kind: str
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The items of one device."""
+
+    items: tuple[Item, ...]
+
+    @property
+    def used(self) -> float:
+        return sum(item.bytes for item in self.items)
+
+    @property
+    def error(self) -> float:
+        """Bytes by which `used` may be off, were every item off to the same side."""
+        return sum(item.bytes * ERRORS[item.kind] for item in self.items)
+
+
+def memory_of(
+    tape: Tape, loss: Tape | None, settings: dict[str, Any], world: int, accumulation: int, recompute: bool
+) -> Memory:
+    """Of a step whose micro-batch `tape` has traced, and whose loss, where it is the global batch's, `loss`.
+
+    The worst moment is the end of a forward, or the update, when activations are gone and gradients are flattened.
+    """
+    size, zero = sum(weight.numel for weight in tape.weights), settings["zero_optimization"]
+    held = [*states(size, world, zero["stage"], accumulation), *working_set(tape, zero, world)]
+    used = activations(tape, zero["stage"], zero.get("memory_efficient_linear", False), recompute)
+    used = used if loss is None else _with_loss(used, loss, world, accumulation)
+    flat = flattened(size, world, zero["stage"])
+    held += max(used, flat, key=lambda items: sum(item.bytes for item in items))
+    if tape.on_gpu:
+        loose = sum(item.bytes for item in held if item.kind == ACTIVATION) * SLACK
+        held += [Item("allocator", ACTIVATION, loose), Item("CUDA and NCCL", FIXED, CONTEXT)]
+    return Memory(tuple(item for item in held if item.bytes))
+
+
+def states(size: int, world: int, stage: int, accumulation: int) -> list[Item]:
+    """Weights, gradients, optimizer. Weights are float32 at every precision: autocast computes with copies of them.
+
+    Stages 1 to 3 keep a master beside the working weights, which in float32 is the same once more. Stage 1 reduces
+    gradients once a step, so accumulated ones are whole.
+    """
+    part = size / world
+    whole_gradients = stage == 0 or (stage == 1 and accumulation > 1)
+    sizes = {
+        "weights": FP32 * (part if stage == 3 else size),
+        "master weights": FP32 * part if stage else 0.0,
+        "Adam's moments": 2 * FP32 * (part if stage else size),
+        "gradients": FP32 * (size if whole_gradients else part),
+    }
+    return [Item(what, STATE, float(number)) for what, number in sizes.items()]
+
+
+def flattened(size: int, world: int, stage: int) -> list[Item]:
+    """Gradients once more, in one piece: for stage 0's reduction, for the update of stages 1 and 2."""
+    number = {0: min(size, FLAT_REDUCTION) if world > 1 else 0, 1: size / world, 2: size / world, 3: 0}[stage]
+    return [Item("flat gradients", WORKING, float(FP32 * number))]
+
+
+def working_set(tape: Tape, zero: dict[str, Any], world: int) -> list[Item]:
+    """Buckets, and under stage 3 the gathered weights."""
+    if zero["stage"] == 0:
+        return []
+    precisions = len({weight.low for weight in tape.weights}) if tape.low != FP32 else 1
+    buffers = zero["reduce_bucket_size"] * FP32 * precisions
+    if zero["stage"] < 3:
+        return [Item("buckets", WORKING, float(buffers * (2 if zero["overlap_comm"] else 1)))]
+    return [Item("buckets", WORKING, float(buffers)), Item("gathered weights", WORKING, gathered(tape, zero))]
+
+
+def gathered(tape: Tape, zero: dict[str, Any]) -> float:
+    """Stage 3: all that stay until their backward, else the kept ones and what is fetched ahead."""
+    sizes = [(weight.numel, tape.low if weight.low else FP32) for weight in tape.weights]
+    threshold = zero["stage3_param_persistence_threshold"]
+    kept = sum(numel * width for numel, width in sizes if numel <= threshold)
+    rest = sum(numel * width for numel, width in sizes if numel > threshold)
+    stays = 1 - released_share(tape.weights, zero)
+    ahead = min(rest, zero["stage3_prefetch_bucket_size"] * tape.low + max(n * w for n, w in sizes))
+    return kept + max(rest * stays, ahead)
+
+
+def activations(tape: Tape, stage: int, spares_copies: bool, recompute: bool) -> list[Item]:
+    """What waits for the backward, and the largest of what comes and goes beside it."""
+    logits, features, batch = (tape.saved_bytes(part) for part in (LOGITS, FEATURES, BATCH))
+    layers = tape.saved_bytes() - logits - features - batch
+    transient = tape.transient
+    if recompute:
+        layers -= sum(block.saved - block.input for block in tape.blocks)
+        transient = max(transient, max((block.saved + block.transient for block in tape.blocks), default=0))
+    # stage 3 gathers linear layers in the autocast's precision already
+    copies = tape.copied_bytes() if stage < 3 else 0 if spares_copies else tape.copied_bytes(low=False)
+    named = {"layers": layers, "logits": logits, "features": features, "batch": batch}
+    named |= {"copies of weights": copies, "temporary": transient}
+    return [Item(name, ACTIVATION, float(size)) for name, size in named.items()]
+
+
+def _with_loss(towers: list[Item], loss: Tape, world: int, accumulation: int) -> list[Item]:
+    """A loss of the global batch lives beside the towers' activations; with gradient caching before there are any.
+
+    Then the greater of both counts, and the embeddings and their gradients are held for all micro-batches.
+    """
+    own = activations(loss, stage=0, spares_copies=False, recompute=False)
+    if accumulation == 1:
+        return [*towers, *own]
+    cache = Item("cached features", ACTIVATION, 2.0 * loss.saved_bytes(FEATURES) / 3 * 2 / world)
+    greater = max(towers, own, key=lambda items: sum(item.bytes for item in items))
+    return [*greater, cache]

@@ -1,0 +1,98 @@
+"""How long a step takes: products at a share of the peak, the rest at a share of the memory's rate, then the network.
+
+    step = products / (peak x reached) + moved / (rate x reached) + update + what of the transfers nothing hides
+
+Three times come out, for shares that are low, usual and high; the true one should lie between the outer two.
+"""
+
+import dataclasses
+
+from launchers.plan.clusters import Cluster
+from launchers.plan.tape import FP32, Tape
+from launchers.plan.traffic import Transfer
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Of what the makers promise, reached: by products, by memory, by links; hidden: of the backward's transfers."""
+
+    products: float
+    memory: float
+    links: float
+    hidden: float
+
+
+SHARES = {
+    "gpu": (Shares(0.3, 0.5, 0.5, 0.3), Shares(0.6, 0.7, 0.7, 0.7), Shares(0.8, 0.85, 0.85, 0.95)),
+    "cpu": (Shares(0.3, 0.2, 0.3, 0.0), Shares(0.55, 0.4, 0.6, 0.0), Shares(0.9, 0.8, 1.0, 0.0)),
+}
+"""Low, usual, high. Published runs on GPUs lie between (tests/launchers/plan/test_published.py); CPU: measured."""
+BACKWARD_MOVES = 2.0
+"""Element-wise work of the backward, of the forward's."""
+UPDATE_BYTES = 7 * FP32
+"""AdamW reads weight, gradient and moments, and writes all but the gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """Seconds of one step, by part."""
+
+    products: float
+    moved: float
+    update: float
+    network: float
+    exposed: float
+
+    @property
+    def step(self) -> float:
+        return self.products + self.moved + self.update + self.exposed
+
+    @property
+    def bound_by(self) -> str:
+        parts = {"products": self.products, "memory": self.moved + self.update, "network": self.exposed}
+        return max(parts, key=lambda name: parts[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a rank computes in a step: FLOPs, bytes moved beside the products, parameters updated."""
+
+    flops: float
+    moved: float
+    updated: float
+
+    @classmethod
+    def of(cls, tape: Tape, times: int, forwards: float, updated: float = 0) -> "Work":
+        """A tape and its backward, `times` a step; forwards: 1 and what is run again."""
+        flops = times * (forwards * tape.forward_flops + tape.backward_flops + tape.repeated_flops)
+        return cls(flops, times * (forwards + BACKWARD_MOVES) * tape.moved, updated)
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.moved + other.moved, self.updated + other.updated)
+
+
+def paces(work: Work, transfers: list[Transfer], cluster: Cluster, precision: str) -> tuple[Pace, Pace, Pace]:
+    """-> at low, usual and high shares."""
+    found = []
+    for share in SHARES["gpu" if cluster.device.on_gpu else "cpu"]:
+        products = work.flops / (cluster.device.peaks[precision] * share.products)
+        elements = work.moved / (cluster.device.memory_rate * share.memory)
+        update = UPDATE_BYTES * work.updated / (cluster.device.memory_rate * share.memory)
+        network = network_seconds(transfers, cluster) / share.links
+        exposed = max(0.0, network - share.hidden * (products + elements) * 2 / 3)
+        found.append(Pace(products, elements, update, network, exposed))
+    low, usual, high = found
+    return low, usual, high
+
+
+def network_seconds(transfers: list[Transfer], cluster: Cluster) -> float:
+    """At full rate: within a node over its links, between nodes as many rings side by side as a node has devices."""
+    sent = sum(transfer.sent(cluster.world) for transfer in transfers)
+    if cluster.nodes == 1:
+        return sent / cluster.device.link
+    return max(sent / cluster.device.link, sent / cluster.network)
+
+
+def sent_by_node(transfers: list[Transfer], cluster: Cluster) -> float:
+    """Bytes that leave each node in a step: what one ring over all ranks carries."""
+    return sum(transfer.sent(cluster.world) for transfer in transfers) if cluster.nodes > 1 else 0.0

@@ -1,0 +1,113 @@
+"""A plan for people: one table, with what it is based on and how far off it may be."""
+
+from rich.console import Console
+from rich.table import Table
+
+from launchers.plan.clusters import GIB
+from launchers.plan.make import Plan, first_limit, tokens_of
+from launchers.plan.memory import ERRORS
+
+UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def show(plan: Plan, best: Plan | None, console: Console) -> None:
+    """Print the table, the advice and what the figures rest on."""
+    console.print(_table(plan, best))
+    for line in notes(plan, best):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(plan: Plan, best: Plan | None) -> Table:
+    train, cluster = plan.config.train, plan.cluster
+    title = f"{plan.config.run} on {cluster.nodes} x {cluster.per_node} {cluster.device.name}"
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_row("model", f"{plan.config.model.kind}, {plan.parameters:,} parameters, {train.precision}")
+    split = f"{train.global_batch} = {cluster.world} ranks x {plan.micro} x {plan.accumulation} accumulated"
+    table.add_row("batch", f"{split}, ZeRO stage {train.zero_stage}")
+    table.add_section()
+    for item in sorted(plan.memory.items, key=lambda item: -item.bytes):
+        table.add_row(f"  {item.what}", f"{gib(item.bytes)}  ({item.kind})")
+    table.add_row("memory a device", memory_line(plan))
+    table.add_section()
+    table.add_row("FLOPs", _flops_line(plan))
+    for transfer in (one for one in plan.transfers if one.bytes):
+        passed = f"{transfer.kind} of {unit(transfer.bytes, 'B')}, {transfer.times} a step"
+        table.add_row(f"  {transfer.what}", passed)
+    leaves = f", {unit(plan.sent_per_node, 'B')} leave a node" if cluster.nodes > 1 else ""
+    table.add_row("traffic a step", f"{unit(plan.sent_per_rank, 'B')} from each rank{leaves}")
+    table.add_section()
+    for name, text in _time_rows(plan):
+        table.add_row(name, text)
+    table.add_row("first limit", first_limit(plan, best))
+    return table
+
+
+def memory_line(plan: Plan) -> str:
+    """Used of available, its error and the margin: never a bare yes or no."""
+    text = f"{gib(plan.memory.used)} of {gib(plan.cluster.memory)}, off by {gib(plan.memory.error)} at most"
+    if plan.margin >= 0:
+        return f"{text}: {gib(plan.margin)} are left even then"
+    short = plan.memory.used - plan.memory.error - plan.cluster.memory
+    return f"{text}: {'more than there is' if short > 0 else 'may or may not be enough'}"
+
+
+def _flops_line(plan: Plan) -> str:
+    tokens = tokens_of(plan.config)
+    a_token = f", {unit(plan.sample_flops / tokens, '')} a token" if tokens else ""
+    forward = unit(plan.tape.forward_flops / plan.micro, "")
+    return f"{unit(plan.sample_flops, '')} a sample (forward {forward}){a_token}, {unit(plan.step_flops, '')} a step"
+
+
+def _time_rows(plan: Plan) -> list[tuple[str, str]]:
+    slow, usual, fast = plan.paces
+    parts = f"products {usual.products:.3g}, memory {usual.moved + usual.update:.3g}, network {usual.network:.3g}"
+    batch = plan.config.train.global_batch
+    days = sorted(plan.days)
+    return [
+        ("step", f"{usual.step:.3g} s, between {fast.step:.3g} and {slow.step:.3g}"),
+        ("  of it", f"{parts} ({usual.exposed:.3g} of it waited for)"),
+        ("samples/s", f"{batch / usual.step:.4g}, between {batch / slow.step:.4g} and {batch / fast.step:.4g}"),
+        ("share of the peak", " ".join(f"{100 * share:.1f}" for share in plan.mfu) + " % (low, usual, high)"),
+        ("days to finish", f"{days[1]:.3g}, between {days[0]:.3g} and {days[2]:.3g}; saves and waiting not counted"),
+    ]
+
+
+def notes(plan: Plan, best: Plan | None) -> list[str]:
+    """The advice, and what the figures rest on."""
+    kinds = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in ERRORS.items())
+    lines = [advice_line(plan, best), f"Memory may be off by: {kinds}; activations and buckets were measured on a CPU."]
+    if plan.cluster.device.on_gpu:
+        lines.append(
+            "Time on GPUs is a roofline between shares that published runs reached; this code never ran on one."
+        )
+    else:
+        lines.append(
+            "This machine's arithmetic and memory were timed just now; processes are taken to share them alone."
+        )
+    return lines
+
+
+def advice_line(plan: Plan, best: Plan | None) -> str:
+    """As overrides that can be put behind the command."""
+    if best is None:
+        return "Advice: no stage and no micro-batch has a margin here."
+    text = f"train.zero_stage={best.config.train.zero_stage} train.micro_batch={best.micro}"
+    if best.recompute:
+        text += " with activations computed again, for which the trainer has no key yet"
+    same = best.config.train.zero_stage == plan.config.train.zero_stage and best.micro == plan.micro
+    gain = "as it is" if same else f"{plan.paces[1].step / best.paces[1].step:.2f} times as fast"
+    left = f"{gib(best.memory.used)} of memory, {gib(best.margin)} left with the error"
+    return f"Advice: {text} ({best.accumulation} accumulated): {gain}, {left}."
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, small ones as MiB."""
+    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / GIB * 1024:.1f} MiB"
+
+
+def unit(value: float, name: str) -> str:
+    """1.23e9 -> 1.23 G."""
+    for factor, letter in UNITS:
+        if value >= factor:
+            return f"{value / factor:.4g} {letter}{name}"
+    return f"{value:.4g} {name}".rstrip()

@@ -1,0 +1,113 @@
+"""What the planner foretells, measured on the real modules: parameters, FLOPs, tensors that autograd keeps.
+
+Batches are random tensors of the shapes that the real inputs have.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.config import RunConfig
+from pretrain.inputs.masking import mask_slots
+from pretrain.models import MODELS
+from pretrain.objectives import OBJECTIVES
+from pretrain.objectives.collectives import ONE_DEVICE, Collectives
+
+
+def objective_of(config: RunConfig, device: str = "cpu", collectives: Collectives = ONE_DEVICE) -> nn.Module:
+    """The real module, training."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = MODELS[config.model.kind](config.model)
+        return OBJECTIVES[config.objective.kind](model, config.objective, collectives).train()
+
+
+def batch_of(config: RunConfig, rows: int, rank: int = 0) -> dict[str, Tensor]:
+    """A micro-batch of `rows` samples for this run."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def ids(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=generator)
+
+    model, step = config.model, {"step": torch.tensor(0)}
+    if model.kind == "clip":
+        side, context = model.vision.image_size, model.text.context
+        pixels = torch.randn(rows, 3, side, side, generator=generator)
+        return step | {"pixels": pixels, "tokens": ids(model.text.vocab_size, rows, context), "eot": ids(context, rows)}
+    if model.kind == "gpt":
+        text, codes = ids(model.text_vocab, rows, model.text_tokens), ids(model.image_vocab, rows, model.image_tokens)
+        return step | {"text": text, "codes": codes}
+    if model.kind == "vqgan":
+        return step | {"pixels": torch.rand(rows, 3, model.image_size, model.image_size, generator=generator) * 2 - 1}
+    return step | words(config, rows, ids)
+
+
+def words(config: RunConfig, rows: int, ids: Any) -> dict[str, Tensor]:
+    """Of BERT and ELECTRA: whole rows, every slot filled."""
+    model, objective = config.model, config.objective
+    assert model.kind in ("bert", "electra") and objective.kind in ("mlm", "rtd")
+    slots = mask_slots(objective.mask_rate, model.context)
+    return {
+        "tokens": ids(model.vocab_size, rows, model.context),
+        "types": ids(model.type_vocab, rows, model.context),
+        "attention": torch.ones(rows, model.context, dtype=torch.bool),
+        "positions": ids(model.context, rows, slots),
+        "labels": ids(model.vocab_size, rows, slots),
+        "label_weights": torch.ones(rows, slots),
+        "is_random": ids(2, rows),
+        "uniforms": torch.rand(rows, slots),
+        "noise": ids(1 << 60, rows, model.context),
+    }
+
+
+def storages(module: nn.Module, batch: dict[str, Tensor]) -> set[int]:
+    """Memory that is there before the forward."""
+    tensors = [*module.parameters(), *module.buffers(), *batch.values()]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+class Kept:
+    """A tensor in the graph: alive as long as the graph holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def saved_bytes(config: RunConfig, rows: int) -> int:
+    """Of the tensors that wait for the backward: each memory once, without parameters and the batch."""
+    module, batch = objective_of(config), batch_of(config, rows)
+    there, graph = storages(module, batch), weakref.WeakSet[Kept]()
+
+    def pack(tensor: Tensor) -> Kept:
+        kept = Kept(tensor)
+        graph.add(kept)
+        return kept
+
+    low = config.train.precision == "bf16"
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, low):
+        loss = module(batch)["loss"]
+    alive = [kept.tensor.untyped_storage() for kept in graph]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in alive}
+    assert loss.requires_grad
+    return sum(size for pointer, size in sizes.items() if pointer not in there)
+
+
+def flops(config: RunConfig, rows: int) -> tuple[int, int]:
+    """-> (forward, forward and backward) by torch's own counter, attention as plain products."""
+    module, batch = objective_of(config), batch_of(config, rows)
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            loss = module(batch)["loss"]
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+
+
+def parameters(config: RunConfig) -> list[int]:
+    """Elements of every parameter, on the meta device."""
+    return [parameter.numel() for parameter in objective_of(config, "meta").parameters()]
