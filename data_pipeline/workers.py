@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -44,6 +45,7 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     if address is not None:
         _check_address(address)
+        sign_in()
     elif "ray" not in sys.modules:  # which reads it once: half of Ray would believe it, half would not
         os.environ.setdefault(_CLUSTERS, "0")
     import ray
@@ -65,11 +67,25 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
         try:
             ray.init(address=address, **common)
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-            raise NodeFault(f"ray_address={address}: {error}; see that it is this version of Ray") from None
+            raise NodeFault(
+                f"ray_address={address}: {error}; see that it is this version of Ray, and that RAY_AUTH_MODE and the "
+                "token are the same on all nodes"
+            ) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def sign_in() -> None:
+    """Have Ray use the user's token, where there is one, before it is imported or started.
+
+    A head asks for it as soon as ~/.ray/auth_token exists, and the first Ray that a process starts writes it there;
+    but who joins that head by its address, node or driver, sends it only where RAY_AUTH_MODE says so.
+    """
+    token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or (Path.home() / ".ray/auth_token").exists()
+    if token and "ray" not in sys.modules:  # which reads it once
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def in_driver(run: Callable[..., Any], *arguments: Any) -> Any:
