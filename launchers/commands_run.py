@@ -63,21 +63,25 @@ def evaluate(
 
 
 def status(run: Run, json: AsJson = False) -> None:
-    """Is it running, how far is it, how fast."""
+    """Is it running, how far is it, how fast; leaves with 70 where its job vanished."""
     from launchers.watch import run_status
 
-    emit(run_status(run), json)
+    told = run_status(run)
+    emit(told, json)
+    if told["state"] == "vanished":
+        raise typer.Exit(NodeFault.exit_code)
 
 
 def logs(
     run: Run,
-    lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="How many steps.")] = 20,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="How many.")] = 20,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False,
+    job: Annotated[bool, typer.Option("--job", help="What the run's job printed, instead of its metrics.")] = False,
 ) -> None:
-    """The last lines of the run's metrics.jsonl."""
-    from launchers.watch import metric_lines
+    """The last lines of the run's metrics.jsonl, one a step."""
+    from launchers.watch import job_lines, metric_lines
 
-    for line in metric_lines(run, lines, follow):
+    for line in (job_lines if job else metric_lines)(run, lines, follow):
         typer.echo(line)
 
 
@@ -86,7 +90,7 @@ def stop(
     timeout_s: Annotated[float, typer.Option(min=1, help="How long the save may take.")] = 300,
     json: AsJson = False,
 ) -> None:
-    """Ask a run on this machine to save and leave, and wait until it has."""
+    """Ask a run on this machine, or its job, to save and leave for good, and wait until it has."""
     from launchers.watch import stop_run
 
     emit(stop_run(run, timeout_s), json)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from data_pipeline.errors import NodeFault
+from data_pipeline.workers import sign_in
 from launchers.children import die_with
 from launchers.local import say
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpus", type=int, required=True, help="of this node, for Ray")
     parser.add_argument("command", nargs="+", help="what follows `tessera`, behind --")
     args = parser.parse_args(argv)
+    sign_in()
     host, port = socket.gethostbyname(os.environ["MASTER_ADDR"]), int(os.environ["MASTER_PORT"])
     if os.environ["SLURM_NODEID"] != "0":
         return lend(host, port, args.cpus)
@@ -61,6 +63,10 @@ def lend(host: str, port: int, cpus: int) -> int:
         while refused < LOST_AFTER and ray.poll() is None:
             time.sleep(1.0)
             refused = 0 if _address_towards(host, port) else refused + 1
+        if not refused and _address_towards(host, port):
+            raise NodeFault(
+                f"Ray on this node ended with code {ray.returncode}, but its head is still at {host}:{port}"
+            )
     return 0
 
 

@@ -4,6 +4,7 @@
 slurm_end.py from what the processes wrote; the script then puts the job back into the queue, or does not.
 """
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ set -euo pipefail
 run={folder}
 mkdir -p "$run"
 {setup}
-{rendezvous}
+{rendezvous}{token}
 export TESSERA_ATTEMPT="${{SLURM_RESTART_COUNT:-0}}"
 {env}{sizes}
 # A task that leaves does not take the others with it: all may be in the middle of the same save.
@@ -52,6 +53,10 @@ RENDEZVOUS = """
 # Every task finds rank 0 here; set either variable, before sbatch or above, to choose another network or port.
 export MASTER_ADDR="${{MASTER_ADDR:-{address}}}"
 export MASTER_PORT="${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}}\""""
+
+TOKEN = """
+# Who knows no token may not use this Ray: without one anybody on the network may run programs through it.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')\""""
 
 SIZES = f"""
 # How long what the run has written was before this attempt.
@@ -95,6 +100,7 @@ def render(spec: RunSpec, cluster: SlurmCluster, seeds: str = "", after: Sequenc
         folder=run,
         setup="\n".join(cluster.setup),
         rendezvous=RENDEZVOUS.format(address=ADDRESS[cluster.master_addr]) if spec.saves or spec.on_ray else "",
+        token=TOKEN if spec.on_ray else "",
         env="".join(f"export {name}={shlex.quote(value)}\n" for name, value in _environment(spec, cluster).items()),
         cpus=_cpus_per_task(spec, cluster),
         wait=cluster.signal_lead_s,
@@ -119,7 +125,8 @@ EXPANDED = (*PER_SEED, RAY, f"ray_address={RAY}")
 
 def _check(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> None:
     if spec.task == "train":
-        check_gpus(spec.procs_per_node, cluster.gpus_per_node)
+        of_gres = re.search(r"gpu(?::[^:,]+)?:(\d+)", cluster.gres)
+        check_gpus(spec.procs_per_node, cluster.gpus_per_node or int(of_gres[1] if of_gres else 0))
     limit = seconds_of(cluster.time_limit)
     if spec.saves and cluster.signal_lead_s >= limit:
         raise ConfigError(
@@ -262,9 +269,11 @@ def submit(step: Step[SlurmCluster], seeds: str = "", after: Sequence[str] = ())
         raise ConfigError(f"sbatch refused {script}: {done.stderr.strip() or f'exit code {done.returncode}'}")
     job = done.stdout.strip().partition(";")[0]
     record = {"place": "slurm", "job": job, "name": spec.name, "saves": spec.saves, "script": str(script)}
-    write_record(folder, record, JOB)
+    output = Path.cwd() / step.cluster.output.replace("%x", spec.name)
+    write_record(folder, record | {"output": str(output).replace("%j", job)}, JOB)
     for seed in seeds_of(seeds):
-        write_record(folder / f"seed-{seed}", record | {"job": f"{job}_{seed}"}, JOB)
+        one = f"{job}_{seed}"
+        write_record(folder / f"seed-{seed}", record | {"job": one, "output": str(output).replace("%j", one)}, JOB)
     return {"job": job, "script": str(script), "run": spec.run_folder}
 
 

@@ -242,9 +242,10 @@ class RunSpec:
 
     @property
     def header(self) -> str:
-        """One line for the head of a rendered job: what it runs, and the hash of the resolved configuration."""
+        """For the head of a rendered job: what runs, the hash of its resolved configuration, what it touches."""
         command = shlex.join(["tessera", *self.arguments])
-        return f"{command}\n# {self.nodes} x {self.procs_per_node} processes, configuration {self.config_hash}"
+        size = f"{self.nodes} x {self.procs_per_node} processes, configuration {self.config_hash}"
+        return f"{command}\n# {size}\n# reads and writes {', '.join(self.storage)}"
 
 
 def describe(

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault
-from launchers import slurm_jobs
-from launchers.kubernetes import jobs as kubernetes_jobs
 from pretrain.goodput import METRICS, goodput
 
 RECORD = "launcher.json"
@@ -33,7 +31,7 @@ class Place:
 
     look -> "state" (queued, running, done, stopped, cancelled, failed or vanished) and what is known besides; stop
     asks for a save and an end, and may be called again until that has come. output: the last lines of what rank 0
-    writes, followed or not, for a place whose run folder is not on this machine.
+    writes, followed or not, for a place that does not write them into a file of this machine.
     """
 
     look: Callable[[Mapping[str, Any], Path], dict[str, Any]]
@@ -41,10 +39,20 @@ class Place:
     output: Callable[[Mapping[str, Any], int, bool], Iterator[str]] | None = None
 
 
-PLACES: dict[str, Place] = {
-    "slurm": Place(slurm_jobs.look, slurm_jobs.stop),
-    "kubernetes": Place(kubernetes_jobs.look, kubernetes_jobs.stop, kubernetes_jobs.output),
-}
+def _slurm() -> Place:
+    from launchers import slurm_jobs
+
+    return Place(slurm_jobs.look, slurm_jobs.stop)
+
+
+def _kubernetes() -> Place:
+    from launchers.kubernetes import jobs
+
+    return Place(jobs.look, jobs.stop, jobs.output)
+
+
+PLACES: dict[str, Callable[[], Place]] = {"slurm": _slurm, "kubernetes": _kubernetes}
+"""What a place needs is imported when a run turns out to be there."""
 
 # ---------------------------------------------------------------------------- the launcher's record of itself
 
@@ -108,7 +116,7 @@ def job_of(run: Path) -> dict[str, Any]:
 
 def look_at_job(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """What the scheduler says of it."""
-    return {"place": record["place"], **PLACES[record["place"]].look(record, run)}
+    return {"place": record["place"], **PLACES[record["place"]]().look(record, run)}
 
 
 def refuse_second_launch(run: Path) -> None:
@@ -147,15 +155,33 @@ def run_status(run: Path) -> dict[str, Any]:
 
 
 def metric_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
-    """The last `lines` complete lines of metrics.jsonl; with `follow` also those that come, until the launcher ends."""
+    """The last `lines` complete lines of metrics.jsonl; with `follow` also those that come, until the run ends.
+
+    Where there are none yet, or not on this machine, what its job printed.
+    """
     path = run / METRICS
+    if path.is_file():
+        return _last_lines(run, path, lines, follow)
+    if job_of(run):
+        return job_lines(run, lines, follow)
+    raise ConfigError(f"{path}: not there; the run has not logged a step yet, or {run} is not its folder")
+
+
+def job_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
+    """The same of what the run's job printed. Raises ConfigError where no job was submitted or nothing was printed."""
+    job = job_of(run)
+    if not job:
+        raise ConfigError(f"{run / JOB}: not there; this run was not submitted to a scheduler")
+    if output := PLACES[job["place"]]().output:
+        return output(job, lines, follow)
+    path = Path(job["output"])
     if not path.is_file():
-        job = job_of(run)
-        if job and (output := PLACES[job["place"]].output):
-            yield from output(job, lines, follow)
-            return
-        raise ConfigError(f"{path}: not there; the run has not logged a step yet, or {run} is not its folder")
-    with path.open(encoding="utf-8") as file:
+        raise ConfigError(f"{path}: not there; the job is {look_at_job(run, job)['state']} and has printed nothing yet")
+    return _last_lines(run, path, lines, follow)
+
+
+def _last_lines(run: Path, path: Path, lines: int, follow: bool) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace") as file:
         yield from deque(_complete_lines(file), maxlen=lines)
         while follow:
             running = _is_alive(run)
@@ -188,13 +214,13 @@ def _stop_job(run: Path, job: Mapping[str, Any], timeout_s: float) -> None:
     if state not in ("queued", "running"):
         raise ConfigError(f"{run}: job {job['job']} is {state}, there is nothing to stop")
     began = asked = time.monotonic()
-    PLACES[job["place"]].stop(job, run)
+    PLACES[job["place"]]().stop(job, run)
     while look_at_job(run, job)["state"] in ("queued", "running"):
         now = time.monotonic()
         if now - began > timeout_s:
             raise NodeFault(f"{run}: job {job['job']} is still there after {timeout_s:g} s; it may be saving")
         if now - asked > ASK_AGAIN_S:
-            PLACES[job["place"]].stop(job, run)
+            PLACES[job["place"]]().stop(job, run)
             asked = now
         time.sleep(ASK_S)
 

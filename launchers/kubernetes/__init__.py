@@ -1,1 +1,1 @@
-"""Kubernetes: objects.py says what, lint.py what no schema sees, submit.py renders and creates, jobs.py follows."""
+"""Kubernetes: objects.py says what, lint.py sees what no schema does, submit.py creates it, jobs.py follows it."""

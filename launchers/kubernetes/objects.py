@@ -72,10 +72,13 @@ def _files(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, str]:
     return files
 
 
-def _inside(spec: RunSpec) -> RunSpec:
-    """The same as a pod sees it: with the recipe that travelled along."""
-    words = COMMANDS[spec.task]
-    return replace(spec, arguments=(*words, f"{FOLDER}/{RECIPE}")) if spec.task in RECIPES else spec
+def _inside(spec: RunSpec, cores: int) -> RunSpec:
+    """The same as a pod sees it: with the recipe that travelled along, and a process for each core."""
+    whole = spec.with_workers(cores)
+    if spec.task not in RECIPES:
+        return whole
+    workers = whole.arguments[len(spec.arguments) :]
+    return replace(spec, arguments=(*COMMANDS[spec.task], f"{FOLDER}/{RECIPE}", *workers))
 
 
 def _named(kind: str, spec: RunSpec, cluster: KubernetesCluster, content: Tree) -> Tree:
@@ -219,7 +222,7 @@ def _train_job(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:
 
 def _single_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
     """One pod, started again within the budget unless it stays wrong; one that was taken away costs nothing of it."""
-    container = _container(spec, cluster, _program(list(_inside(spec).arguments)), [])
+    container = _container(spec, cluster, _program(list(_inside(spec, cluster.cpus_per_node).arguments)), [])
     job = {
         "backoffLimit": spec.retries,
         "podFailurePolicy": {"rules": _pod_rules(disrupted="Ignore")},
@@ -233,7 +236,7 @@ def _ray_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
 
     It knows no rule by exit code: every failure of the driver is tried again within the budget, on new pods.
     """
-    program = _program(list(_inside(spec).on_cluster_of("auto").arguments))
+    inside = _inside(spec, cluster.cpus_per_node * spec.nodes).on_cluster_of("auto")
 
     def group(name: str) -> Tree:
         parameters = {
@@ -247,7 +250,7 @@ def _ray_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
     head["rayStartParams"]["dashboard-host"] = "0.0.0.0"
     worker = {"groupName": "node", "replicas": workers, "minReplicas": workers, "maxReplicas": workers}
     job = {
-        "entrypoint": shlex.join(program),
+        "entrypoint": shlex.join(_program(list(inside.arguments))),
         "submissionMode": "K8sJobMode",
         "backoffLimit": spec.retries,
         "shutdownAfterJobFinishes": True,
@@ -287,7 +290,8 @@ def _program(arguments: list[str]) -> list[str]:
 def _container(spec: RunSpec, cluster: KubernetesCluster, command: list[str], env: list[Tree]) -> Tree:
     """What every program gets: image, environment, secrets by reference, resources, volumes."""
     resources = {"cpu": str(cluster.cpus_per_node), "memory": cluster.memory}
-    devices = cluster.gpus_per_node if spec.task == "train" else min(cluster.gpus_per_node, spec.procs_per_node)
+    wanted = cluster.gpus_per_node if spec.task == "train" else min(cluster.gpus_per_node, spec.procs_per_node)
+    devices = wanted if spec.wants_gpus else 0
     if devices:
         resources[cluster.gpu_resource] = str(devices)
     resources |= {name: str(count) for name, count in sorted(cluster.rdma.items())}

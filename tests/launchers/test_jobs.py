@@ -185,6 +185,12 @@ def step(run: Path) -> Step[SlurmCluster]:
     return Step("train", describe(RECIPE, [f"run={run}"], SITE), SITE)
 
 
+def test_gpus_are_counted_in_gres_too() -> None:
+    site = SlurmCluster(procs_per_node=8, gres="gpu:h100:4")
+    with pytest.raises(ConfigError, match="more than gpus_per_node=4"):
+        slurm.render(describe(RECIPE, [], site), site)
+
+
 def test_submitting_without_sbatch_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no sbatch"):

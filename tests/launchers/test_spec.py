@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import ConfigError
-from launchers import cli, kubernetes, slurm
+from launchers import cli, slurm
+from launchers.kubernetes.submit import render
 from launchers.pipeline import plan_steps
 from launchers.spec import KubernetesCluster, LocalCluster, SlurmCluster, Task, describe, task_of
 
@@ -57,7 +58,7 @@ def test_the_program_gets_the_same_environment_in_every_place(capsys: pytest.Cap
     assert local.environment == {"PYTHONUNBUFFERED": "1", "TESSERA_STOP_LEAD_S": "300", **ENV}
     script = slurm.render(site, SlurmCluster(env=ENV, cpus_per_proc=1))
     assert "export A='b c'" in script and "export TESSERA_STOP_LEAD_S=300" in script
-    text = kubernetes.render(place, KubernetesCluster(image="example.com/t:1"))
+    text = render(place, KubernetesCluster(image="example.com/t:1", claims={"all": "/work"}))
     assert all(f"name: {name}" in text for name in local.environment)
 
 

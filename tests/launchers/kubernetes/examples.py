@@ -44,7 +44,7 @@ def encode(cluster: KubernetesCluster) -> RunSpec:
 KINDS: dict[str, tuple[Callable[[KubernetesCluster], RunSpec], dict[str, Any]]] = {
     "JobSet": (train, {}),
     "TrainJob": (train, {"controller": "trainjob"}),
-    "RayJob": (build, {"gpus_per_node": 0, "queue": ""}),
+    "RayJob": (build, {}),
     "RayJob that encodes": (encode, {"nodes": 3}),
     "Job": (evaluate, {}),
     "Job that builds": (build, {"nodes": 1}),
