@@ -214,22 +214,23 @@ def _attempt_store(place: Place, join_s: float) -> dist.Store:
     its attempt, says which one it is: nodes that start their processes again by themselves count differently.
     """
     is_server = place.rank == 0 and not place.agent_store
-    until = time.monotonic() + join_s
-    try:
-        while True:
-            left = datetime.timedelta(seconds=max(1.0, until - time.monotonic()))
+    until, why = time.monotonic() + join_s, "it holds an attempt that does not end, or a process of this rank"
+    while time.monotonic() < until:
+        left = datetime.timedelta(seconds=max(1.0, until - time.monotonic()))
+        try:
             server = dist.TCPStore(place.host, place.port, place.world, is_server, timeout=left, wait_for_workers=False)
             if is_server:
                 server.set("attempt", place.attempt)
             attempt = place.attempt if place.agent_store else server.get("attempt").decode()
             store = dist.PrefixStore(f"attempt-{attempt}", server)
             if place.agent_store or store.add(f"came/{place.rank}", 1) == 1:
-                return store
-            if time.monotonic() > until:
-                raise NodeFault(f"{place.host}:{place.port} has a rank {place.rank} already; start each rank once")
-            time.sleep(RETRY_S)  # an attempt that ends holds the port still: this rank was there before
-    except (RuntimeError, dist.DistError) as error:
-        raise NodeFault(f"rank {place.rank} found no store at {place.host}:{place.port}: {error}") from None
+                return store  # else an attempt that ends holds the port still: this rank was there before
+        except (RuntimeError, dist.DistError) as error:
+            why = str(error)
+            if is_server:
+                break
+        time.sleep(RETRY_S)
+    raise NodeFault(f"rank {place.rank} found no store at {place.host}:{place.port}: {why}")
 
 
 def _meet(store: dist.Store, place: Place, join_s: float) -> None:
