@@ -142,6 +142,7 @@ class Rank:
         from pretrain import probes
 
         mesh = self.mesh
+        absent = probes.absent_places(config) if config else []  # before the ranks meet for their clocks
         self.check("clock", self._clock)
         self.check("program", lambda: probes.program(config, mesh))
         if config is not None:
@@ -150,6 +151,8 @@ class Rank:
             self.check("disk", lambda: probes.disk(config, mesh))
         self.check("health", lambda: probes.health(mesh))
         self.check("matmul", lambda: probes.matmul(mesh), together=True)
+        if self.together:  # all are done with their storage
+            probes.remove_places(absent)
         if mesh.world > 1:
             for name in findings.COLLECTIVES:
                 self.check(name, functools.partial(probes.collective, mesh, name), together=True)
