@@ -86,7 +86,7 @@ def _file(rank: int, part: int) -> str:
     return f"r{rank:05d}.safetensors" if part == 0 else f"r{rank:05d}.part-{part:05d}.safetensors"
 
 
-def parts_of(shard: Shard, limit: int = PART) -> Iterator[Shard]:
+def parts_of(shard: Shard, limit: int) -> Iterator[Shard]:
     """The shard as files of at most `limit` bytes of slices each; the buffers go with the first."""
     part, held, buffers = list[Share](), 0, shard.buffers
     number = 0

@@ -31,7 +31,7 @@ from pretrain.checkpoint.catalog import (
     refuse_overtaken,
     tidy,
 )
-from pretrain.checkpoint.layout import Shard, Staging, index_of, parts_of, shard_of, told_of, write_shard
+from pretrain.checkpoint.layout import PART, Shard, Staging, index_of, parts_of, shard_of, told_of, write_shard
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
@@ -203,7 +203,7 @@ class Save(threading.Thread):
         if self.shard is None:
             raise DataError(f"the save before is still being written after {COMMIT_TIMEOUT_S:.0f} s")
         storage = open_storage(self.folder)
-        return told_of([write_shard(storage, part) for part in parts_of(self.shard)], self.owner.mesh.world)
+        return told_of([write_shard(storage, part) for part in parts_of(self.shard, PART)], self.owner.mesh.world)
 
     def _commit(self, store: "KeyValues") -> None:
         """Rank 0: all reports, index, state, and last the manifest."""
