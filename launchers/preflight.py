@@ -227,12 +227,14 @@ class Rank:
 
     def _hosts(self) -> dict[str, list[int]]:
         """Host -> its ranks; the same on every rank."""
+        from pretrain.mesh import read_all
+
         store, mesh = self.mesh.store, self.mesh
         keys = [f"host/{rank}" for rank in range(mesh.world)]
         store.set(keys[mesh.rank], socket.gethostname())
         hosts: dict[str, list[int]] = {}
         if self._all(keys, self.timeout_s):
-            for rank, name in enumerate(store.multi_get(keys)):
+            for rank, name in enumerate(read_all(store, keys)):
                 hosts.setdefault(name.decode(), []).append(rank)
         return hosts
 
@@ -265,11 +267,13 @@ class Rank:
 
     def _gather(self) -> dict[int, dict[str, Any]]:
         """Rank -> report, of those who give one in time."""
+        from pretrain.mesh import read_all
+
         store, others = self.mesh.store, range(1, self.mesh.world)
         keys = [f"report/{rank}" for rank in others]
         if not keys or not self._all(keys, (self.timeout_s if self.together else 0) + MARGIN_S):
             keys = [key for key in keys if store.check([key])]
-        texts = store.multi_get(keys) if keys else []
+        texts = read_all(store, keys)
         return {int(key.partition("/")[2]): json.loads(text) for key, text in zip(keys, texts, strict=True)}
 
     def _print(
