@@ -74,7 +74,10 @@ def lend(host: str, port: int, cpus: int) -> int:
 def ray_node(*options: str) -> Iterator["subprocess.Popen[bytes]"]:
     """`ray start --block`, ended with all that it started."""
     argv = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, *QUIET]
-    child = subprocess.Popen(argv, process_group=0, preexec_fn=die_with(os.getpid()), stdout=subprocess.DEVNULL)
+    env = {"RAY_worker_niceness": "0", **os.environ}  # the job's processors are its own: nobody is to be let by
+    child = subprocess.Popen(
+        argv, process_group=0, preexec_fn=die_with(os.getpid()), stdout=subprocess.DEVNULL, env=env
+    )
     try:
         yield child
     finally:

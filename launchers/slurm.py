@@ -92,7 +92,7 @@ def render(spec: RunSpec, cluster: SlurmCluster, seeds: str = "", after: Sequenc
     _check(spec, cluster, seeds)
     comes_back = cluster.requeues > 0 and spec.goes_on
     spec = spec.with_workers(spec.nodes * _cpus_per_task(spec, cluster))
-    told = spec if not seeds else _of_seed(spec)
+    told = replace(spec, arguments=(*spec.arguments, *_words_of_seed(spec))) if seeds else spec
     run = shlex.quote(spec.run_folder) + ('/seed-"$SLURM_ARRAY_TASK_ID"' if seeds else "")
     text = SCRIPT.format(
         header=spec.header,
@@ -110,16 +110,15 @@ def render(spec: RunSpec, cluster: SlurmCluster, seeds: str = "", after: Sequenc
         requeue=_requeue(spec, cluster, seeds) if comes_back else "",
         END=END,
     )
-    for word in EXPANDED:
+    for word in (*_words_of_seed(spec), *EXPANDED):
         text = text.replace(f"'{word}'", f'"{word}"')
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
     return text
 
 
-PER_SEED = ("seed=$SLURM_ARRAY_TASK_ID", "run=$run")
 RAY = "$MASTER_ADDR:$MASTER_PORT"
-EXPANDED = (*PER_SEED, RAY, f"ray_address={RAY}")
+EXPANDED = (RAY, f"ray_address={RAY}")
 """Words that the shell of the job fills in: they stand in quotes that let it."""
 
 
@@ -139,9 +138,11 @@ def _check(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> None:
         raise ConfigError(f"--seeds {seeds} with a {spec.task}: seeds are for training")
 
 
-def _of_seed(spec: RunSpec) -> RunSpec:
-    """The run of one task of the array: its seed, and a folder of its own."""
-    return replace(spec, arguments=(*spec.arguments, *PER_SEED))
+def _words_of_seed(spec: RunSpec) -> list[str]:
+    """Overrides of one task of an array: its seed, a folder of its own, and its own place for checkpoints."""
+    number = "$SLURM_ARRAY_TASK_ID"
+    elsewhere = [f"train.checkpoints={spec.checkpoints}/seed-{number}"] if spec.checkpoints else []
+    return [f"seed={number}", "run=$run", *elsewhere]
 
 
 def _directives(spec: RunSpec, cluster: SlurmCluster, seeds: str, after: Sequence[str]) -> list[str]:

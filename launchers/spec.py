@@ -177,8 +177,9 @@ class RunSpec:
     """Something that runs, whatever the place: a command line of `tessera`, on how many processes, by which rules.
 
     `arguments` is what follows `tessera`. `run_folder` is where the launcher keeps its records: a training's own
-    folder, runs/NAME of the others. `storage` lists what is read and written, folders and addresses. `lead_s` are the
-    seconds from the signal to stop to the kill, `retries` the new attempts; image and volumes stay with the place.
+    folder, runs/NAME of the others. `storage` lists what is read and written, folders and addresses; `checkpoints` is
+    where a training's go, if not into its folder. `lead_s` are the seconds from the signal to stop to the kill,
+    `retries` the new attempts; image and volumes stay with the place.
     """
 
     name: str
@@ -192,6 +193,7 @@ class RunSpec:
     lead_s: int = 300
     retries: int = 0
     storage: tuple[str, ...] = ()
+    checkpoints: str = ""
 
     @property
     def world_size(self) -> int:
@@ -304,7 +306,14 @@ def _train(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
     read = [data.dataset, *(source.path for source in data.datasets), data.vocabulary, data.tokenizer, data.evaluation]
     storage = tuple(path for path in (config.run, config.train.checkpoints, config.initial, *read) if path)
     name = dns_label(Path(config.run).name)
-    return replace(spec, name=name, config_hash=digest(config), run_folder=config.run, storage=storage)
+    return replace(
+        spec,
+        name=name,
+        config_hash=digest(config),
+        run_folder=config.run,
+        storage=storage,
+        checkpoints=config.train.checkpoints or "",
+    )
 
 
 def _build(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
