@@ -63,10 +63,13 @@ def evaluate(
 
 
 def status(run: Run, json: AsJson = False) -> None:
-    """Is it running, how far is it, how fast."""
+    """Is it running, how far is it, how fast; leaves with 70 where its job vanished."""
     from launchers.watch import run_status
 
-    emit(run_status(run), json)
+    told = run_status(run)
+    emit(told, json)
+    if told["state"] == "vanished":
+        raise typer.Exit(NodeFault.exit_code)
 
 
 def logs(

@@ -16,16 +16,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue
 from launchers.causes import USER_CODE_EXIT, Failure, diagnose, pause_s, worth_another_attempt
 from launchers.children import die_with
-from launchers.spec import RunSpec
 from launchers.watch import JOB, metrics_size, read_record, refuse_second_launch, start_ticks, write_record
 from pretrain.deadline import LEAD_VARIABLE, lead_s
 from pretrain.faults import faults_size, read_faults
 from pretrain.signals import StopSignals
+
+if TYPE_CHECKING:
+    from launchers.spec import RunSpec
 
 POLL_S = 0.05
 
@@ -72,7 +74,7 @@ class Group:
 
 
 def launch_local(
-    spec: RunSpec,
+    spec: "RunSpec",
     *,
     node_rank: int = 0,
     master_addr: str = "127.0.0.1",
@@ -99,7 +101,7 @@ def launch_local(
     return _attempts(group, Path(spec.run_folder), node_rank, restarts, Patience(spec.lead_s))
 
 
-def _check_node(spec: RunSpec, node_rank: int, master_addr: str, master_port: int, restarts: int) -> None:
+def _check_node(spec: "RunSpec", node_rank: int, master_addr: str, master_port: int, restarts: int) -> None:
     if node_rank >= spec.nodes:
         raise ConfigError(f"--node-rank {node_rank} does not exist among {spec.nodes} nodes; they count from 0")
     if spec.nodes == 1:

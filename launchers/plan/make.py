@@ -9,6 +9,7 @@ from launchers.plan.memory import Memory, memory_of
 from launchers.plan.models import trace, trace_contrast
 from launchers.plan.pace import Pace, Work, paces, sent_by_node
 from launchers.plan.tape import Tape
+from launchers.plan.textbook import states_bytes
 from launchers.plan.traffic import Transfer, transfers_of
 from pretrain.config import RunConfig, micro_batch_of
 from pretrain.sharding import settings_of
@@ -121,15 +122,20 @@ def check_batch(config: RunConfig, world: int) -> tuple[int, int]:
 def advise(config: RunConfig, cluster: Cluster) -> Plan | None:
     """The fastest setting with a margin, without computing again where that is possible; None where none has one.
 
-    Of settings that are equally fast within 1 % the lower stage and the larger micro-batch is taken.
+    Of settings that are equally fast within 1 % the recipe's own is taken, else the lower stage and larger micro-batch.
     """
     for recompute in (False, True):
         plans = [plan for plan in candidates(config, cluster, recompute) if plan.margin > 0]
         if plans:
             fastest = min(plan.paces[1].step for plan in plans)
             near = [plan for plan in plans if plan.paces[1].step <= 1.01 * fastest]
-            return min(near, key=lambda plan: (plan.config.train.zero_stage, -plan.micro))
+            asked = (config.train.zero_stage, check_batch(config, cluster.world)[0])
+            return min(near, key=lambda plan: (_choice(plan) != asked, plan.config.train.zero_stage, -plan.micro))
     return None
+
+
+def _choice(plan: Plan) -> tuple[int, int]:
+    return plan.config.train.zero_stage, plan.micro
 
 
 def candidates(config: RunConfig, cluster: Cluster, recompute: bool) -> list[Plan]:
@@ -174,6 +180,7 @@ def as_json(plan: Plan, best: Plan | None) -> dict[str, Any]:
         "cluster": {"device": device.name, "nodes": plan.cluster.nodes, "per_node": plan.cluster.per_node}
         | {"peak_flops": device.peaks[train.precision], "network_bytes_per_s": plan.cluster.network},
         "setting": setting(plan) | {"precision": train.precision, "global_batch": train.global_batch},
+        "textbook_states_bytes": states_bytes(plan.parameters, plan.cluster.world, train.zero_stage),
         "memory_bytes": {item.what: round(item.bytes) for item in plan.memory.items}
         | {"used": round(plan.memory.used), "error": round(plan.memory.error)}
         | {"available": round(plan.cluster.memory), "margin": round(plan.margin)},

@@ -5,7 +5,9 @@ from rich.table import Table
 
 from launchers.plan.clusters import GIB
 from launchers.plan.make import Plan, first_limit, tokens_of
-from launchers.plan.memory import ERRORS
+from launchers.plan.memory import ERRORS, STATE
+from launchers.plan.textbook import states_bytes
+from pretrain.config import RunConfig
 
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -73,18 +75,34 @@ def _time_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def notes(plan: Plan, best: Plan | None) -> list[str]:
-    """The advice, and what the figures rest on."""
+    """The advice, what is not counted, and what the figures rest on."""
     kinds = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in ERRORS.items())
-    lines = [advice_line(plan, best), f"Memory may be off by: {kinds}; activations and buckets were measured on a CPU."]
+    size, world, stage = plan.parameters, plan.cluster.world, plan.config.train.zero_stage
+    own = sum(item.bytes for item in plan.memory.items if item.kind == STATE)
+    lines = [
+        advice_line(plan, best),
+        *not_counted(plan.config),
+        f"States: {gib(own)}, weights in float32, of which autocast makes copies; in bf16 with a float32 master, as "
+        f"textbooks have it, {gib(states_bytes(size, world, stage))}.",
+        f"Memory may be off by: {kinds}; all but the fixed part was measured, on a CPU.",
+    ]
     if plan.cluster.device.on_gpu:
-        lines.append(
-            "Time on GPUs is a roofline between shares that published runs reached; this code never ran on one."
-        )
+        lines.append("Times on GPUs lie between shares that published runs reached; this code never ran on one.")
     else:
-        lines.append(
-            "This machine's arithmetic and memory were timed just now; processes are taken to share them alone."
-        )
+        lines.append("This machine's arithmetic and memory were timed just now; its processes are to share them alone.")
     return lines
+
+
+def not_counted(config: RunConfig) -> list[str]:
+    """What makes this run's steps differ from the one that was planned."""
+    objective = config.objective
+    if objective.kind in ("mlm", "rtd") and objective.packing:
+        return ["Counted with a row a sample; packing needs fewer rows, by how much depends on the captions."]
+    if objective.kind == "reconstruction" and objective.discriminator_weight:
+        start = objective.discriminator_start_step
+        if config.train.steps > start:
+            return [f"Counted before step {start:,}; from then on the discriminator computes too."]
+    return []
 
 
 def advice_line(plan: Plan, best: Plan | None) -> str:

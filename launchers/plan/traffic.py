@@ -63,11 +63,12 @@ def _gathers(weights: list[Weight], zero: dict[str, Any], low: int, accumulation
 def released_share(weights: list[Weight], zero: dict[str, Any]) -> float:
     """Of the weights, how many are let go after the forward: those used again only after `reuse distance` elements.
 
-    From the forward of a layer to its backward lie, twice, all the layers behind it.
+    From the forward of a layer to its backward lie, twice, all the layers behind it. What the prefetch has looked at
+    already stays too.
     """
     size = sum(weight.numel for weight in weights)
-    distance = zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)
-    return max(0.0, (size - distance / 2) / size)
+    stays = max(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE) / 2, zero["stage3_prefetch_bucket_size"])
+    return max(0.0, (size - stays) / size)
 
 
 def _features(config: RunConfig, accumulation: int) -> list[Transfer]:

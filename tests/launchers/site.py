@@ -53,6 +53,10 @@ class Site:
         words = self.tool("scontrol", "show", "job", "--oneliner", job).splitlines()[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def nodes_of(self, job: str) -> list[str]:
+        """Where it runs, or ran last, in the order of its ranks."""
+        return self.tool("scontrol", "show", "hostnames", self.job(job)["NodeList"]).split()
+
     def processes(self, job: str, node: str) -> list[int]:
         """The tasks of a job on a node, what they started, and the step daemons above them."""
         marks = {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
@@ -92,6 +96,9 @@ def running_site(scripts: Path, folder: Path, nodes: int, accounting: bool) -> I
     """Start munged, slurmctld, a slurmd a node (and mariadb, slurmdbd); end them all by their ids."""
     for name in ("start.sh", "start_dbd.sh", "stop.sh"):
         shutil.copy(scripts / name, folder)
+    # a job's number gives it a port: two sites on one machine must not number alike
+    start = (folder / "start.sh").read_text()
+    (folder / "start.sh").write_text(start.replace("ClusterName=", f"FirstJobId={free_port()}\nClusterName=", 1))
     site, before = Site(folder, nodes), dict(os.environ)
     # the ports of the daemons lie within PORT0 + 10 + nodes
     environment = {**before, "N": str(nodes), "PORT0": str(free_port()), "DBPORT": str(free_port())}

@@ -27,10 +27,12 @@ of torch's own threads aborts now and then.
 """
 
 
-def run_ranks(script: Path, arguments: Sequence[str], world: int, **environment: str) -> list[dict[str, Any]]:
+def run_ranks(
+    script: Path, arguments: Sequence[str], world: int, timeout_s: int = TIMEOUT_S, **environment: str
+) -> list[dict[str, Any]]:
     """Run `script` as `world` ranks -> the JSON object in each one's last line of output; fails when one fails."""
     with start_ranks(script, arguments, world, **environment) as processes:
-        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in reversed(processes)][::-1]
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in reversed(processes)][::-1]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-3000:]
     return [json.loads(output.splitlines()[-1]) for output in outputs]

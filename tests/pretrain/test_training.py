@@ -152,6 +152,11 @@ def test_sigterm_saves_and_leaves_with_75_and_the_same_command_goes_on(
     assert len(rows_of(run)) == 24  # no step was made twice
 
 
+def test_a_row_says_how_long_the_newest_save_took(uninterrupted: Path) -> None:
+    took = [row["save_s"] for row in rows_of(uninterrupted)]
+    assert took[0] == 0.0 and 0.0 < took[-1] < 60.0
+
+
 @pytest.mark.parametrize(("world", "stage"), SPLITS)
 def test_another_world_size_and_stage_continue_up_to_rounding(
     world: int, stage: int, exact: Path, material: Material, tmp_path: Path

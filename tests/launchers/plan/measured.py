@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import RunConfig
@@ -111,3 +113,41 @@ def flops(config: RunConfig, rows: int) -> tuple[int, int]:
 def parameters(config: RunConfig) -> list[int]:
     """Elements of every parameter, on the meta device."""
     return [parameter.numel() for parameter in objective_of(config, "meta").parameters()]
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the memory that operations make, as long as it lives; `peak`: the most at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, dict[int, weakref.ref[torch.UntypedStorage]]()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it and note what is new."""
+        made = operation(*args, **(kwargs or {}))
+        tensors = [thing for thing in tree_leaves(made) if isinstance(thing, Tensor)]
+        old = {thing.untyped_storage()._cdata for thing in tree_leaves((args, kwargs)) if isinstance(thing, Tensor)}
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if storage._cdata not in self.known and storage._cdata not in old:
+                self._count(storage, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _count(self, storage: torch.UntypedStorage, key: int, size: int) -> None:
+        def gone(_: object) -> None:
+            self.now -= size
+            del self.known[key]
+
+        self.now += size
+        self.known[key] = weakref.ref(storage, gone)
+
+
+def peak_bytes(config: RunConfig, rows: int) -> int:
+    """The most that a forward and its backward hold, gradients of parameters among it, parameters and batch not."""
+    module, batch = objective_of(config), batch_of(config, rows)
+    low = config.train.precision == "bf16"
+    with Live() as live:
+        with torch.autocast("cpu", torch.bfloat16, low):
+            loss = module(batch)["loss"]
+        loss.backward()
+    return live.peak

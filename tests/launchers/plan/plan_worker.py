@@ -9,9 +9,11 @@ import json
 import os
 import socket
 import stat
+import statistics
 import struct
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,7 +51,9 @@ def sent() -> int:
 
 
 def measured(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
-    """-> bytes held between steps and before an update, beside the batches; bytes sent and seconds of a step."""
+    """-> bytes held beside the batches between steps, when the backward has come to the first module, and before an
+    update; bytes sent and CPU seconds of a step.
+    """
     micro, accumulation = micro_batch_of(config.train, mesh.world)
     batches = [batch_of(config, micro, mesh.rank * accumulation + i) for i in range(accumulation)]
     before = held()
@@ -58,11 +62,16 @@ def measured(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
     for _ in range(WARM):  # DeepSpeed learns the order of modules from the first two
         step(engine, batches)
     mesh.maximum([0])
-    start, began = sent(), time.perf_counter()
+    start, seconds = sent(), []
     for _ in range(STEPS):
+        began = time.process_time()
         step(engine, batches)
-    result: dict[str, Any] = {"seconds": (time.perf_counter() - began) / STEPS}
+        seconds.append(time.process_time() - began)
+    result: dict[str, Any] = {"cpu_seconds": statistics.median(seconds)}
     result |= {"sent": (sent() - start) / STEPS, "between": held() - before}
+    for name, module in engine.deepspeed.module.named_modules():
+        if name.endswith("embed"):  # of a GPT, the last that the backward comes to
+            module.register_full_backward_pre_hook(lambda *_: result.update(in_backward=held() - before))
     backward(engine, batches)
     result["before_update"] = held() - before
     engine.update(LR)
@@ -81,13 +90,28 @@ def step(engine: Engine, batches: list[dict[str, torch.Tensor]]) -> None:
     engine.update(LR)
 
 
+def speed() -> dict[str, float]:
+    """Of this process by its own clock: FLOP/s of a product, bytes/s read and written by a copy; the best of a few."""
+    a, source, target = torch.ones(1024, 1024), torch.ones(2**24), torch.empty(2**24)
+    products = [_cpu_seconds(lambda: torch.mm(a, a)) for _ in range(5)]
+    copies = [_cpu_seconds(lambda: target.copy_(source)) for _ in range(5)]
+    return {"peak": 2 * 1024**3 / min(products), "rate": 2 * source.nbytes / min(copies)}
+
+
+def _cpu_seconds(work: Callable[[], Any]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
 def main() -> None:
-    """RECIPE and a JSON list of lists of overrides: a run of each, those in bf16 last, which DeepSpeed remembers."""
+    """A JSON list of lists, a recipe and overrides each: a run of each, bf16 last, which DeepSpeed remembers."""
     torch.set_num_threads(1)
     mesh = Mesh.start(120)
-    results = [measured(mesh, load_settings(RunConfig, sys.argv[1], one)) for one in json.loads(sys.argv[2])]
+    runs = [load_settings(RunConfig, recipe, overrides) for recipe, *overrides in json.loads(sys.argv[1])]
+    results = [measured(mesh, config) for config in runs]
     mesh.stop()
-    print(json.dumps({"runs": results}))
+    print(json.dumps({"runs": results} | speed()))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.settings import check_settings
+from data_pipeline.settings import check_settings, read_yaml
 from launchers.plan.clusters import GIGA, Cluster, Device
+from launchers.plan.models import trace, trace_contrast
+from launchers.plan.tape import BATCH, Tape
 from pretrain.config import OBJECTIVE_OF, RunConfig
 
 ROOT = Path(__file__).parents[3]
@@ -14,11 +16,10 @@ DESK = Device("cpu", {"fp32": 50e9, "bf16": 50e9}, 24e9, 10e9, GIGA, GIGA)
 
 
 def recipes() -> Iterator[str]:
-    """Every training recipe of configs/."""
-    for folder in ("clip", "text", "text_to_image", "image_tokenizer", "small", "demo"):
-        for path in sorted((ROOT / "configs" / folder).glob("*.yaml")):
-            if path.stem not in ("vocab", "data", "heldout"):
-                yield str(path.relative_to(ROOT))
+    """Every training recipe of configs/: what has a model."""
+    for path in sorted((ROOT / "configs").glob("*/*.yaml")):
+        if "model" in read_yaml(path):
+            yield str(path.relative_to(ROOT))
 
 
 def run_of(model: dict[str, Any], **train: Any) -> RunConfig:
@@ -37,3 +38,21 @@ def run_of(model: dict[str, Any], **train: Any) -> RunConfig:
 def desk(processes: int) -> Cluster:
     """One machine of so many processes."""
     return Cluster(DESK, 1, processes, GIGA)
+
+
+def tapes_of(config: RunConfig, rows: int) -> list[Tape]:
+    """A micro-batch on a CPU, and CLIP's loss, of a global batch of `rows`."""
+    train = config.train.model_copy(update={"global_batch": rows})
+    config = config.model_copy(update={"train": train})
+    loss = [trace_contrast(config, on_gpu=False)] if config.model.kind == "clip" else []
+    return [trace(config, rows, on_gpu=False), *loss]
+
+
+def kept(tapes: list[Tape]) -> int:
+    """Bytes that wait for the backward, without the batch."""
+    return sum(tape.saved_bytes() - tape.saved_bytes(BATCH) + tape.copied_bytes() for tape in tapes)
+
+
+def computed(tapes: list[Tape]) -> int:
+    """FLOPs of a forward and backward, what is computed twice counted twice."""
+    return sum(tape.forward_flops + tape.backward_flops + tape.repeated_flops for tape in tapes)
