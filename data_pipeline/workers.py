@@ -8,10 +8,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,7 +28,7 @@ _IN_FLIGHT_PER_WORKER = 2
 _CONNECT_S = 10.0
 _LOOK_S = 2.0  # so often it is looked whether Ray lives, while no task ends
 _WITHOUT_ROOM_S = 300.0  # so long a cluster may be without a node that can run the tasks: one may be on its way
-_LEAVE_S = 20.0  # for Ray to be left, after an interrupt
+_LEAVE_S = 20.0  # for Ray to be left
 _PR_SET_PDEATHSIG = 1
 _CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # set to 0, Ray listens on the loopback address, on every system
 
@@ -36,7 +38,7 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
     """A Ray of our own with `workers` CPUs on the loopback address, or the cluster at `address`; left at the end.
 
     gpus: how many the Ray of our own may give to its actors. Raises ConfigError for what is no address of a cluster,
-    NodeFault where none answers.
+    NodeFault where none answers or our own does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -44,15 +46,32 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     if address is not None:
         _check_address(address)
-    elif "ray" not in sys.modules:  # which reads it once: half of Ray would believe it, half would not
-        os.environ.setdefault(_CLUSTERS, "0")
+        sign_in()
+    else:
+        # the priority of the command itself: Ray would lower its workers' by 15, which starves them on a busy machine
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        if "ray" not in sys.modules:  # which reads it once: half of Ray would believe it, half would not
+            os.environ.setdefault(_CLUSTERS, "0")
     import ray
 
     if ray.is_initialized():  # the caller's session, for example a test's
         yield
         return
+    _connect(workers, address, gpus)
+    try:
+        yield
+    finally:
+        _leave()
+
+
+def _connect(workers: int, address: str | None, gpus: int) -> None:
+    import ray
+
     common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address is None:
+    try:
+        if address is not None:
+            ray.init(address=address, **common)
+            return
         ray.init(
             "local",  # also where RAY_ADDRESS is set or another Ray runs on this machine
             num_cpus=workers,
@@ -61,15 +80,42 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
             object_store_memory=OBJECT_STORE_BYTES,
             **common,
         )
-    else:
-        try:
-            ray.init(address=address, **common)
-        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-            raise NodeFault(f"ray_address={address}: {error}; see that it is this version of Ray") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    except Exception as error:  # a bare one where a node does not start within 30 s, however busy the machine is
+        if address is not None:
+            raise NodeFault(
+                f"ray_address={address}: {error}; see that it is this version of Ray, and that RAY_AUTH_MODE and the "
+                "token are the same on all nodes"
+            ) from None
+        raise NodeFault(f"Ray did not start here: {error}; look at this machine's load, then run it again") from None
+
+
+def _leave() -> None:
+    """ray.shutdown(), which would wait for ever where the process of a Ray of our own does not answer: it is ended."""
+    import ray
+
+    leaving = threading.Thread(target=ray.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(_LEAVE_S)
+    if leaving.is_alive():
+        for raylet in _raylets():
+            raylet.kill()
+        leaving.join(_LEAVE_S)
+
+
+def _raylets() -> list[psutil.Process]:
+    """The process of the Ray of our own, ended or not; none where a cluster was joined."""
+    return [child for child in psutil.Process().children() if child.name() == "raylet"]
+
+
+def sign_in() -> None:
+    """Have Ray use the user's token, where there is one, before it is imported or started.
+
+    A head asks for it as soon as ~/.ray/auth_token exists, and the first Ray that a process starts writes it there;
+    but who joins that head by its address, node or driver, sends it only where RAY_AUTH_MODE says so.
+    """
+    token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or (Path.home() / ".ray/auth_token").exists()
+    if token and "ray" not in sys.modules:  # which reads it once
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def in_driver(run: Callable[..., Any], *arguments: Any) -> Any:
@@ -168,8 +214,7 @@ def run_tasks(
 
 def _check_raylet() -> None:
     """Raises NodeFault where the Ray of our own is gone, before Ray ends this process over it."""
-    children = [child for child in psutil.Process().children() if child.name() == "raylet"]
-    if any(child.status() == psutil.STATUS_ZOMBIE for child in children):
+    if any(raylet.status() == psutil.STATUS_ZOMBIE for raylet in _raylets()):
         raise NodeFault("Ray's process on this machine died; look at its memory, then run the same command again")
 
 

@@ -1,4 +1,7 @@
-"""`tessera launch local|slurm|kubernetes`: what a command line means, checked; then rendered, started or submitted."""
+"""`tessera launch local|slurm|kubernetes`: what a command line means, checked; then rendered, started or submitted.
+
+And `tessera preflight`, which looks around before.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +12,7 @@ import typer
 from data_pipeline.errors import ConfigError
 from launchers import commands_data, commands_run
 from launchers import slurm as slurm_jobs
-from launchers.arguments import AsJson, emit
+from launchers.arguments import AsJson, Overrides, emit
 from launchers.local import launch_local
 from launchers.pipeline import Step, plan_steps
 from launchers.spec import COMMANDS, KubernetesCluster, LocalCluster, RunSpec, SlurmCluster, Task
@@ -88,6 +91,30 @@ def local(
         )
         if code:
             raise typer.Exit(code)
+
+
+def preflight(
+    config: Annotated[Path | None, typer.Argument(help="YAML of a run: its data, storage and size, too.")] = None,
+    overrides: Overrides = None,
+    nodes: Nodes = None,
+    procs_per_node: Procs = None,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of the nodes this machine is.")] = 0,
+    master_addr: Annotated[str, typer.Option(help="Address of node 0.")] = "127.0.0.1",
+    master_port: Annotated[int, typer.Option(min=0, help="Port on node 0; 0 takes a free one.")] = 0,
+    timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that a check may take.")] = 20,
+    json: AsJson = False,
+) -> None:
+    """Devices, collectives, storage, clock, disk, data and program on every rank, before the expensive part.
+
+    Starts this machine's processes, or is one, inside srun and torchrun. Leaves with 0, with 70 for a node, with 74 for
+    storage or data, and says which rank.
+    """
+    from launchers.preflight import Asked, inside_group, run_rank_and_leave, start_group
+
+    asked = Asked(config, overrides or [], timeout_s, json)
+    if not inside_group():
+        raise typer.Exit(start_group(asked, nodes, procs_per_node, node_rank, master_addr, master_port))
+    run_rank_and_leave(asked)
 
 
 def slurm(

@@ -85,7 +85,9 @@ def launch_local(
     """Run this machine's processes -> exit code. Raises ConfigError before anything is started."""
     restarts = spec.retries if restarts is None else restarts
     spec = replace(spec, lead_s=int(min(spec.lead_s, lead_s())))  # what started us may be in more of a hurry
-    _check_node(spec, node_rank, master_addr, master_port, restarts)
+    if spec.on_ray and spec.nodes > 1:
+        raise ConfigError(f"a {spec.task} on {spec.nodes} nodes is for slurm or kubernetes, or name a `ray_address`")
+    check_rendezvous(spec.nodes, node_rank, master_addr, master_port)
     group = Group(
         command=(sys.executable, *spec.command),
         procs=spec.procs_per_node,
@@ -101,22 +103,22 @@ def launch_local(
     return _attempts(group, Path(spec.run_folder), node_rank, restarts, Patience(spec.lead_s))
 
 
-def _check_node(spec: "RunSpec", node_rank: int, master_addr: str, master_port: int, restarts: int) -> None:
-    if node_rank >= spec.nodes:
-        raise ConfigError(f"--node-rank {node_rank} does not exist among {spec.nodes} nodes; they count from 0")
-    if spec.nodes == 1:
-        return
-    if spec.on_ray:
-        raise ConfigError(f"a {spec.task} on {spec.nodes} nodes is for slurm or kubernetes, or name a `ray_address`")
-    if not master_port or master_addr.startswith("127."):
-        raise ConfigError(f"{spec.nodes} nodes need the same --master-addr and --master-port of node 0 on each of them")
-    if restarts:
-        raise ConfigError(f"restarts={restarts} with {spec.nodes} nodes: what starts the nodes restarts them; use 0")
+def check_rendezvous(nodes: int, node_rank: int, master_addr: str, master_port: int) -> None:
+    """Raises ConfigError for a node that is none, and for nodes that could not find each other."""
+    if node_rank >= nodes:
+        raise ConfigError(f"--node-rank {node_rank} does not exist among {nodes} nodes; they count from 0")
+    if nodes > 1 and (not master_port or master_addr.startswith("127.")):
+        raise ConfigError(f"{nodes} nodes need the same --master-addr and --master-port of node 0 on each of them")
 
 
 def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: Patience) -> int:
-    """Attempt after attempt while the cause of the end is worth one and `restarts` lasts."""
+    """Attempt after attempt while the cause of the end is worth one and `restarts` lasts.
+
+    Of several nodes each starts its own processes again: they wait for each other at node 0's port. A stop of one is a
+    stop of all.
+    """
     in_a_job = "TESSERA_ATTEMPT" in os.environ  # a scheduler's job started us and counts the attempts
+    several = group.world_size > group.procs
     if node_rank == 0 and not in_a_job:
         refuse_second_launch(run)
         (run / JOB).unlink(missing_ok=True)
@@ -134,7 +136,7 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
             if node_rank == 0:
                 told = {"cause": diagnosis.cause, "why": diagnosis.why} if diagnosis else {}
                 write_record(run, _record(group) | {"exit_code": end.exit_code} | told)
-            if diagnosis is None or stops.count:
+            if diagnosis is None or stops.count or (several and end.exit_code == Requeue.exit_code):
                 return end.exit_code
             another = restarts > failed and worth_another_attempt(diagnosis, metrics_size(run) > steps)
             say(f"attempt {attempt} ended, cause {diagnosis.cause}: {diagnosis.why}")
@@ -142,7 +144,8 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
                 return USER_CODE_EXIT if in_a_job and diagnosis.cause == "user code" else end.exit_code
             say(f"starting again, {restarts - failed - 1} new attempts left after this one")
             _pause(pause_s(diagnosis, failed), stops)
-            attempt, failed, group = attempt + 1, failed + 1, replace(group, master_port=0)
+            attempt, failed = attempt + 1, failed + 1
+            group = group if several else replace(group, master_port=0)
 
 
 def _pause(seconds: float, stops: StopSignals) -> None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from data_pipeline.errors import NodeFault
+from data_pipeline.workers import sign_in
 from launchers.children import die_with
 from launchers.local import say
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpus", type=int, required=True, help="of this node, for Ray")
     parser.add_argument("command", nargs="+", help="what follows `tessera`, behind --")
     args = parser.parse_args(argv)
+    sign_in()
     host, port = socket.gethostbyname(os.environ["MASTER_ADDR"]), int(os.environ["MASTER_PORT"])
     if os.environ["SLURM_NODEID"] != "0":
         return lend(host, port, args.cpus)

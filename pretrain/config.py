@@ -231,9 +231,9 @@ class DataConfig(Settings):
 class TrainConfig(Settings):
     """Length, batch, precision, sharding, and what is written when.
 
-    Of the checkpoints stay the last `keep_checkpoints`, every one whose step `keep_every_steps` divides, the one with
-    the lowest mean of the metric `keep_best` since the save before, and named ones. `checkpoints`: a folder or s3://
-    prefix for them, instead of the run's own.
+    Of the checkpoints stay the last `keep_checkpoints` regular ones (and a newer one that a stop signal asked for),
+    every one whose step `keep_every_steps` divides, the one with the lowest mean of the metric `keep_best` since the
+    save before, and named ones. `checkpoints`: a folder or s3:// prefix for them, instead of the run's own.
     """
 
     steps: PositiveInt

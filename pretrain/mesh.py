@@ -5,9 +5,12 @@ A single process is a mesh of one: it joins a process group of its own, so that 
 
 import dataclasses
 import datetime
+import json
 import os
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,8 +20,11 @@ from data_pipeline.errors import ConfigError, NodeFault
 KeyValues = dist.Store
 
 
-JOIN_TIMEOUT_S = 300
+JOIN_TIMEOUT_S = 300.0
 """Peers may start this much later than oneself: nodes differ in how long they take to read a program."""
+ANSWER_S = 5.0
+RETRY_S = 0.5
+NAMED = 8
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "Broken pipe", "NCCL")
 """gloo raises plain RuntimeErrors; these are its words, and NCCL's."""
 
@@ -75,8 +81,11 @@ class Mesh:
         return self.place.world
 
     @classmethod
-    def start(cls, timeout_s: int) -> "Mesh":
-        """Join the process group (nccl where CUDA is, gloo elsewhere). Raises NodeFault when the peers do not come."""
+    def start(cls, timeout_s: float, join_s: float = JOIN_TIMEOUT_S) -> "Mesh":
+        """Join the process group (nccl where CUDA is, gloo elsewhere).
+
+        Raises NodeFault naming the peers that do not come within `join_s`.
+        """
         place = place_from(os.environ)
         on_cuda = torch.cuda.is_available()
         device = torch.device("cuda", place.local_rank) if on_cuda else torch.device("cpu")
@@ -86,12 +95,11 @@ class Mesh:
         os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.world))
         os.environ.update(MASTER_ADDR=place.host, MASTER_PORT=str(place.port))
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
-        store = _attempt_store(place)
+        store = _attempt_store(place, join_s)
         # The watchdog ends a hang after timeout_s and names who hangs; the group's own deadline is the second line.
         deadline = datetime.timedelta(seconds=2 * timeout_s)
         try:
-            store.set(f"here/{place.rank}", "")
-            store.wait([f"here/{rank}" for rank in range(place.world)], datetime.timedelta(seconds=JOIN_TIMEOUT_S))
+            _meet(store, place, join_s)
             dist.init_process_group(
                 "nccl" if on_cuda else "gloo", store=store, rank=place.rank, world_size=place.world, timeout=deadline
             )
@@ -141,6 +149,41 @@ class Mesh:
             dist.all_reduce(total)
         return [float(value) for value in (total / self.world).tolist()]
 
+    def exercises(self, elements: int) -> dict[str, tuple[Callable[[], Any], float]]:
+        """Name -> (call, bytes that it moves through each rank) of every collective that training relies on.
+
+        elements: float32 in the whole of each; of every rank comes an equal part, where they are put together.
+        """
+        part = -(-elements // self.world)
+        whole = torch.zeros(part * self.world, device=self.device)
+        mine = torch.zeros(part, device=self.device)
+        size, share = whole.nbytes, (self.world - 1) / self.world
+        return {
+            "barrier": (dist.barrier, 0.0),
+            "broadcast": (lambda: dist.broadcast(whole, 0), size),
+            "all-reduce": (lambda: dist.all_reduce(whole), 2 * size * share),
+            "all-gather": (lambda: dist.all_gather_single(whole, mine), size * share),
+            "reduce-scatter": (lambda: dist.reduce_scatter_single(mine, whole), size * share),
+        }
+
+    def swap(self, peer: int, elements: int) -> None:
+        """Send `elements` float32 to a peer that does the same, and wait for its own."""
+        out, into = torch.zeros(elements, device=self.device), torch.empty(elements, device=self.device)
+        pair = [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, into, peer)]
+        for request in dist.batch_isend_irecv(pair):
+            request.wait()
+        self.settle()
+
+    def bind(self) -> None:
+        """Have this thread use the rank's device: CUDA remembers one for each."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def settle(self) -> None:
+        """Return when the device has done what it was told."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
 
 class _Gather(torch.autograd.Function):
     @staticmethod
@@ -163,21 +206,52 @@ def peer_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_LOST)
 
 
-def _attempt_store(place: Place) -> dist.Store:
+def _attempt_store(place: Place, join_s: float) -> dist.Store:
     """The rendezvous store under a prefix of this attempt.
 
     After a restart the server may be the old one, with addresses of dead peers in it: gloo then fails to connect its
-    mesh. A prefix by attempt hides them.
+    mesh. A prefix by attempt hides them. torchrun counts attempts for all nodes; else rank 0, whose server is as old as
+    its attempt, says which one it is: nodes that start their processes again by themselves count differently.
     """
     is_server = place.rank == 0 and not place.agent_store
+    until = time.monotonic() + join_s
     try:
-        store = dist.TCPStore(
-            place.host, place.port, place.world, is_server,
-            timeout=datetime.timedelta(seconds=JOIN_TIMEOUT_S), wait_for_workers=False,
-        )  # fmt: skip
+        while True:
+            left = datetime.timedelta(seconds=max(1.0, until - time.monotonic()))
+            server = dist.TCPStore(place.host, place.port, place.world, is_server, timeout=left, wait_for_workers=False)
+            if is_server:
+                server.set("attempt", place.attempt)
+            attempt = place.attempt if place.agent_store else server.get("attempt").decode()
+            store = dist.PrefixStore(f"attempt-{attempt}", server)
+            if place.agent_store or store.add(f"came/{place.rank}", 1) == 1:
+                return store
+            if time.monotonic() > until:
+                raise NodeFault(f"{place.host}:{place.port} has a rank {place.rank} already; start each rank once")
+            time.sleep(RETRY_S)  # an attempt that ends holds the port still: this rank was there before
     except (RuntimeError, dist.DistError) as error:
         raise NodeFault(f"rank {place.rank} found no store at {place.host}:{place.port}: {error}") from None
-    return dist.PrefixStore(f"attempt-{place.attempt}", store)
+
+
+def _meet(store: dist.Store, place: Place, join_s: float) -> None:
+    """Wait until all ranks are here. Only rank 0 looks for each: N ranks that all do would ask for N * N keys."""
+    store.set(f"here/{place.rank}", "")
+    keys = [f"here/{rank}" for rank in range(place.world)]
+    if place.rank == 0:
+        missing: list[int] = []
+        try:
+            store.wait(keys, datetime.timedelta(seconds=join_s))
+        except (RuntimeError, dist.DistError):
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        store.set("missing", json.dumps(missing))
+    else:
+        store.wait(["missing"], datetime.timedelta(seconds=join_s + ANSWER_S))
+        missing = json.loads(store.get("missing"))
+    if missing:
+        names = ", ".join(map(str, missing[:NAMED])) + (" ..." if len(missing) > NAMED else "")
+        raise NodeFault(
+            f"{len(missing)} of {place.world} ranks did not come to {place.host}:{place.port} within {join_s:g} s: "
+            f"rank {names}; look at their nodes and at the network between"
+        )
 
 
 def _free_port() -> int:

@@ -102,7 +102,13 @@ class Gateway:
     def allow(self, bucket: str, actions: list[str], keys: str = "*") -> None:
         """The other user may do just this, with objects whose names fit the pattern."""
         where = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/{keys}"]
-        principal = {"AWS": ["arn:aws:iam:::user/other"]}
+        self._set_policy(bucket, {"AWS": ["arn:aws:iam:::user/other"]}, actions, where)
+
+    def allow_everybody(self, bucket: str) -> None:
+        """Also who signs nothing may do everything."""
+        self._set_policy(bucket, "*", ["s3:*"], [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"])
+
+    def _set_policy(self, bucket: str, principal: Any, actions: list[str], where: list[str]) -> None:
         rule = {"Effect": "Allow", "Principal": principal, "Action": actions, "Resource": where}
         policy = json.dumps({"Version": "2012-10-17", "Statement": [rule]})
         self._client().put_bucket_policy(Bucket=bucket, Policy=policy)

@@ -65,17 +65,31 @@ class Attempt:
 
     def family(self) -> list[psutil.Process]:
         """The launcher and all below it; the ranks are those right below it."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return [self.process, *self.process.children(recursive=True)]
-        return [self.process]
+        found = [self.process]
+        for process in found:  # grows on the way
+            for pid in children_of(process.pid):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found.append(psutil.Process(pid))
+        return found
 
     def rank(self, rank: int) -> psutil.Process | None:
         """The process of a rank, once it is there."""
-        for child in self.family()[1:]:
+        for pid in children_of(self.process.pid):
             with contextlib.suppress(psutil.Error):
-                if child.ppid() == self.process.pid and child.environ().get("RANK") == str(rank):
+                child = psutil.Process(pid)
+                if child.environ().get("RANK") == str(rank):
                     return child
         return None
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that a process started. The kernel lists them; psutil would look at every process of the machine."""
+    children: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                children += map(int, (task / "children").read_text().split())
+    return children
 
 
 class Tail:

@@ -17,7 +17,7 @@ from pretrain.checkpoint.catalog import FOLDER, MANIFEST, numbers
 POLL_S = 0.005
 CLOSE_S = 0.0003
 """Between looks while a point is near: what follows a manifest takes a millisecond."""
-SHARD = re.compile(r"r\d+\.safetensors")
+SHARD = re.compile(r"r(\d+)(\.part-\d+)?\.safetensors")
 SPREAD_S = {"step": 0.2, "start": 4.0, "load": 3.0, "shard": 0.0, "staging": 0.0, "commit": 0.0, "retention": 0.002}
 """How long after its beginning a point may be struck."""
 
@@ -86,16 +86,18 @@ class FolderPoints:
             return has_open(self._attempt, SHARD.pattern)
         if self._point == "retention":
             return bool(self._manifests() - self._before)
-        for folder in self._folders():
-            names = _names(folder)
-            if MANIFEST in names or folder.name in self._before:
-                continue
-            shards = sum(SHARD.fullmatch(name) is not None for name in names)
-            if self._point == "commit" and shards == self.world:
-                return True
-            if self._point == "shard" and shards < self.world and ".tmp" in names:
-                return True
-        return False
+        under_way = (folder for folder in self._folders() if folder.name not in self._before)
+        return any(self._stage(folder) == self._point for folder in under_way)
+
+    def _stage(self, folder: Path) -> str:
+        """Of a save: "shard" while a file is written, "commit" from then on to the manifest, "" before and after."""
+        names = _names(folder)
+        if MANIFEST in names:
+            return ""
+        written = {match[1] for name in names if (match := SHARD.fullmatch(name))}
+        if any((folder / ".tmp").glob("*/r*.safetensors")):
+            return "shard"
+        return "commit" if len(written) == self.world else ""
 
     def go_on(self) -> None:
         """Nothing is ever held here."""
@@ -121,8 +123,8 @@ def has_open(attempt: Attempt, pattern: str) -> bool:
 def _names(folder: Path) -> set[str]:
     try:
         return set(os.listdir(folder))
-    except FileNotFoundError:  # it was removed meanwhile
-        return {MANIFEST}
+    except FileNotFoundError:
+        return set()
 
 
 def newest_save(root: str) -> str:

@@ -29,10 +29,13 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.I)
 
 
 class FaultProxy:
-    """One request a connection. `script(n, request line)` -> what happens to the n-th request."""
+    """One request a connection. `script(n, request line)` -> what happens to the n-th request; `drop`: a header."""
 
-    def __init__(self, upstream_port: int, script: Callable[[int, str], Fault], upstream: str = "127.0.0.1") -> None:
+    def __init__(
+        self, upstream_port: int, script: Callable[[int, str], Fault], upstream: str = "127.0.0.1", drop: bytes = b""
+    ) -> None:
         self.script = script
+        self.drop = drop
         self.happened: Counter[str] = Counter()
         self.requests: list[str] = []
         self._upstream = (upstream, upstream_port)
@@ -87,6 +90,7 @@ class FaultProxy:
             if kind == "hold":
                 self._released.wait(LONGEST_HOLD_S)
             with socket.create_connection(self._upstream, timeout=30) as server:
+                head = _without(head, self.drop)
                 server.sendall(head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
                 length = _LENGTH.search(head)
                 limit = int(argument * int(length[1])) if length and kind in ("torn", "pause") else None
@@ -135,13 +139,18 @@ class FaultProxy:
 
 
 @contextlib.contextmanager
-def fault_proxy(upstream_port: int, script: Callable[[int, str], Fault]) -> Iterator[FaultProxy]:
+def fault_proxy(upstream_port: int, script: Callable[[int, str], Fault], drop: bytes = b"") -> Iterator[FaultProxy]:
     """A running proxy, closed at the end."""
-    proxy = FaultProxy(upstream_port, script)
+    proxy = FaultProxy(upstream_port, script, drop=drop)
     try:
         yield proxy
     finally:
         proxy.close()
+
+
+def _without(head: bytes, name: bytes) -> bytes:
+    lines = head.split(b"\r\n")
+    return b"\r\n".join(line for line in lines if not name or not line.lower().startswith(name + b":"))
 
 
 def _read_head(client: socket.socket) -> tuple[bytes, bytes]:

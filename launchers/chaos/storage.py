@@ -31,8 +31,8 @@ SLACK = 4 << 20
 ENDPOINT = "AWS_ENDPOINT_URL"
 NOT_COMMITTED = re.compile(r"step-(\d+)\.attempt-\d+ was not committed")
 REQUESTS: dict[When, re.Pattern[str]] = {
-    "load": re.compile(r"GET \S+/r\d+\.safetensors"),
-    "shard": re.compile(r"PUT \S+/r\d+\.safetensors"),
+    "load": re.compile(r"GET \S+/r\d+\S*\.safetensors"),
+    "shard": re.compile(r"PUT \S+/r\d+\S*\.safetensors"),
     "commit": re.compile(r"PUT \S+/MANIFEST\.json"),
     "retention": re.compile(r"DELETE \S+/step-\S+"),
 }

@@ -2,18 +2,24 @@
 
 In a file the tensors of one slice stand together, `param`, `exp_avg`, `exp_avg_sq` in this order, float32, little
 endian, under the keys KIND/NAME; the index says where each slice begins, so that a reader asks for nothing else.
+
+Stages 0 and 3 give every rank the same part of every parameter. Such an even split follows from names, shapes and
+ranks: no rank reports it and no index lists it, which would be ranks times parameters.
 """
 
+import bisect
 import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import struct
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,8 +75,7 @@ def shard_of(engine: "Engine", mesh: "Mesh") -> Shard:
     for owned in engine.owned():
         lo, hi = owned.lo, owned.hi
         if owned.replicated:
-            part = -(-hi // mesh.world)
-            lo, hi = min(mesh.rank * part, owned.hi), min((mesh.rank + 1) * part, owned.hi)
+            lo, hi = even_part(hi, mesh.rank, mesh.world)
         if lo < hi:
             views = {kind: view[lo - owned.lo : hi - owned.lo] for kind, view in owned.tensors.items()}
             shares.append(Share(owned.name, owned.shape, lo, hi, views))
@@ -81,7 +86,7 @@ def _file(rank: int, part: int) -> str:
     return f"r{rank:05d}.safetensors" if part == 0 else f"r{rank:05d}.part-{part:05d}.safetensors"
 
 
-def parts_of(shard: Shard, limit: int = PART) -> Iterator[Shard]:
+def parts_of(shard: Shard, limit: int) -> Iterator[Shard]:
     """The shard as files of at most `limit` bytes of slices each; the buffers go with the first."""
     part, held, buffers = list[Share](), 0, shard.buffers
     number = 0
@@ -175,7 +180,33 @@ def write_shard(storage: Storage, shard: Shard) -> dict[str, Any]:
         ]
         for name, tensor in shard.buffers.items()
     }  # fmt: skip
-    return entry | {"rank": shard.rank, "slices": slices, "buffers": buffers}
+    return entry | {"rank": shard.rank, "head": len(head), "slices": slices, "buffers": buffers}
+
+
+def told_of(reports: list[dict[str, Any]], world: int) -> list[dict[str, Any]]:
+    """What rank 0 must be told of a rank's files: without the slices of a single one that is its part of an even split.
+
+    Rank 0 tells its own in full: there the others are named.
+    """
+    if len(reports) > 1 or reports[0]["rank"] == 0 or not _is_even(reports[0], world):
+        return reports
+    return [{key: value for key, value in reports[0].items() if key != "slices"}]
+
+
+def _is_even(report: dict[str, Any], world: int) -> bool:
+    """Are these the slices that an even split of the same parameters gives the rank, one behind the other?"""
+    at = report["head"]
+    for _, shape, lo, hi, begin, kinds in report["slices"]:
+        if (lo, hi, begin) != (*even_part(math.prod(shape), report["rank"], world), at):
+            return False
+        at += kinds * (hi - lo) * ITEM
+    return True
+
+
+def even_part(size: int, rank: int, world: int) -> tuple[int, int]:
+    """[lo, hi) of a parameter of `size` elements that the rank keeps in an even split."""
+    part = -(-size // world)
+    return min(rank * part, size), min((rank + 1) * part, size)
 
 
 def _header(shard: Shard) -> tuple[bytes, dict[str, int]]:
@@ -198,28 +229,69 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def index_of(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The index over all ranks' files: names and shapes once, of each file [number of name, lo, hi, begin, kinds].
+def index_of(reports: list[dict[str, Any]], storage: Storage | None = None) -> dict[str, Any]:
+    """The index over all ranks' files, from what each told.
+
+    Of an even split names, shapes, kinds and where each file's tensors begin; else names and shapes once, of each file
+    [number of name, lo, hi, begin, kinds]. Who told no slices, and is no part of an even split, is asked: its file.
 
     buffers: name -> where rank 0 wrote it; own_buffers: the same by rank, of those alone whose bytes differ from rank
     0's (batch norm's statistics are of a rank's own samples).
     """
-    shapes: dict[str, list[int]] = {}
-    files: dict[str, list[list[int]]] = {}
     first: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {}
     for report in reports:
-        shapes |= {name: shape for name, shape, *_ in report["slices"]}
         for name, (dtype, shape, begin, digest) in report["buffers"].items():
             place = [report["name"], dtype, shape, begin]
             if first.setdefault(name, (digest, place))[0] != digest:
                 own.setdefault(str(report["rank"]), {})[name] = place
+    split = _even_index(reports) or _listed_index(reports, storage)
+    return split | {"buffers": {name: place for name, (_, place) in first.items()}, "own_buffers": own}
+
+
+def _listed_index(reports: list[dict[str, Any]], storage: Storage | None) -> dict[str, Any]:
+    listed = [report["slices"] if "slices" in report else _slices_in(storage, report) for report in reports]
+    shapes: dict[str, list[int]] = {name: shape for slices in listed for name, shape, *_ in slices}
     numbers = {name: number for number, name in enumerate(shapes)}
-    for report in reports:
-        files[report["name"]] = [[numbers[name], *where] for name, _, *where in report["slices"]]
-    buffers = {name: place for name, (_, place) in first.items()}
-    shared = {"names": list(shapes), "shapes": list(shapes.values()), "files": files}
-    return shared | {"buffers": buffers, "own_buffers": own}
+    files = {
+        report["name"]: [[numbers[name], *where] for name, _, *where in slices]
+        for report, slices in zip(reports, listed, strict=True)
+    }
+    return {"names": list(shapes), "shapes": list(shapes.values()), "files": files}
+
+
+def _even_index(reports: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The short index, where each rank has one file, rank 0's is even, no other told its slices, and all fit."""
+    first, world = reports[0], len(reports)
+    alone = all(report["rank"] == rank for rank, report in enumerate(reports))
+    if not alone or any("slices" in report for report in reports[1:]) or not _is_even(first, world):
+        return None
+    names, shapes, *_, kinds = zip(*first["slices"], strict=True) if first["slices"] else ((), (), ())
+    even = Even(
+        [math.prod(shape) for shape in shapes], list(kinds), [report["name"] for report in reports],
+        [report["head"] for report in reports],
+    )  # fmt: skip
+    if any(_slices_end(report) != even.begins(report["rank"])[-1] for report in reports):
+        return None
+    told = {"names": names, "shapes": shapes, "kinds": kinds}
+    return {name: list(row) for name, row in told.items()} | {"heads": even.heads, "parts": even.files}
+
+
+def _slices_end(report: dict[str, Any]) -> int:
+    """Where the slices of a file end: buffers stand behind them."""
+    return min((where[2] for where in report["buffers"].values()), default=report["bytes"])
+
+
+def _slices_in(storage: Storage | None, report: dict[str, Any]) -> list[Any]:
+    """[name, shape, lo, hi, begin, kinds] of every slice, as a rank's own file says it."""
+    assert storage is not None
+    header = json.loads(storage.get_range(report["name"], 8, report["head"]))
+    slices = json.loads(header["__metadata__"]["slices"])
+    return [
+        [name, shape, lo, hi, report["head"] + header[f"param/{name}"]["data_offsets"][0],
+         sum(f"{kind}/{name}" in header for kind in KINDS)]
+        for name, (shape, lo, hi) in slices.items()
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -235,6 +307,67 @@ class Range:
     into: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Elements [lo, hi) of a parameter: in which file, where the first kind begins, how many kinds there are."""
+
+    lo: int
+    hi: int
+    file: str
+    begin: int
+    kinds: int
+
+
+class Even:
+    """An even split: `sizes` and `kinds` of the parameters in their order; `files` and `heads` of the ranks."""
+
+    def __init__(self, sizes: list[int], kinds: list[int], files: list[str], heads: list[int]) -> None:
+        self.files, self.heads = files, heads
+        self._sizes, self._kinds = np.array(sizes, dtype=np.int64), np.array(kinds, dtype=np.int64)
+        self._parts = -(-self._sizes // len(files))
+        self._begins: dict[int, np.ndarray] = {}
+
+    def begins(self, rank: int) -> np.ndarray:
+        """Where each parameter begins in the rank's file, and where the last ends: int64 [parameters + 1]."""
+        mine = np.clip(self._sizes - rank * self._parts, 0, self._parts) * self._kinds * ITEM
+        return self.heads[rank] + np.concatenate([[0], np.cumsum(mine)])
+
+    def pieces(self, number: int, lo: int, hi: int) -> Iterator[Piece]:
+        """Those that hold [lo, hi) of a parameter, in order."""
+        size, part, kinds = int(self._sizes[number]), int(self._parts[number]), int(self._kinds[number])
+        for rank in range(lo // part, -(-min(hi, size) // part)):
+            if rank not in self._begins:
+                self._begins[rank] = self.begins(rank)
+            begin = int(self._begins[rank][number])
+            yield Piece(rank * part, min((rank + 1) * part, size), self.files[rank], begin, kinds)
+
+    def kinds(self, number: int) -> int:
+        """How many kinds there are of a parameter."""
+        return int(self._kinds[number])
+
+
+class Listed:
+    """A split that is written down: of each parameter its pieces, sorted."""
+
+    def __init__(self, count: int, files: dict[str, list[list[int]]]) -> None:
+        self._pieces: list[list[Piece]] = [[] for _ in range(count)]
+        for file, slices in files.items():
+            for number, lo, hi, begin, kinds in slices:
+                self._pieces[number].append(Piece(lo, hi, file, begin, kinds))
+        for pieces in self._pieces:
+            pieces.sort(key=lambda piece: piece.lo)
+
+    def pieces(self, number: int, lo: int, hi: int) -> Iterator[Piece]:
+        """Those that hold [lo, hi) of a parameter, in order."""
+        found = self._pieces[number]
+        first = max(0, bisect.bisect_right(found, lo, key=lambda piece: piece.lo) - 1)
+        yield from itertools.takewhile(lambda piece: piece.lo < hi, itertools.islice(found, first, None))
+
+    def kinds(self, number: int) -> int:
+        """How many kinds there are of a parameter."""
+        return min(piece.kinds for piece in self._pieces[number])
+
+
 class Slices:
     """Reads any interval of any tensor of a checkpoint, whatever ranks and stage wrote it."""
 
@@ -245,12 +378,13 @@ class Slices:
         self.shapes = {name: tuple(shape) for name, shape in zip(index["names"], index["shapes"], strict=True)}
         self._buffers: dict[str, Any] = index["buffers"]
         self._own_buffers: dict[str, dict[str, Any]] = index["own_buffers"]
-        self._parts: dict[str, list[tuple[int, int, str, int, int]]] = {name: [] for name in self.shapes}
-        for file, slices in index["files"].items():
-            for number, lo, hi, begin, kinds in slices:
-                self._parts[index["names"][number]].append((lo, hi, file, begin, kinds))
-        for parts in self._parts.values():
-            parts.sort()
+        self._numbers = {name: number for number, name in enumerate(self.shapes)}
+        self._split: Even | Listed
+        if "parts" in index:
+            sizes = [math.prod(shape) for shape in index["shapes"]]
+            self._split = Even(sizes, index["kinds"], index["parts"], index["heads"])
+        else:
+            self._split = Listed(len(self.shapes), index["files"])
 
     @property
     def buffers(self) -> list[str]:
@@ -259,7 +393,11 @@ class Slices:
 
     def kinds(self, name: str) -> tuple[str, ...]:
         """Which tensors there are of a parameter: a frozen one has no moments."""
-        return KINDS[: min(part[4] for part in self._parts[name])]
+        return KINDS[: self._split.kinds(self._numbers[name])]
+
+    def pieces(self, name: str) -> list[Piece]:
+        """What files hold of a parameter, in order."""
+        return list(self._split.pieces(self._numbers[name], 0, math.prod(self.shapes[name])))
 
     def fill(self, wanted: Iterable[tuple[str, str, int, Tensor]]) -> None:
         """Read (kind, name, lo, flat float32 tensor [n]) each: the tensor becomes elements [lo, lo + n).
@@ -298,11 +436,11 @@ class Slices:
 
     def _ranges(self, kind: str, name: str, lo: int, into: Tensor) -> Iterator[Range]:
         at, hi, place = lo, lo + into.numel(), KINDS.index(kind)
-        for begin, end, file, offset, kinds in self._parts.get(name, []):
-            if begin <= at < min(end, hi) and place < kinds:
-                stop = min(end, hi)
-                first = offset + (place * (end - begin) + at - begin) * ITEM
-                yield Range(file, first, first + (stop - at) * ITEM, into[at - lo : stop - lo])
+        for piece in self._split.pieces(self._numbers[name], lo, hi) if name in self._numbers else ():
+            if piece.lo <= at < min(piece.hi, hi) and place < piece.kinds:
+                stop = min(piece.hi, hi)
+                first = piece.begin + (place * (piece.hi - piece.lo) + at - piece.lo) * ITEM
+                yield Range(piece.file, first, first + (stop - at) * ITEM, into[at - lo : stop - lo])
                 at = stop
         if at < hi:
             raise DataError(

@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from pretrain.checkpoint.catalog import (
     refuse_overtaken,
     tidy,
 )
-from pretrain.checkpoint.layout import Shard, Staging, index_of, parts_of, shard_of, write_shard
+from pretrain.checkpoint.layout import PART, Shard, Staging, index_of, parts_of, shard_of, told_of, write_shard
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
@@ -45,6 +45,9 @@ ABANDON_S = 5.0
 READ_S = 10.0
 """How long rank 0, which holds the store, stays for the others to read how a save ended."""
 POLL_S = (0.005, 0.25)
+ASKED_AT_ONCE = 256
+ASKS_PER_S = 10_000
+"""What rank 0's store is asked by all ranks together while they wait for one word: it serves some 50,000."""
 
 
 class Abandoned(TesseraError):
@@ -116,7 +119,7 @@ class Checkpoints:
         store, key = self.mesh.store, f"choice-{self._choices} {self.root}"
         if self.mesh.rank == 0:
             store.set(key, json.dumps(_outcome(lambda: self._candidates(every_steps))))
-        folders = _result(_get(store, key, LOAD_TIMEOUT_S))
+        folders = _result(_get(store, key, self.mesh.world, LOAD_TIMEOUT_S))
         for number, folder in enumerate(folders):
             if self._is_whole(Saved(folder), f"{key}/{number}"):
                 return Saved(folder)
@@ -133,12 +136,13 @@ class Checkpoints:
         store, mesh = self.mesh.store, self.mesh
         store.set(f"{key}/{mesh.rank}", json.dumps(_outcome(lambda: saved.faults(mesh.rank, mesh.world))))
         if mesh.rank == 0:
-            reports = [_result(_get(store, f"{key}/{rank}", LOAD_TIMEOUT_S)) for rank in range(mesh.world)]
+            keys = [f"{key}/{rank}" for rank in range(mesh.world)]
+            reports = [_result(told) for told in _gather(store, keys, LOAD_TIMEOUT_S)]
             faults = list(dict.fromkeys(line for report in reports for line in report))
             if faults:
                 print(f"checkpoint {saved.name} is passed over: {'; '.join(faults)}", flush=True)
             store.set(key, json.dumps({"result": not faults}))
-        return bool(_result(_get(store, key, LOAD_TIMEOUT_S)))
+        return bool(_result(_get(store, key, self.mesh.world, LOAD_TIMEOUT_S)))
 
 
 UNTOUCHED = "the checkpoints before it are untouched"
@@ -175,7 +179,7 @@ class Save(threading.Thread):
             store.set(f"{self.key}/{self.owner.mesh.rank}", json.dumps(_outcome(self._write)))
             if self.owner.mesh.rank == 0:
                 store.set(self.key, json.dumps(_outcome(lambda: self._commit(store))))
-            told = _get(store, self.key, COMMIT_TIMEOUT_S, self.abandoned)
+            told = _get(store, self.key, self.owner.mesh.world, COMMIT_TIMEOUT_S, self.abandoned)
             store.set(f"{self.key}/read/{self.owner.mesh.rank}", "{}")
             _result(told)
         except (OSError, RuntimeError, TesseraError) as error:  # RuntimeError: the store's server is gone
@@ -183,8 +187,7 @@ class Save(threading.Thread):
         if self.owner.mesh.rank == 0:
             self._follow()
             with contextlib.suppress(RuntimeError, TesseraError):  # who is gone reads nothing
-                for rank in self.heard:
-                    _get(store, f"{self.key}/read/{rank}", READ_S, self.abandoned)
+                list(_gather(store, [f"{self.key}/read/{rank}" for rank in self.heard], READ_S, self.abandoned))
 
     def _follow(self) -> None:
         """Rank 0, after the commit: say what became of it, and let retention work."""
@@ -200,7 +203,7 @@ class Save(threading.Thread):
         if self.shard is None:
             raise DataError(f"the save before is still being written after {COMMIT_TIMEOUT_S:.0f} s")
         storage = open_storage(self.folder)
-        return [write_shard(storage, part) for part in parts_of(self.shard)]
+        return told_of([write_shard(storage, part) for part in parts_of(self.shard, PART)], self.owner.mesh.world)
 
     def _commit(self, store: "KeyValues") -> None:
         """Rank 0: all reports, index, state, and last the manifest."""
@@ -209,7 +212,7 @@ class Save(threading.Thread):
         if errors:
             raise DataError("; ".join(errors))
         files = [{key: report[key] for key in ("name", "bytes", "sha256")} for report in reports]
-        files.append(put_once(storage, INDEX, json.dumps(index_of(reports)).encode()))
+        files.append(put_once(storage, INDEX, json.dumps(index_of(reports, storage)).encode()))
         files.append(put_once(storage, STATE, as_json(self.state)))
         refuse_overtaken(owner.root, owner.attempt)
         manifest = {"version": VERSION, "step": self.step, "attempt": owner.attempt, "world": owner.mesh.world}
@@ -218,16 +221,13 @@ class Save(threading.Thread):
     def _reports(self, store: "KeyValues") -> tuple[list[dict[str, Any]], list[str]]:
         """The files that the ranks wrote, and what went wrong, by rank."""
         reports, errors = [], []
-        deadline = time.monotonic() + COMMIT_TIMEOUT_S
-        for rank in range(self.owner.mesh.world):
-            left = max(0.0, deadline - time.monotonic())
-            try:
-                told = _get(store, f"{self.key}/{rank}", left, self.abandoned)
+        keys = [f"{self.key}/{rank}" for rank in range(self.owner.mesh.world)]
+        for rank, told in enumerate(_gather(store, keys, COMMIT_TIMEOUT_S, self.abandoned)):
+            if told is not None:
                 self.heard.append(rank)
-                reports += _result(told)
-            except Abandoned:
-                raise
-            except TesseraError as error:
+            try:
+                reports += _result(told or {"error": f"no word within {COMMIT_TIMEOUT_S:.0f} s"})
+            except DataError as error:
                 errors.append(f"rank {rank}: {error}")
         return reports, errors
 
@@ -256,7 +256,7 @@ def start_attempt(root: str | Path, mesh: "Mesh", at_least: int) -> int:
     if mesh.rank == 0:
         by = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "world": mesh.world}
         mesh.store.set("attempt", json.dumps(_outcome(lambda: claim_attempt(root, at_least, by))))
-    return int(_result(_get(mesh.store, "attempt", LOAD_TIMEOUT_S)))
+    return int(_result(_get(mesh.store, "attempt", mesh.world, LOAD_TIMEOUT_S)))
 
 
 # ------------------------------------------------------------------------------------- words between ranks
@@ -272,20 +272,46 @@ def _outcome(call: Callable[[], Any]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def _result(told: dict[str, Any]) -> Any:
+def _result(told: dict[str, Any] | None) -> Any:
+    if told is None:
+        raise DataError("no word in time")
     if "error" in told:
         raise DataError(told["error"])
     return told["result"]
 
 
-def _get(store: "KeyValues", key: str, timeout_s: float, abandoned: threading.Event | None = None) -> dict[str, Any]:
-    """The value of a key once it is there. Polls: a blocking wait could not be abandoned."""
-    deadline, pause = time.monotonic() + timeout_s, POLL_S[0]
-    while not store.check([key]):
+def _get(
+    store: "KeyValues", key: str, world: int, timeout_s: float, abandoned: threading.Event | None = None
+) -> dict[str, Any]:
+    """The value of a key, for which all ranks may wait, once it is there. Raises DataError when it does not come."""
+    if not _wait(store, [key], time.monotonic() + timeout_s, abandoned, world / ASKS_PER_S):
+        raise DataError(f"no word within {timeout_s:.0f} s")
+    return dict(json.loads(store.get(key)))
+
+
+def _gather(
+    store: "KeyValues", keys: list[str], timeout_s: float, abandoned: threading.Event | None = None
+) -> Iterator[dict[str, Any] | None]:
+    """The values of all keys, in order, many in one question; None in the place of those that do not come."""
+    deadline = time.monotonic() + timeout_s
+    for first in range(0, len(keys), ASKED_AT_ONCE):
+        some = keys[first : first + ASKED_AT_ONCE]
+        if _wait(store, some, deadline, abandoned):
+            yield from (json.loads(text) for text in store.multi_get(some))
+        else:
+            yield from (json.loads(store.get(key)) if store.check([key]) else None for key in some)
+
+
+def _wait(
+    store: "KeyValues", keys: list[str], deadline: float, abandoned: threading.Event | None, pause_s: float = 0.0
+) -> bool:
+    """Are all there before the deadline? Polls, in the end every `pause_s`: a blocking wait could not be abandoned."""
+    pause, longest = POLL_S[0], max(POLL_S[1], pause_s)
+    while not store.check(keys):
         if abandoned is not None and abandoned.is_set():
             raise Abandoned("the run ended before all parts were written")
         if time.monotonic() > deadline:
-            raise DataError(f"no word within {timeout_s:.0f} s")
+            return False
         time.sleep(pause)
-        pause = min(2 * pause, POLL_S[1])
-    return dict(json.loads(store.get(key)))
+        pause = min(2 * pause, longest)
+    return True

@@ -40,7 +40,6 @@ download(url_list=sys.argv[1], output_folder=sys.argv[2], input_format="parquet"
          retries=0, enable_wandb=False, disallowed_header_directives=[], incremental_mode="incremental")
 """
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled"}
-ENVIRONMENT |= {"RAY_worker_niceness": "0"}  # as the peer's processes: whatever else runs takes as much from both
 SHARD = 250
 
 

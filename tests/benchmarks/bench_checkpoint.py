@@ -28,13 +28,13 @@ def commits(folder: Path, world: int) -> dict[str, float]:
     mesh = Mesh(Place(0, 0, world, "", 0, "0"), torch.device("cpu"), store)
     names = [f"model.encoder.blocks.{i}.attention.qkv.weight" for i in range(PARAMETERS)]
     part = -(-(SIDE * SIDE) // world)
-    save = Save(Checkpoints(folder / str(world), mesh, 0, Retention(1)), 1, 1, None, {"step": 1})
+    save = Save(Checkpoints(folder / str(world), mesh, 0, Retention(1)), 1, 1, None, {"step": 1}, 0.0)
     for rank in range(world):
         slices = [
             [name, [SIDE, SIDE], rank * part, (rank + 1) * part, i * part * 12, 3] for i, name in enumerate(names)
         ]
         entry = {"name": f"r{rank:05d}.safetensors", "bytes": 0, "sha256": "0" * 64, "slices": slices, "buffers": {}}
-        store.set(f"{save.key}/{rank}", json.dumps({"result": entry}))
+        store.set(f"{save.key}/{rank}", json.dumps({"result": [entry]}))
     began = time.monotonic()
     save._commit(store)
     seconds, saved = time.monotonic() - began, Saved(save.folder)

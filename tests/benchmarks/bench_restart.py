@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_restart.py FOLDER
 
 BERT on two processes under ZeRO-3 by the public command: one process is killed after a checkpoint, the same command
-goes on. FOLDER is that of bench_campaign.py, for its data. Two rounds each; median, least and most.
+goes on. FOLDER is that of bench_campaign.py, for its data. Rounds are alike; median, least and most.
 """
 
 import argparse
@@ -19,20 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from pretrain.goodput import ATTEMPTS, lines_of  # noqa: E402
 from tests.benchmarks.bench_campaign import material_in  # noqa: E402
-from tests.pretrain.commands import (  # noqa: E402
-    Material,
-    electra,
-    finish,
-    interrupted,
-    kill_rank_1,
-    recipe,
-    rows_of,
-    two_ranks,
-)  # fmt: skip
+from tests.pretrain import commands  # noqa: E402
+from tests.pretrain.commands import Material, electra, finish, interrupted, kill_rank_1, recipe, rows_of, two_ranks  # noqa: E402  # noqa: E402
 
 SIZES = {"1M": (2, 192), "10M": (6, 384), "40M": (12, 512), "150M": (12, 1024)}
 """Name -> (layers, width)."""
-ROUNDS = 2
 EVERY = 2
 
 
@@ -79,13 +70,17 @@ def wait_for_manifest(run: Path) -> None:
 
 def main() -> None:
     """Print a line for each size."""
+    commands.TIMEOUT_S = 1800
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder.resolve()
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    folder = options.folder.resolve()
     material = material_in(folder)
-    for name, (layers, width) in SIZES.items():
-        rounds = []
-        for number in range(ROUNDS):
+    for name in options.sizes:
+        (layers, width), rounds = SIZES[name], []
+        for number in range(options.rounds):
             run = folder / f"restart-{name}-{time.time_ns()}-{number}"
             rounds.append(
                 killed_and_restarted(recipe(bert(material, run, layers, width), run.with_suffix(".yaml")), run)

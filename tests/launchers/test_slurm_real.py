@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
+from launchers.local import free_port
 from launchers.watch import job_of, run_status
 from tests.launchers.site import ACCOUNTING, NEEDED, PACKAGES, Site, running_site, wait_until
-from tests.pretrain.commands import Material, command, electra, interrupted, recipe, rows_of, tessera
+from tests.pretrain.commands import Material, command, electra, finish, interrupted, recipe, rows_of, tessera
 
 pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
 STEPS = 100_000  # more than any of these runs makes
@@ -291,3 +292,14 @@ def test_a_job_is_known_after_the_controller_forgot_it(
     (story.run / "job.end").unlink()
     vanished = tessera("status", story.run)
     assert vanished.returncode == 70 and "Slurm knows it no more" in vanished.stdout
+
+
+def test_preflight_may_be_started_by_srun(site: Site, tmp_path: Path) -> None:
+    """Two tasks on two nodes; that one of them is slow, on a machine where others work too, is none of this test."""
+    place = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=100"]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = finish(["srun", *place, *command("preflight", "--json", "--timeout", "60")], **where)
+    told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert told["world"] == 2 and set(told["reports"]) == {"0", "1"}
+    assert [finding for finding in told["findings"] if not finding["text"].startswith("slow")] == []
+    assert done.returncode == 0 or told["findings"]

@@ -21,10 +21,14 @@ from tests.pretrain.commands import (
     rows_of,
     steps_of,
     two_ranks,
+    vqgan,
 )
+from tests.pretrain.processes import TIMEOUT_S, run_ranks, start_ranks
 from tests.pretrain.test_guards import by_hand
 from tests.pretrain.test_training import assert_every_position_once, assert_same_state, final
 
+HANG_WORKER = Path(__file__).with_name("hang_worker.py")
+REFUSAL_WORKER = Path(__file__).with_name("refusal_worker.py")
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 
@@ -65,6 +69,19 @@ def test_a_rank_that_is_stopped_is_blamed_and_the_run_starts_again_by_itself(
     assert loss_bits(run) == loss_bits(undisturbed)
     assert_same_state(run, undisturbed)
     assert {row["attempt"] for row in rows_of(run)} == {0, 1}
+
+
+def test_a_rank_that_the_others_wait_for_in_a_collective_is_blamed_though_it_lives(
+    material: Material, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = recipe(electra(material, run, collective_timeout_s=20), tmp_path / "run.yaml")
+    with start_ranks(HANG_WORKER, [str(config)], world=2) as ranks:
+        output, _ = ranks[0].communicate(timeout=TIMEOUT_S)
+        assert ranks[0].returncode == 70 and ranks[1].wait(timeout=60) in (70, -signal.SIGKILL), output[-3000:]
+    (told,) = [fault for fault in faults_of(run) if fault["rank"] == 0 and "blamed" in fault]
+    assert told["blamed"] == [1] and "1 of 2 ranks wait in a collective" in told["why"] and "stands" in told["why"]
+    assert "in stands" in (run / "faults" / "attempt-00000.rank-00001.txt").read_text()
 
 
 # ---------------------------------------------------------------------------------------- asked to stop
@@ -121,6 +138,19 @@ def test_refused_steps_are_skipped_recorded_and_those_of_the_definition(material
     assert final(run).state["guards"]["events"] == len(refused(run))
     assert all(text.startswith("skip: ") for text in refused(run).values())
     assert_every_position_once(run, 24, 16)
+
+
+def test_a_step_whose_second_optimizer_is_refused_changes_nothing_of_the_first(
+    material: Material, tmp_path: Path
+) -> None:
+    tree = vqgan(material, tmp_path / "run") | {"guards": {"non_finite": "skip"}}
+    tree["objective"] |= {"revive_after_steps": 0}
+    tree["train"] |= {"steps": 11}
+    (found,) = run_ranks(REFUSAL_WORKER, [str(recipe(tree, tmp_path / "run.yaml"))], world=1)
+    same = [step for step in range(11) if found["digests"][step] == found["digests"][step + 1]]
+    assert same == [8]
+    assert found["told"][9] == {"guard": "skip: discriminator gradient norm nan"}
+    assert final(tmp_path / "run").state["optimizer"]["groups"]["decay"]["updates"] == 10
 
 
 def test_a_run_that_rolls_back_and_is_killed_is_the_one_that_only_rolls_back(

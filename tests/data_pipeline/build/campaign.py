@@ -43,6 +43,7 @@ WEIGHTS = {"worker": 4, "fetcher": 2, "decoder": 3, "driver": 2, "node": 2}
 BUILD_S = 1200  # far beyond what a build takes on a busy machine, too
 REPOSITORY = Path(__file__).resolve().parents[3]
 HEALTH = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}  # soon noticed
+HEALTH |= {"RAY_worker_niceness": "0"}  # in the cluster too: beside other work they would starve
 
 
 def make_web(folder: Path, web: Web, rows: int) -> Path:
@@ -97,10 +98,10 @@ class Build:
     def is_running(self) -> bool:
         """False once the build is done; a driver that ended with its node is started again.
 
-        Ray gives up a node that does not answer in time: on a starving machine a driver may once end without a kill.
+        Ray gives up a node that does not start or answer in time: on a starving machine a driver may end so unkilled.
         """
         ended = self.driver.poll()
-        if ended == NodeFault.exit_code and (self._lost_its_node or not self.given_up):
+        if ended == NodeFault.exit_code and (self._lost_its_node or self.given_up < 3):
             self.given_up += not self._lost_its_node
             self._lost_its_node = False
             self.start()
@@ -202,7 +203,7 @@ def run(folder: Path, kills: int, workers: list[int], seed: int, rows: int, each
             builds += 1
             ray = "joined" if joined else "embedded"
             took = f"{build.workers} workers, {ray} Ray, {time.monotonic() - began:.0f} s"
-            starved = ", once given up by Ray without a kill" if build.given_up else ""
+            starved = f", given up by Ray without a kill {build.given_up} times" if build.given_up else ""
             print(f"build {builds}: {took}{starved}, identical; killed so far {dict(total)}", flush=True)
     return total
 

@@ -47,7 +47,8 @@ class Nodes:
         self._cpus = cpus
         os.environ[LOOPBACK], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # for as long as this process lives
         head = {"num_cpus": 0, "include_dashboard": False, **COMMON}
-        self._cluster = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)
+        self._cluster = Cluster(initialize_head=False, shutdown_at_exit=True)
+        self._start(**head)
         self._nodes = [self._add() for _ in range(count)]
 
     @property
@@ -82,7 +83,17 @@ class Nodes:
         self._cluster.shutdown()
 
     def _add(self) -> Any:
-        return self._cluster.add_node(num_cpus=self._cpus, **COMMON)
+        return self._start(num_cpus=self._cpus, **COMMON)
+
+    def _start(self, **how: Any) -> Any:
+        """Ray waits 30 s for a node to start, on a machine however busy: a second and a third may start in time."""
+        for left in (2, 1, 0):
+            try:
+                return self._cluster.add_node(**how)
+            except Exception as error:
+                if not left or "timed out" not in str(error):
+                    raise
+        raise AssertionError
 
 
 @contextlib.contextmanager

@@ -13,7 +13,10 @@ import psutil
 import pytest
 
 from data_pipeline import workers
+from data_pipeline.build.run import build
+from data_pipeline.config import BuildConfig
 from data_pipeline.errors import ConfigError, DataError, NodeFault
+from data_pipeline.settings import check_settings
 from data_pipeline.shards.codes import encode_dataset
 from data_pipeline.workers import ray_session, run_tasks
 from tests.data_pipeline.build import campaign
@@ -36,9 +39,27 @@ except TesseraError as error:
 """
 
 
-def start(output, **more) -> "subprocess.Popen[str]":
+IMPATIENT = """
+import json, sys
+from data_pipeline.errors import TesseraError
+from data_pipeline.workers import in_driver
+from tests.data_pipeline.build.test_cluster import impatient_build
+try:
+    in_driver(impatient_build, json.loads(sys.argv[1]))
+except TesseraError as error:
+    sys.exit(f"{error.exit_code} {error}")
+"""
+
+
+def impatient_build(tree):
+    """Waits two seconds for a node, and for Ray to be left."""
+    workers._WITHOUT_ROOM_S = workers._LEAVE_S = 2.0
+    build(check_settings(BuildConfig, tree, "driver"), progress=False)
+
+
+def start(output, program=DRIVER, **more) -> "subprocess.Popen[str]":
     tree = {**TREE, "output": str(output), **more}
-    command = [sys.executable, "-c", DRIVER, json.dumps(tree)]
+    command = [sys.executable, "-c", program, json.dumps(tree)]
     return subprocess.Popen(command, cwd=campaign.REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -79,10 +100,12 @@ def test_an_embedded_build_leaves_a_cluster_on_its_machine_alone(cluster: Nodes,
     assert driver.returncode == 0, said[-2000:]
 
 
-def test_an_embedded_ray_listens_on_the_loopback_address_alone(tmp_path):
+def test_an_embedded_ray_listens_on_the_loopback_address_alone_and_has_the_priority_of_the_command(tmp_path):
     driver = start(tmp_path / "out")
     wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
     own = {driver.pid, *below(driver.pid)}
+    working = [pid for pid in own if command_of(pid).startswith(b"ray::")]
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in working} == {os.getpriority(os.PRIO_PROCESS, 0)}
     listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in own}
     driver.kill()
     driver.communicate(timeout=30)
@@ -110,13 +133,33 @@ def command(folder, **more) -> "subprocess.Popen[str]":
     return subprocess.Popen(words, cwd=campaign.REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def test_a_driver_whose_node_was_given_up_leaves_with_70(tmp_path, monkeypatch):
+def stop_answering(started, output):
+    """Ray's node of this driver answers no more, as on a machine that starves -> its process."""
+    wait_for(lambda: shards_in(output) >= 1, "a shard")
+    (raylet,) = [pid for pid in below(started.pid) if command_of(pid).split(b"\0")[0].endswith(b"/raylet")]
+    os.kill(raylet, signal.SIGSTOP)
+    return raylet
+
+
+@pytest.fixture
+def soon_given_up(monkeypatch):
+    """Ray gives up a node of its own that does not answer for some seconds."""
     for name, value in {**campaign.HEALTH, "RAY_health_check_timeout_ms": "1000"}.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("soon_given_up")
+def test_a_driver_whose_node_never_answers_again_leaves_with_70(tmp_path):
+    started = start(tmp_path / "out", program=IMPATIENT)
+    stop_answering(started, tmp_path / "out")
+    _, said = started.communicate(timeout=240)
+    assert "none of the 0 nodes" in said and "\n70 " in said, said[-2000:]
+
+
+@pytest.mark.usefixtures("soon_given_up")
+def test_a_driver_whose_node_was_given_up_leaves_with_70(tmp_path):
     started = command(tmp_path)
-    wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
-    (raylet,) = [pid for pid in below(started.pid) if command_of(pid).split(b"\0")[0].endswith(b"/raylet")]
-    os.kill(raylet, signal.SIGSTOP)  # it answers no more, as on a machine that starves
+    raylet = stop_answering(started, tmp_path / "out")
     assert any("none of the 0 nodes" in line for line in started.stderr)
     os.kill(raylet, signal.SIGCONT)
     _, said = started.communicate(timeout=240)
@@ -166,6 +209,17 @@ def test_what_answers_and_is_no_cluster_is_a_node_fault(monkeypatch):
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(NodeFault, match=f"ray_address={address}: Failed to connect"), ray_session(1, address):
             pass
+
+
+def test_a_ray_that_does_not_start_in_time_is_a_node_fault(monkeypatch):
+    import ray
+
+    def late(*_, **__):
+        raise Exception("The current node timed out during startup.")  # what Ray raises after 30 s
+
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(NodeFault, match="Ray did not start here: .*timed out.*load"), ray_session(1):
+        pass
 
 
 def test_a_bounded_number_of_tasks_is_in_flight_however_many_there_are(cluster: Nodes):

@@ -1,5 +1,6 @@
 """The points of a run, told from the files of its checkpoints as a save changes them, step by step."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,45 +14,54 @@ from launchers.chaos.points import FolderPoints, moment, newest_save
 WORLD = 2
 NOBODY: Any = None
 BEFORE, NOW = "step-00000004.attempt-0", "step-00000008.attempt-1"
-SAVING = (".tmp/1/r00000.safetensors", "r00000.safetensors", ".tmp/2/r00001.safetensors", "r00001.safetensors",
-          "index.json", "state.json", "MANIFEST.json")  # fmt: skip
-"""What appears in a folder, one after the other."""
+SAVING = (
+    "+r00000", "r00000.safetensors", "+r00001", "r00001.safetensors", "+r00001.part-00001", "-r00000", "-r00001",
+    "r00001.part-00001.safetensors", "-r00001.part-00001", "index.json", "state.json", "MANIFEST.json",
+)  # fmt: skip
+"""What happens in a folder, one after the other; + and -: a file comes into a scratch folder, and goes."""
 
 
-def put(root: Path, name: str) -> None:
-    (root / name).parent.mkdir(parents=True, exist_ok=True)
-    (root / name).write_text("{}")
+def happens(folder: Path, name: str) -> None:
+    scratch = folder / ".tmp" / name[1:]
+    if name[0] == "-":
+        shutil.rmtree(scratch)
+    elif name[0] == "+":
+        scratch.mkdir(parents=True)
+        (scratch / f"{name[1:]}.safetensors").write_text("")
+    else:
+        (folder / name).write_text("{}")
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A whole save, and the next one not begun."""
     for name in SAVING:
-        put(tmp_path / BEFORE, name)
+        happens(tmp_path / BEFORE, name)
     return tmp_path
 
 
 @pytest.mark.parametrize(
     ("point", "at"),
-    [("shard", SAVING[:3]), ("commit", SAVING[3:6]), ("retention", SAVING[6:])],
+    [("shard", SAVING[:8]), ("commit", SAVING[8:11]), ("retention", SAVING[11:])],
 )
 def test_a_point_of_a_save_is_reached_when_its_files_say_so(point: When, at: tuple[str, ...], root: Path) -> None:
     points = FolderPoints(str(root), WORLD)
     points.expect(point, NOBODY)
     assert not points.reached()
     for name in SAVING:
-        put(root / NOW, name)
+        happens(root / NOW, name)
         assert points.reached() == (name in at), name
 
 
 def test_what_stands_of_the_newest_save_is_said(root: Path, tmp_path: Path) -> None:
     assert newest_save(str(tmp_path / "nothing")) == "no save"
     assert newest_save(str(root)) == "a whole save"
-    put(root / NOW, "r00000.safetensors")
+    happens(root / NOW, "+r00000")
+    happens(root / NOW, "r00000.safetensors")
     assert newest_save(str(root)) == "a save of 1 shards, no manifest"
-    put(root / NOW, "index.json")
+    happens(root / NOW, "index.json")
     assert newest_save(str(root)) == "a save of 1 shards and index.json, no manifest"
-    put(root / NOW, "MANIFEST.json")
+    happens(root / NOW, "MANIFEST.json")
     assert newest_save(str(root)) == "a whole save"
 
 

@@ -63,8 +63,8 @@ def test_every_stage_writes_the_same_tensors_once(stage: int, folder: Path, rank
     assert "tied.weight" not in slices.shapes and "inner.weight" in slices.shapes
     assert slices.kinds("frozen.weight") == ("param",) and len(slices.kinds("inner.weight")) == 3
     assert sorted(slices.buffers) == ["norm.num_batches_tracked", "norm.running_mean", "norm.running_var"]
-    for name, parts in slices._parts.items():
+    for name in slices.shapes:
         at = 0
-        for lo, hi, *_ in parts:
-            assert lo == at, (name, parts)
-            at = hi
+        for piece in slices.pieces(name):
+            assert piece.lo == at, (name, slices.pieces(name))
+            at = piece.hi

@@ -12,6 +12,7 @@ from data_pipeline import remote
 from data_pipeline.errors import DataError
 from data_pipeline.storage import open_storage
 from launchers.chaos.proxy import CLEAN, fault_proxy
+from pretrain.checkpoint import saver
 from pretrain.checkpoint.catalog import Retention, Saved, claim_attempt, committed
 from pretrain.checkpoint.layout import Slices
 from pretrain.checkpoint.saver import Checkpoints
@@ -82,6 +83,19 @@ def test_the_whole_life_of_a_checkpoint_on_s3(bucket: str) -> None:
     with pytest.raises(DataError, match="exists already"):
         save(ranks_of(root, 3, 0, Retention(2)), 12, model_of(13))
     assert holds(newest, model_of(12))
+
+
+def test_a_rank_s_part_of_a_big_model_is_several_objects(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saver, "PART", 20_000)
+    root = f"{bucket}/runs/f"
+    save(ranks_of(root, 2), 4, model_of(4))
+    (saved,) = committed(root)
+    names = [entry["name"] for entry in saved.manifest["files"]]
+    assert {"r00000.safetensors", "r00000.part-00001.safetensors", "r00001.part-00001.safetensors"} <= set(names)
+    newest = Checkpoints(root, mesh_of(), 0, Retention(2)).newest()
+    assert newest is not None and holds(newest, model_of(4))
+    saved.storage.remove("r00001.part-00001.safetensors")
+    assert saved.faults() == ["r00001.part-00001.safetensors: missing"]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:-50] + b"\x00" + data[-49:]])

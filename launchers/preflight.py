@@ -1,0 +1,286 @@
+"""`tessera preflight`: every process of a run looks around before the expensive part, and rank 0 says what is wrong.
+
+Ranks speak through the store and meet before each thing that they do together, so that one who does not come is named
+instead of waited for. Every check has a deadline; what does not return by then is left behind in its thread.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+
+from data_pipeline.errors import NodeFault, TesseraError
+from data_pipeline.settings import load_settings
+from launchers import findings
+from launchers.local import Group, Patience, attend, check_rendezvous, free_port
+from launchers.spec import LocalCluster, load_cluster
+from pretrain.config import RunConfig
+from pretrain.signals import StopSignals
+
+if TYPE_CHECKING:
+    from pretrain.mesh import Mesh
+
+CLOCK_ROUNDS = 5
+MARGIN_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the command line says."""
+
+    config: Path | None
+    overrides: Sequence[str]
+    timeout_s: float
+    json: bool
+
+
+def inside_group() -> bool:
+    """Was this process started as one of several, by torchrun, srun or ourselves?"""
+    return "RANK" in os.environ or {"SLURM_PROCID", "SLURM_STEP_ID"} <= os.environ.keys()
+
+
+def start_group(
+    asked: Asked, nodes: int | None, procs_per_node: int | None, node_rank: int, master_addr: str, master_port: int
+) -> int:
+    """Start this machine's processes and wait for their verdict -> exit code."""
+    if asked.config is not None:
+        load_settings(RunConfig, asked.config, asked.overrides)
+    cluster = load_cluster(LocalCluster, None)
+    nodes, procs = nodes or cluster.nodes, procs_per_node or cluster.procs_per_node
+    check_rendezvous(nodes, node_rank, master_addr, master_port)
+    arguments = ["preflight", *([str(asked.config)] if asked.config else []), *asked.overrides]
+    options = ["--timeout", f"{asked.timeout_s:g}", *(["--json"] if asked.json else [])]
+    group = Group(
+        command=(sys.executable, "-m", "launchers.cli", *arguments, *options),
+        procs=procs,
+        world_size=nodes * procs,
+        first_rank=node_rank * procs,
+        master_addr=master_addr,
+        master_port=master_port or free_port(),
+        env=tuple(sorted(cluster.env.items())),
+    )
+    with StopSignals() as stops:  # ranks end by themselves, and rank 0 has to say why
+        return attend(group, stops, Patience(MARGIN_S, 4 * asked.timeout_s, MARGIN_S)).exit_code
+
+
+# ------------------------------------------------------------------------------------------------ one rank
+
+
+def run_rank(asked: Asked) -> int:
+    """This process's part -> exit code, the same on every rank that is heard of. Threads that hang are left behind."""
+    began = time.monotonic()
+    from pretrain.mesh import Mesh
+
+    config = load_settings(RunConfig, asked.config, asked.overrides) if asked.config else None
+    rank = Rank(Mesh.start(asked.timeout_s, asked.timeout_s), asked.timeout_s)
+    rank.look(config)
+    return rank.conclude(began, asked.json)
+
+
+def run_rank_and_leave(asked: Asked) -> NoReturn:
+    """The same as a whole process. Leaves at once: a thread that hangs in a collective must not keep it."""
+    try:
+        code = run_rank(asked)
+    except TesseraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The result of `call`, or what it raises; NodeFault when it does not end in time."""
+    box: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            box.put((call(), None))
+        except Exception as error:
+            box.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        result, error = box.get(timeout=seconds)
+    except queue.Empty:
+        raise Hangs(f"no end within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return result
+
+
+class Hangs(NodeFault):
+    """Did not return before its deadline."""
+
+
+class Rank:
+    """One rank on its way through the checks."""
+
+    def __init__(self, mesh: "Mesh", timeout_s: float) -> None:
+        self.mesh = mesh
+        self.timeout_s = timeout_s
+        self.store = mesh.side_store()
+        self.values: dict[str, Any] = {}
+        self.errors: dict[str, tuple[int, str]] = {}
+        self.together = True
+        """False once a rank was lost: nothing more is done with the others."""
+
+    def look(self, config: RunConfig | None) -> None:
+        """All checks, in an order in which the cheap ones come first and the common ones last."""
+        from pretrain import probes
+
+        mesh = self.mesh
+        self.check("clock", self._clock)
+        self.check("program", lambda: probes.program(config, mesh))
+        if config is not None:
+            self.check("data", lambda: probes.data(config, mesh))
+            self.check("storage", lambda: probes.storage(config, mesh))
+            self.check("disk", lambda: probes.disk(config, mesh))
+        self.check("health", lambda: probes.health(mesh))
+        self.check("matmul", lambda: probes.matmul(mesh), together=True)
+        if mesh.world > 1:
+            for name in findings.COLLECTIVES:
+                self.check(name, functools.partial(probes.collective, mesh, name), together=True)
+            if self.together and (hosts := self._hosts()):
+                self.check("link", lambda: probes.link(mesh, probes.peers_of(mesh.rank, hosts)), together=True)
+
+    def check(self, name: str, probe: Callable[[], dict[str, Any]], together: bool = False) -> None:
+        """Note what the probe says or what is wrong; a common one only while all are there."""
+        if together and not self.together:
+            return
+        try:
+            within(MARGIN_S, lambda: self.store.set(f"at/{self.mesh.rank}", name))
+            if together:
+                self.meet(name)
+            self.values[name] = within(self.timeout_s, self._bound(probe))
+        except Missing as error:
+            self.together = False
+            self._note(name, error)
+        except Exception as error:
+            self.together &= not (together or name == "clock")
+            self._note(name, error)
+
+    def _bound(self, probe: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        def call() -> dict[str, Any]:
+            self.mesh.bind()
+            return probe()
+
+        return call
+
+    def _note(self, name: str, error: Exception) -> None:
+        ours = isinstance(error, TesseraError)
+        code = error.exit_code if isinstance(error, TesseraError) and not isinstance(error, Hangs) else None
+        self.errors[name] = (code or findings.code_of(name), f"{'' if ours else f'{type(error).__name__}: '}{error}")
+
+    # ---------------------------------------------------------------------------- words with the others
+
+    def meet(self, name: str) -> float:
+        """Wait until all have come here -> seconds by which this clock is ahead of rank 0's, and the way of the word.
+
+        Rank 0 waits for each for as long as a check may take, the others as long for rank 0's word. Raises Missing.
+        """
+        store, mesh = self.mesh.store, self.mesh
+        keys = [f"{name}/{rank}" for rank in range(mesh.world)]
+        store.set(keys[mesh.rank], "")
+        if mesh.rank == 0:
+            gone = [] if self._all(keys, self.timeout_s + MARGIN_S) else self._gone(keys)
+            store.set(f"{name}/word", json.dumps({"now": time.time(), "gone": gone}))
+        elif not self._all([f"{name}/word"], 2 * (self.timeout_s + MARGIN_S)):
+            raise Missing("rank 0, which holds the store, gives no answer")
+        word = json.loads(store.get(f"{name}/word"))
+        now = time.time()
+        if word["gone"]:
+            raise Missing("; ".join(word["gone"]))
+        return now - float(word["now"])
+
+    def _all(self, keys: list[str], seconds: float) -> bool:
+        """Are all keys there in time? A server that is stopped does not even say no."""
+        with contextlib.suppress(RuntimeError, Hangs):
+            within(seconds + MARGIN_S, lambda: self.mesh.store.wait(keys, timedelta(seconds=seconds)))
+            return True
+        return False
+
+    def _gone(self, keys: list[str]) -> list[str]:
+        gone = [rank for rank, key in enumerate(keys) if not self.mesh.store.check([key])]
+        last = {rank: self.store.get(f"at/{rank}").decode() for rank in gone if self.store.check([f"at/{rank}"])}
+        return [f"rank {rank} does not come, it was last seen at {last.get(rank, 'the start')!r}" for rank in gone]
+
+    def _clock(self) -> dict[str, Any]:
+        """The least of some rounds: the word takes its time, but never less than none."""
+        offsets = [self.meet(f"clock-{number}") for number in range(CLOCK_ROUNDS)]
+        return {"offset_s": 0.0 if self.mesh.rank == 0 else min(offsets)}
+
+    def _hosts(self) -> dict[str, list[int]]:
+        """Host -> its ranks; the same on every rank."""
+        store, mesh = self.mesh.store, self.mesh
+        keys = [f"host/{rank}" for rank in range(mesh.world)]
+        store.set(keys[mesh.rank], socket.gethostname())
+        hosts: dict[str, list[int]] = {}
+        if self._all(keys, self.timeout_s):
+            for rank, name in enumerate(store.multi_get(keys)):
+                hosts.setdefault(name.decode(), []).append(rank)
+        return hosts
+
+    # ------------------------------------------------------------------------------------------ the end
+
+    def conclude(self, began: float, as_json: bool) -> int:
+        """Report; rank 0 gathers, judges and prints; all leave with one code."""
+        report = {"host": socket.gethostname(), "values": self.values, "errors": self.errors}
+        if self.mesh.rank > 0:
+            return self._await_verdict(report)
+        reports = {0: report} | self._gather()
+        found = findings.judge(reports, self.mesh.world)
+        code = findings.exit_code(found)
+        self._print(reports, found, code, time.monotonic() - began, as_json)
+        self.mesh.store.set("verdict", str(code))
+        self._all([f"read/{rank}" for rank in reports if rank], MARGIN_S)  # the store ends with this process
+        return code
+
+    def _await_verdict(self, report: dict[str, Any]) -> int:
+        store = self.mesh.store
+        try:
+            within(MARGIN_S, lambda: store.set(f"report/{self.mesh.rank}", json.dumps(report)))
+            if not self._all(["verdict"], 3 * (self.timeout_s + MARGIN_S)):
+                raise NodeFault("rank 0 gives no verdict")
+            code = int(within(MARGIN_S, lambda: store.get("verdict")))
+            within(MARGIN_S, lambda: store.set(f"read/{self.mesh.rank}", ""))
+            return code
+        except (RuntimeError, TesseraError) as error:
+            raise NodeFault(f"rank {self.mesh.rank}: {error}; look at the node of rank 0") from None
+
+    def _gather(self) -> dict[int, dict[str, Any]]:
+        """Rank -> report, of those who give one in time."""
+        store, others = self.mesh.store, range(1, self.mesh.world)
+        keys = [f"report/{rank}" for rank in others]
+        if not keys or not self._all(keys, (self.timeout_s if self.together else 0) + MARGIN_S):
+            keys = [key for key in keys if store.check([key])]
+        texts = store.multi_get(keys) if keys else []
+        return {int(key.partition("/")[2]): json.loads(text) for key, text in zip(keys, texts, strict=True)}
+
+    def _print(
+        self, reports: findings.Reports, found: list[findings.Finding], code: int, seconds: float, as_json: bool
+    ) -> None:
+        if as_json:
+            rows = [dataclasses.asdict(finding) for finding in found]
+            told = {"exit_code": code, "seconds": round(seconds, 2), "world": self.mesh.world, "findings": rows}
+            print(json.dumps(told | {"reports": reports}, sort_keys=True), flush=True)
+            return
+        findings.show(Console(soft_wrap=True), reports, self.mesh.world, found)
+        verdict = f"{len(found)} findings, exit code {code}" if code else "all is well"
+        print(f"{verdict}; {seconds:.1f} s", flush=True)
+
+
+class Missing(NodeFault):
+    """Somebody did not come to where all meet."""

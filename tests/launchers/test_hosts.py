@@ -1,0 +1,125 @@
+"""Runs over several hosts, network namespaces with addresses and names of their own, whose links are cut for real."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import Host, hosts, why_not
+from tests.launchers.test_preflight import blamed
+from tests.pretrain.commands import ROOT, Material, command, electra, environment, loss_bits, recipe, rows_of, steps_of
+from tests.pretrain.test_running import faults_of
+from tests.pretrain.test_training import assert_every_position_once, assert_same_state
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+PORT = 29400
+TIMEOUT_S = 200
+
+
+@pytest.fixture
+def made(request: pytest.FixtureRequest) -> Iterator[list[Host]]:
+    """Two hosts, or as many as the test asks for."""
+    if reason := why_not():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    with hosts(getattr(request, "param", 2)) as started:
+        yield started
+
+
+def start(made: list[Host], commands: list[list[str]], log: Path) -> "list[subprocess.Popen[bytes]]":
+    """One command a host; each has its own log beside `log`."""
+    return [
+        host.start(argv, log_of(log, number), environment(), cwd=ROOT)
+        for number, (host, argv) in enumerate(zip(made, commands, strict=True))
+    ]
+
+
+def log_of(log: Path, number: int) -> Path:
+    return log.with_suffix(f".{number}.log")
+
+
+def finish(processes: "list[subprocess.Popen[bytes]]", log: Path) -> list[int]:
+    """Exit codes; what does not end is a failure, with its last words."""
+    deadline, codes = time.monotonic() + TIMEOUT_S, []
+    for number, process in enumerate(processes):
+        try:
+            codes.append(process.wait(max(0.1, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"no end: {log_of(log, number).read_text()[-3000:]}") from None
+    return codes
+
+
+def wait_for(condition: Callable[[], bool], log: Path, what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        words = [log_of(log, number).read_text()[-2000:] for number in (0, 1) if log_of(log, number).exists()]
+        assert time.monotonic() < deadline, f"{what}: {words}"
+        time.sleep(0.02)
+
+
+def by_torchrun(host: Host, node: int, *arguments: str | Path) -> list[str]:
+    """One process on the node, found through torchrun's rendezvous on the first host."""
+    rendezvous = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "hosts"]
+    place = ["--rdzv-endpoint", f"host-0:{PORT}", "--local-addr", host.address]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, *place]
+    return [*torchrun, "-m", "launchers.cli", *map(str, arguments)]
+
+
+def by_launcher(host: Host, node: int, *arguments: str | Path) -> list[str]:
+    """The same by `tessera launch local` on each host."""
+    place = ["--nodes", "2", "--procs-per-node", "1", "--node-rank", str(node)]
+    return command(*arguments, *place, "--master-addr", "host-0", "--master-port", str(PORT))
+
+
+def test_a_run_whose_link_is_cut_ends_with_70_starts_again_and_goes_on_bitwise(
+    made: list[Host], material: Material, tmp_path: Path
+) -> None:
+    """The undisturbed run, which it is held against, is started by torchrun on the same hosts."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    config = recipe(electra(material, whole), tmp_path / "whole.yaml")
+    undisturbed = start(made, [by_torchrun(host, n, "train", config) for n, host in enumerate(made)], whole)
+    assert finish(undisturbed, whole) == [0, 0], log_of(whole, 0).read_text()[-3000:]
+
+    config = recipe(electra(material, run, collective_timeout_s=12), tmp_path / "run.yaml")
+    launch = ["launch", "local", config, "--restarts", "2"]
+    struck = start(made, [by_launcher(host, n, *launch) for n, host in enumerate(made)], run)
+    wait_for(lambda: max(steps_of(run), default=0) >= 6, run, "no step 6")
+    made[1].cut()
+    cut_at = time.time()
+    again = [lambda n=n: "starting again" in log_of(run, n).read_text() for n in (0, 1)]
+    wait_for(lambda: all(said() for said in again), run, "the cut was not noticed")
+    made[1].restore()
+    assert finish(struck, run) == [0, 0], log_of(run, 0).read_text()[-3000:]
+    assert loss_bits(run) == loss_bits(whole)
+    assert_same_state(run, whole)
+    assert_every_position_once(run, 24, 16)
+    assert {row["attempt"] for row in rows_of(run)} == {0, 1}
+    for fault in faults_of(run):
+        assert fault["cause"] == "node" and fault["time"] - cut_at < 3 * 12, fault
+    assert all("cause node" in log_of(run, n).read_text() for n in (0, 1))
+
+
+def test_a_stop_on_one_host_saves_on_both_and_neither_starts_again(
+    made: list[Host], material: Material, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = recipe(electra(material, run, checkpoint_every_steps=1000), tmp_path / "run.yaml")
+    launch = ["launch", "local", config, "--restarts", "2"]
+    processes = start(made, [by_launcher(host, n, *launch) for n, host in enumerate(made)], run)
+    wait_for(lambda: max(steps_of(run), default=0) >= 3, run, "no step 3")
+    processes[1].terminate()
+    assert finish(processes, run) == [75, 75], log_of(run, 0).read_text()[-3000:]
+
+
+@pytest.mark.parametrize("made", [3], indirect=True)
+def test_a_host_behind_a_slow_link_is_named_before_the_run(made: list[Host], tmp_path: Path) -> None:
+    made[2].limit("100mbit")
+    place = ["--nodes", "3", "--procs-per-node", "1", "--master-addr", "host-0", "--master-port", str(PORT)]
+    argv = [command("preflight", "--json", *place, "--node-rank", str(n)) for n in range(3)]
+    assert finish(start(made, argv, tmp_path / "preflight"), tmp_path / "preflight") == [70] * 3
+    said = log_of(tmp_path / "preflight", 0).read_text()
+    assert ("link", [2]) in blamed(said) and '"host": "host-2"' in said
+    assert not [ranks for check, ranks in blamed(said) if check == "link" and ranks != [2]]
