@@ -23,6 +23,7 @@ from tests.launchers.kubernetes.test_jobs import wait_for
 from tests.pretrain.commands import Material, electra, environment, recipe, rows_of, steps_of
 
 DEADLINE_S = 500
+STEPS = 60
 
 
 def jobset(material: Material, folder: Path) -> list[Tree]:
@@ -31,8 +32,7 @@ def jobset(material: Material, folder: Path) -> list[Tree]:
         nodes=2, procs_per_node=1, gpus_per_node=0, master_port=free_port(), stop_timeout_s=120, shared_memory="1Gi",
         claims={"everything": str(Path(os.path.commonpath([folder, material.dataset])))},
     )  # fmt: skip
-    tree = electra(material, folder / "run")
-    tree["model"].pop("dropout", None)
+    tree = electra(material, folder / "run", steps=STEPS)
     return rendered(describe(recipe(tree, folder / "run.yaml"), [], cluster), cluster)
 
 
@@ -74,7 +74,7 @@ def test_the_pods_of_a_jobset_train_save_when_they_are_deleted_and_go_on(materia
     with started(objects, tmp_path, attempt=1) as begun:
         assert [pod.wait(DEADLINE_S) for pod in begun] == [0, 0], logs(tmp_path)
     rows = rows_of(run)
-    assert [row["step"] for row in rows] == list(range(1, 25))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert {row["attempt"] for row in rows if row["step"] <= saved} == {0}
     assert {row["attempt"] for row in rows if row["step"] > saved} == {1}
     assert json.loads((run / "launcher.json").read_text())["world_size"] == 2
