@@ -2,10 +2,9 @@
 
 python -m tests.benchmarks.bench_slurm [ROUNDS]  a Slurm of two nodes on this machine, alternating rounds
 
-Both train the same tiny ELECTRA on two nodes. Submit to program, to first step: from the start of `tessera launch
-slurm` or `sbatch` to the start of rank 0's process, to the end of step 1. Stop to saved: from scancel --signal=USR1 to
-the manifest. Saved to first step: from there, through the queue, to the end of the next attempt's first step, with
-Slurm's own wait (cred_expire, 5 s here).
+Both train the same tiny ELECTRA on two nodes. Submit to first step: from the start of `tessera launch slurm` or
+`sbatch` to the end of step 1. Stop to saved: from scancel --signal=USR1 to the manifest. Saved to first step: from
+there, through the queue, to the end of the next attempt's first step, with Slurm's own wait (cred_expire, 5 s here).
 """
 
 import json
@@ -77,10 +76,8 @@ def one_round(site: Site, pairs: Material, folder: Path, submit: Callable[[Path,
     again = first_step(run, 1)
     site.tool("scancel", job)
     wait_until(lambda: site.job(job)["JobState"] == "CANCELLED", "not cancelled")
-    started = float(json.loads((run / "attempts.jsonl").read_text().splitlines()[0])["started"])
     return {
         "submit": submitted - began,
-        "submit_to_program": started - began,
         "submit_to_first_step": first - began,
         "stop_to_saved": saved - asked,
         "saved_to_first_step": again - saved,
