@@ -142,6 +142,7 @@ class Rank:
         from pretrain import probes
 
         mesh = self.mesh
+        absent = probes.absent_places(config) if config else []  # before the ranks meet for their clocks
         self.check("clock", self._clock)
         self.check("program", lambda: probes.program(config, mesh))
         if config is not None:
@@ -150,6 +151,8 @@ class Rank:
             self.check("disk", lambda: probes.disk(config, mesh))
         self.check("health", lambda: probes.health(mesh))
         self.check("matmul", lambda: probes.matmul(mesh), together=True)
+        if self.together:  # all are done with their storage
+            probes.remove_places(absent)
         if mesh.world > 1:
             for name in findings.COLLECTIVES:
                 self.check(name, functools.partial(probes.collective, mesh, name), together=True)
@@ -224,12 +227,14 @@ class Rank:
 
     def _hosts(self) -> dict[str, list[int]]:
         """Host -> its ranks; the same on every rank."""
+        from pretrain.mesh import read_all
+
         store, mesh = self.mesh.store, self.mesh
         keys = [f"host/{rank}" for rank in range(mesh.world)]
         store.set(keys[mesh.rank], socket.gethostname())
         hosts: dict[str, list[int]] = {}
         if self._all(keys, self.timeout_s):
-            for rank, name in enumerate(store.multi_get(keys)):
+            for rank, name in enumerate(read_all(store, keys)):
                 hosts.setdefault(name.decode(), []).append(rank)
         return hosts
 
@@ -262,11 +267,13 @@ class Rank:
 
     def _gather(self) -> dict[int, dict[str, Any]]:
         """Rank -> report, of those who give one in time."""
+        from pretrain.mesh import read_all
+
         store, others = self.mesh.store, range(1, self.mesh.world)
         keys = [f"report/{rank}" for rank in others]
         if not keys or not self._all(keys, (self.timeout_s if self.together else 0) + MARGIN_S):
             keys = [key for key in keys if store.check([key])]
-        texts = store.multi_get(keys) if keys else []
+        texts = read_all(store, keys)
         return {int(key.partition("/")[2]): json.loads(text) for key, text in zip(keys, texts, strict=True)}
 
     def _print(

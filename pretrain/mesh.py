@@ -25,6 +25,7 @@ JOIN_TIMEOUT_S = 300.0
 ANSWER_S = 5.0
 RETRY_S = 0.5
 NAMED = 8
+ASKED_AT_ONCE = 256
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "Broken pipe", "NCCL")
 """gloo raises plain RuntimeErrors; these are its words, and NCCL's."""
 
@@ -199,6 +200,12 @@ class _Gather(torch.autograd.Function):
         return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def read_all(store: "KeyValues", keys: list[str]) -> list[bytes]:
+    """The values of keys that are there. In portions: one question for 16,384 keys takes several times as long."""
+    portions = (keys[at : at + ASKED_AT_ONCE] for at in range(0, len(keys), ASKED_AT_ONCE))
+    return [value for portion in portions for value in store.multi_get(portion)]
+
+
 def peer_lost(error: BaseException) -> bool:
     """Is this what a collective or the store says when another process is gone or does not answer?"""
     if isinstance(error, dist.DistError):
@@ -214,22 +221,23 @@ def _attempt_store(place: Place, join_s: float) -> dist.Store:
     its attempt, says which one it is: nodes that start their processes again by themselves count differently.
     """
     is_server = place.rank == 0 and not place.agent_store
-    until = time.monotonic() + join_s
-    try:
-        while True:
-            left = datetime.timedelta(seconds=max(1.0, until - time.monotonic()))
+    until, why = time.monotonic() + join_s, "it holds an attempt that does not end, or a process of this rank"
+    while time.monotonic() < until:
+        left = datetime.timedelta(seconds=max(1.0, until - time.monotonic()))
+        try:
             server = dist.TCPStore(place.host, place.port, place.world, is_server, timeout=left, wait_for_workers=False)
             if is_server:
                 server.set("attempt", place.attempt)
             attempt = place.attempt if place.agent_store else server.get("attempt").decode()
             store = dist.PrefixStore(f"attempt-{attempt}", server)
             if place.agent_store or store.add(f"came/{place.rank}", 1) == 1:
-                return store
-            if time.monotonic() > until:
-                raise NodeFault(f"{place.host}:{place.port} has a rank {place.rank} already; start each rank once")
-            time.sleep(RETRY_S)  # an attempt that ends holds the port still: this rank was there before
-    except (RuntimeError, dist.DistError) as error:
-        raise NodeFault(f"rank {place.rank} found no store at {place.host}:{place.port}: {error}") from None
+                return store  # else an attempt that ends holds the port still: this rank was there before
+        except (RuntimeError, dist.DistError) as error:
+            why = str(error)
+            if is_server:
+                break
+        time.sleep(RETRY_S)
+    raise NodeFault(f"rank {place.rank} found no store at {place.host}:{place.port}: {why}")
 
 
 def _meet(store: dist.Store, place: Place, join_s: float) -> None:

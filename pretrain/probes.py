@@ -4,6 +4,7 @@ A probe gives plain values and raises a TesseraError where something is broken f
 other ranks (a clock, a speed, another version) is for who sees all of them.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,27 @@ def storage(config: RunConfig, mesh: Mesh) -> Values:
     return {root: _try_storage(root, mesh.rank) for root in _places(config)}
 
 
+def absent_places(config: RunConfig) -> list[Path]:
+    """Folders that trials of storage will make, the innermost first: asked for before any rank makes one."""
+    local = [Path(root) for root in _places(config) if "://" not in root]
+    missing = {path for folder in local for path in (folder, *folder.parents) if not path.exists()}
+    return sorted(missing, key=lambda path: len(path.parts), reverse=True)
+
+
+def remove_places(absent: list[Path]) -> None:
+    """Remove them where they are empty, once all ranks are done: a run has not begun."""
+    for folder in absent:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 def _places(config: RunConfig) -> list[str]:
     root = checkpoint_root(config.run, config.train.checkpoints)
     return [config.run] if root.startswith(f"{config.run}/") else [config.run, root]
 
 
 def _try_storage(root: str, rank: int) -> float:
-    """-> seconds. Raises DataError naming what the place cannot do; leaves nothing there."""
-    made = None if "://" in root else next((folder for folder in _absent(Path(root))), None)
+    """-> seconds. Raises DataError naming what the place cannot do; leaves no more than the place itself."""
     place, began = open_storage(f"{root}/.preflight-{rank:05d}-{uuid.uuid4().hex}"), time.monotonic()
     try:
         content = os.urandom(PROBE_BYTES)
@@ -121,25 +135,9 @@ def _try_storage(root: str, rank: int) -> float:
         if place.exists("probe"):
             raise DataError(f"{place.root}/probe: still there after it was removed; give this user the right to delete")
     finally:
-        _remove(place.root, made)
+        with contextlib.suppress(OSError, DataError):  # what cannot be removed could not be written either
+            place.remove_all()
     return time.monotonic() - began
-
-
-def _absent(folder: Path) -> Iterator[Path]:
-    """Those of the folder and its parents that are not there, the outermost first."""
-    yield from (path for path in reversed([folder, *folder.parents]) if not path.exists())
-
-
-def _remove(root: str, made: Path | None) -> None:
-    """Remove the trial and, where they are empty, the folders that it had to make."""
-    try:
-        open_storage(root).remove_all()
-        for folder in Path(root).parents if made else ():
-            folder.rmdir()
-            if folder == made:
-                break
-    except (OSError, DataError):
-        return  # what cannot be removed could not be written either, or another rank still tries there
 
 
 def disk(config: RunConfig, mesh: Mesh) -> Values:

@@ -26,7 +26,7 @@ from typing import Any
 from data_pipeline.errors import NodeFault
 from pretrain.faults import record_fault
 from pretrain.goodput import PhaseClock
-from pretrain.mesh import Mesh
+from pretrain.mesh import Mesh, read_all
 
 FOLDER = "faults"
 DUMP_SIGNAL = signal.SIGUSR2
@@ -149,7 +149,7 @@ class Watchdog:
         """Wait for everybody's first sign: who falls silent before it gave one would never be missed."""
         self.store.set(_key(self.mesh.rank), json.dumps(dataclasses.asdict(self._sign())))
         ranks = self._watched()
-        texts = self.store.multi_get([_key(rank) for rank in ranks]) if ranks else []
+        texts = read_all(self.store, [_key(rank) for rank in ranks])
         self._signs = {rank: Sign(**json.loads(text)) for rank, text in zip(ranks, texts, strict=True)}
         self._heard = dict.fromkeys(ranks, time.monotonic())
 
@@ -160,7 +160,7 @@ class Watchdog:
             while not self._ended.wait(self.interval_s):
                 self._count += 1
                 self.store.set(_key(self.mesh.rank), json.dumps(dataclasses.asdict(self._sign())))
-                texts = self.store.multi_get([_key(rank) for rank in ranks]) if ranks else []
+                texts = read_all(self.store, [_key(rank) for rank in ranks])
                 for rank, text in zip(ranks, texts, strict=True):
                     sign = Sign(**json.loads(text))
                     if sign.count != self._signs[rank].count:

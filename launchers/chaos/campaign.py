@@ -97,6 +97,7 @@ def run_campaign(config_path: Path, overrides: Sequence[str], kills: int, seed: 
     if attempt.wait() != 0:
         raise NodeFault(f"the undisturbed run failed, see {attempt.log}; mend it before it is struck")
     place = ground(campaign.root(campaign.struck), procs, "" if elsewhere else campaign.root(campaign.reference))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(NodeFault.exit_code))  # by way of `close`
     try:
         strikes = plan(seed, kills, config.train.steps, procs, place.faults)
         start = functools.partial(Attempt, command(campaign.struck), campaign.struck, place.environment)

@@ -5,16 +5,18 @@ last of them is. What was asked for is noted in the run's folder, since the clus
 """
 
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, NodeFault
 from launchers.kubernetes.api import APPLICATION, CONTAINER, Cluster, Refused, Tree, connected
 
 END = "job.end"
 """Written when a stop is asked for: which object."""
 GONE = 404
+CLEAR_S, POLL_S = 60.0, 0.2
 DONE = {"Completed", "Complete"}
 EXIT_CODE = re.compile(r"exit code (\d+)")
 RAY_STATES = {"Complete": "done", "Failed": "failed", "ValidationFailed": "failed", "Running": "running"}
@@ -47,6 +49,17 @@ def stop(record: Mapping[str, Any], folder: Path) -> None:
             return
         (folder / END).write_text(f"{record['uid']} stopped\n", encoding="utf-8")
         api.delete(record["kind"], record["namespace"], record["job"])
+
+
+def clear(api: Cluster, record: Mapping[str, Any]) -> None:
+    """Delete a job that has ended, so that its name is free again. Raises NodeFault where it does not go."""
+    until = time.monotonic() + CLEAR_S
+    if _found(api, record) is not None:
+        api.delete(record["kind"], record["namespace"], record["job"])
+    while _found(api, record) is not None:
+        if time.monotonic() > until:
+            raise NodeFault(f"{record['kind']} {record['job']} has ended, but is still there after {CLEAR_S:g} s")
+        time.sleep(POLL_S)
 
 
 def output(record: Mapping[str, Any], lines: int, follow: bool) -> Iterator[str]:

@@ -240,6 +240,8 @@ def _ray_job(tree: Tree) -> Iterator[str]:
     if not spec.get("shutdownAfterJobFinishes"):
         yield "shutdownAfterJobFinishes must be true: else its nodes stay when it is done, and no queue can suspend it"
     cluster = spec["rayClusterSpec"]
+    if cluster.get("authOptions", {}).get("mode") != "token" or not cluster.get("rayVersion"):
+        yield "authOptions.mode must be token, with rayVersion: Ray asks for one, and who needs none may run code there"
     groups = cluster.get("workerGroupSpecs", [])
     for group in groups:
         if len({group.get(key) for key in ("replicas", "minReplicas", "maxReplicas")}) > 1:

@@ -6,6 +6,7 @@ name known beforehand. What needs a Ray of several nodes is a RayJob, everything
 along in a ConfigMap, resolved: what was checked here is what runs there, whatever recipes the image holds.
 """
 
+import importlib.metadata
 import shlex
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -256,6 +257,10 @@ def _ray_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
         "shutdownAfterJobFinishes": True,
         "submitterPodTemplate": _submitter(spec, cluster),
         "rayClusterSpec": {
+            # Who reaches the head may run code on it, with our secrets: Ray asks for a token, which KubeRay makes and
+            # gives to these pods alone. It wants to know the version for that.
+            "rayVersion": importlib.metadata.version("ray"),
+            "authOptions": {"mode": "token"},
             "headGroupSpec": head,
             **({"workerGroupSpecs": [worker | group("worker")]} if workers else {}),
         },

@@ -8,10 +8,11 @@ import yaml
 
 from data_pipeline.errors import NodeFault, TesseraError
 from launchers.kubernetes.api import Cluster, Refused, Tree, connected
+from launchers.kubernetes.jobs import clear
 from launchers.kubernetes.lint import check
 from launchers.kubernetes.objects import objects
 from launchers.spec import KubernetesCluster, RunSpec
-from launchers.watch import JOB, refuse_second_launch, write_record
+from launchers.watch import JOB, job_of, refuse_second_launch, write_record
 
 SUBMISSION = "tessera/submission"
 
@@ -55,6 +56,8 @@ def submit(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, object]:
     for tree in trees:
         tree["metadata"]["annotations"][SUBMISSION] = token
     with connected() as api:
+        if (earlier := job_of(run)).get("place") == "kubernetes":  # it has ended, or it would have been refused
+            clear(api, earlier)
         try:
             for tree in trees:
                 api.create(tree)

@@ -127,7 +127,7 @@ def _with_loss(towers: list[Item], loss: Tape, world: int, accumulation: int) ->
     """
     own = activations(loss, stage=0, spares_copies=False, recompute=False)
     if accumulation == 1:
-        return [*towers, *own]
+        return [Item(a.what, ACTIVATION, a.bytes + b.bytes) for a, b in zip(towers, own, strict=True)]
     cache = Item("cached features", ACTIVATION, 4 / 3 * loss.saved_bytes(FEATURES) / world)
     greater = max(towers, own, key=lambda items: sum(item.bytes for item in items))
     return [*greater, cache]

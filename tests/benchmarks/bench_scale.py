@@ -33,7 +33,7 @@ from launchers.spec import KubernetesCluster, RunSpec, SlurmCluster
 from pretrain.checkpoint.catalog import MANIFEST, Retention, Saved, committed, folder_name
 from pretrain.checkpoint.layout import Even, Shard, Share, Slices, even_part, index_of, told_of, write_shard
 from pretrain.checkpoint.saver import Checkpoints, Save, _gather
-from pretrain.mesh import Mesh, Place, _meet
+from pretrain.mesh import Mesh, Place, _meet, read_all
 from pretrain.watchdog import Sign, judge
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
@@ -113,7 +113,7 @@ class Simulated:
         for key in keys:
             self.store.set(key, text)
         self.store.wait(keys, timedelta(seconds=30))
-        reports = {rank: json.loads(word) for rank, word in enumerate(self.store.multi_get(keys))}
+        reports = {rank: json.loads(word) for rank, word in enumerate(read_all(self.store, keys))}
         assert findings.judge(reports, self.world) == []
 
     def share(self) -> None:
@@ -127,7 +127,7 @@ class Simulated:
         for key in keys:
             self.store.set(key, sign)
         began = time.monotonic()
-        signs = {rank: Sign(**json.loads(text)) for rank, text in enumerate(self.store.multi_get(keys))}
+        signs = {rank: Sign(**json.loads(text)) for rank, text in enumerate(read_all(self.store, keys))}
         assert judge(signs, dict.fromkeys(signs, 0.0), 60) is None
         self.looked_s = time.monotonic() - began
 

@@ -17,9 +17,14 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.errors import DataError
+from data_pipeline.settings import load_settings
 from launchers.chaos.proxy import CLEAN, fault_proxy
 from launchers.local import free_port
+from pretrain import probes
+from pretrain.config import RunConfig
 from tests.gateway import OTHER, Gateway
+from tests.pretrain.checkpoint.simulated import mesh_of
 from tests.pretrain.commands import ROOT, Material, command, electra, environment, recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
@@ -180,9 +185,9 @@ def test_a_rank_that_never_comes_is_named_at_the_deadline() -> None:
 
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_rank_that_stops_on_the_way_is_named_and_not_waited_for(frozen: int, config: Path, tmp_path: Path) -> None:
-    """Its storage is a FIFO's other end: it stops where the test can see it."""
+    """Stopped while it tries its storage, where the test can see it."""
     port = free_port()
-    ranks = [rank_of(rank, 2, port, config, "--timeout", "8", "--json") for rank in (0, 1)]
+    ranks = [rank_of(rank, 2, port, config, "--timeout", "6", "--json") for rank in (0, 1)]
     try:
         wait_for(lambda: any((tmp_path / "run").glob(f".preflight-{frozen:05d}-*")), "the trial of its storage")
         os.kill(ranks[frozen].pid, signal.SIGSTOP)
@@ -218,6 +223,14 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True, timeout=10)
 
 
+def look(config: Path, *overrides: str) -> None:
+    """What a rank looks at alone, in this process: raises what the rank would report."""
+    asked = load_settings(RunConfig, config, overrides)
+    probes.data(asked, mesh_of())
+    probes.storage(asked, mesh_of())
+    probes.disk(asked, mesh_of())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -226,44 +239,49 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         ("size=2m", "3 checkpoints take"),
     ],
 )
-def test_storage_that_takes_nothing_or_too_little_is_74(options: str, said: str, config: Path, tmp_path: Path) -> None:
-    with mounted(tmp_path / "disk", options) as folder:
-        code, text = preflight(config, f"train.checkpoints={folder}/here", "--procs-per-node", "1", "model.width=128")
-    assert code == 74, text
-    assert said in " ".join(text.split())
+def test_storage_that_takes_nothing_or_too_little_is_said(
+    options: str, said: str, config: Path, tmp_path: Path
+) -> None:
+    with mounted(tmp_path / "disk", options) as folder, pytest.raises(DataError, match=said):
+        look(config, f"train.checkpoints={folder}/here", "model.width=128")
 
 
-def test_a_dataset_that_is_cut_off_is_74(material: Material, config: Path, tmp_path: Path) -> None:
+def test_a_dataset_that_is_cut_off_is_said(material: Material, config: Path, tmp_path: Path) -> None:
     shutil.copytree(material.dataset, tmp_path / "data")
     shard = tmp_path / "data/00001.tar"
     os.truncate(shard, shard.stat().st_size - 512)
-    code, text = preflight(config, f"data.dataset={tmp_path}/data", "--procs-per-node", "1")
-    assert code == 74, text
-    assert "the manifest says" in text
+    with pytest.raises(DataError, match="the manifest says"):
+        look(config, f"data.dataset={tmp_path}/data")
 
 
-@pytest.mark.parametrize("may", [["s3:ListBucket"], ["s3:ListBucket", "s3:GetObject", "s3:PutObject"]])
-def test_a_bucket_without_the_right_is_74(may: list[str], config: Path, gateway: Gateway, bucket: str) -> None:
-    """Nothing may be written; or nothing may be removed."""
-    gateway.allow(bucket.removeprefix("s3://"), may)
+def test_a_bucket_without_the_right_to_write_is_74(config: Path, gateway: Gateway, bucket: str) -> None:
+    gateway.allow(bucket.removeprefix("s3://"), ["s3:ListBucket"])
     code, text = preflight(config, f"train.checkpoints={bucket}/c", "--procs-per-node", "1", **OTHER)
     assert code == 74, text
     assert "permission denied" in text and bucket in text
 
 
-def test_a_bucket_that_is_whole_passes(config: Path, bucket: str) -> None:
-    code, text = preflight(config, f"train.checkpoints={bucket}/c", "--procs-per-node", "1")
-    assert code == 0, text
+def test_a_bucket_without_the_right_to_delete_is_said(
+    config: Path, gateway: Gateway, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look(config, f"train.checkpoints={bucket}/c")  # its owner may
+    gateway.allow(bucket.removeprefix("s3://"), ["s3:ListBucket", "s3:GetObject", "s3:PutObject"])
+    for name, value in OTHER.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DataError, match="permission denied"):
+        look(config, f"train.checkpoints={bucket}/c")
 
 
-def test_a_server_that_overwrites_what_should_only_be_created_is_74(
-    config: Path, gateway: Gateway, bucket: str
+def test_a_server_that_overwrites_what_should_only_be_created_is_said(
+    config: Path, gateway: Gateway, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The gateway behind a proxy that drops the condition; unsigned, since a signature would cover it."""
     gateway.allow_everybody(bucket.removeprefix("s3://"))
+    for name in OTHER:
+        monkeypatch.delenv(name)
+    nobody = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": f"{tmp_path}/none"}
     with fault_proxy(gateway.port, lambda *_: CLEAN, drop=b"if-none-match") as proxy:
-        nobody = {name: "" for name in OTHER if name != "AWS_DEFAULT_REGION"}
-        extra = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "AWS_EC2_METADATA_DISABLED": "true", **nobody}
-        code, text = preflight(config, f"train.checkpoints={bucket}/c", "--procs-per-node", "1", **extra)
-    assert code == 74, text
-    assert "overwrites where it was told to create only" in text
+        for name, value in {**nobody, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(DataError, match="overwrites where it was told to create only"):
+            look(config, f"train.checkpoints={bucket}/c")

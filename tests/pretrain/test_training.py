@@ -311,6 +311,7 @@ def test_codes_of_another_tokenizer_are_refused_with_both_ids(material: Material
     (dataset / f"codes.vq-{ids[0]}.json").write_text("{}")
     model = {"kind": "gpt", "text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 64}
     tree |= {"model": model | {"layers": 1, "width": 16, "heads": 2}, "objective": {"kind": "autoregressive"}}
+    tree |= {"optim": {"lr": 1e-3}}
     data = {"dataset": str(dataset), "vocabulary": str(material.vocabulary), "tokenizer": str(tmp_path / "tokenizer-1")}
     done = tessera("train", recipe(tree | {"data": data}, tmp_path / "run.yaml"))
     refused(done, 74, f"no codes of tokenizer {ids[1]}; there are codes of {ids[0]}", "tessera data encode")

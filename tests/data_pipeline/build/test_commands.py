@@ -21,7 +21,7 @@ def tessera(repository, tmp_path):
 
     def call(*words):
         command = [sys.executable, "-m", "launchers.cli", "data", *map(str, words)]
-        ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=400)
         assert "Traceback" not in ended.stderr, ended.stderr[-3000:]
         return ended
 
@@ -111,7 +111,7 @@ def test_two_commands_that_build_the_same_at_once_both_end_well(repository, tmp_
         subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    printed = [process.communicate(timeout=200) for process in both]
+    printed = [process.communicate(timeout=400) for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     first, second = (json.loads(out) for out, _ in printed)
     assert first == second and first["out"] == 400

@@ -180,6 +180,17 @@ def test_a_stopped_run_can_be_submitted_again(server: CheckingServer, tmp_path: 
     assert run_status(run)["state"] == "queued"
 
 
+def test_a_run_that_has_ended_makes_room_for_its_next_submission(server: CheckingServer, tmp_path: Path) -> None:
+    run = submitted("TrainJob", tmp_path)
+    first = server.objects["trainjobs", "default", NAME]["metadata"]["uid"]
+    server.set_status("trainjobs", "default", NAME, {"conditions": [condition("Failed", "exit code 64")]})
+    assert run_status(run)["state"] == "failed"
+    submitted("TrainJob", tmp_path)
+    assert server.objects["trainjobs", "default", NAME]["metadata"]["uid"] != first
+    assert len(server.objects) == 3
+    assert run_status(run)["state"] == "queued"
+
+
 # --------------------------------------------------------------------------------------------------- output
 
 

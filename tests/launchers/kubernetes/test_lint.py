@@ -104,6 +104,7 @@ POD = f"{JOB}.template.spec"
         ("RayJob", "metadata", "name", "a" * 48, "longer than the 47 letters"),
         ("RayJob", "spec", "submissionMode", "InteractiveMode", "submissionMode='InteractiveMode'"),
         ("RayJob", "spec", "entrypoint", "", "no entrypoint"),
+        ("RayJob", "spec.rayClusterSpec", "authOptions", {"mode": "disabled"}, "authOptions.mode must be token"),
         ("RayJob", "spec", "shutdownAfterJobFinishes", False, "must be true"),
         ("RayJob", "spec.rayClusterSpec.workerGroupSpecs.0", "maxReplicas", 9, "must be the same number"),
         ("RayJob", "spec.rayClusterSpec.headGroupSpec.rayStartParams", "num-cpus", "9", "but its pod has cpu=64"),

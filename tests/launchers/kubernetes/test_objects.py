@@ -6,7 +6,6 @@ After an intended change write the golden files again: `TESSERA_WRITE_GOLDEN=1 p
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ import yaml
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import digest, load_settings
 from launchers.kubernetes.lint import pods
-from launchers.kubernetes.objects import FOLDER
 from launchers.kubernetes.submit import render
 from pretrain.config import RunConfig
 from tests.launchers.checking_server import complaints
 from tests.launchers.kubernetes.examples import FULL, KINDS, Tree, example, place, train, trees
+from tests.launchers.kubernetes.pods import process_of
 
 GOLDEN = {
     "JobSet": "deploy/base/train.yaml",
@@ -115,14 +114,8 @@ def test_a_trainjob_becomes_the_pods_of_the_jobset() -> None:
 
 def environments(objects: list[Tree], folder: Path, index: int) -> list[dict[str, str]]:
     """Run the command of a training's pod with --dry-run: what its processes would be told."""
-    recipe, job = objects[0], objects[-1]
-    for name, text in recipe["data"].items():
-        (folder / name).write_text(text, encoding="utf-8")
-    [container] = program_containers([job])
-    env = {entry["name"]: entry.get("value", "0") for entry in container["env"]} | {"JOB_COMPLETION_INDEX": str(index)}
-    words = [re.sub(r"\$\((\w+)\)", lambda name: env[name[1]], word) for word in container["command"]]
-    words = [sys.executable, *(word.replace(FOLDER, str(folder)) for word in words[1:]), "--dry-run"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
+    words, env = process_of(objects, folder, index)
+    done = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, timeout=120, env={**os.environ, **env})
     assert done.returncode == 0, done.stderr
     return [dict(pair.split("=", 1) for pair in line.split() if "=" in pair) for line in done.stdout.splitlines()]
 

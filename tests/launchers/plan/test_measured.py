@@ -54,6 +54,7 @@ def test_activations_and_temporaries_are_within_a_tenth_of_the_peak_of_forward_a
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(660)
 def test_the_engine_holds_and_sends_what_the_plan_says() -> None:
     ranks = on_ranks(list(RUNS.values()), world=2)
     for number, (name, words) in enumerate(RUNS.items()):
