@@ -39,9 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     sign_in()
     host, port = socket.gethostbyname(os.environ["MASTER_ADDR"]), int(os.environ["MASTER_PORT"])
-    if os.environ["SLURM_NODEID"] != "0":
-        return lend(host, port, args.cpus)
     folder = f"/tmp/tessera-{os.environ['SLURM_JOB_ID']}"  # /tmp/ray may be another user's; sockets need short names
+    if os.environ["SLURM_NODEID"] != "0":
+        code = lend(host, port, args.cpus)
+        shutil.rmtree(folder, ignore_errors=True)  # where the head told Ray to write, on this node too
+        return code
     head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}")
     with ray_node(*head, f"--node-ip-address={host}", f"--num-cpus={args.cpus}") as ray:
         wait_for_nodes(f"{host}:{port}", args.nodes, ray)
