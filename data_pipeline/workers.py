@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -29,6 +30,12 @@ _CONNECT_S = 10.0
 _LOOK_S = 2.0  # so often it is looked whether Ray lives, while no task ends
 _WITHOUT_ROOM_S = 300.0  # so long a cluster may be without a node that can run the tasks: one may be on its way
 _LEAVE_S = 20.0  # for Ray to be left
+_ASK_S = 60.0
+_ASK = """
+import sys
+from ray._raylet import GcsClient
+GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, 10)
+"""
 _PR_SET_PDEATHSIG = 1
 _CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # set to 0, Ray listens on the loopback address, on every system
 
@@ -46,7 +53,7 @@ def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iter
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     if address is not None:
         _check_address(address)
-        sign_in()
+        sign_in(address)
     else:
         # the priority of the command itself: Ray would lower its workers' by 15, which starves them on a busy machine
         os.environ.setdefault("RAY_worker_niceness", "0")
@@ -107,15 +114,30 @@ def _raylets() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if child.name() == "raylet"]
 
 
-def sign_in() -> None:
+def sign_in(address: str | None = None) -> None:
     """Have Ray use the user's token, where there is one, before it is imported or started.
 
     A head asks for it as soon as ~/.ray/auth_token exists, and the first Ray that a process starts writes it there;
-    but who joins that head by its address, node or driver, sends it only where RAY_AUTH_MODE says so.
+    but who joins that head by its address, node or driver, sends it only where RAY_AUTH_MODE says so. A driver that
+    asks for a token where the cluster at `address` has none could not be answered by its own tasks: so that is looked
+    at first. Without an address it is for a cluster that this process starts.
     """
     token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or (Path.home() / ".ray/auth_token").exists()
-    if token and "ray" not in sys.modules:  # which reads it once
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not token or "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:  # Ray reads it once
+        return
+    if address is None or _asks_for_token(address):
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _asks_for_token(address: str) -> bool:
+    """Does the cluster refuse who sends none? Asked by a process of its own, as Ray's mode is that of a process."""
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        asked = subprocess.run(
+            [sys.executable, "-c", _ASK, address], env=environment, capture_output=True, text=True, timeout=_ASK_S
+        )
+        return "AuthenticationError" in asked.stderr
+    return True
 
 
 def in_driver(run: Callable[..., Any], *arguments: Any) -> Any:

@@ -65,11 +65,12 @@ def start(output, program=DRIVER, **more) -> "subprocess.Popen[str]":
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A head and two nodes with one CPU each."""
+    """A head and two nodes with one CPU each, which ask for no token."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in campaign.HEALTH.items():
             patch.setenv(name, value)
         with nodes(2, 1) as started:
+            patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)  # a user's own, which this cluster does not ask for
             yield started
 
 
@@ -168,7 +169,11 @@ def test_a_driver_whose_node_was_given_up_leaves_with_70(tmp_path):
 
 def test_a_driver_that_joined_leaves_with_70_when_its_own_node_dies(tmp_path):
     with nodes(1, 1) as own:
-        started = command(tmp_path, ray_address=own.address)
+        more = {
+            "kind": "scenes",
+            "count": 20 * COUNT,
+        }  # a fast one would be done before it is noticed
+        started = command(tmp_path, ray_address=own.address, source=more)
         wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
         own.lose_own()
         _, said = started.communicate(timeout=240)

@@ -39,7 +39,7 @@ def ray_of_two(home: Path, log: Path) -> Iterator[list[Host]]:
     if reason := why_not():
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
     small = ["--object-store-memory", str(80 * 1024**2), "--disable-usage-stats", "--block"]
-    user = os.environ | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
+    user = elsewhere() | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
     with hosts(2) as (first, second):
         head = [
             "--head",
@@ -60,6 +60,11 @@ def ray_of_two(home: Path, log: Path) -> Iterator[list[Host]]:
         yield [first, second]
 
 
+def elsewhere() -> dict[str, str]:
+    """The environment of another machine: nothing of what tests told Ray on this one."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
 def reach(host: Host, program: str, log: Path, user: dict[str, str]) -> None:
     """Until the program ends well on the host."""
     end = time.monotonic() + START_S
@@ -72,7 +77,7 @@ def test_a_build_on_a_ray_of_two_hosts_is_the_local_one(home, build_here, tmp_pa
     tree = [f"output={tmp_path}/out", f"ray_address=host-0:{PORT}", "workers=2"]
     (tmp_path / "build.yaml").write_text("source: {kind: scenes, count: 120}\nshard_size: 30\noutput: unset\n")
     argv = [sys.executable, "-m", "launchers.cli", "data", "build", str(tmp_path / "build.yaml"), *tree]
-    user = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(home)}
+    user = elsewhere() | {"HOME": str(home)}
     with ray_of_two(home, log) as (first, second):
         code = first.run(argv, log, START_S, environment=user, cwd=REPOSITORY)
         assert code == 0, log.read_text()[-4000:]
