@@ -38,8 +38,11 @@ def site(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
         message = f"{', '.join(missing)} missing; as root: apt-get install --no-install-recommends {PACKAGES}"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(message)
     folder = tmp_path_factory.mktemp("slurm")
-    with running_site(shared / "components" / "slurm", folder, nodes=4, accounting=True) as started:
-        yield started
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)  # jobs inherit the environment, in which earlier tests kept Ray on one machine
+        with running_site(shared / "components" / "slurm", folder, nodes=4, accounting=True) as started:
+            yield started
 
 
 @dataclasses.dataclass(frozen=True)
