@@ -189,11 +189,11 @@ def test_stop_signals_end_no_worker_not_even_one_that_is_being_started(folders: 
     """A scheduler sends them to every process of the job, also in the seconds in which a worker imports its program."""
     feed = Feed(open_stream(data_of(folders, 0), 5), identities, 24, (0, 1), 4, 2, 2)
     struck: set[tuple[int, int]] = set()
-    done = threading.Event()
+    done, others = threading.Event(), set(multiprocessing.active_children())  # of tests before this one
 
     def strike() -> None:
         while not done.wait(0.01):
-            for worker in multiprocessing.active_children():
+            for worker in set(multiprocessing.active_children()) - others:
                 for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
                     os.kill(worker.pid or 0, number)
                     struck.add((worker.pid or 0, number))
