@@ -118,9 +118,9 @@ def test_no_more_requests_at_once_than_allowed(web, tmp_path):
             peak[0] += 1
             peak[1] = max(peak)
         time.sleep(0.02)
-        original(self, name)
         with lock:
-            peak[0] -= 1
+            peak[0] -= 1  # before the answer, on which the next request may come at once
+        original(self, name)
 
     class Counted(handler):
         way_file = counted
