@@ -46,6 +46,7 @@ def test_a_second_process_of_a_rank_is_refused() -> None:
     assert stores
 
 
+@pytest.mark.slow
 def test_no_server_is_a_node_fault() -> None:
     with pytest.raises(NodeFault, match="rank 1 found no store"):
         _attempt_store(place(1, free_port(), "0"), 2)
