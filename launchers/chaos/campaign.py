@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from data_pipeline.errors import ConfigError, NodeFault
+from data_pipeline.errors import ConfigError, DataError, NodeFault
 from data_pipeline.settings import load_settings
 from data_pipeline.storage import open_storage
 from launchers.chaos.attempt import Attempt, left_over
@@ -145,7 +145,9 @@ def _strike_all(
             unexplained += 1
             if unexplained > UNEXPLAINED:
                 raise NodeFault(f"{attempt.log}: {unexplained} attempts ended without a strike; mend that first")
-    return (start() if attempt.done else attempt).wait()
+    code = (start() if attempt.done else attempt).wait()
+    struck_storage = bool(campaign.events) and campaign.events[-1].strike.whom == "storage"
+    return start().wait() if code == DataError.exit_code and struck_storage else code  # it took the run's last save
 
 
 def _strike(campaign: Campaign, strike: Strike, attempt: Attempt, place: Ground) -> Event | None:

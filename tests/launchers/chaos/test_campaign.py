@@ -6,12 +6,14 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import load_settings
+from launchers.chaos import campaign as campaigns
 from launchers.chaos.campaign import Campaign, Event, clear
 from launchers.chaos.laws import LAWS, broken_laws
 from launchers.chaos.plan import FAULTS_OF_DISK, FAULTS_OF_S3, Strike, plan
@@ -208,3 +210,14 @@ def test_ends_that_no_strike_explains_break_a_law(campaign: Campaign) -> None:
     assert broken_laws(dataclasses.replace(campaign, events=[wrong]))["always resumable"] != []
     assert broken_laws(dataclasses.replace(campaign, last_code=74))["always resumable"] != []
     assert broken_laws(dataclasses.replace(campaign, events=[left]))["nothing is left over"] != []
+
+
+@pytest.mark.parametrize(("whom", "fault", "code"), [("storage", "full", 0), ("rank", "", 74)])
+def test_a_run_whose_last_save_the_storage_refused_is_started_once_more(whom, fault, code, monkeypatch):
+    """As its user would; no other end of the last attempt is made good."""
+    ends = iter([74, 0])
+    started = SimpleNamespace(done=False, wait=lambda: next(ends))
+    struck = [Strike(whom, 0, 1, "step", 0.0, fault=fault)]
+    monkeypatch.setattr(campaigns, "_strike", lambda _, strike, *__: Event(strike, None, 0, 0.0, 0.0))
+    told = Campaign(None, Path(), Path(), "", [], 0)
+    assert campaigns._strike_all(told, struck, lambda: started, None, lambda _: None) == code
