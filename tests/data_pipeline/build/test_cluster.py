@@ -57,10 +57,21 @@ def impatient_build(tree):
     build(check_settings(BuildConfig, tree, "driver"), progress=False)
 
 
+def run_with_a_token(words) -> "subprocess.Popen[str]":
+    """A driver with a token of its user's own. (Ray keeps one in the memory of its process: this one has none.)"""
+    return subprocess.Popen(
+        words,
+        cwd=campaign.REPOSITORY,
+        env=os.environ | {"RAY_AUTH_TOKEN": "0123456789abcdef" * 4},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def start(output, program=DRIVER, **more) -> "subprocess.Popen[str]":
     tree = {**TREE, "output": str(output), **more}
-    command = [sys.executable, "-c", program, json.dumps(tree)]
-    return subprocess.Popen(command, cwd=campaign.REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return run_with_a_token([sys.executable, "-c", program, json.dumps(tree)])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +81,6 @@ def cluster():
         for name, value in campaign.HEALTH.items():
             patch.setenv(name, value)
         with nodes(2, 1) as started:
-            patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)  # a user's own, which this cluster does not ask for
             yield started
 
 
@@ -130,8 +140,7 @@ def test_a_driver_whose_ray_died_leaves_with_the_code_of_a_node_fault_and_is_res
 def command(folder, **more) -> "subprocess.Popen[str]":
     """The same by the command line."""
     (folder / "build.yaml").write_text(json.dumps({**TREE, "output": f"{folder}/out", **more}))
-    words = [sys.executable, "-m", "launchers.cli", "data", "build", f"{folder}/build.yaml", "--json"]
-    return subprocess.Popen(words, cwd=campaign.REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return run_with_a_token([sys.executable, "-m", "launchers.cli", "data", "build", f"{folder}/build.yaml", "--json"])
 
 
 def stop_answering(started, output):
