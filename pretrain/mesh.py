@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ JOIN_TIMEOUT_S = 300.0
 """Peers may start this much later than oneself: nodes differ in how long they take to read a program."""
 ANSWER_S = 5.0
 RETRY_S = 0.5
+ATTEMPT, MISSING, OVER = "attempt", "missing", "null"
+"""Keys of the store: the attempt's name, and in it the ranks that did not come; `null` says that the next one began."""
 NAMED = 8
 ASKED_AT_ONCE = 256
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "Broken pipe", "NCCL")
@@ -39,8 +42,8 @@ class Place:
     world: int
     host: str
     port: int
-    attempt: str
-    agent_store: bool = False
+    agent: str = ""
+    """torchrun's name of the job, where its own store serves the ranks: one that outlives attempts."""
 
 
 def place_from(environment: Mapping[str, str]) -> Place:
@@ -50,18 +53,16 @@ def place_from(environment: Mapping[str, str]) -> Place:
     elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
         rank, local, world = (environment[name] for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"))
     else:
-        return Place(0, 0, 1, "127.0.0.1", _free_port(), "0")
+        return Place(0, 0, 1, "127.0.0.1", _free_port())
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise ConfigError(
             f"rank {rank} of {world} has no {' and no '.join(missing)}; start with torchrun or tessera launch"
         )
-    attempts = [
-        environment.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "TESSERA_ATTEMPT")
-    ]
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Place(
         int(rank), int(local), int(world), environment["MASTER_ADDR"], int(environment["MASTER_PORT"]),
-        ".".join(attempts), environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        environment.get("TORCHELASTIC_RUN_ID", "torchrun") if shared else "",
     )  # fmt: skip
 
 
@@ -96,11 +97,10 @@ class Mesh:
         os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.world))
         os.environ.update(MASTER_ADDR=place.host, MASTER_PORT=str(place.port))
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
-        store = _attempt_store(place, join_s)
         # The watchdog ends a hang after timeout_s and names who hangs; the group's own deadline is the second line.
         deadline = datetime.timedelta(seconds=2 * timeout_s)
         try:
-            _meet(store, place, join_s)
+            store = _join(place, join_s)
             dist.init_process_group(
                 "nccl" if on_cuda else "gloo", store=store, rank=place.rank, world_size=place.world, timeout=deadline
             )
@@ -213,25 +213,35 @@ def peer_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_LOST)
 
 
-def _attempt_store(place: Place, join_s: float) -> dist.Store:
-    """The rendezvous store under a prefix of this attempt.
+def _join(place: Place, join_s: float) -> dist.Store:
+    """The store of the attempt that all ranks came to. Raises NodeFault where there is none within `join_s`."""
+    until = time.monotonic() + join_s
+    while True:
+        store = _attempt_store(place, until - time.monotonic())
+        if _meet(store, place, until - time.monotonic()):
+            return store
 
-    After a restart the server may be the old one, with addresses of dead peers in it: gloo then fails to connect its
-    mesh. A prefix by attempt hides them. torchrun counts attempts for all nodes; else rank 0, whose server is as old as
-    its attempt, says which one it is: nodes that start their processes again by themselves count differently.
+
+def _attempt_store(place: Place, join_s: float) -> dist.Store:
+    """The rendezvous store under the name of this attempt, which rank 0 gives it.
+
+    The server may be of an earlier attempt, with addresses of dead peers in it: gloo would fail to connect its mesh.
+    Nobody's count tells attempts apart, for every node has its own: torchrun on one node counts a worker's death, on
+    the others a change of members, which it does not count. A rank that was in an attempt before, or comes to one that
+    all others came to, waits for the next.
     """
-    is_server = place.rank == 0 and not place.agent_store
+    is_server = place.rank == 0 and not place.agent
     until, why = time.monotonic() + join_s, "it holds an attempt that does not end, or a process of this rank"
     while time.monotonic() < until:
         left = datetime.timedelta(seconds=max(1.0, until - time.monotonic()))
         try:
             server = dist.TCPStore(place.host, place.port, place.world, is_server, timeout=left, wait_for_workers=False)
-            if is_server:
-                server.set("attempt", place.attempt)
-            attempt = place.attempt if place.agent_store else server.get("attempt").decode()
-            store = dist.PrefixStore(f"attempt-{attempt}", server)
-            if place.agent_store or store.add(f"came/{place.rank}", 1) == 1:
-                return store  # else an attempt that ends holds the port still: this rank was there before
+            here = dist.PrefixStore(place.agent, server)
+            if place.rank == 0:
+                return _new_attempt(here)
+            store = dist.PrefixStore(here.get(ATTEMPT).decode(), here)
+            if not store.check([MISSING]) and store.add(f"came/{place.rank}", 1) == 1:
+                return store
         except (RuntimeError, dist.DistError) as error:
             why = str(error)
             if is_server:
@@ -240,26 +250,40 @@ def _attempt_store(place: Place, join_s: float) -> dist.Store:
     raise NodeFault(f"rank {place.rank} found no store at {place.host}:{place.port}: {why}")
 
 
-def _meet(store: dist.Store, place: Place, join_s: float) -> None:
-    """Wait until all ranks are here. Only rank 0 looks for each: N ranks that all do would ask for N * N keys."""
+def _new_attempt(store: dist.Store) -> dist.Store:
+    """Rank 0 names its attempt, then tells who may wait in the one before that it is over."""
+    before = store.get(ATTEMPT).decode() if store.check([ATTEMPT]) else ""
+    name = uuid.uuid4().hex
+    store.set(ATTEMPT, name)
+    if before:
+        dist.PrefixStore(before, store).set(MISSING, OVER)
+    return dist.PrefixStore(name, store)
+
+
+def _meet(store: dist.Store, place: Place, join_s: float) -> bool:
+    """Wait until all ranks are here; False where the attempt was over before they were.
+
+    Only rank 0 looks for each: N ranks that all do would ask for N * N keys.
+    """
     store.set(f"here/{place.rank}", "")
     keys = [f"here/{rank}" for rank in range(place.world)]
     if place.rank == 0:
-        missing: list[int] = []
+        missing: list[int] | None = []
         try:
             store.wait(keys, datetime.timedelta(seconds=join_s))
         except (RuntimeError, dist.DistError):
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        store.set("missing", json.dumps(missing))
+        store.set(MISSING, json.dumps(missing))
     else:
-        store.wait(["missing"], datetime.timedelta(seconds=join_s + ANSWER_S))
-        missing = json.loads(store.get("missing"))
+        store.wait([MISSING], datetime.timedelta(seconds=join_s + ANSWER_S))
+        missing = json.loads(store.get(MISSING))
     if missing:
         names = ", ".join(map(str, missing[:NAMED])) + (" ..." if len(missing) > NAMED else "")
         raise NodeFault(
             f"{len(missing)} of {place.world} ranks did not come to {place.host}:{place.port} within {join_s:g} s: "
             f"rank {names}; look at their nodes and at the network between"
         )
+    return missing is not None
 
 
 def _free_port() -> int:

@@ -100,6 +100,8 @@ def hosts(count: int) -> Iterator[list[Host]]:
         for host in made:
             with contextlib.suppress(subprocess.CalledProcessError):
                 host.end()
+            # at once: with its namespace it would go some time later, and be in the way of the next one of its name
+            subprocess.run(["ip", "link", "del", host.link], capture_output=True, timeout=WAIT_S)
             subprocess.run(["ip", "netns", "del", host.space], capture_output=True, timeout=WAIT_S)
             shutil.rmtree(ETC / host.space, ignore_errors=True)
         subprocess.run(["ip", "link", "del", bridge], capture_output=True, timeout=WAIT_S)

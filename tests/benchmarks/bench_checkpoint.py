@@ -25,7 +25,7 @@ SIDE = 768
 def commits(folder: Path, world: int) -> dict[str, float]:
     """Rank 0's part of a commit of `world` ranks: seconds, index MiB, seconds to read it."""
     store = torch.distributed.HashStore()
-    mesh = Mesh(Place(0, 0, world, "", 0, "0"), torch.device("cpu"), store)
+    mesh = Mesh(Place(0, 0, world, "", 0), torch.device("cpu"), store)
     names = [f"model.encoder.blocks.{i}.attention.qkv.weight" for i in range(PARAMETERS)]
     part = -(-(SIDE * SIDE) // world)
     save = Save(Checkpoints(folder / str(world), mesh, 0, Retention(1)), 1, 1, None, {"step": 1}, 0.0)

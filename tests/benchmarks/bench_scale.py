@@ -45,7 +45,7 @@ Step = tuple[str, Callable[[], Any]]
 
 
 def mesh_of(rank: int, world: int, store: Any) -> Mesh:
-    return Mesh(Place(rank, rank % GPUS, world, "127.0.0.1", 0, "0"), torch.device("cpu"), store)
+    return Mesh(Place(rank, rank % GPUS, world, "127.0.0.1", 0), torch.device("cpu"), store)
 
 
 def spec(world: int) -> RunSpec:

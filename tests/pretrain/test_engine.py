@@ -77,12 +77,8 @@ def test_a_restart_on_the_same_store_server_connects() -> None:
     port = free_port()
     timeout = datetime.timedelta(seconds=30)
     server = torch.distributed.TCPStore("127.0.0.1", port, 1, True, timeout=timeout, wait_for_workers=False)
-    for attempt in range(3):
-        environment = {
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": str(attempt),
-        }
+    environment = {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # and no word of the attempt
+    for _ in range(3):
         for rank in run_ranks(WORKER, ["gather"], world=2, **environment):
             assert rank["loss"] < 1e-6
     del server

@@ -139,6 +139,7 @@ def test_a_batch_divides_over_ranks_and_accumulation_or_usable_ones_are_named(
 
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n0", "MASTER_PORT": "99"}
+AGENT = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "mine"}
 SRUN = {
     "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0",
     "MASTER_ADDR": "n0", "MASTER_PORT": "99",
@@ -148,13 +149,10 @@ SRUN = {
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
-        (TORCHRUN, Place(3, 1, 4, "n0", 99, "0.0.0")),
-        (TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2"}, Place(3, 1, 4, "n0", 99, "2.0.0")),
-        (TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"}, Place(3, 1, 4, "n0", 99, "0.0.0", agent_store=True)),
-        (TORCHRUN | {"TESSERA_ATTEMPT": "5"}, Place(3, 1, 4, "n0", 99, "0.0.5")),
-        (SRUN, Place(3, 1, 4, "n0", 99, "0.0.0")),
-        (SRUN | {"SLURM_RESTART_COUNT": "1"}, Place(3, 1, 4, "n0", 99, "0.1.0")),
-        (SRUN | TORCHRUN | {"RANK": "2", "LOCAL_RANK": "0"}, Place(2, 0, 4, "n0", 99, "0.0.0")),
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "mine"}, Place(3, 1, 4, "n0", 99)),
+        (TORCHRUN | AGENT, Place(3, 1, 4, "n0", 99, agent="mine")),
+        (SRUN, Place(3, 1, 4, "n0", 99)),
+        (SRUN | TORCHRUN | {"RANK": "2", "LOCAL_RANK": "0"}, Place(2, 0, 4, "n0", 99)),
     ],
 )
 def test_a_process_knows_its_place_from_torchrun_s_variables_or_srun_s(

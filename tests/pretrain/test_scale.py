@@ -43,7 +43,7 @@ class Counted:
 
 
 def place(rank: int) -> Place:
-    return Place(rank, 0, WORLD, "node", 1, "0")
+    return Place(rank, 0, WORLD, "node", 1)
 
 
 def test_only_rank_0_looks_for_every_rank() -> None:

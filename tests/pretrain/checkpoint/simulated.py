@@ -44,7 +44,7 @@ class Part:
 
 
 def mesh_of(rank: int = 0, world: int = 1, store: Any = None) -> Mesh:
-    return Mesh(Place(rank, rank, world, "", 0, "0"), torch.device("cpu"), store or torch.distributed.HashStore())
+    return Mesh(Place(rank, rank, world, "", 0), torch.device("cpu"), store or torch.distributed.HashStore())
 
 
 def ranks_of(root: Path | str, world: int, attempt: int = 0, retention: Retention | None = None) -> list[Checkpoints]:
