@@ -18,9 +18,16 @@ class ConfigError(TesseraError):
 
 
 class NodeFault(TesseraError):
-    """A process, device or collective failed; another attempt may succeed."""
+    """A process, device or collective failed; another attempt may succeed.
+
+    blamed: the ranks that it is put down to, where these are known.
+    """
 
     exit_code = 70
+
+    def __init__(self, message: str, blamed: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.blamed = blamed
 
 
 class TrainingFault(TesseraError):

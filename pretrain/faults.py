@@ -86,7 +86,8 @@ def faults_noted(run: Path, rank: int, peer_lost: Callable[[BaseException], bool
             told = NodeFault(f"rank {rank} lost a peer: {str(error).splitlines()[0].partition('. ')[0]}")
         elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
             told = DataError(f"rank {rank}: {error}; make room or mend the disk, then start the same command again")
-        record_fault(run, cause_of(told), f"{type(told).__name__}: {told}", rank)
+        blamed = {"blamed": told.blamed} if isinstance(told, NodeFault) and told.blamed else {}
+        record_fault(run, cause_of(told), f"{type(told).__name__}: {told}", rank, **blamed)
         if told is error:
             raise
         raise told from error

@@ -66,6 +66,11 @@ def place_from(environment: Mapping[str, str]) -> Place:
     )  # fmt: skip
 
 
+def own_rank() -> int:
+    """This process's rank, known before it has met any other."""
+    return place_from(os.environ).rank
+
+
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """The joined process group, its key-value store and this process's device."""
@@ -215,10 +220,9 @@ def peer_lost(error: BaseException) -> bool:
 
 def _join(place: Place, join_s: float) -> dist.Store:
     """The store of the attempt that all ranks came to. Raises NodeFault where there is none within `join_s`."""
-    until = time.monotonic() + join_s
     while True:
-        store = _attempt_store(place, until - time.monotonic())
-        if _meet(store, place, until - time.monotonic()):
+        store = _attempt_store(place, join_s)
+        if _meet(store, place, join_s):  # as long as rank 0 waits, which may have come later: it names who is missing
             return store
 
 
@@ -237,11 +241,10 @@ def _attempt_store(place: Place, join_s: float) -> dist.Store:
         try:
             server = dist.TCPStore(place.host, place.port, place.world, is_server, timeout=left, wait_for_workers=False)
             here = dist.PrefixStore(place.agent, server)
-            if place.rank == 0:
-                return _new_attempt(here)
-            store = dist.PrefixStore(here.get(ATTEMPT).decode(), here)
-            if not store.check([MISSING]) and store.add(f"came/{place.rank}", 1) == 1:
-                return store
+            found = _new_attempt(here) if place.rank == 0 else _its_attempt(here, place.rank)
+            if found is not None:
+                server.set_timeout(datetime.timedelta(seconds=JOIN_TIMEOUT_S))  # for all that is asked later
+                return found
         except (RuntimeError, dist.DistError) as error:
             why = str(error)
             if is_server:
@@ -258,6 +261,13 @@ def _new_attempt(store: dist.Store) -> dist.Store:
     if before:
         dist.PrefixStore(before, store).set(MISSING, OVER)
     return dist.PrefixStore(name, store)
+
+
+def _its_attempt(store: dist.Store, rank: int) -> dist.Store | None:
+    """The attempt as another rank finds it; None where it is one that this rank cannot be meant by."""
+    attempt = dist.PrefixStore(store.get(ATTEMPT).decode(), store)
+    new = not attempt.check([MISSING]) and attempt.add(f"came/{rank}", 1) == 1
+    return attempt if new else None
 
 
 def _meet(store: dist.Store, place: Place, join_s: float) -> bool:
@@ -281,7 +291,8 @@ def _meet(store: dist.Store, place: Place, join_s: float) -> bool:
         names = ", ".join(map(str, missing[:NAMED])) + (" ..." if len(missing) > NAMED else "")
         raise NodeFault(
             f"{len(missing)} of {place.world} ranks did not come to {place.host}:{place.port} within {join_s:g} s: "
-            f"rank {names}; look at their nodes and at the network between"
+            f"rank {names}; look at their nodes and at the network between",
+            blamed=tuple(missing),
         )
     return missing is not None
 

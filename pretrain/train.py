@@ -6,6 +6,7 @@ Where an objective has several optimizers, forward to update are made once for e
 it was interrupted: batches and randomness are functions of the position, the learning rate is one of the step.
 """
 
+import contextlib
 import dataclasses
 import functools
 import socket
@@ -22,7 +23,7 @@ from data_pipeline.stream.mixture import Source
 from data_pipeline.vocabulary import Vocabulary
 from pretrain import deadline
 from pretrain.checkpoint.catalog import Retention, Saved, checkpoint_root
-from pretrain.checkpoint.identity import check_identity, identity
+from pretrain.checkpoint.identity import check_identity, identity, versions
 from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.saver import Checkpoints, start_attempt
 from pretrain.config import MAIN, RunConfig, micro_batch_of
@@ -35,7 +36,7 @@ from pretrain.inputs.bad import Ledger
 from pretrain.inputs.feed import Batch, Feed
 from pretrain.inputs.source import open_stream
 from pretrain.interchange.folder import load_config
-from pretrain.mesh import Mesh, peer_lost
+from pretrain.mesh import Mesh, own_rank, peer_lost
 from pretrain.models import MODELS
 from pretrain.models.noise import name_noise
 from pretrain.objectives import OBJECTIVES, CachesGradients, FollowsSteps, Previews
@@ -49,17 +50,15 @@ from pretrain.watchdog import Watchdog
 
 def main(config: RunConfig) -> None:
     """Train to the end, or until asked to stop (then raises Requeue, after a save)."""
-    with StopSignals(leave_at_once) as stop:
+    noted = faults_noted(Path(config.run), own_rank(), peer_lost)
+    with StopSignals(leave_at_once) as stop, contextlib.ExitStack() as leaving, noted:
         mesh = Mesh.start(config.train.collective_timeout_s)
+        leaving.callback(mesh.stop)
+        run = Run.start(config, mesh)
         try:
-            with faults_noted(Path(config.run), mesh.rank, peer_lost):
-                run = Run.start(config, mesh)
-                try:
-                    train(run, stop)
-                finally:
-                    run.close()
+            train(run, stop)
         finally:
-            mesh.stop()
+            run.close()
 
 
 def train(run: "Run", stop: StopSignals) -> None:
@@ -182,7 +181,7 @@ class Run:
             "config": digest(self.config),
             "world": self.mesh.world,
             "zero_stage": self.config.train.zero_stage,
-            "versions": {"torch": torch.__version__},
+            "versions": versions(),
         }
         self.checkpoints.save(self.engine, self.step, state)
 

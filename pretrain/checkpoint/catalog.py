@@ -56,6 +56,10 @@ class Saved:
     def state(self) -> dict[str, Any]:
         return read_json(self.storage, STATE)
 
+    def passed_over_by(self, later: "Saved") -> bool:
+        """Did the attempt that saved `later` start behind this one?"""
+        return later.attempt > self.attempt and later.step <= self.step
+
     def faults(self, part: int = 0, parts: int = 1) -> list[str]:
         """What differs from the manifest, a line for each file; empty when all is whole.
 
@@ -64,10 +68,9 @@ class Saved:
         try:
             if self.manifest.get("version") != VERSION:
                 return [f"{MANIFEST}: format {self.manifest.get('version')}, this program reads {VERSION}"]
-            files = self.manifest["files"]
-        except (DataError, KeyError) as error:
-            return [f"{MANIFEST}: {error}"]
-        found = (file_fault(self.storage, entry) for entry in files[part::parts])
+            found = [file_fault(self.storage, entry) for entry in self.manifest["files"][part::parts]]
+        except (DataError, KeyError, TypeError) as error:  # of a flipped bit JSON may make other keys and types
+            return [f"{MANIFEST}: {type(error).__name__}: {error}"]
         return [line for line in found if line]
 
 
@@ -168,7 +171,8 @@ class Retention:
     """Which checkpoints stay: the last ones, every M-th step, the one with the lowest `best`, and named ones.
 
     The last are counted among the regular ones, whose step `regular` divides: a roll back needs them, and a save that a
-    stop signal asked for must not push them out. Of the others the newest stays.
+    stop signal asked for must not push them out. Of the others the newest stays. None is counted that a later attempt
+    started behind: it would have started there, had that one been whole.
     """
 
     last: int
@@ -182,14 +186,15 @@ class Retention:
         regular = train.checkpoint_every_steps
         return cls(train.keep_checkpoints, train.keep_every_steps, train.keep_best, regular)
 
-    def reasons(self, root: str | Path, rows: list[Saved]) -> dict[str, list[str]]:
-        """Folder name -> why it stays; no reason, no stay."""
+    def reasons(self, root: str | Path, rows: list[Saved], new: str = "") -> dict[str, list[str]]:
+        """Folder name -> why it stays; no reason, no stay. new: the one just saved, whatever lies beside it."""
         kept: dict[str, list[str]] = {saved.name: [] for saved in rows}
-        regular = [saved for saved in rows if saved.step % self.regular == 0]
+        line = [saved for saved in rows if not any(saved.passed_over_by(later) for later in rows)]
+        regular = [saved for saved in line if saved.step % self.regular == 0]
         for saved in regular[-self.last :]:
             kept[saved.name].append("last")
-        for saved in rows[-1:]:
-            if not kept[saved.name]:
+        for saved in rows:
+            if saved.name in (new, line[-1].name) and not kept[saved.name]:
                 kept[saved.name].append("newest")
         for saved in rows:
             if self.every_steps and saved.step % self.every_steps == 0:
@@ -218,13 +223,15 @@ def names(root: str | Path) -> Iterator[tuple[str, str]]:
             yield read_json(storage, entry)["checkpoint"], match[1]
 
 
-def tidy(root: str | Path, retention: Retention, may_go: Callable[[int, int], bool]) -> list[str]:
+def tidy(root: str | Path, retention: Retention, may_go: Callable[[int, int], bool], new: str = "") -> list[str]:
     """Remove what nothing keeps, and folders without a manifest for which `may_go(step, attempt)` -> their names.
+
+    new: the checkpoint that was just saved, which stays.
 
     The manifest goes first, so that no checkpoint is ever half there.
     """
     rows = committed(root)
-    kept = retention.reasons(root, rows)
+    kept = retention.reasons(root, rows, new)
     gone = [saved for saved in rows if not kept[saved.name]]
     for saved in gone:
         saved.storage.remove(MANIFEST)

@@ -1,5 +1,9 @@
 """What a checkpoint belongs to: the settings under which alone it may be continued."""
 
+import functools
+import importlib.metadata
+import subprocess
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError
@@ -34,6 +38,18 @@ def identity(config: RunConfig) -> dict[str, Any]:
         else:
             tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
     return tree
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What computed it: packages that decide the numbers, and the commit where the program lies in a repository."""
+    made_by = {name: importlib.metadata.version(name) for name in ("tessera", "torch", "deepspeed")}
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        found = ""
+    return made_by | {"revision": found}
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:

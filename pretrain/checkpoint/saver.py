@@ -161,7 +161,7 @@ class Save(threading.Thread):
         self.shard = shard
         self.state = state
         self.began = began
-        self.failure = ""
+        self.failure = "it ended without a word"
         self.abandoned = threading.Event()
         self.heard: list[int] = []
         """Rank 0: the ranks that have reported."""
@@ -182,6 +182,7 @@ class Save(threading.Thread):
             told = _get(store, self.key, self.owner.mesh.world, COMMIT_TIMEOUT_S, self.abandoned)
             store.set(f"{self.key}/read/{self.owner.mesh.rank}", "{}")
             _result(told)
+            self.failure = ""
         except (OSError, RuntimeError, TesseraError) as error:  # RuntimeError: the store's server is gone
             self.failure = str(error)
         if self.owner.mesh.rank == 0:
@@ -246,7 +247,8 @@ class Save(threading.Thread):
             return attempt < owner.attempt or (attempt == owner.attempt and step < self.step)
 
         try:
-            tidy(owner.root, owner.retention, may_go)
+            refuse_overtaken(owner.root, owner.attempt)
+            tidy(owner.root, owner.retention, may_go, new=Saved(self.folder).name)
         except (OSError, TesseraError) as error:
             print(f"{owner.root}: old checkpoints could not be removed: {error}", flush=True)
 
@@ -270,6 +272,8 @@ def _outcome(call: Callable[[], Any]) -> dict[str, Any]:
         raise
     except (OSError, RuntimeError, TesseraError) as error:
         return {"error": str(error)}
+    except Exception as error:  # a mistake of ours: without a word from here the others would wait for it
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _result(told: dict[str, Any] | None) -> Any:

@@ -9,6 +9,7 @@ from data_pipeline.storage import open_storage
 from pretrain.checkpoint.catalog import (
     NAME,
     Retention,
+    Saved,
     as_json,
     committed,
     names,
@@ -30,10 +31,18 @@ def list_(run: str | Path) -> list[dict[str, Any]]:
     rows = committed(root)
     kept = _retention(run).reasons(root, rows)
     return [
-        {"step": saved.step, "attempt": saved.attempt, "world": saved.manifest["world"], "folder": saved.folder,
-         "bytes": sum(entry["bytes"] for entry in saved.manifest["files"]), "kept": ", ".join(kept[saved.name])}
+        {"step": saved.step, "attempt": saved.attempt, "folder": saved.folder, "kept": ", ".join(kept[saved.name])}
+        | _told_by(saved)
         for saved in rows
-    ]  # fmt: skip
+    ]
+
+
+def _told_by(saved: Saved) -> dict[str, Any]:
+    """What its manifest says; nothing where that is damaged, which is for `verify` to tell."""
+    try:
+        return {"world": saved.manifest["world"], "bytes": sum(entry["bytes"] for entry in saved.manifest["files"])}
+    except (DataError, KeyError, TypeError):
+        return {"world": None, "bytes": None}
 
 
 def verify(run: str | Path) -> dict[str, Any]:

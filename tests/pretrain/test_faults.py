@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue, TrainingFault
+from launchers.slurm_end import blamed_ranks
+from pretrain import train
 from pretrain.faults import ENDED, FAULTS, cause_of, faults_noted, faults_size, read_faults, record_fault
-from pretrain.mesh import peer_lost
+from pretrain.mesh import Mesh, peer_lost
+from tests.pretrain.checkpoint.simulated import config_of
 
 GLOO = "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typical"
 
@@ -49,6 +52,23 @@ def test_what_ends_a_block_is_noted_and_raised_as_what_it_is(
     assert (line["cause"], line["rank"]) == (cause, 3)
     assert str(raised.value) in line["why"]
     assert "typical" not in str(raised.value)
+
+
+def test_ranks_that_do_not_come_are_noted_and_no_word_of_an_earlier_end_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ENDED).write_text('{"exit_code": 75}')
+
+    def alone(*_: object) -> None:
+        raise NodeFault("1 of 2 ranks did not come", blamed=(1,))
+
+    monkeypatch.setattr(Mesh, "start", alone)
+    with pytest.raises(NodeFault, match="did not come"):
+        train.main(config_of(tmp_path))
+    (line,) = read_faults(tmp_path)
+    assert (line["cause"], line["blamed"]) == ("node", [1])
+    assert blamed_ranks([line], 2) == [1]
+    assert not (tmp_path / ENDED).exists()
 
 
 def test_a_stop_that_was_asked_for_is_no_fault(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_what_exists_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_two_attempts_at_the_same_step_stand_side_by_side_and_the_later_is_newer(tmp_path: Path) -> None:
     write(tmp_path, 4, attempt=9)
+    verbs.name(tmp_path, "kept")
     write(tmp_path, 4, attempt=10)
     assert [saved.attempt for saved in committed(tmp_path / "checkpoints")] == [9, 10]
 
@@ -133,6 +134,18 @@ def test_a_rank_that_cannot_write_leaves_nothing_committed_and_the_run_goes_on(
     monkeypatch.setattr(saver, "write_shard", original)
     save(ranks, 8, model)
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000008.attempt-0"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_save_that_meets_a_mistake_of_ours_is_no_checkpoint(
+    world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*_: Any) -> None:
+        raise TypeError("unhashable type")
+
+    monkeypatch.setattr(saver, "write_shard", mistaken)
+    with pytest.raises(DataError, match=r"was not committed: .*TypeError: unhashable type"):
+        save(ranks_of(tmp_path / "checkpoints", world), 4, model_of(4))
 
 
 def test_a_rank_that_never_reports_fails_the_save_at_the_deadline(
@@ -317,6 +330,22 @@ def test_a_manifest_or_state_that_is_cut_off_is_passed_over_too(name: str, tmp_p
     assert found is not None and found.step == 4
     with pytest.raises(DataError, match=name):
         verbs.verify(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["name", "bytes", "sha256", "files", "version", "[", '"'])
+def test_a_manifest_with_a_flipped_bit_is_passed_over_and_listed(word: str, tmp_path: Path) -> None:
+    """Wherever it is: what is left may be no JSON, or other keys, or a list in the place of a tree."""
+    write(tmp_path, 4)
+    write(tmp_path, 8)
+    path = folder_of(tmp_path, 1) / "MANIFEST.json"
+    data = path.read_bytes()
+    at = data.index(word.encode())
+    path.write_bytes(data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
+    found = newest(tmp_path)
+    assert found is not None and found.step == 4
+    with pytest.raises(DataError, match="0008.*/MANIFEST.json: "):
+        verbs.verify(tmp_path)
+    assert [row["step"] for row in verbs.list_(tmp_path)] == [4, 8]
 
 
 def test_a_checkpoint_of_another_format_is_passed_over_with_both_numbers(

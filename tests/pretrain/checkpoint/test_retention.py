@@ -8,7 +8,7 @@ import pytest
 from data_pipeline.errors import ConfigError, DataError
 from pretrain.checkpoint import verbs
 from pretrain.checkpoint.catalog import Retention, claim_attempt, committed, tidy
-from tests.pretrain.checkpoint.simulated import config_of, folder_of, model_of, ranks_of, save, write
+from tests.pretrain.checkpoint.simulated import config_of, flip_a_bit, folder_of, model_of, ranks_of, save, write
 
 
 def steps_in(run: Path) -> list[int]:
@@ -33,6 +33,25 @@ def test_saves_of_stop_signals_push_out_none_that_a_roll_back_needs(tmp_path: Pa
     newest = checkpoints.newest(8)
     assert newest is not None and newest.step == 16
     assert [row["kept"] for row in verbs.list_(tmp_path)] != []
+
+
+def test_a_save_behind_damaged_ones_stays_and_these_do_not_count(tmp_path: Path) -> None:
+    """Attempt 1 found that of step 24 damaged, started at 16, was stopped at 19, and goes on."""
+    keep = Retention(2, regular=8)
+    for step in (8, 16, 24):
+        write(tmp_path, step, retention=keep)
+    flip_a_bit(folder_of(tmp_path, 1) / "r00001.safetensors")
+    write(tmp_path, 19, attempt=1, retention=keep)
+    assert steps_in(tmp_path) == [16, 19]
+    write(tmp_path, 24, attempt=2, retention=keep)
+    assert steps_in(tmp_path) == [16, 24]
+
+
+def test_the_one_just_saved_stays_although_later_steps_of_its_attempt_lie_there(tmp_path: Path) -> None:
+    """A roll back passed over a damaged one, then the run was stopped."""
+    for step in (8, 16, 11):
+        write(tmp_path, step, retention=Retention(1, regular=8))
+    assert steps_in(tmp_path) == [11, 16]
 
 
 LOSSES = {4: 3.0, 8: 1.0, 12: 2.0, 16: 4.0, 20: 5.0}
