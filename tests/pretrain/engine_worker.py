@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Towers(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """x float32 [b, WIDTH] -> loss."""
         tower = self.a if int(batch["tower"]) == 0 else self.b
-        return {"loss": self.spared(torch.tanh(tower(batch["x"]))).square().mean()}
+        return {"loss": self.spared(torch.tanh(tower(batch["x"]))).float().square().mean()}
 
 
 def global_batch(step: int) -> Tensor:
@@ -52,7 +53,7 @@ def global_batch(step: int) -> Tensor:
     return torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))
 
 
-def plain(accumulation: int) -> list[float]:
+def plain(precision: str) -> list[float]:
     """The same training by torch alone, on one device: the reference."""
     module = Towers()
     decay = [p for n, p in module.named_parameters() if p.ndim == 2 and "spared" not in n]
@@ -61,7 +62,8 @@ def plain(accumulation: int) -> list[float]:
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-4)
     losses = []
     for step in range(STEPS):
-        loss = module({"x": global_batch(step), "tower": torch.tensor(step % 2)})["loss"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = module({"x": global_batch(step), "tower": torch.tensor(step % 2)})["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for parameter in module.parameters():  # an unused tower has gradient 0, as in flat sharded partitions
@@ -72,10 +74,10 @@ def plain(accumulation: int) -> list[float]:
     return losses
 
 
-def sharded(mesh: Mesh, stage: int, accumulation: int) -> list[float]:
+def sharded(mesh: Mesh, stage: int, accumulation: int, precision: str) -> list[float]:
     """The same by the engine. Towers alternate, so each is without a gradient in every second step."""
     micro = BATCH // mesh.world // accumulation
-    engine = Engine(Towers(), config(zero_stage=stage), mesh, micro, accumulation)
+    engine = Engine(Towers(), config(zero_stage=stage, precision=precision), mesh, micro, accumulation)
     losses = []
     for step in range(STEPS):
         mine = global_batch(step).chunk(mesh.world)[mesh.rank].chunk(accumulation)
@@ -122,6 +124,17 @@ def costs(mesh: Mesh) -> dict[str, int]:
     return {"gathers": calls.get("c10d::_allgather_base_", 0), "processes": started[0]}
 
 
+def start(mesh: Mesh) -> dict[str, Any]:
+    """The commands that the start of an engine, its collectives and its first step run."""
+    commands: list[str] = []
+    sys.addaudithook(lambda event, of: commands.append(str(of[:2])) if event == "subprocess.Popen" else None)
+    engine = Engine(Towers(), config(zero_stage=3), mesh, BATCH // mesh.world, 1)
+    mine = global_batch(0).chunk(mesh.world)[mesh.rank]
+    engine.backward(engine.forward({"x": mine, "tower": torch.tensor(0)})["loss"])
+    engine.update(LR)
+    return {"commands": commands}
+
+
 def refused(mesh: Mesh, stage: int) -> dict[str, Any]:
     """Steps 0 and 2, with nothing between them, or with a step that is refused: NaN on one rank, or finite."""
 
@@ -165,9 +178,13 @@ def main() -> None:
     torch.set_num_threads(1)
     mode, *numbers = sys.argv[1:]
     mesh = Mesh.start(60)
-    stage, accumulation = (*map(int, numbers), 3, 1)[:2]
+    stage, accumulation = (int(given or usual) for given, usual in zip_longest(numbers, (3, 1)))
     result: dict[str, Any] = {
-        "losses": lambda: {"losses": sharded(mesh, stage, accumulation), "plain": plain(accumulation)},
+        **{
+            kind: lambda kind=kind: {"losses": sharded(mesh, stage, accumulation, kind), "plain": plain(kind)}
+            for kind in ("fp32", "bf16")
+        },
+        "start": lambda: start(mesh),
         "stale": lambda: stale(mesh, stage),
         "costs": lambda: costs(mesh),
         "refused": lambda: refused(mesh, stage),

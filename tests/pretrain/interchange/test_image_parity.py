@@ -6,6 +6,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
+from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from data_pipeline.errors import DataError
 from pretrain.config import AutoregressiveConfig, GptConfig, VqganConfig
@@ -143,6 +144,40 @@ def test_the_decoder_is_built_of_the_blocks_that_the_reference_confirms():
         h = attention(block(h))
     normed = F.group_norm(h, 32, decoder.norm_out.weight, decoder.norm_out.bias, 1e-6)
     assert close(decoder(x), decoder.conv_out(normed * normed.sigmoid()))
+
+
+def janus() -> tuple[nn.Module, VqganConfig]:
+    """A whole VQGAN, decoder and all; its attention stands at the smallest side alone."""
+    config = transformers.models.janus.JanusVQVAEConfig(
+        embed_dim=8, num_embeddings=12, latent_channels=16, base_channels=128, channel_multiplier=[1, 1, 2],
+        num_res_blocks=1,
+    )  # fmt: skip
+    ours = VQGAN.model_copy(update={"image_size": 8, "multipliers": (1, 1, 2), "attention_at": (2,)})
+    return randomise(JanusVQVAE(config)), ours
+
+
+def by_the_finest_side(name: str) -> str:
+    """Its name for ours: `decoder.up` there begins with the smallest of the three sides."""
+    front, up, rest = name.partition("decoder.up.")
+    return f"{front}{up}{2 - int(rest[0])}{rest[1:]}" if up else name
+
+
+def test_the_whole_vqgan_its_loss_and_every_gradient_equal_janus():
+    reference, config = janus()
+    model, pixels = Vqgan(config), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    model.load_state_dict({by_the_finest_side(name): tensor for name, tensor in reference.state_dict().items()})
+    encoded = reference.encode(pixels)
+    # its own `decode` puts every code on the unit sphere first, as Janus was trained
+    theirs = reference.decoder(reference.post_quant_conv(encoded.quantized_last_hidden_state))
+    reconstruction, ours = model(pixels)
+    loss = codebook_loss(ours.latents, ours.nearest, commitment=0.25, legacy=True)
+    assert torch.equal(ours.codes.flatten(), encoded.image_tokens.flatten())
+    assert close(reconstruction, theirs) and close(loss, encoded.embedding_loss)
+    (encoded.embedding_loss + (theirs - pixels).abs().mean()).backward()
+    (loss + (reconstruction - pixels).abs().mean()).backward()
+    wanted = {by_the_finest_side(name): p.grad for name, p in reference.named_parameters()}
+    found = dict(model.named_parameters())
+    assert wanted.keys() == found.keys() and all(close(p.grad, wanted[name]) for name, p in found.items())
 
 
 # ------------------------------------------------------------------------------------------- layouts

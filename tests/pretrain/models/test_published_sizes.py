@@ -42,15 +42,20 @@ def test_a_published_model_has_its_published_number_of_parameters(config: C.Mode
     assert count(on_meta(config)) == parameters
 
 
-def test_bert_large_without_its_heads_has_its_published_number_of_parameters() -> None:
-    model = on_meta(C.BertConfig(**LARGE))
-    assert count(model.embeddings, model.encoder, model.pooler) == 335_141_888
+@pytest.mark.parametrize(
+    ("sizes", "parameters"), [({}, 109_482_240), ({"vocab_size": 21128}, 102_267_648), (LARGE, 335_141_888)]
+)
+def test_bert_without_its_heads_has_its_published_number_of_parameters(sizes: dict[str, int], parameters: int) -> None:
+    model = on_meta(C.BertConfig(**sizes))
+    assert count(model.embeddings, model.encoder, model.pooler) == parameters
 
 
 @pytest.mark.parametrize(
     ("config", "discriminator", "generator"),
     [
         (C.ElectraConfig(width=256, heads=4, embedding_width=128), 13_549_057, 4_620_026),
+        # the released small one had a generator as wide as its discriminator
+        (C.ElectraConfig(width=256, heads=4, embedding_width=128, generator_fraction=1), 13_549_057, 13_546_682),
         (C.ElectraConfig(generator_fraction=1 / 3), 109_483_009, 33_740_602),
         (C.ElectraConfig(**LARGE), 335_142_913, 51_295_290),
     ],
