@@ -209,15 +209,45 @@ def test_gpt_is_evaluated_and_draws_pictures_of_the_tokenizers_size(gpt: tuple[P
 # ------------------------------------------------------------------------------------------- photographs
 
 
-def test_photographs_with_five_captions_are_built_and_train_a_clip(shared: Path, place: Place, tmp_path: Path) -> None:
-    source, data = samples_of(shared, "photo-captions"), tmp_path / "photos"
+@pytest.fixture(scope="module")
+def photos(shared: Path, place: Place) -> Place:
+    """The photographs built at 64 px, with codes by the tokenizer of the emoji; the vocabulary is theirs too."""
+    photos = Place(place.root / "photos", place.configs)
     images = ("images.mode=center_crop", "images.size=64")
-    recipe = place.configs / "data/photos.yaml"
-    succeed("data", "build", recipe, f"source.path={source}", f"output={data}", *images)
-    assert (read(data / "stats.json")["in"], read(data / "stats.json")["out"]) == (PHOTOS, PHOTOS)
-    assert all(len(sample.captions) == 5 for sample in Stream(data, seed=0).read(0, PHOTOS))
-    succeed("data", "verify", data)
-    run = tmp_path / "clip"
-    ended = finish(place.launch("clip", f"data.dataset={data}", f"run={run}", "train.steps=4", "train.global_batch=8"))
+    source = (f"source.path={samples_of(shared, 'photo-captions')}", f"output={photos.data}")
+    succeed("data", "build", place.configs / "data/photos.yaml", *source, *images)
+    succeed("data", "encode", photos.data, "--tokenizer", place.tokenizer)
+    return photos
+
+
+def on_photos(place: Place, photos: Place, name: str, steps: int) -> list[str]:
+    """The command that trains the family NAME on them for so many steps, its run under their folder."""
+    few = (f"train.steps={steps}", "train.global_batch=8", "train.checkpoint_every_steps=2")
+    return place.launch(name, f"data.dataset={photos.data}", f"run={photos.root / name}", *few)
+
+
+def test_photographs_with_five_captions_are_built_and_verified(photos: Place) -> None:
+    stats = read(photos.data / "stats.json")
+    assert (stats["in"], stats["out"]) == (PHOTOS, PHOTOS)
+    assert all(len(sample.captions) == 5 for sample in Stream(photos.data, seed=0).read(0, PHOTOS))
+    succeed("data", "verify", photos.data)
+
+
+@pytest.mark.parametrize("name", ["clip", "electra", "bert"])
+def test_photographs_train_a_family(place: Place, photos: Place, name: str) -> None:
+    ended = finish(on_photos(place, photos, name, steps=4))
     assert ended.returncode == 0, ended.stdout[-3000:]
-    assert list(steps_of(run)) == [1, 2, 3, 4]
+    assert list(steps_of(photos.root / name)) == [1, 2, 3, 4]
+
+
+def test_a_gpt_on_photographs_is_killed_goes_on_and_draws(place: Place, photos: Place, tmp_path: Path) -> None:
+    run, command = photos.root / "gpt", on_photos(place, photos, "gpt", steps=12)
+    code, output = interrupted(command, run, 6, kill_rank_1)
+    assert code == 70, output[-3000:]
+    ended = finish(command)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    assert list(steps_of(run)) == list(range(1, 13))
+    assert json.loads((run / "attempts.jsonl").read_text().splitlines()[1])["from_step"] > 0
+    succeed("generate", run, "--prompt", "a dog on a beach", "-n", "2", "--out", tmp_path)
+    pictures = [path for path in tmp_path.glob("*.png") if "grid" not in path.name]
+    assert [Image.open(path).size for path in pictures] == [(64, 64)] * 2
