@@ -231,6 +231,8 @@ class DataConfig(Settings):
 class TrainConfig(Settings):
     """Length, batch, precision, sharding, and what is written when.
 
+    `recompute`: the blocks of the model keep their inputs alone and are computed again in the backward: less memory, a
+    forward more, the same numbers.
     Of the checkpoints stay the last `keep_checkpoints` regular ones (and a newer one that a stop signal asked for),
     every one whose step `keep_every_steps` divides, the one with the lowest mean of the metric `keep_best` since the
     save before, and named ones. `checkpoints`: a folder or s3:// prefix for them, instead of the run's own.
@@ -242,6 +244,7 @@ class TrainConfig(Settings):
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 3
     clip_norm: NonNegativeFloat = 1.0
+    recompute: bool = False
     checkpoint_every_steps: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
     keep_every_steps: NonNegativeInt = 0

@@ -38,6 +38,7 @@ from pretrain.inputs.source import open_stream
 from pretrain.interchange.folder import load_config
 from pretrain.mesh import Mesh, own_rank, peer_lost
 from pretrain.models import MODELS
+from pretrain.models.layers import recompute
 from pretrain.models.noise import name_noise
 from pretrain.objectives import OBJECTIVES, CachesGradients, FollowsSteps, Previews
 from pretrain.objectives.collectives import Collectives
@@ -343,6 +344,8 @@ def build_objective(config: RunConfig, mesh: Mesh) -> nn.Module:
     torch.manual_seed(config.seed)
     model = MODELS[config.model.kind](config.model)
     name_noise(model)
+    if config.train.recompute:
+        recompute(model)
     collectives = Collectives(gather=mesh.gather, sum=mesh.sum, world=mesh.world)
     return OBJECTIVES[config.objective.kind](model, config.objective, collectives).train()
 

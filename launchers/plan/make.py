@@ -25,7 +25,6 @@ class Plan:
     cluster: Cluster
     micro: int
     accumulation: int
-    recompute: bool
     tapes: tuple[Tape, Tape | None]
     memory: Memory
     transfers: tuple[Transfer, ...]
@@ -77,12 +76,13 @@ class Plan:
         return sent_by_node(list(self.transfers), self.cluster)
 
 
-def make_plan(config: RunConfig, cluster: Cluster, recompute: bool = False, tapes: "Tapes | None" = None) -> Plan:
+def make_plan(config: RunConfig, cluster: Cluster, tapes: "Tapes | None" = None) -> Plan:
     """Raises ConfigError when the batch does not divide, or there are more processes than samples."""
     micro, accumulation = check_batch(config, cluster.world)
     tape, loss = tapes or trace_all(config, micro, cluster.device.on_gpu)
     size = sum(weight.numel for weight in tape.weights)
     settings = settings_of(config, size, cluster.world, micro, accumulation, overlap=cluster.device.on_gpu)
+    recompute = config.train.recompute
     memory = memory_of(tape, loss, settings, cluster.world, accumulation, recompute)
     transfers = transfers_of(config, tape, settings, accumulation)
     again = sum(block.flops for block in tape.blocks) / tape.forward_flops if recompute else 0
@@ -91,7 +91,7 @@ def make_plan(config: RunConfig, cluster: Cluster, recompute: bool = False, tape
     work = Work.of(tape, accumulation, 1 + cached + again, own)
     work += Work.of(loss, 1, 1) if loss is not None else Work(0, 0, 0)
     pace = paces(work, transfers, cluster, config.train.precision)
-    return Plan(config, cluster, micro, accumulation, recompute, (tape, loss), memory, tuple(transfers), pace)
+    return Plan(config, cluster, micro, accumulation, (tape, loss), memory, tuple(transfers), pace)
 
 
 Tapes = tuple[Tape, Tape | None]
@@ -146,8 +146,8 @@ def candidates(config: RunConfig, cluster: Cluster, recompute: bool) -> list[Pla
     for micro in (size for size in range(1, per_rank + 1) if per_rank % size == 0):
         tapes = None
         for stage in stages:
-            train = config.train.model_copy(update={"micro_batch": micro, "zero_stage": stage})
-            plan = make_plan(config.model_copy(update={"train": train}), cluster, recompute, tapes)
+            train = config.train.model_copy(update={"micro_batch": micro, "zero_stage": stage, "recompute": recompute})
+            plan = make_plan(config.model_copy(update={"train": train}), cluster, tapes)
             tapes = plan.tapes
             found.append(plan)
     return found
@@ -205,7 +205,7 @@ def setting(plan: Plan) -> dict[str, Any]:
         "zero_stage": plan.config.train.zero_stage,
         "micro_batch": plan.micro,
         "accumulation": plan.accumulation,
-        "recompute": plan.recompute,
+        "recompute": plan.config.train.recompute,
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from launchers.plan.clusters import GIB
 from launchers.plan.models import FEATURES, LOGITS
-from launchers.plan.tape import BATCH, FP32, Tape
+from launchers.plan.tape import BATCH, FP32, Tape, Weight
 from launchers.plan.traffic import released_share
 
 STATE, WORKING, ACTIVATION, FIXED = "states", "working set", "activations", "fixed"
@@ -110,11 +110,13 @@ def activations(tape: Tape, stage: int, spares_copies: bool, recompute: bool) ->
     logits, features, batch = (tape.saved_bytes(part) for part in (LOGITS, FEATURES, BATCH))
     layers = tape.saved_bytes() - logits - features - batch
     transient = tape.transient
+    inside: frozenset[Weight] = frozenset()
     if recompute:
+        inside = inside.union(*(block.copies for block in tape.blocks))
         layers -= sum(block.saved - block.input for block in tape.blocks)
         transient = max(transient, max((block.saved + block.transient for block in tape.blocks), default=0))
     # stage 3 gathers linear layers in the autocast's precision already
-    copies = tape.copied_bytes() if stage < 3 else 0 if spares_copies else tape.copied_bytes(low=False)
+    copies = 0 if stage == 3 and spares_copies else tape.copied_bytes(False if stage == 3 else None, inside)
     named = {"layers": layers, "logits": logits, "features": features, "batch": batch}
     named |= {"copies of weights": copies, "temporary": transient}
     return [Item(name, ACTIVATION, float(size)) for name, size in named.items()]

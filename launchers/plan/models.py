@@ -238,12 +238,13 @@ def vqgan(tape: Tape, config: RunConfig, rows: int) -> None:
 
 def res_block(tape: Tape, x: Value, side: int, channels: int, out: int, local: bool) -> Value:
     kernel = 1 if local else 3
-    inner = tape.activation(norm(tape, x, side, channels, local))
-    inner = tape.convolution(inner, side, channels, out, kernel)
-    inner = tape.activation(norm(tape, inner, side, out, local))
-    inner = tape.convolution(inner, side, out, out, kernel)
-    skip = x if channels == out else tape.convolution(x, side, channels, out, 1)
-    return tape.add(skip, inner)
+    with tape.block(x):
+        inner = tape.activation(norm(tape, x, side, channels, local))
+        inner = tape.convolution(inner, side, channels, out, kernel)
+        inner = tape.activation(norm(tape, inner, side, out, local))
+        inner = tape.convolution(inner, side, out, out, kernel)
+        skip = x if channels == out else tape.convolution(x, side, channels, out, 1)
+        return tape.add(skip, inner)
 
 
 def norm(tape: Tape, x: Value, side: int, channels: int, local: bool) -> Value:
@@ -254,27 +255,26 @@ def norm(tape: Tape, x: Value, side: int, channels: int, local: bool) -> Value:
 
 
 def picture_attention(tape: Tape, x: Value, rows: int, side: int, channels: int) -> Value:
-    normed = norm(tape, x, side, channels, False)
-    parts = [tape.convolution(normed, side, channels, channels, 1) for _ in range(3)]
-    mixed = tape.attention(parts, rows, 1, side**2, 0, False)
-    return tape.add(x, tape.convolution(tape.same(mixed), side, channels, channels, 1))
+    with tape.block(x):
+        normed = norm(tape, x, side, channels, False)
+        parts = [tape.convolution(normed, side, channels, channels, 1) for _ in range(3)]
+        mixed = tape.attention(parts, rows, 1, side**2, 0, False)
+        return tape.add(x, tape.convolution(tape.same(mixed), side, channels, channels, 1))
 
 
 def level(
     tape: Tape, x: Value, rows: int, side: int, channels: int, out: int, blocks: int, attends: bool, local: bool
 ) -> Value:
     for index in range(blocks):
-        with tape.block(x):
-            x = res_block(tape, x, side, out if index else channels, out, local)
-            x = picture_attention(tape, x, rows, side, out) if attends else x
+        x = res_block(tape, x, side, out if index else channels, out, local)
+        x = picture_attention(tape, x, rows, side, out) if attends else x
     return x
 
 
 def middle(tape: Tape, x: Value, rows: int, side: int, channels: int, attends: bool, local: bool) -> Value:
-    with tape.block(x):
-        x = res_block(tape, x, side, channels, channels, local)
-        x = picture_attention(tape, x, rows, side, channels) if attends else x
-        return res_block(tape, x, side, channels, channels, local)
+    x = res_block(tape, x, side, channels, channels, local)
+    x = picture_attention(tape, x, rows, side, channels) if attends else x
+    return res_block(tape, x, side, channels, channels, local)
 
 
 def encoder(tape: Tape, model: VqganConfig, pixels: Value) -> Value:

@@ -110,8 +110,8 @@ def advice_line(plan: Plan, best: Plan | None) -> str:
     if best is None:
         return "Advice: no stage and no micro-batch has a margin here."
     text = f"train.zero_stage={best.config.train.zero_stage} train.micro_batch={best.micro}"
-    if best.recompute:
-        text += " with activations computed again, for which the trainer has no key yet"
+    if best.config.train.recompute != plan.config.train.recompute:
+        text += f" train.recompute={str(best.config.train.recompute).lower()}"
     same = best.config.train.zero_stage == plan.config.train.zero_stage and best.micro == plan.micro
     gain = "as it is" if same else f"{plan.paces[1].step / best.paces[1].step:.2f} times as fast"
     left = f"{gib(best.memory.used)} of memory, {gib(best.margin)} left with the error"

@@ -7,7 +7,7 @@ Letters: B batch, S sequence, D width, H heads, C channels.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 FP32 = 4
 NOISE_BYTES = 135
@@ -39,12 +39,16 @@ class Weight:
 
 @dataclasses.dataclass
 class Block:
-    """A part that may be computed again in the backward: what is kept of it, what would be, and the work."""
+    """A part that may be computed again in the backward: what is kept of it, what would be, and the work.
+
+    copies: its weights that autocast makes copies of, which are not kept either.
+    """
 
     saved: int
     input: int
     flops: int
     transient: int
+    copies: frozenset[Weight]
 
 
 class Tape:
@@ -80,9 +84,9 @@ class Tape:
         """Kept for the backward, of one part or of all."""
         return sum(value.bytes for value, of in self.saved.items() if part in (None, of))
 
-    def copied_bytes(self, low: bool | None = None) -> int:
+    def copied_bytes(self, low: bool | None = None, besides: Collection[Weight] = ()) -> int:
         """Weights in the autocast's precision, kept beside the weights; of those that are low, or not, or of all."""
-        return sum(size for weight, size in self.copies.items() if low in (None, weight.low))
+        return sum(size for weight, size in self.copies.items() if low in (None, weight.low) and weight not in besides)
 
     # --------------------------------------------------------------------------------------- notes
 
@@ -105,11 +109,12 @@ class Tape:
     @contextlib.contextmanager
     def block(self, x: Value) -> Iterator[None]:
         """A block of the model, whose input is x."""
-        saved, flops = self.saved_bytes(), self.forward_flops
+        saved, flops, copies = self.saved_bytes(), self.forward_flops, set(self.copies)
         peak, self.transient = self.transient, 0
         yield
         inside = self.saved_bytes() - saved
-        self.blocks.append(Block(inside, x.bytes, self.forward_flops - flops, self.transient))
+        made = frozenset(self.copies.keys() - copies)
+        self.blocks.append(Block(inside, x.bytes, self.forward_flops - flops, self.transient, made))
         self.transient = max(peak, self.transient)
 
     # ------------------------------------------------------------------------------------- weights

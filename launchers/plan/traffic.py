@@ -47,7 +47,10 @@ def transfers_of(config: RunConfig, tape: Tape, settings: dict[str, Any], accumu
 
 
 def _gathers(weights: list[Weight], zero: dict[str, Any], low: int, accumulation: int) -> list[Transfer]:
-    """Stage 3: small weights once a step, others in every forward, and in every backward where they did not stay."""
+    """Stage 3: small weights once a step, others in every forward, and in every backward where they did not stay.
+
+    A block that is computed again has its backward right behind, before its weights are let go: nothing is added.
+    """
     threshold = zero["stage3_param_persistence_threshold"]
     kept = sum(w.numel * (low if w.low else FP32) for w in weights if w.numel <= threshold)
     rest = [w for w in weights if w.numel > threshold]

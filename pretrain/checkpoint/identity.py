@@ -21,8 +21,8 @@ FREE_TO_CHANGE = {
         "workers", "max_bad_rate",
     ),
     "train": (
-        "global_batch", "zero_stage", "micro_batch", "checkpoint_every_steps", "keep_checkpoints", "keep_every_steps",
-        "keep_best", "checkpoints", "log_every_steps", "sample_every_steps", "collective_timeout_s",
+        "global_batch", "zero_stage", "micro_batch", "recompute", "checkpoint_every_steps", "keep_checkpoints",
+        "keep_every_steps", "keep_best", "checkpoints", "log_every_steps", "sample_every_steps", "collective_timeout_s",
     ),
 }  # fmt: skip
 """Settings that a resumed run may have differently: where things lie, how work is split, what is written when.

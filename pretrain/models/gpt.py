@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.models.layers import attend
+from pretrain.models.layers import Block, attend
 from pretrain.models.noise import Dropout
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Gpt(nn.Module):
         super().__init__()
         self.config = config
         self.embed = Embed(config)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(GptBlock(config, layer) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.image_vocab, bias=False)
         self.apply(_init)
@@ -168,7 +168,7 @@ class CausalAttention(nn.Module):
         return self.drop(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
 
 
-class Block(nn.Module):
+class GptBlock(Block):
     """x + attention(norm x), then x + mlp(norm x)."""
 
     def __init__(self, config: GptConfig, layer: int) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.models.noise import Dropout, Noise
+from pretrain.models.noise import Dropout, Noise, noise_again
 
 if TYPE_CHECKING:
     from pretrain.config import EncoderConfig
@@ -98,7 +98,26 @@ class Mlp(nn.Module):
         return self.fall(self.activation(self.rise(x)))
 
 
-class PreNormBlock(nn.Module):
+class Block(nn.Module):
+    """A part of a model that can keep its inputs alone and be computed again in the backward: `recompute`."""
+
+    again = False
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Its forward; the hooks of sharded training, which gather its parameters, are part of what is repeated."""
+        if not (self.again and self.training and torch.is_grad_enabled()):
+            return super().__call__(*inputs, **named)
+        return checkpoint(super().__call__, *inputs, use_reentrant=False, context_fn=noise_again, **named)
+
+
+def recompute(model: nn.Module) -> None:
+    """From here on the model's blocks are computed again in the backward; values and gradients stay as they are."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.again = True
+
+
+class PreNormBlock(Block):
     """x + f(norm(x)), for attention and for the MLP (CLIP)."""
 
     def __init__(self, width: int, heads: int, activation: str = "gelu") -> None:
@@ -114,7 +133,7 @@ class PreNormBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class PostNormBlock(nn.Module):
+class PostNormBlock(Block):
     """norm(x + f(x)), for attention and for the MLP (BERT)."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:

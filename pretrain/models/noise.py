@@ -38,6 +38,12 @@ def noise_of(keys: Tensor | None, places: Tensor | None = None) -> Iterator[None
         _current.reset(token)
 
 
+def noise_again() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """For torch's checkpoint: the contexts of a forward and of its repetition, which has the noise of now."""
+    noise = _current.get()
+    return contextlib.nullcontext(), noise_of(*noise or (None,))
+
+
 def name_noise(model: nn.Module) -> None:
     """Give every `Dropout` of the model noise of its own, by the module's name: the same in every process."""
     for name, module in model.named_modules():

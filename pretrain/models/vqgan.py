@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.models.layers import attend
+from pretrain.models.layers import Block, attend
 
 if TYPE_CHECKING:
     from pretrain.config import VqganConfig
@@ -126,7 +126,7 @@ def convolution(channels: int, out_channels: int, local: bool) -> nn.Conv2d:
     return nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Block):
     """Two normalised convolutions beside a skip, which is a 1x1 convolution where the width changes."""
 
     def __init__(self, channels: int, out_channels: int, local: bool = False) -> None:
@@ -145,7 +145,7 @@ class ResBlock(nn.Module):
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + inner
 
 
-class AttnBlock(nn.Module):
+class AttnBlock(Block):
     """Single-head attention over all places of the feature map."""
 
     def __init__(self, channels: int) -> None:

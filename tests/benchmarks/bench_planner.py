@@ -123,8 +123,8 @@ def published() -> Iterator[Row]:
         found = mfu(flops_per_token(parameters, layers, width, length), tokens, gpus, GPUS["h100"].peaks["bf16"])
         yield Row(f"llm-foundry {parameters / 1e9:.1f}B length {length} on {gpus}: MFU", 100 * found, share)
     for model, batch, micro, stage, gpu, nodes, recompute, speed in PUBLISHED:
-        config = run_of(model, global_batch=batch, micro_batch=micro, zero_stage=stage)
-        plan = make_plan(config, cluster_of(gpu, nodes, 8), recompute)
+        config = run_of(model, global_batch=batch, micro_batch=micro, zero_stage=stage, recompute=recompute)
+        plan = make_plan(config, cluster_of(gpu, nodes, 8))
         yield Row(
             f"{model['kind']} {plan.parameters / 1e9:.1f}B on {8 * nodes} {gpu}", batch / plan.paces[1].step, speed
         )

@@ -100,6 +100,15 @@ def exact(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def test_blocks_that_are_computed_again_change_no_bit(uninterrupted: Path, material: Material, tmp_path: Path) -> None:
+    """Dropout among them, under stage 3, whose parameters are gathered once more for it."""
+    run = tmp_path / "run"
+    done = finish(two_ranks(recipe(electra(material, run, recompute=True), tmp_path / "run.yaml")))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert loss_bits(run) == loss_bits(uninterrupted)
+    assert_same_state(run, uninterrupted)
+
+
 # -------------------------------------------------------------------------------------------- interruptions
 
 

@@ -28,6 +28,7 @@ RUNS = {  # bf16 last: DeepSpeed remembers it
     "stage 1, 2 accumulated": gpt("fp32", 1, 1),
     "stage 2, 2 accumulated": gpt("fp32", 2, 1),
     "stage 3": gpt("fp32", 3, 2),
+    "stage 3, blocks computed again": [*gpt("fp32", 3, 2), "train.recompute=true"],
     "stage 3, 2 accumulated, weights gathered once a micro-batch": gpt("fp32", 3, 1, **SPREAD),
     "stage 3, 2 accumulated, weights gathered twice a micro-batch": gpt("fp32", 3, 1, **LET_GO),
     "stage 2, bf16": gpt("bf16", 2, 2),

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.config import RunConfig
 from pretrain.inputs.masking import mask_slots
 from pretrain.models import MODELS
+from pretrain.models.layers import recompute
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.collectives import ONE_DEVICE, Collectives
 
@@ -25,6 +26,8 @@ def objective_of(config: RunConfig, device: str = "cpu", collectives: Collective
     torch.manual_seed(0)
     with torch.device(device):
         model = MODELS[config.model.kind](config.model)
+        if config.train.recompute:
+            recompute(model)
         return OBJECTIVES[config.objective.kind](model, config.objective, collectives).train()
 
 
@@ -97,6 +100,15 @@ def saved_bytes(config: RunConfig, rows: int) -> int:
     sizes = {storage.data_ptr(): storage.nbytes() for storage in alive}
     assert loss.requires_grad
     return sum(size for pointer, size in sizes.items() if pointer not in there)
+
+
+def held_bytes(config: RunConfig, rows: int) -> int:
+    """Of all that a forward leaves alive for its backward, in whatever way: without parameters and the batch."""
+    module, batch = objective_of(config), batch_of(config, rows)
+    with Live() as live, torch.autocast("cpu", torch.bfloat16, config.train.precision == "bf16"):
+        loss = module(batch)["loss"]
+    assert loss.requires_grad
+    return live.now
 
 
 def flops(config: RunConfig, rows: int) -> tuple[int, int]:

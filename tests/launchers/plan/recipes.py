@@ -6,6 +6,7 @@ from typing import Any
 
 from data_pipeline.settings import check_settings, read_yaml
 from launchers.plan.clusters import GIGA, Cluster, Device
+from launchers.plan.memory import activations
 from launchers.plan.models import trace, trace_contrast
 from launchers.plan.tape import BATCH, Tape
 from pretrain.config import OBJECTIVE_OF, RunConfig
@@ -51,6 +52,12 @@ def tapes_of(config: RunConfig, rows: int) -> list[Tape]:
 def kept(tapes: list[Tape]) -> int:
     """Bytes that wait for the backward, without the batch."""
     return sum(tape.saved_bytes() - tape.saved_bytes(BATCH) + tape.copied_bytes() for tape in tapes)
+
+
+def kept_by_recomputing(tapes: list[Tape]) -> float:
+    """Bytes that wait for the backward where the blocks are computed again in it, without the batch."""
+    items = [item for tape in tapes for item in activations(tape, stage=0, spares_copies=False, recompute=True)]
+    return sum(item.bytes for item in items if item.what not in ("batch", "temporary"))
 
 
 def computed(tapes: list[Tape]) -> int:

@@ -8,7 +8,7 @@ from launchers.plan.models import trace
 from pretrain.config import RunConfig
 from tests.launchers.plan import measured
 from tests.launchers.plan.engine_runs import RUNS, between, in_backward, on_ranks
-from tests.launchers.plan.recipes import computed, desk, kept, recipes, tapes_of
+from tests.launchers.plan.recipes import computed, desk, kept, kept_by_recomputing, recipes, tapes_of
 from tests.pretrain.processes import ROOT
 
 SMALL = [recipe for recipe in recipes() if "/small/" in recipe]
@@ -37,6 +37,15 @@ def test_flops_are_those_that_torch_counts(recipe: str) -> None:
 def test_activations_are_within_a_tenth_of_what_autograd_keeps(recipe: str, precision: str) -> None:
     config = run(recipe, f"train.precision={precision}")
     assert kept(tapes_of(config, 3)) == pytest.approx(measured.saved_bytes(config, 3), rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recipe", SMALL)
+def test_activations_that_are_computed_again_are_within_a_tenth_of_what_is_alive_after_a_forward(
+    recipe: str, precision: str
+) -> None:
+    config = run(recipe, f"train.precision={precision}", "train.recompute=true")
+    assert kept_by_recomputing(tapes_of(config, 8)) == pytest.approx(measured.held_bytes(config, 8), rel=0.1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

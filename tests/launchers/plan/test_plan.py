@@ -113,8 +113,8 @@ def test_memory_within_the_error_of_what_there_is_is_called_open() -> None:
 
 
 def test_computing_again_saves_activations_and_costs_a_forward_of_the_blocks() -> None:
-    run = run_of({"kind": "gpt"}, global_batch=64)
-    plain, again = (make_plan(run, cluster_of("h100", 1, 8), recompute) for recompute in (False, True))
+    runs = (run_of({"kind": "gpt"}, global_batch=64, recompute=recompute) for recompute in (False, True))
+    plain, again = (make_plan(run, cluster_of("h100", 1, 8)) for run in runs)
     blocks = plain.tape.blocks
     kept = sum(block.input for block in blocks)
     layers = {item.what: item.bytes for item in again.memory.items}["layers"]

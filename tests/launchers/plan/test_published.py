@@ -86,7 +86,7 @@ RUNS = [  # model, batch, micro-batch, stage, GPU, nodes of 8, recompute, sample
 def test_published_throughputs_lie_between_the_slow_and_the_fast_step(
     model: dict[str, Any], batch: int, micro: int, stage: int, gpu: str, nodes: int, recompute: bool, published: float
 ) -> None:
-    run: RunConfig = run_of(model, global_batch=batch, micro_batch=micro, zero_stage=stage)
-    slow, usual, fast = make_plan(run, cluster_of(gpu, nodes, 8), recompute).paces
+    run: RunConfig = run_of(model, global_batch=batch, micro_batch=micro, zero_stage=stage, recompute=recompute)
+    slow, usual, fast = make_plan(run, cluster_of(gpu, nodes, 8)).paces
     assert batch / slow.step < published < batch / fast.step
     assert 0.6 < published / (batch / usual.step) < 1.2
