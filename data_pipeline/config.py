@@ -175,7 +175,8 @@ class BuildConfig(Settings):
 
     filters: name -> condition that a row must meet, else it is rejected under that name; over the columns of the
     source and width, height, aspect, area, bytes, caption, chars. grow: add the rows that a finished output lacks.
-    tokenizer: folder of an exported image tokenizer, whose codes are added once the shards stand.
+    tokenizer: folder of an exported image tokenizer, whose codes are added once the shards stand: one crop, float32, on
+    CPUs; `tessera data encode` has the choice.
     """
 
     source: SourceConfig
