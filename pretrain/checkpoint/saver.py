@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.errors import DataError, TesseraError
+from data_pipeline.errors import DataError, NodeFault, TesseraError
 from data_pipeline.storage import open_storage
 from pretrain.checkpoint.catalog import (
     INDEX,
@@ -92,13 +92,17 @@ class Checkpoints:
         self.blocked_s += time.monotonic() - began
 
     def finish(self) -> Saved | None:
-        """Wait for the last save -> the checkpoint, or None when there was none. Raises DataError when it failed."""
+        """Wait for the last save -> the checkpoint, or None when there was none.
+
+        Raises DataError when it failed, NodeFault when rank 0 went away before it had said so.
+        """
         if self._save is None:
             return None
         if not self._save.ended(COMMIT_TIMEOUT_S):
             self._save.failure = f"it was not done within {COMMIT_TIMEOUT_S:.0f} s"
         if self._save.failure:
-            raise DataError(f"{self._save.folder} was not committed: {self._save.failure}; {UNTOUCHED}")
+            sure = "was not" if self._save.fault is DataError else "may not be"
+            raise self._save.fault(f"{self._save.folder} {sure} committed: {self._save.failure}; {UNTOUCHED}")
         return Saved(self._save.folder)
 
     def close(self) -> None:
@@ -162,6 +166,7 @@ class Save(threading.Thread):
         self.state = state
         self.began = began
         self.failure = "it ended without a word"
+        self.fault: type[TesseraError] = DataError
         self.abandoned = threading.Event()
         self.heard: list[int] = []
         """Rank 0: the ranks that have reported."""
@@ -183,8 +188,10 @@ class Save(threading.Thread):
             store.set(f"{self.key}/read/{self.owner.mesh.rank}", "{}")
             _result(told)
             self.failure = ""
-        except (OSError, RuntimeError, TesseraError) as error:  # RuntimeError: the store's server is gone
+        except (OSError, TesseraError) as error:
             self.failure = str(error)
+        except RuntimeError as error:  # of the store
+            self.failure, self.fault = f"rank 0, whose process holds the store, is gone ({error})", NodeFault
         if self.owner.mesh.rank == 0:
             self._follow()
             with contextlib.suppress(RuntimeError, TesseraError):  # who is gone reads nothing

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, NodeFault
 from data_pipeline.storage import LocalStorage, open_storage
 from pretrain.checkpoint import saver, verbs
 from pretrain.checkpoint.catalog import Retention, Saved, claim_attempt, committed, put_once
@@ -185,6 +186,20 @@ def test_rank_0_whose_process_holds_the_store_stays_until_all_have_read_how_the_
     go_on.set()
     assert first.ended(30) and second.ended(30)
     assert ranks[0].finish() == ranks[1].finish() is not None
+
+
+def test_a_save_that_loses_rank_0_is_a_fault_of_its_process_not_of_the_storage(tmp_path: Path) -> None:
+    """It may even be committed: only the word of it did not come."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", server.port, None, False)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", mesh_of(1, 2, store), 0, Retention(9))
+    part: Any = Part(model_of(4), 1, 2)
+    checkpoints.save(part, 4, {})
+    assert checkpoints._save is not None
+    server.wait([f"{checkpoints._save.key}/1"], timedelta(seconds=30))
+    del server
+    with pytest.raises(NodeFault, match=r"rank 0, .* is gone"):
+        checkpoints.finish()
 
 
 def test_a_save_is_abandoned_when_the_run_ends_without_its_peers(
