@@ -92,6 +92,30 @@ def test_fetched_bytes_are_kept_by_their_sha256(fetch, tmp_path, make_png):
     assert RawCache(str(tmp_path / "cache")).get(digest) == make_png()
 
 
+@pytest.mark.parametrize("way", ["packed", "deflate", "bare-deflate"])
+def test_a_body_that_comes_packed_is_unpacked(fetch, way, make_png):
+    (outcome,) = fetch(f"/{way}/a.png")
+    assert (outcome.sha256, outcome.reason) == (hashlib.sha256(make_png()).hexdigest(), "")
+
+
+BADLY_PACKED = [
+    # how, transient, attempts: what was cut off may come whole the next time
+    ("plain", False, 1),
+    ("plain-deflate", False, 1),
+    ("cut", True, 2),
+    ("cut-deflate", True, 2),
+    ("wrong-sum", False, 1),
+    ("more", False, 1),
+    ("nothing", True, 2),
+]
+
+
+def test_a_body_that_is_not_packed_as_its_header_says_is_a_rejection(fetch):
+    outcomes = fetch(*(f"/badly-packed/{how}/a.png" for how, *_ in BADLY_PACKED), "/file/a.png")
+    found = [(o.reason, o.http_status, o.transient, o.attempts) for o in outcomes]
+    assert found == [("fetch_encoding", 200, *rest) for _, *rest in BADLY_PACKED] + [("", 200, False, 1)]
+
+
 def test_an_empty_file_is_fetched_and_left_to_the_decoder(fetch):
     (outcome,) = fetch("/file/empty")
     assert outcome.sha256 == hashlib.sha256(b"").hexdigest()
