@@ -14,6 +14,7 @@ from data_pipeline.shards.tar import Member, scan
 
 UNREADABLE = "\0unreadable"  # the only column of a record that could not be read: why
 
+_NO_KEY = (None, "")
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
@@ -29,9 +30,11 @@ class RecordReader:
     def row(self, number: int, record: Mapping[str, Any]) -> Row:
         """Never raises for what is in the record: a Drop says what is wrong with it."""
         config = self._config
-        key = f"{number:09d}" if config.key is None else str(record.get(config.key))
+        key = key_of(record, config.key, number)
         if UNREADABLE in record:
             return Drop(key, "unreadable_row", record[UNREADABLE])
+        if config.key is not None and record.get(config.key) in _NO_KEY:
+            return Drop(key, "no_key", f"column {config.key!r} is empty")
         try:
             captions = tuple(text for column in config.captions for text in as_captions(record.get(column)))
         except TypeError as error:
@@ -62,6 +65,14 @@ class RecordReader:
         if self._store is None:
             self._store = ImageStore(beside(self._path, self._config.images))
         return self._store.read(str(value))
+
+
+def key_of(record: Mapping[str, Any], column: str | None, number: int) -> str:
+    """What names row `number` of a source: its key column; a row that has nothing there by its place, as no key is."""
+    if column is None:
+        return f"{number:09d}"
+    value = record.get(column)
+    return f"row {number:09d}" if value in _NO_KEY else str(value)
 
 
 class ImageStore:

@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from data_pipeline.build.inputs import beside, input_digest, input_paths, open_input
 from data_pipeline.build.layout import STRIDE, Layout, Part, Row, lines_layout
-from data_pipeline.build.records import UNREADABLE, RecordReader
+from data_pipeline.build.records import UNREADABLE, RecordReader, key_of
 from data_pipeline.config import PairsSource, TableSource
 from data_pipeline.errors import ConfigError, DataError
 
@@ -55,7 +55,8 @@ class Table:
         column = self._config.key
         if column is None:
             return None
-        return (str(record.get(column)) for _, record in self._records(0, self.layout.rows, [column]))
+        records = self._records(0, self.layout.rows, [column])
+        return (key_of(record, column, number) for number, (_, record) in enumerate(records))
 
     def rows(self, start: int, stop: int) -> Iterator[Row]:
         readers: dict[str, RecordReader] = {}

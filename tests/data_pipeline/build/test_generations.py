@@ -310,6 +310,57 @@ def test_growing_and_retrying_in_turn_keeps_the_account(folder, build_here, make
     verify(tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_rows_without_a_key_are_told_apart(tmp_path, build_here, kind):
+    def write(keys):
+        rows = [{"id": key, "image": "gone.png", "caption": "c"} for key in keys]
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+        elif kind == "jsonl":
+            (tmp_path / "x.jsonl").write_text("\n".join("{" if row["id"] == "" else json.dumps(row) for row in rows))
+        else:
+            lines = ["id,image,caption", *(f"{row['id'] or ''},gone.png,c" for row in rows)]
+            (tmp_path / "x.csv").write_text("\n".join(lines))
+
+    def found():
+        table = pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()
+        return [(row["row"], row["key"], row["reason"]) for row in table]
+
+    def nameless(row, key):
+        return (row, f"row {row:09d}", "unreadable_row" if kind == "jsonl" and key == "" else "no_key")
+
+    source = {"kind": kind, "path": f"{tmp_path}/x.{kind}", "key": "id"}
+    tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": 2}
+    keys = ["000000003", None, "", "b", None, "b"]
+    write(keys)
+    with pytest.raises(DataError, match="all 6 rows were rejected"):
+        build_here(**tree)
+    expected = [(0, "000000003", "unreadable_file"), nameless(1, None), nameless(2, ""), (3, "b", "unreadable_file")]
+    expected += [nameless(4, None), (5, "b", "duplicate_key")]
+    assert found() == expected
+
+
+def test_growth_and_retry_account_for_rows_without_a_key(tmp_path, build_here, make_config, make_png):
+    (tmp_path / "0.png").write_bytes(make_png())
+
+    def lines(keys):
+        rows = ["{" if key == "" else json.dumps({"id": key, "image": "0.png", "caption": "c"}) for key in keys]
+        (tmp_path / "x.jsonl").write_text("\n".join(rows))
+
+    source = {"kind": "jsonl", "path": f"{tmp_path}/x.jsonl", "key": "id"}
+    tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": 2, "grow": True}
+    lines(["a", "", None])
+    assert build_here(**tree)["rejected"] == {"unreadable_row": 1, "no_key": 1}
+    lines(["a", "", None, "b", None, "", "", "a"])
+    grown = build_here(**tree)
+    assert (grown["in"], grown["out"], grown["rejected"]) == (7, 2, {"unreadable_row": 3, "no_key": 2})
+    lines(["a", "c", None, "b", None, "", "", "a"])  # mended: a row that the dataset lacks
+    assert build_here(**tree)["out"] == 3
+    again = retry(make_config(**tree), progress=False)
+    assert again["in"] == 8 == again["out"] + sum(again["rejected"].values())
+    verify(tmp_path / "out")
+
+
 # --------------------------------------------------------------------------------------------- duplicates
 
 
