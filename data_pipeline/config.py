@@ -33,7 +33,7 @@ class FolderSource(Settings):
 class TarsSource(Settings):
     """WebDataset tars: a folder of them, one file, or a pattern such as `dir/{00000..00099}.tar`, joined by `::`.
 
-    Where img2dataset left a NAME.parquet beside NAME.tar, its columns become attributes of the samples too.
+    Where img2dataset left a NAME.parquet beside NAME.tar, here or there, its columns become attributes of the samples.
     """
 
     kind: Literal["tars"] = "tars"

@@ -265,7 +265,7 @@ class _named:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, DataError):
-            raise DataError(
+            raise (Missing if isinstance(error, FileNotFoundError) else DataError)(
                 f"{self._path}: {type(error).__name__}: {error}; {self._field} must name something that can be read "
                 "from this machine"
             ) from None

@@ -5,8 +5,10 @@ is a counted rejection.
 """
 
 import contextlib
+import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +27,7 @@ from data_pipeline.build.inputs import (
     must_exist,
     open_input,
     read_input,
+    readable,
 )
 from data_pipeline.build.layout import Layout, Part, Row, lines_layout
 from data_pipeline.build.records import (
@@ -39,10 +42,10 @@ from data_pipeline.build.records import (
     parse_object,
     unnamed,
 )
-from data_pipeline.build.tables import Table, load_json, published_table
+from data_pipeline.build.tables import Table, load_json, parquet_errors, published_table
 from data_pipeline.config import CocoSource, FolderSource, ScenesSource, SourceConfig, TarsSource
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.remote import S3Storage
+from data_pipeline.remote import Forbidden, S3Storage
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.tar import Member, scan, split_name
 
@@ -161,8 +164,32 @@ def _images_below(root: str) -> list[str]:
         raise ConfigError(f"source.path={root}: only s3:// tells what lies in a folder; name a table or tars instead")
     else:
         must_exist(Path(root), "source.path")
-        names = (path.relative_to(root).as_posix() for path in Path(root).rglob("*") if path.is_file())
+        with readable(root):
+            names = _files_below(root)
     return sorted(name for name in names if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
+
+
+def _files_below(root: str) -> list[str]:
+    """Names of the files below a folder, through links to folders too, but not into one that they lie in.
+
+    Raises OSError for a folder that cannot be listed: what is in it would be lost.
+    """
+    names = []
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # folders, each with those that it lies in
+    while waiting:
+        below, above = waiting.pop()
+        status = os.stat(f"{root}/{below}")
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            continue
+        with os.scandir(f"{root}/{below}") as entries:
+            for entry in entries:
+                kind = Path(entry) if entry.is_symlink() else entry  # a Path says of a dead link that it is neither
+                if kind.is_dir():
+                    waiting.append((f"{below}{entry.name}/", (*above, here)))
+                elif kind.is_file():
+                    names.append(below + entry.name)
+    return names
 
 
 def _beside(image: str) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -347,10 +374,20 @@ def _stem(path: str) -> str:
 
 def _beside_tar(path: str) -> dict[str, dict[str, Any]]:
     """img2dataset's NAME.parquet beside NAME.tar -> attributes by key; empty where there is none."""
-    table_path = Path(path.removesuffix(".tar") + ".parquet")
-    if is_remote(path) or not table_path.is_file():
+    table_path = path.removesuffix(".tar") + ".parquet"
+    if is_remote(path) and not path.endswith(".tar"):  # an address with a query, behind which nothing can be named
         return {}
-    table = pyarrow.parquet.read_table(table_path)
+    with readable(table_path):
+        try:
+            data = read_input(table_path)
+        except (
+            FileNotFoundError,
+            IsADirectoryError,
+            Forbidden,
+        ):  # S3 says 403 of what is not there to who may not list
+            return {}
+    with parquet_errors(table_path):
+        table = pyarrow.parquet.read_table(io.BytesIO(data))
     if "key" not in table.column_names:
         return {}
     kept = [name for name in table.column_names if name not in ("caption", "captions", "status", "error_message")]

@@ -101,6 +101,18 @@ def test_a_table_that_may_not_be_read_is_an_error_of_data(nobody, make_config, k
         open_source(make_config(source={"kind": kind, "path": str(path)}, output="unused").source).count()
 
 
+def test_a_folder_of_images_with_a_closed_one_in_it_is_an_error_of_data(nobody, make_config, make_png):
+    folder, as_root = nobody
+    user = os.geteuid()
+    as_root()
+    (folder / "in/closed").mkdir(parents=True)
+    (folder / "in/0.png").write_bytes(make_png())
+    (folder / "in/closed").chmod(0)
+    os.seteuid(user)
+    with pytest.raises(DataError, match="in/closed.*: Permission denied; source.path"):
+        open_source(make_config(source={"kind": "folder", "path": f"{folder}/in"}, output="unused").source).count()
+
+
 def test_a_folder_in_the_place_of_a_file_is_an_error_of_data(tmp_path, build_here):
     (tmp_path / "in/x.csv").mkdir(parents=True)
     refused(build_here, tmp_path, "x.csv: Is a directory", kind="csv", path=f"{tmp_path}/in")
