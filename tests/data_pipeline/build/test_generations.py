@@ -1,6 +1,7 @@
 """Builds that fetch, compare, retry and grow: the account is exact, and what stands never changes."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.build import run, shard
+from data_pipeline.build.plan import make_plan
 from data_pipeline.build.run import retry
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.shards.manifest import read_manifest
@@ -505,3 +507,18 @@ def test_a_disk_that_fills_up_ends_the_build_and_the_same_command_finishes_it(
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert build_here(**tree)["out"] == 25
     assert tree_digests(tmp_path / "full") == tree_digests(scenes)
+
+
+@pytest.mark.parametrize("output", ["out", "OUT"])
+def test_a_node_without_the_folder_of_the_command_is_refused_where_paths_are_relative(
+    make_config, tmp_path, monkeypatch, output
+):
+    monkeypatch.chdir(tmp_path)
+    config = make_config(source={"kind": "scenes", "count": 3}, output=output.replace("OUT", f"{tmp_path}/out"))
+    plan = dataclasses.replace(make_plan(config), folder=f"{tmp_path}/elsewhere")
+    if output == "OUT":
+        assert shard.build_shard(plan, 0)["out"] == 3
+    else:
+        with pytest.raises(DataError, match="elsewhere: No such file.* where out begins; give absolute paths"):
+            shard.build_shard(plan, 0)
+        assert not (tmp_path / "out").exists()
