@@ -409,6 +409,25 @@ def test_near_duplicates_are_found_over_all_shards_and_over_generations(tmp_path
     assert retry(make_config(**tree), progress=False)["rejected"] == {"near_duplicate": 2}  # nothing to try again
 
 
+def test_duplicates_among_rows_tried_again_are_found_whatever_the_order_of_their_ids(
+    folder, build_here, make_config, tmp_path, make_png
+):
+    source = {"kind": "folder", "path": str(folder)}
+    tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": 4, "dedup": {"exact": True}}
+    (folder / "a/0.png").write_bytes(b"")
+    build_here(**tree)
+    for name in ("0", "1"):  # they come before the others, with later ids
+        (folder / f"{name}.png").write_bytes(b"")
+        (folder / f"{name}.txt").write_text("new")
+    assert build_here(**tree, grow=True)["rejected"] == {"empty_file": 3}
+    for name, seed in {"0": 40, "1": 2, "a/0": 40}.items():  # 2: that of b/0
+        (folder / f"{name}.png").write_bytes(make_png(seed))
+    again = retry(make_config(**tree), progress=False)
+    assert (again["in"], again["out"], again["rejected"]) == (8, 6, {"duplicate_image": 2})
+    found = {key: row["detail"] for key, row in rejects(tmp_path / "out").items()}
+    assert found == {"1": "the bytes of row 2", "a/0": "the bytes of row 6"}
+
+
 # ----------------------------------------------------------------------------- the same build, begun twice
 
 

@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from urllib3 import HTTPResponse
 
 from data_pipeline.build import sources, tables
 from data_pipeline.build.sources import SOURCES, expand_braces, open_source
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.remote import HttpStorage
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.storage import open_storage
 
@@ -265,6 +267,19 @@ def test_a_table_beside_a_tar_gives_attributes_on_s3(tmp_path, make_png, make_co
         storage.put_if_absent(path.name, path.read_bytes())
     rows = list(opened(make_config, kind="tars", path=f"{bucket}/in").rows(0, 2))
     assert [row.meta for row in rows] == [{"w": 7, "more": [1]}, {}]
+
+
+def test_a_server_that_will_not_say_whether_a_table_lies_beside_a_tar_has_none(
+    tmp_path, make_png, make_config, serve, monkeypatch
+):
+    tar_with_a_table(tmp_path, make_png)
+    original = HttpStorage._head
+    refused = lambda self, name: (  # noqa: E731
+        HTTPResponse(status=403) if name.endswith(".parquet") else original(self, name)
+    )
+    monkeypatch.setattr(HttpStorage, "_head", refused)
+    rows = list(opened(make_config, kind="tars", path=f"{serve(tmp_path)}/00.tar").rows(0, 1))
+    assert [row.meta for row in rows] == [{}]
 
 
 def test_a_damaged_table_beside_a_tar_is_an_error_of_data(tmp_path, make_png, make_config):
