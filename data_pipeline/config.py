@@ -33,7 +33,7 @@ class FolderSource(Settings):
 class TarsSource(Settings):
     """WebDataset tars: a folder of them, one file, or a pattern such as `dir/{00000..00099}.tar`, joined by `::`.
 
-    Where img2dataset left a NAME.parquet beside NAME.tar, its columns become attributes of the samples too.
+    Where img2dataset left a NAME.parquet beside NAME.tar, here or there, its columns become attributes of the samples.
     """
 
     kind: Literal["tars"] = "tars"
@@ -44,7 +44,7 @@ class TableSource(Settings):
     """Rows of tables. `path`: files or folders, here or behind s3:// and http(s)://, with {00..99}, * and `::`.
 
     table: name of the table where `path` is the folder that holds it.
-    key: column of unique names; without it a row is named by its number.
+    key: column of unique names; without it a row is named by its number. A row without one is rejected (no_key).
     image: column of http(s) addresses, of file names within `images` (a folder or a tar, beside the table), or, in
     parquet, of bytes; with `base64` the column holds the file itself, in either alphabet.
     captions: columns, each of text or of a list of texts.

@@ -60,6 +60,10 @@ class Missing(DataError):
     """There is no such object."""
 
 
+class Forbidden(DataError):
+    """These credentials may not read it, or may not know that it is missing."""
+
+
 class Transient(Exception):
     """The network or the server failed in a way that may pass."""
 
@@ -255,7 +259,7 @@ class RemoteStorage:
         if status in (404, 410):
             return Missing(f"{where}: not there; check the path, or build the dataset first")
         if status in (401, 403):
-            return DataError(f"{where}: permission denied ({said}); give these credentials the right to it")
+            return Forbidden(f"{where}: permission denied ({said}); give these credentials the right to it")
         if status == 416:
             return DataError(f"{where}: has fewer bytes than were asked for; it was cut off or replaced")
         return DataError(f"{where}: the server answered {status} {said}")

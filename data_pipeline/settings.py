@@ -24,6 +24,8 @@ class Settings(pydantic.BaseModel):
 
 S = TypeVar("S", bound=Settings)
 
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: another encoding, a date that is none
+
 
 def load_settings(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     """Read `path`, lay it over its `base:`, apply `key.sub=value` overrides, and check it against `schema`.
@@ -68,14 +70,16 @@ def digest(settings: Settings) -> str:
 
 
 def _read_one(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(
-            f"{path}: no such configuration file; give the path of a YAML file, for example one in configs/"
-        )
     try:
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: no such configuration file; give the path of a YAML file, for example one in configs/"
+            )
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}; give this user the right to read it") from None
+    except _NOT_YAML as error:
+        raise ConfigError(f"{path}: not YAML in UTF-8: {error}; mend the file, or save it as UTF-8") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}; a configuration is a mapping of keys to values")
     return tree
@@ -104,7 +108,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
     tree[leaf] = _number(value)
 

@@ -36,6 +36,7 @@ _BACKOFF_S = 0.5
 _CHUNK = 65536
 _REDIRECTS = {301, 302, 303, 307, 308}
 _BUSY = {408, 425, 429}
+_GZIP = 16 + zlib.MAX_WBITS  # as zlib is told that it is gzip
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -158,13 +159,48 @@ async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     packing = response.headers.get("Content-Encoding", "identity").strip().lower()
     if packing not in ("identity", "gzip", "deflate", ""):
         raise FetchError("unknown_encoding", packing[:40], status=response.status)
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32) if packing in ("gzip", "deflate") else None
+    unpacker = _Unpacker(packing) if packing in ("gzip", "deflate") else None
     body = bytearray()
     async for chunk in response.content.iter_chunked(_CHUNK):
-        body += unpacker.decompress(chunk, max_bytes + 1 - len(body)) if unpacker else chunk
-        if len(body) > max_bytes or (unpacker and unpacker.unconsumed_tail):
+        try:
+            body += unpacker.unpack(chunk, max_bytes + 1 - len(body)) if unpacker else chunk
+        except zlib.error as error:
+            raise FetchError("fetch_encoding", f"not {packing}: {error}", status=response.status) from None
+        if len(body) > max_bytes or (unpacker and unpacker.is_full):
             raise FetchError("too_large", f"more than {max_bytes} bytes", status=response.status)
+    if unpacker and not unpacker.is_whole:  # cut off before it was sent: the next one may be whole
+        raise FetchError("fetch_encoding", f"{packing} that ends too early", status=response.status, transient=True)
     return bytes(body)
+
+
+class _Unpacker:
+    """A body that is packed as its Content-Encoding says, gzip or deflate, taken apart piece by piece."""
+
+    def __init__(self, packing: str) -> None:
+        self._packing = packing
+        self._stream: Any = None
+
+    def unpack(self, piece: bytes, at_most: int) -> bytes:
+        """The next bytes, up to `at_most`. Raises zlib.error for what is packed otherwise."""
+        if self._stream is None:
+            # deflate means zlib's format, whose first byte ends in 8; some servers send the bare one, which never does
+            bare = piece[0] & 15 != 8
+            wbits = _GZIP if self._packing == "gzip" else -zlib.MAX_WBITS if bare else zlib.MAX_WBITS
+            self._stream = zlib.decompressobj(wbits)
+        unpacked: bytes = self._stream.decompress(piece, at_most)
+        if self._stream.unused_data:
+            raise zlib.error("bytes after its end")
+        return unpacked
+
+    @property
+    def is_full(self) -> bool:
+        """Was there more than `at_most`?"""
+        return bool(self._stream.unconsumed_tail)
+
+    @property
+    def is_whole(self) -> bool:
+        """Did the body come to its end?"""
+        return self._stream is not None and self._stream.eof
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -203,7 +239,7 @@ def check_answer(response: aiohttp.ClientResponse, rules: FetchRules) -> None:
     status = response.status
     if status in _BUSY or status >= 500:
         wait = response.headers.get("Retry-After", "")
-        raise FetchError(f"http_{status}", "", status, True, float(wait) if wait.isdigit() else 0.0)
+        raise FetchError(f"http_{status}", "", status, True, float(wait) if wait.isdecimal() else 0.0)
     if status != 200:
         raise FetchError(f"http_{status}", status=status)
     for value in response.headers.getall("X-Robots-Tag", []):

@@ -1,8 +1,10 @@
 """Input files by name: on this machine, on S3 or behind http(s), with {00..99} ranges, * patterns and `::` unions."""
 
+import contextlib
 import gzip
 import io
 import re
+import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -53,14 +55,15 @@ def input_paths(pattern: str, suffixes: tuple[str, ...], field: str = "source.pa
 
 def _local_paths(name: str, suffixes: tuple[str, ...], field: str) -> list[str]:
     path = Path(name)
-    if "*" in name and not path.exists():
-        root = Path(path.anchor or ".")
-        found = sorted(str(file) for file in root.glob(str(path.relative_to(path.anchor))) if file.is_file())
-        if found:
-            return found
-    must_exist(path, field)
-    if path.is_dir():
-        return sorted(str(file) for file in path.iterdir() if file.name.endswith(suffixes))
+    with readable(name, field):
+        if "*" in name and not path.exists():
+            root = Path(path.anchor or ".")
+            found = sorted(str(file) for file in root.glob(str(path.relative_to(path.anchor))) if file.is_file())
+            if found:
+                return found
+        must_exist(path, field)
+        if path.is_dir():
+            return sorted(str(file) for file in path.iterdir() if file.name.endswith(suffixes))
     return [name]
 
 
@@ -82,24 +85,25 @@ def _remote_paths(name: str, suffixes: tuple[str, ...], field: str) -> list[str]
 
 
 def open_input(path: str) -> BinaryIO:
-    """A seekable stream of the file's bytes, unpacked where its name ends in .gz. Raises DataError for a missing one.
+    """A seekable stream of the file's bytes, unpacked where its name ends in .gz.
 
+    Raises DataError, also while it is read: for one that is missing, cannot be read, or is cut off or damaged.
     Seeking in a .gz unpacks what lies before; many files are better than one large one there.
     """
-    if not is_remote(path):
-        must_exist(Path(path), "source.path")
-        packed = path.endswith(".gz")
-        return cast(BinaryIO, gzip.open(path, "rb") if packed else open(path, "rb", buffering=_BUFFER))  # noqa: SIM115
-    file = _open_remote(path)
-    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.endswith(".gz") else file
+    if is_remote(path):
+        file = _open_remote(path)
+        return _checked(path, file) if path.endswith(".gz") else file
+    must_exist(Path(path), "source.path")
+    with readable(path):
+        return _checked(path, open(path, "rb", buffering=0))  # noqa: SIM115
 
 
 def read_input(path: str) -> bytes:
-    """The whole file. Raises OSError; FileNotFoundError too for what is not there on a server that answers."""
+    """The whole file as it is. Raises OSError; FileNotFoundError too for what is not there on a server that answers."""
     if not is_remote(path):
         return Path(path).read_bytes()
     try:
-        with open_input(path) as file:
+        with _open_remote(path) as file:
             return file.read()
     except Missing as error:
         raise FileNotFoundError(str(error)) from None
@@ -111,6 +115,40 @@ def _open_remote(path: str) -> BinaryIO:
     with _named(path, "source.path"):
         system, inner = _filesystem(path)
         return cast(BinaryIO, io.BufferedReader(system.open(inner, "rb"), _BUFFER))
+
+
+def _checked(path: str, file: Any) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(_CheckedFile(path, file), _BUFFER))
+
+
+class _CheckedFile(io.RawIOBase):
+    """An open file, or what it unpacks to where its name ends in .gz. Raises DataError for what cannot be read."""
+
+    def __init__(self, path: str, file: Any) -> None:
+        self._path, self._inner = path, file
+        self._file = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with readable(self._path):
+            return int(self._file.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int:
+        with readable(self._path):
+            return int(self._file.readinto(buffer))
+
+    def close(self) -> None:
+        self._file.close()
+        self._inner.close()
+        super().close()
 
 
 class RemoteFile(io.RawIOBase):
@@ -189,8 +227,24 @@ def input_digest(path: str) -> tuple[str, int]:
 
 def must_exist(path: Path, field: str) -> None:
     """Raises DataError naming the setting where there is no such file or folder."""
-    if not path.exists():
+    with readable(str(path), field):
+        there = path.exists()
+    if not there:
         raise DataError(f"{path}: not there; {field} names a file or folder of this machine, relative to {Path.cwd()}")
+
+
+@contextlib.contextmanager
+def readable(path: str, field: str = "source.path") -> Iterator[None]:
+    """Turns what the operating system or an unpacker says into a DataError that names the file and the remedy."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cut off or damaged ({error}); fetch it again") from None
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path}: {error.strerror or error}; {field} names what this user can read, give it the "
+            "right to it or name another"
+        ) from None
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
@@ -211,7 +265,7 @@ class _named:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, DataError):
-            raise DataError(
+            raise (Missing if isinstance(error, FileNotFoundError) else DataError)(
                 f"{self._path}: {type(error).__name__}: {error}; {self._field} must name something that can be read "
                 "from this machine"
             ) from None

@@ -9,9 +9,12 @@ A position counts the rows of one generation; a row's id is its number in the wh
 import hashlib
 import io
 import json
+import os
+import socket
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -24,7 +27,7 @@ import xxhash
 from data_pipeline.build.captions import check_languages, deny_digest
 from data_pipeline.build.dedup import first_of_equals
 from data_pipeline.build.filters import IMAGE_NAMES, TEXT_NAMES, Filters
-from data_pipeline.build.inputs import open_input
+from data_pipeline.build.inputs import is_remote, open_input
 from data_pipeline.build.layout import Layout, Row
 from data_pipeline.build.sources import Source, open_source
 from data_pipeline.config import BuildConfig
@@ -47,7 +50,7 @@ class Plan:
     duplicates: sorted positions whose key an earlier row has. selected: rows of the source by position, None for all.
     ids: of the rows by position, None where they are the positions. repeats: [m, 3] of sorted positions of images that
     are there already, the ids of those that stay, and 1 where the bytes are the same. reasons: by position, why a row
-    that is tried again was rejected.
+    that is tried again was rejected. folder: where the command was given, and relative paths begin.
     """
 
     config: BuildConfig
@@ -59,6 +62,7 @@ class Plan:
     ids: np.ndarray | None = None
     repeats: np.ndarray | None = None
     reasons: tuple[str, ...] = ()
+    folder: str = field(default_factory=os.getcwd)
 
     @property
     def shards(self) -> range:
@@ -79,6 +83,21 @@ class Plan:
         for position, row in enumerate(rows, start):
             known = Drop(row.key, "duplicate_key", "an earlier row has this key") if position in duplicates else row
             yield position if self.ids is None else int(self.ids[position]), known
+
+    def enter(self) -> None:
+        """Go to `folder`, as every task does first: a cluster's processes start elsewhere, and absolute paths instead
+        would stand in the details of rejected rows, which are those of a build without a cluster.
+
+        Raises DataError where this node lacks the folder and a path of the configuration is relative.
+        """
+        try:
+            os.chdir(self.folder)
+        except OSError as error:
+            if relative := _relative_paths(self.config):
+                raise DataError(
+                    f"{self.folder}: {error.strerror} on node {socket.gethostname()}, where {', '.join(relative)} "
+                    "begins; give absolute paths, in folders that all nodes share"
+                ) from None
 
     def tried_again(self, shard: int) -> dict[str, int]:
         """Why the rows of a shard were rejected before, counted; empty where they are new."""
@@ -157,6 +176,12 @@ def retry_plan(config: BuildConfig, manifest: Manifest, rejects: list[dict[str, 
     ids = np.array([reject["row"] for reject in again], np.int64)
     reasons = tuple(reject["reason"] for reject in again)
     return Plan(config, source.layout, len(again), _none(), len(manifest.shards), selected, ids, reasons=reasons)
+
+
+def _relative_paths(config: BuildConfig) -> list[str]:
+    """What the tasks of a build open by relative paths on this machine."""
+    paths = [config.output, *getattr(config.source, "path", "").split("::"), config.fetch.cache, config.captions.deny]
+    return [path for path in paths if path and not is_remote(path) and not Path(path).is_absolute()]
 
 
 def check_rules(config: BuildConfig) -> None:

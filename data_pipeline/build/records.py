@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from data_pipeline.shards.tar import Member, scan
 
 UNREADABLE = "\0unreadable"  # the only column of a record that could not be read: why
 
+NESTED_AT_MOST = 100  # levels of JSON: Python's own limit depends on who calls, and this must not
+
+_NO_KEY = (None, "")
+_TOO_DEEP = f"nested more than {NESTED_AT_MOST} levels deep"
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
@@ -29,9 +34,9 @@ class RecordReader:
     def row(self, number: int, record: Mapping[str, Any]) -> Row:
         """Never raises for what is in the record: a Drop says what is wrong with it."""
         config = self._config
-        key = f"{number:09d}" if config.key is None else str(record.get(config.key))
-        if UNREADABLE in record:
-            return Drop(key, "unreadable_row", record[UNREADABLE])
+        key = key_of(record, config.key, number)
+        if (drop := unnamed(record, config.key, key)) is not None:
+            return drop
         try:
             captions = tuple(text for column in config.captions for text in as_captions(record.get(column)))
         except TypeError as error:
@@ -62,6 +67,23 @@ class RecordReader:
         if self._store is None:
             self._store = ImageStore(beside(self._path, self._config.images))
         return self._store.read(str(value))
+
+
+def key_of(record: Mapping[str, Any], column: str | None, number: int) -> str:
+    """What names row `number` of a source: its key column; a row that has nothing there by its place, as no key is."""
+    if column is None:
+        return f"{number:09d}"
+    value = record.get(column)
+    return f"row {number:09d}" if value in _NO_KEY else str(value)
+
+
+def unnamed(record: Mapping[str, Any], column: str | None, key: str) -> Drop | None:
+    """Why nothing can be made of a record before it is looked at further; None where something may."""
+    if UNREADABLE in record:
+        return Drop(key, "unreadable_row", record[UNREADABLE])
+    if column is not None and record.get(column) in _NO_KEY:
+        return Drop(key, "no_key", f"column {column!r} is empty")
+    return None
 
 
 class ImageStore:
@@ -101,6 +123,37 @@ class ImageStore:
         if "://" in name or name.startswith("/") or ".." in name.split("/"):
             raise OSError(f"{name!r} lies outside of {self._path}")
         return read_input(f"{self._path}/{name}")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The JSON of one row. Raises ValueError for what is none, or nested deeper than NESTED_AT_MOST."""
+    try:
+        tree = json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level, within = 0, [tree]
+    while within := [one for one in within if isinstance(one, dict | list)]:
+        if (level := level + 1) > NESTED_AT_MOST:
+            raise ValueError(_TOO_DEEP)
+        within = [item for one in within for item in (one.values() if isinstance(one, dict) else one)]
+    return tree
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    """One line of JSON -> its mapping, or {UNREADABLE: why it is none}."""
+    try:
+        record = parse_json(line)
+    except ValueError as error:
+        return {UNREADABLE: f"{error}: {line:.80}"}
+    return record if isinstance(record, dict) else {UNREADABLE: f"not a JSON object: {line:.80}"}
+
+
+def json_line(tree: Any) -> str:
+    """A value as one line, for `parse_object`."""
+    try:
+        return json.dumps(tree, ensure_ascii=False)
+    except RecursionError:
+        return json.dumps({UNREADABLE: _TOO_DEEP})
 
 
 def captions_of_json(tree: Any) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.build.dedup import duplicates
@@ -246,29 +247,27 @@ def _repeats(storage: Storage, plan: Plan, base: Manifest) -> np.ndarray:
     rules = plan.config.dedup
     names = [shard.name.replace(".tar", ".parquet") for shard in base.shards] + [survey_name(s) for s in plan.shards]
     tables = [_signatures(storage, name) for name in names]
-    rows = np.concatenate([table[0] for table in tables])
-    digests = np.concatenate([table[1] for table in tables])
-    hashes, hashed = (np.concatenate([table[column] for table in tables]) for column in (2, 3))
+    known = sum(len(table[0]) for table in tables[: len(base.shards)])
+    rows, digests, hashes, hashed = (np.concatenate(column) for column in zip(*tables, strict=True))
+    del tables
     # an image too plain for a hash is alike to none: only its bytes count
     keepers, same = duplicates(digests if rules.exact else None, hashes, hashed, rules.near_bits)
-    positions = {row: position for position, row in enumerate(range(plan.rows) if plan.ids is None else plan.ids)}
-    known = sum(len(table[0]) for table in tables[: len(base.shards)])
-    found = [
-        (positions[int(rows[place])], int(rows[keepers[place]]), int(same[place]))
-        for place in np.flatnonzero(keepers >= 0).tolist()
-        if place >= known
-    ]
-    return np.array(sorted(found), np.int64).reshape(-1, 3)
+    found = known + np.flatnonzero(keepers[known:] >= 0)
+    positions = rows[found]
+    if plan.ids is not None:
+        ranked = np.argsort(plan.ids)
+        positions = ranked[np.searchsorted(plan.ids, positions, sorter=ranked)]
+    repeats = np.stack([positions, rows[keepers[found]], same[found]], 1).astype(np.int64)
+    return repeats[np.argsort(positions)]
 
 
 def _signatures(storage: Storage, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of the rows that are stored: ids, uint64 [n, 2] of sha256, uint64 [n] perceptual hash, bool [n] has one."""
     table = pq.read_table(io.BytesIO(storage.get(name)), columns=["row", "status", "sha256", "phash"])
-    kept = [record for record in table.to_pylist() if record["status"] == "ok"]
-    digests = np.frombuffer(b"".join(bytes.fromhex(record["sha256"])[:16] for record in kept), np.uint64).reshape(-1, 2)
-    hashes = np.array([int(record["phash"] or "0", 16) for record in kept], np.uint64)
-    hashed = np.array([record["phash"] is not None for record in kept], bool)
-    return np.array([record["row"] for record in kept], np.int64), digests, hashes, hashed
+    kept = table.filter(pc.equal(table["status"], "ok"))
+    digests = np.frombuffer(b"".join(bytes.fromhex(text[:32]) for text in kept["sha256"].to_pylist()), np.uint64)
+    hashes = np.array([int(text or "0", 16) for text in kept["phash"].to_pylist()], np.uint64)
+    return _ids(kept), digests.reshape(-1, 2), hashes, pc.is_valid(kept["phash"]).to_numpy()
 
 
 # ----------------------------------------------------------------------------------------------- commit

@@ -225,6 +225,7 @@ class ShardFetcher:
 
     async def fetch(self, plan: Plan, shard: int) -> int:
         """The same as `fetch_shard`."""
+        plan.enter()
         storage = open_storage(plan.config.output)
         if storage.exists(journal_name(shard)):
             return 0
@@ -254,6 +255,7 @@ def read_journal(storage: Storage, shard: int) -> dict[int, Record]:
 
 def survey_shard(plan: Plan, shard: int, after: object = None) -> int:
     """Look at every image of a shard and publish what it is -> rows that would be stored."""
+    plan.enter()
     storage = open_storage(plan.config.output)
     stages = Stages(plan, shard, stored=False)
     records = [stages.run(number, row)[0] for number, row in plan.read(shard)]
@@ -267,6 +269,7 @@ def build_shard(plan: Plan, shard: int, after: object = None) -> Record:
     after: what must be done before, for Ray's scheduler.
     """
     cv2.setNumThreads(1)
+    plan.enter()
     storage = open_storage(plan.config.output)
     with storage.scratch() as folder, _disk_errors(str(folder)):
         path = folder / shard_name(shard)

@@ -5,8 +5,10 @@ is a counted rejection.
 """
 
 import contextlib
+import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +27,25 @@ from data_pipeline.build.inputs import (
     must_exist,
     open_input,
     read_input,
+    readable,
 )
 from data_pipeline.build.layout import Layout, Part, Row, lines_layout
-from data_pipeline.build.records import ImageStore, as_captions, captions_of_json, is_json
-from data_pipeline.build.tables import Table, load_json, published_table
+from data_pipeline.build.records import (
+    UNREADABLE,
+    ImageStore,
+    as_captions,
+    captions_of_json,
+    is_json,
+    json_line,
+    key_of,
+    parse_json,
+    parse_object,
+    unnamed,
+)
+from data_pipeline.build.tables import Table, load_json, parquet_errors, published_table
 from data_pipeline.config import CocoSource, FolderSource, ScenesSource, SourceConfig, TarsSource
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.remote import S3Storage
+from data_pipeline.remote import Forbidden, S3Storage
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.tar import Member, scan, split_name
 
@@ -150,15 +164,39 @@ def _images_below(root: str) -> list[str]:
         raise ConfigError(f"source.path={root}: only s3:// tells what lies in a folder; name a table or tars instead")
     else:
         must_exist(Path(root), "source.path")
-        names = (path.relative_to(root).as_posix() for path in Path(root).rglob("*") if path.is_file())
+        with readable(root):
+            names = _files_below(root)
     return sorted(name for name in names if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
+
+
+def _files_below(root: str) -> list[str]:
+    """Names of the files below a folder, through links to folders too, but not into one that they lie in.
+
+    Raises OSError for a folder that cannot be listed: what is in it would be lost.
+    """
+    names = []
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # folders, each with those that it lies in
+    while waiting:
+        below, above = waiting.pop()
+        status = os.stat(f"{root}/{below}")
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            continue
+        with os.scandir(f"{root}/{below}") as entries:
+            for entry in entries:
+                kind = Path(entry) if entry.is_symlink() else entry  # a Path says of a dead link that it is neither
+                if kind.is_dir():
+                    waiting.append((f"{below}{entry.name}/", (*above, here)))
+                elif kind.is_file():
+                    names.append(below + entry.name)
+    return names
 
 
 def _beside(image: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Captions and attributes of the .json or .txt file beside an image; none where there is no such file."""
     stem = image.rpartition(".")[0]
     with contextlib.suppress(FileNotFoundError):
-        return captions_of_json(json.loads(read_input(f"{stem}.json").decode("utf-8")))
+        return captions_of_json(parse_json(read_input(f"{stem}.json").decode("utf-8")))
     with contextlib.suppress(FileNotFoundError):
         return tuple(read_input(f"{stem}.txt").decode("utf-8").splitlines()), {}
     return (), {}
@@ -187,26 +225,31 @@ class Coco:
         return self.layout.rows
 
     def keys(self) -> Iterator[str]:
-        return (str(json.loads(line)["id"]) for line in self.layout.texts(0, self.layout.rows))
+        lines = self.layout.texts(0, self.layout.rows)
+        return (key_of(parse_object(line), "id", number) for number, line in enumerate(lines))
 
     def rows(self, start: int, stop: int) -> Iterator[Row]:
-        for line in self.layout.texts(start, stop):
-            record = json.loads(line)
-            key = str(record["id"])
-            meta = {name: record[name] for name in ("license", "license_url", "flickr_url") if name in record}
-            name = record.get("coco_url") if self._images is None else record.get("file_name")
-            try:
-                captions = as_captions(record["captions"])
-                if name is None:
-                    yield Drop(key, "no_image", "neither file_name nor coco_url")
-                elif self._images is None:
-                    yield Link(key, str(name), captions, meta)
-                else:
-                    yield Pair(key, self._images.read(str(name)), captions, meta)
-            except TypeError as error:
-                yield Drop(key, "unreadable_caption", str(error))
-            except OSError as error:
-                yield Drop(key, "unreadable_file", str(error))
+        for number, line in enumerate(self.layout.texts(start, stop), start):
+            record = parse_object(line)
+            key = key_of(record, "id", number)
+            yield unnamed(record, "id", key) or self._row(key, record)
+
+    def _row(self, key: str, record: dict[str, Any]) -> Row:
+        meta: dict[str, Any] = {
+            name: record[name] for name in ("license", "license_url", "flickr_url") if name in record
+        }
+        name = record.get("coco_url") if self._images is None else record.get("file_name")
+        try:
+            captions = as_captions(record["captions"])
+            if name is None:
+                return Drop(key, "no_image", "neither file_name nor coco_url")
+            if self._images is None:
+                return Link(key, str(name), captions, meta)
+            return Pair(key, self._images.read(str(name)), captions, meta)
+        except TypeError as error:
+            return Drop(key, "unreadable_caption", str(error))
+        except (OSError, ValueError) as error:
+            return Drop(key, "unreadable_file", str(error))
 
     @cached_property
     def _images(self) -> ImageStore | None:
@@ -216,18 +259,36 @@ class Coco:
 
 
 def _coco_lines(path: str) -> Iterator[str]:
-    """One JSON text an image: its record with `captions` and the address of its licence."""
+    """One JSON text an image: its record with `captions` and the address of its licence; those without an id last."""
     tree = load_json(path)
-    if not isinstance(tree, dict) or not {"images", "annotations"} <= set(tree):
+    if not isinstance(tree, dict) or not all(isinstance(tree.get(name), list) for name in ("images", "annotations")):
         raise DataError(f"{path}: no COCO captions; they have `images` and `annotations`, check source.kind")
-    licenses = {entry.get("id"): entry.get("url") for entry in tree.get("licenses", ())}
+    licenses = {_id(entry.get("id")): entry.get("url") for entry in _objects(path, tree, "licenses")}
     captions: dict[Any, list[tuple[Any, Any]]] = {}
-    for annotation in tree["annotations"]:
-        captions.setdefault(annotation.get("image_id"), []).append((annotation.get("id"), annotation.get("caption")))
-    for image in sorted(tree["images"], key=lambda image: str(image["id"]).zfill(20)):
-        texts = [text for _, text in sorted(captions.get(image["id"], ()), key=lambda pair: str(pair[0]).zfill(20))]
-        license_url = {"license_url": licenses[image["license"]]} if image.get("license") in licenses else {}
-        yield json.dumps({**image, **license_url, "captions": texts}, ensure_ascii=False)
+    for annotation in _objects(path, tree, "annotations"):
+        image_id = _id(annotation.get("image_id"))
+        captions.setdefault(image_id, []).append((annotation.get("id"), annotation.get("caption")))
+    images = [image if isinstance(image, dict) else {UNREADABLE: f"{image!r:.80}"} for image in tree["images"]]
+    for image in sorted(images, key=lambda image: (image.get("id") is None, str(image.get("id")).zfill(20))):
+        found = captions.get(_id(image.get("id")), ())
+        texts = [text for _, text in sorted(found, key=lambda pair: str(pair[0]).zfill(20))]
+        license_id = _id(image.get("license"))
+        license_url = {"license_url": licenses[license_id]} if license_id in licenses else {}
+        yield json_line({**image, **license_url, "captions": texts})
+
+
+def _objects(path: str, tree: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """A list of objects of a COCO file. Raises DataError for anything else in it."""
+    entries = tree.get(name) or []
+    wrong = [f"{name}[{n}] is {entry!r:.80}" for n, entry in enumerate(entries) if not isinstance(entry, dict)]
+    if wrong:
+        raise DataError(f"{path}: {wrong[0]}, not an object, {len(wrong)} such; mend the file, or take them out")
+    return list(entries)
+
+
+def _id(value: Any) -> Any:
+    """What a JSON value is looked up by."""
+    return json.dumps(value) if isinstance(value, dict | list) else value
 
 
 # ------------------------------------------------------------------------------------------------ tars
@@ -279,7 +340,7 @@ def sample_row(key: str, parts: dict[str, bytes], attributes: dict[str, Any]) ->
 
 def captions_of_parts(parts: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Captions and attributes of a sample's .json and .txt: the list in .json is complete, else .txt counts."""
-    tree = json.loads(parts["json"]) if "json" in parts else {}
+    tree = parse_json(parts["json"]) if "json" in parts else {}
     captions, meta = captions_of_json(tree)
     if "txt" in parts and (not captions or not (isinstance(tree, dict) and "captions" in tree)):
         captions = (parts["txt"].decode("utf-8"),)
@@ -313,10 +374,20 @@ def _stem(path: str) -> str:
 
 def _beside_tar(path: str) -> dict[str, dict[str, Any]]:
     """img2dataset's NAME.parquet beside NAME.tar -> attributes by key; empty where there is none."""
-    table_path = Path(path.removesuffix(".tar") + ".parquet")
-    if is_remote(path) or not table_path.is_file():
+    table_path = path.removesuffix(".tar") + ".parquet"
+    if is_remote(path) and not path.endswith(".tar"):  # an address with a query, behind which nothing can be named
         return {}
-    table = pyarrow.parquet.read_table(table_path)
+    with readable(table_path):
+        try:
+            data = read_input(table_path)
+        except (
+            FileNotFoundError,
+            IsADirectoryError,
+            Forbidden,
+        ):  # S3 says 403 of what is not there to who may not list
+            return {}
+    with parquet_errors(table_path):
+        table = pyarrow.parquet.read_table(io.BytesIO(data))
     if "key" not in table.column_names:
         return {}
     kept = [name for name in table.column_names if name not in ("caption", "captions", "status", "error_message")]

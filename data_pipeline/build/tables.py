@@ -4,8 +4,10 @@ Text is read once when the build is planned, which notes where every STRIDE-th r
 file there. Records are found by the same code both times, so a quotation mark that never closes cannot shift them.
 """
 
+import contextlib
 import csv
 import hashlib
+import io
 import itertools
 import json
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import pyarrow.parquet
 
 from data_pipeline.build.inputs import beside, input_digest, input_paths, open_input
 from data_pipeline.build.layout import STRIDE, Layout, Part, Row, lines_layout
-from data_pipeline.build.records import UNREADABLE, RecordReader
+from data_pipeline.build.records import UNREADABLE, RecordReader, json_line, key_of, parse_object
 from data_pipeline.config import PairsSource, TableSource
 from data_pipeline.errors import ConfigError, DataError
 
@@ -55,7 +57,8 @@ class Table:
         column = self._config.key
         if column is None:
             return None
-        return (str(record.get(column)) for _, record in self._records(0, self.layout.rows, [column]))
+        records = self._records(0, self.layout.rows, [column])
+        return (key_of(record, column, number) for number, (_, record) in enumerate(records))
 
     def rows(self, start: int, stop: int) -> Iterator[Row]:
         readers: dict[str, RecordReader] = {}
@@ -94,11 +97,10 @@ class Table:
         return Part(path, rows, digest, np.array(offsets, np.int64), size)
 
     def _plan_parquet(self, path: str) -> Part:
-        with open_input(path) as source:
-            file = _parquet(source, path)
+        with open_input(path) as source, parquet_errors(path):
+            file = pyarrow.parquet.ParquetFile(source)
             self._check_columns(path, list(file.schema_arrow.names))
-            described = json.dumps(file.metadata.to_dict(), sort_keys=True, default=str)
-            digest = hashlib.sha256(described.encode()).hexdigest()
+            digest = hashlib.sha256(_described(file.metadata, source)).hexdigest()
             return Part(path, file.metadata.num_rows, digest, np.array([], np.int64))
 
     def _plan_json(self, paths: list[str]) -> Layout:
@@ -108,9 +110,9 @@ class Table:
             tree = load_json(path)
             if not isinstance(tree, list):
                 raise DataError(f"{path}: holds {type(tree).__name__}; kind json is a list of objects, else use jsonl")
-            lines += [json.dumps(item, ensure_ascii=False) for item in tree]
-        first = json.loads(lines[0]) if lines else None
-        if isinstance(first, dict):
+            lines += [json_line(item) for item in tree]
+        first = parse_object(lines[0]) if lines else {UNREADABLE: ""}
+        if UNREADABLE not in first:
             self._check_columns(paths[0], list(first))
         return lines_layout(paths[0], lines)
 
@@ -217,21 +219,12 @@ class _Lines:
         return line.decode("utf-8-sig" if self.start == 0 else "utf-8", "replace")
 
 
-def parse_object(line: str) -> Record:
-    """One line of JSON -> its mapping, or why it is none."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        return {UNREADABLE: f"{error}: {line:.80}"}
-    return record if isinstance(record, dict) else {UNREADABLE: f"not a JSON object: {line:.80}"}
-
-
 def load_json(path: str) -> Any:
     """A whole JSON file. Raises DataError where it is none."""
     with open_input(path) as file:
         try:
             return json.loads(file.read().decode("utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON ({error}); check source.path and source.kind") from None
 
 
@@ -265,8 +258,10 @@ class ParquetReader:
     """Records of one parquet file; going on after the last one that was asked for decodes nothing twice."""
 
     def __init__(self, path: str, columns: list[str] | None) -> None:
+        self._path = path
         self._source = open_input(path)
-        self._file = _parquet(self._source, path)
+        with parquet_errors(path):
+            self._file = pyarrow.parquet.ParquetFile(self._source)
         metadata = self._file.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._begins = np.cumsum([0, *sizes])  # of the groups, and the end
@@ -276,13 +271,14 @@ class ParquetReader:
 
     def records(self, start: int, stop: int) -> Iterator[Record]:
         """Records [start, stop), or as many of them as the file has."""
-        for first, batch in self._from(start):
-            self._newest = first, batch
-            begin, end = max(first, start), min(first + batch.num_rows, stop)
-            if begin < end:
-                yield from batch.slice(begin - first, end - begin).to_pylist()
-            if end == stop:
-                return
+        with parquet_errors(self._path):
+            for first, batch in self._from(start):
+                self._newest = first, batch
+                begin, end = max(first, start), min(first + batch.num_rows, stop)
+                if begin < end:
+                    yield from _records_of(batch.slice(begin - first, end - begin))
+                if end == stop:
+                    return
 
     def is_within_group(self, row: int) -> bool:
         """Is there a row group that begins before this row and ends after it?"""
@@ -312,11 +308,43 @@ def _decoded(file: Any, begins: np.ndarray, group: int, columns: list[str] | Non
             first += batch.num_rows
 
 
-def _parquet(source: BinaryIO, path: str) -> Any:
+def _described(metadata: Any, source: BinaryIO) -> bytes:
+    """What a parquet file says about itself: its footer, as it is where its statistics are no text."""
     try:
-        return pyarrow.parquet.ParquetFile(source)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file ({error})") from None
+        return json.dumps(metadata.to_dict(), sort_keys=True, default=str).encode()
+    except (ValueError, OverflowError):
+        source.seek(-8, io.SEEK_END)
+        size = int.from_bytes(source.read(4), "little")
+        source.seek(-8 - size, io.SEEK_END)
+        return source.read(size)
+
+
+def _records_of(batch: Any) -> list[Record]:
+    """The records of a batch; one with a value that Python cannot hold, such as text that is not UTF-8, says so."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError):
+        return [_record_of(batch, number) for number in range(batch.num_rows)]
+
+
+def _record_of(batch: Any, number: int) -> Record:
+    record: Record = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            record[name] = column[number].as_py()
+        except (ValueError, OverflowError) as error:
+            record[UNREADABLE] = f"column {name!r}: {error}"
+    return record
+
+
+@contextlib.contextmanager
+def parquet_errors(path: str) -> Iterator[None]:
+    """Turns what Arrow raises into a DataError."""
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        said = " ".join(str(error).split())
+        raise DataError(f"{path}: not a parquet file, or a damaged one ({said:.200}); fetch it again") from None
 
 
 def published_table(config: PairsSource, layout: Layout | None = None) -> Table:

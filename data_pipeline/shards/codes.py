@@ -196,7 +196,9 @@ def encode_dataset(
     _check_crops(storage, tokenizer.id, crops)
     meta = find_meta(storage, manifest, tokenizer.id)
     if meta is None:
-        job = Job(str(storage.root), factory, str(Path(directory).absolute()), tokenizer.id, crops)
+        root = str(storage.root)  # absolute: workers on a cluster start in other folders
+        root = root if "://" in root else str(Path(root).absolute())
+        job = Job(root, factory, str(Path(directory).absolute()), tokenizer.id, crops)
         _encode_shards(job, manifest, workers, progress, ray_address, gpus)
         meta = _meta(storage, manifest, tokenizer, crops)
         _publish_meta(storage, manifest, meta)

@@ -4,7 +4,8 @@
 
 /file/NAME the file; the rest are its ways to fail, each followed by anything: /status/503/... /once/503/NAME (the first
 time only), /stall/..., /drip/..., /cut/NAME (half of what it announced), /endless/..., /huge/..., /packed-bomb/...,
-/packed/NAME, /redirect/COUNT/NAME, /to?URL, /robots/DIRECTIVES/NAME, /garbage/..., /closed/....
+/packed/NAME, /deflate/NAME, /bare-deflate/NAME (without zlib's header), /badly-packed/HOW/NAME, /redirect/COUNT/NAME,
+/to?URL, /robots/DIRECTIVES/NAME, /garbage/..., /closed/....
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
@@ -90,6 +92,29 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
 
     def way_packed(self, name):
         self.answer(gzip.compress((self.server.folder / name).read_bytes()), Content_Encoding="gzip")
+
+    def way_deflate(self, name):
+        self.answer(zlib.compress((self.server.folder / name).read_bytes()), Content_Encoding="deflate")
+
+    def way_bare_deflate(self, name):
+        packed = zlib.compress((self.server.folder / name).read_bytes(), wbits=-zlib.MAX_WBITS)
+        self.answer(packed, Content_Encoding="deflate")
+
+    def way_badly_packed(self, rest):
+        how, _, name = rest.partition("/")
+        data = (self.server.folder / name).read_bytes()
+        packed = zlib.compress(data) if how == "cut-deflate" else gzip.compress(data)
+        middle = len(packed) // 2
+        body = {
+            "plain": data,
+            "plain-deflate": data,
+            "cut": packed[:middle],
+            "cut-deflate": packed[:middle],
+            "wrong-sum": packed[:-8] + bytes(8),
+            "more": packed + b"more",
+            "nothing": b"",
+        }[how]
+        self.answer(body, Content_Encoding="deflate" if how.endswith("deflate") else "gzip")
 
     def way_redirect(self, rest):
         count, _, name = rest.partition("/")

@@ -57,11 +57,11 @@ def impatient_build(tree):
     build(check_settings(BuildConfig, tree, "driver"), progress=False)
 
 
-def run_with_a_token(words) -> "subprocess.Popen[str]":
+def run_with_a_token(words, cwd=campaign.REPOSITORY) -> "subprocess.Popen[str]":
     """A driver with a token of its user's own. (Ray keeps one in the memory of its process: this one has none.)"""
     return subprocess.Popen(
         words,
-        cwd=campaign.REPOSITORY,
+        cwd=cwd,
         env=os.environ | {"RAY_AUTH_TOKEN": "0123456789abcdef" * 4},
         stderr=subprocess.PIPE,
         text=True,
@@ -100,6 +100,24 @@ def test_a_build_joins_a_cluster_and_outlives_one_of_its_nodes(cluster: Nodes, b
     assert driver.returncode == 0, said[-2000:]
     cluster.replace(1)
     assert tree_digests(tmp_path / "out") == tree_digests(tmp_path / "whole")
+
+
+def test_relative_paths_name_on_a_cluster_what_they_name_without_one(tmp_path, tree_digests, make_png, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(campaign.REPOSITORY))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.png").write_bytes(make_png())
+    rows = [{"image": image, "caption": text} for image, text in (("0.png", "a"), ("gone.png", "b"), ("0.png", "bad"))]
+    (tmp_path / "in/x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "deny.txt").write_text("bad")
+    source = {"kind": "jsonl", "path": "in/x.jsonl"}
+    tree = {"source": source, "captions": {"deny": "deny.txt"}, "dedup": {"exact": True}, "workers": 1}
+    with nodes(1, 1) as own:
+        for output, more in {"alone": {}, "joined": {"ray_address": own.address}}.items():
+            words = [sys.executable, "-c", DRIVER, json.dumps({**tree, "output": output, **more})]
+            driver = run_with_a_token(words, cwd=tmp_path)
+            _, said = driver.communicate(timeout=120)
+            assert driver.returncode == 0, said[-2000:]
+    assert tree_digests(tmp_path / "joined") == tree_digests(tmp_path / "alone")
 
 
 def test_an_embedded_build_leaves_a_cluster_on_its_machine_alone(cluster: Nodes, tmp_path, monkeypatch):

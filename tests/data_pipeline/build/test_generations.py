@@ -1,6 +1,7 @@
 """Builds that fetch, compare, retry and grow: the account is exact, and what stands never changes."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.build import run, shard
+from data_pipeline.build.plan import make_plan
 from data_pipeline.build.run import retry
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.shards.manifest import read_manifest
@@ -310,6 +312,57 @@ def test_growing_and_retrying_in_turn_keeps_the_account(folder, build_here, make
     verify(tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_rows_without_a_key_are_told_apart(tmp_path, build_here, kind):
+    def write(keys):
+        rows = [{"id": key, "image": "gone.png", "caption": "c"} for key in keys]
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+        elif kind == "jsonl":
+            (tmp_path / "x.jsonl").write_text("\n".join("{" if row["id"] == "" else json.dumps(row) for row in rows))
+        else:
+            lines = ["id,image,caption", *(f"{row['id'] or ''},gone.png,c" for row in rows)]
+            (tmp_path / "x.csv").write_text("\n".join(lines))
+
+    def found():
+        table = pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()
+        return [(row["row"], row["key"], row["reason"]) for row in table]
+
+    def nameless(row, key):
+        return (row, f"row {row:09d}", "unreadable_row" if kind == "jsonl" and key == "" else "no_key")
+
+    source = {"kind": kind, "path": f"{tmp_path}/x.{kind}", "key": "id"}
+    tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": 2}
+    keys = ["000000003", None, "", "b", None, "b"]
+    write(keys)
+    with pytest.raises(DataError, match="all 6 rows were rejected"):
+        build_here(**tree)
+    expected = [(0, "000000003", "unreadable_file"), nameless(1, None), nameless(2, ""), (3, "b", "unreadable_file")]
+    expected += [nameless(4, None), (5, "b", "duplicate_key")]
+    assert found() == expected
+
+
+def test_growth_and_retry_account_for_rows_without_a_key(tmp_path, build_here, make_config, make_png):
+    (tmp_path / "0.png").write_bytes(make_png())
+
+    def lines(keys):
+        rows = ["{" if key == "" else json.dumps({"id": key, "image": "0.png", "caption": "c"}) for key in keys]
+        (tmp_path / "x.jsonl").write_text("\n".join(rows))
+
+    source = {"kind": "jsonl", "path": f"{tmp_path}/x.jsonl", "key": "id"}
+    tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": 2, "grow": True}
+    lines(["a", "", None])
+    assert build_here(**tree)["rejected"] == {"unreadable_row": 1, "no_key": 1}
+    lines(["a", "", None, "b", None, "", "", "a"])
+    grown = build_here(**tree)
+    assert (grown["in"], grown["out"], grown["rejected"]) == (7, 2, {"unreadable_row": 3, "no_key": 2})
+    lines(["a", "c", None, "b", None, "", "", "a"])  # mended: a row that the dataset lacks
+    assert build_here(**tree)["out"] == 3
+    again = retry(make_config(**tree), progress=False)
+    assert again["in"] == 8 == again["out"] + sum(again["rejected"].values())
+    verify(tmp_path / "out")
+
+
 # --------------------------------------------------------------------------------------------- duplicates
 
 
@@ -354,6 +407,25 @@ def test_near_duplicates_are_found_over_all_shards_and_over_generations(tmp_path
     assert stats["rejected"] == {"near_duplicate": 2} and keys(tmp_path / "out") == ["00", "01", "03", "05"]
     assert rejects(tmp_path / "out")["04"]["detail"] == "looks like row 1"
     assert retry(make_config(**tree), progress=False)["rejected"] == {"near_duplicate": 2}  # nothing to try again
+
+
+def test_duplicates_among_rows_tried_again_are_found_whatever_the_order_of_their_ids(
+    folder, build_here, make_config, tmp_path, make_png
+):
+    source = {"kind": "folder", "path": str(folder)}
+    tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": 4, "dedup": {"exact": True}}
+    (folder / "a/0.png").write_bytes(b"")
+    build_here(**tree)
+    for name in ("0", "1"):  # they come before the others, with later ids
+        (folder / f"{name}.png").write_bytes(b"")
+        (folder / f"{name}.txt").write_text("new")
+    assert build_here(**tree, grow=True)["rejected"] == {"empty_file": 3}
+    for name, seed in {"0": 40, "1": 2, "a/0": 40}.items():  # 2: that of b/0
+        (folder / f"{name}.png").write_bytes(make_png(seed))
+    again = retry(make_config(**tree), progress=False)
+    assert (again["in"], again["out"], again["rejected"]) == (8, 6, {"duplicate_image": 2})
+    found = {key: row["detail"] for key, row in rejects(tmp_path / "out").items()}
+    assert found == {"1": "the bytes of row 2", "a/0": "the bytes of row 6"}
 
 
 # ----------------------------------------------------------------------------- the same build, begun twice
@@ -454,3 +526,18 @@ def test_a_disk_that_fills_up_ends_the_build_and_the_same_command_finishes_it(
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert build_here(**tree)["out"] == 25
     assert tree_digests(tmp_path / "full") == tree_digests(scenes)
+
+
+@pytest.mark.parametrize("output", ["out", "OUT"])
+def test_a_node_without_the_folder_of_the_command_is_refused_where_paths_are_relative(
+    make_config, tmp_path, monkeypatch, output
+):
+    monkeypatch.chdir(tmp_path)
+    config = make_config(source={"kind": "scenes", "count": 3}, output=output.replace("OUT", f"{tmp_path}/out"))
+    plan = dataclasses.replace(make_plan(config), folder=f"{tmp_path}/elsewhere")
+    if output == "OUT":
+        assert shard.build_shard(plan, 0)["out"] == 3
+    else:
+        with pytest.raises(DataError, match="elsewhere: No such file.* where out begins; give absolute paths"):
+            shard.build_shard(plan, 0)
+        assert not (tmp_path / "out").exists()

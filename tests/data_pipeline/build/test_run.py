@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from data_pipeline.errors import ConfigError, DataError, NodeFault
 from data_pipeline.shards.verify import verify
 from data_pipeline.stream.reader import Stream
 from data_pipeline.workers import OUTER_RETRIES, run_tasks
+from tests.data_pipeline.build.cluster import below, command_of
 
 # ------------------------------------------------------------------------------------- what is stored
 
@@ -207,16 +209,14 @@ def wait_for(condition, seconds=90.0):
         time.sleep(0.02)
 
 
-def descendants(pid: int) -> list[int]:
-    children = [
-        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
-    ]
-    return children + [below for child in children for below in descendants(child)]
-
-
-def ray_workers(driver: int) -> list[int]:
-    """Processes of this driver that are running a task."""
-    return [pid for pid in descendants(driver) if b"ray::build_shard" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def kill_a_worker(driver: int) -> bool:
+    """Kill a process of this driver that is running a task, unless there is none; both are seen in one look."""
+    for pid in below(driver):
+        if b"ray::build_shard" in command_of(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                return True
+    return False
 
 
 @pytest.mark.real
@@ -232,8 +232,7 @@ def test_any_number_of_workers_gives_the_same_bytes(undisturbed, tmp_path, tree_
 def test_a_killed_worker_changes_no_byte(undisturbed, tmp_path, tree_digests):
     driver = start_driver(tmp_path / "out", 2)
     for _ in range(2):
-        wait_for(lambda: ray_workers(driver.pid))
-        os.kill(ray_workers(driver.pid)[0], signal.SIGKILL)
+        wait_for(lambda: kill_a_worker(driver.pid))
         time.sleep(0.2)
     assert driver.wait(timeout=120) == 0
     assert tree_digests(tmp_path / "out") == undisturbed

@@ -14,11 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from urllib3 import HTTPResponse
 
 from data_pipeline.build import sources, tables
 from data_pipeline.build.sources import SOURCES, expand_braces, open_source
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.remote import HttpStorage
 from data_pipeline.schema import Drop, Link, Pair
+from data_pipeline.storage import open_storage
 
 ROWS = [
     {"name": "k0", "file": "0.png", "en": "zero", "zh": "零", "score": "1"},
@@ -205,6 +208,24 @@ def test_several_folders_are_read_one_after_another_with_their_names_in_the_keys
         assert list(source.rows(start, stop)) == rows[start:stop]
 
 
+def test_links_to_folders_are_followed_and_loops_end(folder, tmp_path, make_png, make_config):
+    (tmp_path / "else/deep").mkdir(parents=True)
+    (tmp_path / "else/deep/x.png").write_bytes(make_png(9))
+    before = [row.key for row in opened(make_config, kind="folder", path=str(folder)).rows(0, 6)]
+    (folder / "a/else").symlink_to(tmp_path / "else")
+    (folder / "linked.png").symlink_to(tmp_path / "else/deep/x.png")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden/y.png").write_bytes(make_png(8))
+    (tmp_path / "else/deep/up").symlink_to(tmp_path / "else")
+    (folder / "b/round").symlink_to(folder)
+    (folder / "dead.png").symlink_to(tmp_path / "gone.png")
+    (folder / "self.png").symlink_to(folder / "self.png")
+    source = opened(make_config, kind="folder", path=str(folder))
+    rows = list(source.rows(0, source.count()))
+    assert [row.key for row in rows] == [".hidden/y", "a/0", "a/1", "a/else/deep/x", *before[2:], "linked"]
+    assert rows[3].image == rows[-1].image == make_png(9)
+
+
 def test_a_folder_that_cannot_be_listed_is_refused(make_config):
     with pytest.raises(ConfigError, match="https://host/folder: only s3:// tells"):
         opened(make_config, kind="folder", path="https://host/folder").count()
@@ -219,6 +240,53 @@ def test_tars_are_a_source_with_their_name_in_the_key(tmp_path, make_png, make_c
     assert [row.key for row in rows] == ["00/x", "00/y", "01/x", "01/y"]
     assert (rows[2].image, rows[2].captions, rows[2].meta) == (make_png(1), ("c",), {"w": 1})
     assert (rows[1].reason, rows[3].reason) == ("no_image", "no_image")
+
+
+BESIDE = [{"key": "k", "caption": "not this", "w": 7, "more": [1], "status": "success"}, {"key": "l", "w": 8}]
+
+
+def tar_with_a_table(folder, make_png):
+    tar_of(folder / "00.tar", [("k.png", make_png()), ("k.txt", b"c")])
+    pq.write_table(pa.Table.from_pylist(BESIDE), folder / "00.parquet")
+    tar_of(folder / "01.tar", [("k.png", make_png()), ("k.txt", b"c")])
+
+
+def test_a_table_beside_a_tar_gives_attributes_here_and_over_http(tmp_path, make_png, make_config, serve):
+    tar_with_a_table(tmp_path, make_png)
+    for where in (str(tmp_path), serve(tmp_path)):
+        rows = list(opened(make_config, kind="tars", path=f"{where}/{{00..01}}.tar").rows(0, 2))
+        assert [row.meta for row in rows] == [{"w": 7, "more": [1]}, {}]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_table_beside_a_tar_gives_attributes_on_s3(tmp_path, make_png, make_config, bucket):
+    tar_with_a_table(tmp_path, make_png)
+    storage = open_storage(f"{bucket}/in")
+    for path in sorted(tmp_path.glob("0*")):
+        storage.put_if_absent(path.name, path.read_bytes())
+    rows = list(opened(make_config, kind="tars", path=f"{bucket}/in").rows(0, 2))
+    assert [row.meta for row in rows] == [{"w": 7, "more": [1]}, {}]
+
+
+def test_a_server_that_will_not_say_whether_a_table_lies_beside_a_tar_has_none(
+    tmp_path, make_png, make_config, serve, monkeypatch
+):
+    tar_with_a_table(tmp_path, make_png)
+    original = HttpStorage._head
+    refused = lambda self, name: (  # noqa: E731
+        HTTPResponse(status=403) if name.endswith(".parquet") else original(self, name)
+    )
+    monkeypatch.setattr(HttpStorage, "_head", refused)
+    rows = list(opened(make_config, kind="tars", path=f"{serve(tmp_path)}/00.tar").rows(0, 1))
+    assert [row.meta for row in rows] == [{}]
+
+
+def test_a_damaged_table_beside_a_tar_is_an_error_of_data(tmp_path, make_png, make_config):
+    tar_with_a_table(tmp_path, make_png)
+    (tmp_path / "00.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="00.parquet: not a parquet file"):
+        list(opened(make_config, kind="tars", path=f"{tmp_path}/00.tar").rows(0, 1))
 
 
 def test_braces_expand_with_the_width_of_their_first_number():

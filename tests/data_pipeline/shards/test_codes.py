@@ -83,6 +83,14 @@ def test_codes_leave_the_fingerprint_of_the_dataset_alone(small, encode_here):
     assert verify(small)["codes"] == [Means().id]
 
 
+def test_workers_are_told_the_whole_path_of_a_dataset(small, encode_here, monkeypatch):
+    jobs, local = [], codes._encode_shards
+    monkeypatch.setattr(codes, "_encode_shards", lambda job, *rest: jobs.append(job) or local(job, *rest))
+    monkeypatch.chdir(small.parent)
+    encode_here("small")
+    assert [job.dataset for job in jobs] == [str(small)]
+
+
 def test_encoding_again_changes_nothing(small, encode_here, tree_digests):
     encode_here(small)
     before = tree_digests(small)
