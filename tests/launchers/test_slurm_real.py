@@ -19,7 +19,7 @@ import pytest
 
 from launchers.local import free_port
 from launchers.watch import job_of, run_status
-from tests.launchers.site import ACCOUNTING, NEEDED, PACKAGES, Site, running_site, wait_until
+from tests.launchers.site import ACCOUNTING, NEEDED, PACKAGES, Site, port_block, running_site, wait_until
 from tests.pretrain.commands import (
     ROOT,
     TIMEOUT_S,
@@ -263,7 +263,35 @@ def test_a_pipeline_whose_last_step_is_refused_leaves_nothing_in_the_queue(site:
     steps = [{"target": str(first)}, {"target": str(second), "cluster": str(elsewhere)}]
     done = tessera("launch", "slurm", recipe({"steps": steps}, desk.folder / "p.yaml"), "--cluster", desk.place())
     assert done.returncode == 64 and "invalid partition" in done.stdout
+    assert f"job {job_of(run)['job']} taken back" in done.stdout
     wait_until(lambda: state_of(run) == "cancelled", "the first step is not taken back")
+
+
+def test_a_controller_that_nobody_reaches_is_a_fault_of_a_node(
+    site: Site, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = desk.recipe("unheard")
+    monkeypatch.setenv("SLURM_CONF", str(site.with_controller_at(port_block(1))))
+    done = tessera("launch", "slurm", config, "--cluster", desk.place())
+    assert done.returncode == 70, done.stdout
+    assert "Unable to contact slurm controller" in done.stdout and "`scontrol ping`" in done.stdout
+    assert not job_of(run)
+
+
+def test_what_a_controller_that_froze_may_have_taken_is_said_and_true(site: Site, desk: Desk) -> None:
+    """It reads later what it was sent: the job of the second step is there, that of the first is not."""
+    (first, run), (second, _) = desk.recipe("before"), desk.recipe("during")
+    steps = recipe({"steps": [{"target": str(first)}, {"target": str(second), "after": []}]}, desk.folder / "p.yaml")
+    place = desk.place(options=["begin=now+1hour"])
+    with site.frozen_controller():
+        done = tessera("launch", "slurm", steps, "--cluster", place)
+    assert done.returncode == 70 and "Socket timed out" in done.stdout, done.stdout
+    assert f"once Slurm answers: scancel {job_of(run)['job']}" in done.stdout
+    assert "`squeue --me --name=during` is empty" in done.stdout
+    site.tool("scancel", job_of(run)["job"])
+    wait_until(lambda: state_of(run) == "cancelled", "the first step is not taken back")
+    (left,) = site.tool("squeue", "--me", "--noheader", "--format=%i", "--name=during").split()
+    site.tool("scancel", left)
 
 
 @pytest.fixture
