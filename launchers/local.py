@@ -7,6 +7,7 @@ Within a scheduler's job, which makes the attempts, 1 says of user code what 64 
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -166,12 +167,13 @@ def _record(group: Group) -> dict[str, Any]:
 
 
 def dry_run_text(group: Group) -> str:
-    """One line of shell for each process."""
+    """A shell script that starts the processes as `attend` would, a line for each, and waits for them."""
+    group = replace(group, master_port=group.master_port or free_port())
     lines = []
     for local_rank in range(group.procs):
-        pairs = " ".join(f"{name}={value}" for name, value in group.environment(local_rank).items())
-        lines.append(f"{pairs} {' '.join(group.command)}")
-    return "\n".join(lines)
+        pairs = [f"{name}={value}" for name, value in group.environment(local_rank).items()]
+        lines.append(shlex.join(["env", *pairs, *group.command]))
+    return " &\n".join(lines) + (" &\nwait" if len(lines) > 1 else "")
 
 
 # -------------------------------------------------------------------------------------------- one group's life

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from launchers.local import Group, Patience, StopSignals, exit_code_of, free_port, run_group, threads_per_process
+from launchers.local import (
+    Group,
+    Patience,
+    StopSignals,
+    dry_run_text,
+    exit_code_of,
+    free_port,
+    run_group,
+    threads_per_process,
+)
 from launchers.watch import is_running, read_record, start_ticks, stop_run, write_record
 
 QUICK = Patience(stop_s=5, settle_s=0.3, grace_s=0.5)
@@ -87,6 +96,27 @@ def test_every_process_knows_its_rank_and_the_rendezvous(tmp_path: Path) -> None
     names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TESSERA_ATTEMPT"]
     one = Group(("true",), procs=2, world_size=6, first_rank=4, master_addr="10.0.0.1", master_port=123, attempt=7)
     assert [one.environment(1)[name] for name in names] == ["5", "1", "6", "2", "10.0.0.1", "123", "7"]
+
+
+TELLS = """
+import json, os, pathlib, sys
+told = [sys.argv[1], *(os.environ[name] for name in ("NOTE", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))]
+pathlib.Path(os.environ["OUT"], os.environ["RANK"]).write_text(json.dumps(told))
+"""
+
+
+def test_a_dry_run_prints_what_a_shell_runs_as_it_is(tmp_path: Path) -> None:
+    words = (sys.executable, "-c", TELLS, 'name=it\'s "mine" $HOME')
+    note = "a b; $(false) 'c'"
+    text = dry_run_text(Group(words, procs=2, world_size=2, env=(("OUT", str(tmp_path)), ("NOTE", note))))
+    subprocess.run(["bash", "-eu"], input=text, text=True, check=True, timeout=30)
+    first, second = (json.loads((tmp_path / rank).read_text()) for rank in "01")
+    assert first == second and first[:3] == [words[3], note, "127.0.0.1"] and first[4] == "2"
+    assert 1024 < int(first[3]) < 65536
+
+
+def test_a_dry_run_keeps_the_port_that_was_named(tmp_path: Path) -> None:
+    assert " MASTER_PORT=29400 " in dry_run_text(Group(("true",), procs=1, world_size=4, master_port=29400))
 
 
 def test_threads_are_shared_and_a_smaller_wish_is_kept() -> None:

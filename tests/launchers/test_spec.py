@@ -164,7 +164,8 @@ def test_a_pipeline_runs_step_by_step_on_this_machine(
 ) -> None:
     assert launch(monkeypatch, "local", "configs/demo/pipeline.yaml", "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
-    told = [line.partition("launchers.cli ")[2] for line in lines]
+    told = [line.partition("launchers.cli ")[2].removesuffix(" &") for line in lines if line != "wait"]
+    assert lines[5] == "wait"  # for the two processes of the training, before the evaluation
     assert told == [
         "data build configs/demo/data.yaml", "data build configs/demo/heldout.yaml",
         "vocab train configs/demo/vocab.yaml", "train configs/demo/clip.yaml", "train configs/demo/clip.yaml",
