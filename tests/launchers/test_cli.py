@@ -190,6 +190,19 @@ def test_status_and_logs_read_the_run_folder(
     assert json.loads(capsys.readouterr().out)["step"] == 10
 
 
+@pytest.mark.parametrize("config", ['{"train": {"ste', "[]", '{"train": 3}'])
+def test_status_tells_the_rest_where_the_configuration_is_damaged(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_record(tmp_path, {"pid": 1, "start_ticks": -1, "host": "elsewhere", "attempt": 2, "exit_code": 75})
+    (tmp_path / "config.json").write_text(config)
+    line = json.dumps({"step": 9, "attempt": 2, "time_ms": 9000, "step_s": 0.5, "loss": 2.0})
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    assert call(monkeypatch, "status", str(tmp_path), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["step"] == 9 and "steps" not in shown
+
+
 def test_a_table_is_a_number_of_rows_for_a_person_and_whole_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     result = {"shards": [{"name": "00000.tar"}, {"name": "00001.tar"}], "names": ["a", "b"], "samples": 7}
     emit(result, as_json=False)
