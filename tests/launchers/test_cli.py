@@ -106,6 +106,23 @@ def test_a_wrong_command_is_one_clear_line_and_exit_code_64(words: list[str], sa
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("made", [False, True], ids=["no folder", "no run"])
+@pytest.mark.parametrize(
+    "words", [["list"], ["gc"], ["verify"], ["name", "best"], ["export", "out"]], ids=lambda w: w[0]
+)
+def test_checkpoints_of_what_is_no_run_are_a_clear_error(
+    words: list[str], made: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "nowhere"
+    if made:
+        run.mkdir()
+    verb, *rest = words
+    assert call(monkeypatch, "checkpoint", verb, str(run), *rest) == 64
+    said = capsys.readouterr().err
+    assert str(run) in said and "give the folder that a configuration names as `run:`" in said
+    assert ("is no run" if made else "is no folder") in said and run.exists() == made
+
+
 @pytest.mark.parametrize("error", [ConfigError, DataError, NodeFault, Requeue])
 def test_every_error_for_the_user_has_its_exit_code(
     error: type[TesseraError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
