@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from launchers.local import free_port
 from launchers.watch import job_of, run_status
 from tests.launchers.site import ACCOUNTING, NEEDED, PACKAGES, Site, port_block, running_site, wait_until
 from tests.pretrain.commands import (
@@ -339,7 +338,7 @@ def test_a_job_is_known_after_the_controller_forgot_it(
 def test_preflight_may_be_started_by_srun(site: Site, tmp_path: Path) -> None:
     """Two tasks on two nodes; that one of them is slow, on a machine where others work too, is none of this test."""
     place = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=100"]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_block(1))}
     argv = ["srun", *place, *command("preflight", "--json", "--timeout", "60")]
     done = subprocess.run(  # srun's own words would stand in the middle of the line
         argv, env=environment(**where), cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
