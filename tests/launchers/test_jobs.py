@@ -43,8 +43,8 @@ def build_example(nodes: int = 1) -> str:
     return slurm.render(describe(BUILD, [], site, nodes), site)
 
 
-def pipeline_example() -> str:
-    return slurm.render_all(plan_steps(SlurmCluster, "configs/demo/pipeline.yaml"))
+def pipeline_example(name: str = "pipeline") -> str:
+    return slurm.render_all(plan_steps(SlurmCluster, f"configs/demo/{name}.yaml"))
 
 
 PYXIS = {"container": "pyxis", "container_image": "example.com/tessera:0.1.0", "container_mounts": ("/data:/data",)}
@@ -65,6 +65,7 @@ RENDERED: dict[str, Callable[[], str]] = {
     "tests/launchers/golden/array.sbatch": lambda: slurm.render(describe(RECIPE, [], SITE), SITE, seeds="0-3"),
     "tests/launchers/golden/ray.sbatch": lambda: build_example(nodes=4),
     "tests/launchers/golden/pipeline.sbatch": pipeline_example,
+    "tests/launchers/golden/pipeline-codes.sbatch": lambda: pipeline_example("pipeline-codes"),
 }
 
 

@@ -30,6 +30,7 @@ from tests.pretrain.commands import (
     recipe,
     rows_of,
     tessera,
+    vqgan,
 )  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
@@ -241,6 +242,38 @@ def test_a_pipeline_builds_over_two_nodes_then_trains_then_evaluates(site: Site,
     assert "Ray at 127.0.0.1" in desk.outputs() and ": 2 nodes" in desk.outputs()
     assert digests(shards) == digests(desk.material.dataset)
     assert "loss" in next(folder.glob("evaluate-*.out")).read_text()
+
+
+def test_a_pipeline_trains_a_tokenizer_encodes_over_two_nodes_and_trains_on_the_codes(site: Site, desk: Desk) -> None:
+    shards, folder, tokenizer = desk.folder / "shards", desk.folder, desk.folder / "tokenizer"
+    scenes = {"source": {"kind": "scenes", "count": 200}, "output": str(shards), "shard_size": 50}
+    material = dataclasses.replace(desk.material, dataset=shards)
+    pictures = vqgan(material, folder / "vqgan")
+    pictures["train"] |= {"steps": 3}
+    steps = [
+        {"target": str(recipe(scenes, folder / "b.yaml")), "nodes": 1},
+        {"target": str(recipe(pictures, folder / "v.yaml")), "nodes": 1},
+        {"target": str(folder / "vqgan"), "task": "export", "arguments": [str(tokenizer)]},
+        {"target": str(shards), "task": "encode", "arguments": ["--tokenizer", str(tokenizer)]},
+        {"target": str(recipe(gpt(material, folder / "gpt", tokenizer), folder / "g.yaml")), "nodes": 1},
+    ]
+    launched = desk.launch(recipe({"steps": steps}, folder / "p.yaml"), "--cluster", desk.place())["jobs"]
+    wait_until(lambda: state_of(Path(launched[-1]["run"])) not in ("queued", "running"), desk.outputs, 800)
+    assert [state_of(Path(job["run"])) for job in launched] == ["done"] * 5, desk.outputs()
+    assert len(list(shards.glob("*.vq-*.bin"))) == 4 and len(rows_of(folder / "gpt")) == 3
+    assert ": 2 nodes" in next(folder.glob("encode-*.out")).read_text()
+
+
+def gpt(material: Material, run: Path, tokenizer: Path) -> dict[str, Any]:
+    """A run of a tiny GPT over the codes of the tests' VQGAN: 8 x 8 of 32."""
+    return electra(material, run, steps=3, zero_stage=0) | {
+        "model": {
+            "kind": "gpt", "text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 64, "layers": 1,
+            "width": 32, "heads": 2,
+        },
+        "objective": {"kind": "autoregressive"},
+        "data": {"dataset": str(material.dataset), "vocabulary": str(material.vocabulary), "tokenizer": str(tokenizer)},
+    }  # fmt: skip
 
 
 def digests(dataset: Path) -> list[tuple[str, str]]:
