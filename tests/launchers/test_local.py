@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from launchers.local import (
     Group,
     Patience,
     StopSignals,
+    attend,
     dry_run_text,
     exit_code_of,
     free_port,
@@ -23,6 +26,7 @@ from launchers.local import (
     threads_per_process,
 )
 from launchers.watch import is_running, read_record, start_ticks, stop_run, write_record
+from pretrain.faults import record_fault
 
 QUICK = Patience(stop_s=5, settle_s=0.3, grace_s=0.5)
 READY = "import os, pathlib; pathlib.Path(os.environ['OUT'], os.environ['RANK']).write_text(str(os.getpid()))\n"
@@ -163,6 +167,35 @@ def test_second_stop_signal_kills_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - began < QUICK.stop_s
 
 
+def test_a_rank_that_other_hosts_gave_up_is_ended_and_no_other_one(tmp_path: Path) -> None:
+    """Stopped, and alone on its host. Blamed before it: processes of its number elsewhere, and in earlier attempts."""
+    run, survived = tmp_path / "run", []
+
+    def blame(host: str, pid: int) -> None:
+        record_fault(run, "node", "hangs", 0, blamed=[3], processes=[(host, pid)])
+
+    def others() -> None:
+        wait_for(lambda: (tmp_path / "3").exists() and (tmp_path / "3").read_text() != "")
+        one = int((tmp_path / "3").read_text())
+        os.kill(one, signal.SIGSTOP)
+        blame("elsewhere", one)
+        blame(socket.gethostname(), os.getpid())
+        time.sleep(2.5)
+        survived.append(start_ticks(one) is not None)
+        blame(socket.gethostname(), one)
+
+    run.mkdir()
+    blame(socket.gethostname(), os.getpid())
+    told = threading.Thread(target=others)
+    told.start()
+    with StopSignals() as stops:
+        alone = replace(group(READY + SLEEP, tmp_path, 1), world_size=4, first_rank=3)
+        end = attend(alone, stops, QUICK, run)
+    told.join(timeout=20)
+    assert survived == [True]
+    assert end.exit_code == 70 and [(failure.rank, failure.code) for failure in end.failures] == [(3, -signal.SIGKILL)]
+
+
 def test_what_a_child_leaves_in_its_group_is_ended_too(tmp_path: Path) -> None:
     program = (
         "import os, pathlib, subprocess\n"
@@ -218,8 +251,6 @@ def test_a_node_fault_is_tried_again_under_the_next_attempt_number(tmp_path: Pat
 
 
 def test_a_run_is_not_launched_twice_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    import socket
-
     me = {"pid": os.getpid(), "start_ticks": start_ticks(os.getpid()), "host": socket.gethostname()}
     write_record(tmp_path / "run", me)
     assert start_launcher(tmp_path, "pass").wait(timeout=20) != 0
