@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.errors import ConfigError
-from launchers import commands_data, commands_run
+from launchers import commands_checkpoint, commands_data, commands_run
 from launchers import slurm as slurm_jobs
 from launchers.arguments import AsJson, Overrides, emit
 from launchers.local import launch_local
@@ -22,7 +22,7 @@ Target = Annotated[
     typer.Argument(
         metavar="CONFIG",
         help="YAML of a run, a build, a vocabulary or a pipeline of such steps; with --task encode a dataset, with "
-        "--task evaluate or generate a run's folder.",
+        "--task export, evaluate or generate a run's folder.",
     ),
 ]
 Rest = Annotated[
@@ -40,6 +40,7 @@ PROGRAMS: dict[Task, Callable[..., None]] = {
     "build": commands_data.build,
     "encode": commands_data.encode,
     "vocab": commands_data.vocab_train,
+    "export": commands_checkpoint.export,
     "evaluate": commands_run.evaluate,
     "generate": commands_run.generate,
 }

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers.watch import METRICS, read_record
+from pretrain.goodput import ATTEMPTS, lines_of
 
 ROOT = Path("runs/demo")
 PROCESSES = 2
@@ -113,7 +114,7 @@ def pretrain(demo: Demo) -> dict[str, Any]:
     killed_at = kill_half_way(demo.start(title + ", to be killed half way", *demo.launch("gpt")), run)
     demo.seconds[title] = time.monotonic() - began
     demo.run(title, *demo.launch("gpt"))
-    attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+    attempts = list(lines_of(run / ATTEMPTS))
     return {"killed_at_step": killed_at, "from_step": attempts[-1]["from_step"], "to_step": last_step(run)}
 
 

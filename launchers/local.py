@@ -7,6 +7,7 @@ Within a scheduler's job, which makes the attempts, 1 says of user code what 64 
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from launchers.spec import RunSpec
 
 POLL_S = 0.05
+LOOK_S = 1.0  # for word of other hosts: on their file system it is no cheaper
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
             if node_rank == 0:
                 write_record(run, _record(group))
             faults, steps = faults_size(run), metrics_size(run)
-            end = attend(group, stops, patience)
+            end = attend(group, stops, patience, run)
             diagnosis = diagnose(end.failures, read_faults(run, faults), end.exit_code) if end.exit_code else None
             if node_rank == 0:
                 told = {"cause": diagnosis.cause, "why": diagnosis.why} if diagnosis else {}
@@ -166,12 +168,13 @@ def _record(group: Group) -> dict[str, Any]:
 
 
 def dry_run_text(group: Group) -> str:
-    """One line of shell for each process."""
+    """A shell script that starts the processes as `attend` would, a line for each, and waits for them."""
+    group = replace(group, master_port=group.master_port or free_port())
     lines = []
     for local_rank in range(group.procs):
-        pairs = " ".join(f"{name}={value}" for name, value in group.environment(local_rank).items())
-        lines.append(f"{pairs} {' '.join(group.command)}")
-    return "\n".join(lines)
+        pairs = [f"{name}={value}" for name, value in group.environment(local_rank).items()]
+        lines.append(shlex.join(["env", *pairs, *group.command]))
+    return " &\n".join(lines) + (" &\nwait" if len(lines) > 1 else "")
 
 
 # -------------------------------------------------------------------------------------------- one group's life
@@ -190,14 +193,18 @@ def run_group(group: Group, stops: StopSignals, patience: Patience = Patience())
     return attend(group, stops, patience).exit_code
 
 
-def attend(group: Group, stops: StopSignals, patience: Patience = Patience()) -> End:
-    """Start the group, wait for its end. Nothing of it is left running on return."""
+def attend(group: Group, stops: StopSignals, patience: Patience = Patience(), run: Path | None = None) -> End:
+    """Start the group, wait for its end. Nothing of it is left running on return.
+
+    run: where ranks of other hosts say that one of ours hangs, which nobody here may see.
+    """
     group = replace(group, env=((LEAD_VARIABLE, f"{patience.stop_s:g}"), *group.env))
     children = [_start(group, local_rank) for local_rank in range(group.procs)]
     pumps = [_pump(child, group.first_rank + i) for i, child in enumerate(children) if child.stdout is not None]
     failures: list[Failure] = []
     try:
-        _wait(children, group.first_rank, stops, patience, failures)
+        given_up = GivenUp(run) if run else None
+        _wait(children, group.first_rank, stops, patience, failures, given_up)
     finally:
         for child in children:
             _kill_tree(child)
@@ -213,6 +220,7 @@ def _wait(
     stops: StopSignals,
     patience: Patience,
     failures: list[Failure],
+    given_up: "GivenUp | None" = None,
 ) -> None:
     """Returns when all have left or a deadline says that the rest must be killed; fills `failures`."""
     terminate_at, kill_at, stopping = float("inf"), float("inf"), False
@@ -233,10 +241,32 @@ def _wait(
         if now >= terminate_at:
             terminate_at = float("inf")
             _terminate(children)
+        if given_up:
+            given_up.end(children)
         if stops.count > 1 or now >= kill_at:
             say("killing what is left")
             return
         time.sleep(POLL_S)
+
+
+class GivenUp:
+    """Ends processes of this host that ranks of others gave up as hanging: these have gone on to a new attempt."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.start, self.looked = run, faults_size(run), time.monotonic()
+
+    def end(self, children: Sequence["subprocess.Popen[str]"]) -> None:
+        """A look now and then; who is blamed is named by host and process, so that no later attempt is meant."""
+        if time.monotonic() - self.looked < LOOK_S:
+            return
+        self.looked, host = time.monotonic(), socket.gethostname()
+        if faults_size(self.run) == self.start:
+            return
+        blamed = {tuple(one) for fault in read_faults(self.run, self.start) for one in fault.get("processes", ())}
+        for child in children:
+            if (host, child.pid) in blamed and child.poll() is None:
+                say(f"process {child.pid} hangs, say ranks of other hosts; killing it")
+                child.kill()
 
 
 def _failed(code: int | None) -> bool:

@@ -7,21 +7,20 @@ slurm_end.py from what the processes wrote; the script then puts the job back in
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError
+from launchers.local import say
 from launchers.pipeline import Step
-from launchers.slurm_jobs import END, cancel
+from launchers.slurm_jobs import END, hand_in, take_back
 from launchers.spec import RunSpec, SlurmCluster, check_gpus, seconds_of
 from launchers.watch import JOB, refuse_second_launch, write_record
 from pretrain.faults import FAULTS
 from pretrain.goodput import METRICS
 
-SUBMIT_TIMEOUT_S = 60
 SCRIPT_NAME = "job.sbatch"
 
 SCRIPT = """#!/bin/bash
@@ -49,10 +48,12 @@ ADDRESS = {
     "hostname": FIRST_HOST,
     "node_addr": f'$(scontrol show node --oneliner "{FIRST_HOST}" | sed "s/.* NodeAddr=\\([^ ]*\\).*/\\1/")',
 }
-RENDEZVOUS = """
+FIRST_PORT, PORTS = 20_000, 12_000
+"""A job's port comes of its number. Below 32768, where Linux begins to take ports for connections that go out."""
+RENDEZVOUS = f"""
 # Every task finds rank 0 here; set either variable, before sbatch or above, to choose another network or port.
-export MASTER_ADDR="${{MASTER_ADDR:-{address}}}"
-export MASTER_PORT="${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}}\""""
+export MASTER_ADDR="${{{{MASTER_ADDR:-{{address}}}}}}"
+export MASTER_PORT="${{{{MASTER_PORT:-$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))}}}}\""""
 
 TOKEN = """
 # Who knows no token may not use this Ray: without one anybody on the network may run programs through it.
@@ -123,6 +124,7 @@ EXPANDED = (RAY, f"ray_address={RAY}")
 
 
 def _check(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> None:
+    seeds_of(seeds)
     if spec.task == "train":
         of_gres = re.search(r"gpu(?::[^:,]+)?:(\d+)", cluster.gres)
         check_gpus(spec.procs_per_node, cluster.gpus_per_node or int(of_gres[1] if of_gres else 0))
@@ -252,7 +254,7 @@ def submit(step: Step[SlurmCluster], seeds: str = "", after: Sequence[str] = ())
     """Write the script into the run's folder and hand it to sbatch -> {"job", "script", "run"}.
 
     Raises ConfigError where there is no sbatch, while the run is in the queue already, and with the scheduler's own
-    words where it refuses.
+    words where it refuses; NodeFault where it does not answer.
     """
     spec = step.spec
     text = render(spec, step.cluster, seeds, after)
@@ -263,23 +265,29 @@ def submit(step: Step[SlurmCluster], seeds: str = "", after: Sequence[str] = ())
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / SCRIPT_NAME
     script.write_text(text, encoding="utf-8")
-    done = subprocess.run(
-        ["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=SUBMIT_TIMEOUT_S, check=False
-    )
-    if done.returncode:
-        raise ConfigError(f"sbatch refused {script}: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    job = done.stdout.strip().partition(";")[0]
+    job = hand_in(script, spec.name)
+    try:
+        _note(step, job, seeds)
+    except BaseException:
+        say(take_back([job]))
+        raise
+    return {"job": job, "script": str(script), "run": spec.run_folder}
+
+
+def _note(step: Step[SlurmCluster], job: str, seeds: str) -> None:
+    """Write down which job the run is, so that it is found again."""
+    spec, folder = step.spec, Path(step.spec.run_folder)
+    script = folder / SCRIPT_NAME
     record = {"place": "slurm", "job": job, "name": spec.name, "saves": spec.saves, "script": str(script)}
     output = Path.cwd() / step.cluster.output.replace("%x", spec.name)
     write_record(folder, record | {"output": str(output).replace("%j", job)}, JOB)
     for seed in seeds_of(seeds):
         one = f"{job}_{seed}"
         write_record(folder / f"seed-{seed}", record | {"job": one, "output": str(output).replace("%j", one)}, JOB)
-    return {"job": job, "script": str(script), "run": spec.run_folder}
 
 
 def submit_all(steps: Sequence[Step[SlurmCluster]], seeds: str = "") -> list[dict[str, Any]]:
-    """Submit a pipeline; where a step is refused, or this is interrupted, those before it are taken back."""
+    """Submit a pipeline; where a step fails, or this is interrupted, those before it are taken back, which is said."""
     jobs: dict[str, dict[str, Any]] = {}
     for step in steps:  # all are rendered before the first is submitted: a mistake in the last costs nothing
         render(step.spec, step.cluster, seeds)
@@ -287,7 +295,8 @@ def submit_all(steps: Sequence[Step[SlurmCluster]], seeds: str = "") -> list[dic
         for step in steps:
             jobs[step.name] = submit(step, seeds, [jobs[name]["job"] for name in step.after])
     except BaseException:
-        cancel([job["job"] for job in jobs.values()])
+        if jobs:
+            say(take_back([job["job"] for job in jobs.values()]))
         raise
     return list(jobs.values())
 

@@ -4,7 +4,6 @@ Prints `end`, `requeue`, or `requeue NODE,NODE`: back into the queue without the
 """
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from data_pipeline.errors import NodeFault, Requeue
 from launchers.causes import Diagnosis, Failure, diagnose, worth_another_attempt
 from launchers.watch import metrics_size
 from pretrain.faults import read_faults
-from pretrain.goodput import lines_of
+from pretrain.goodput import append_line, lines_of
 
 EXCLUDED = "excluded.jsonl"
 """Which nodes a job was told to do without, and why."""
@@ -68,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     then = ("back into the queue" + (f" without {', '.join(left_out)}" if left_out else "")) if goes_on else "the end"
     print(f"tessera: exit code {args.status}, cause {diagnosis.cause}: {diagnosis.why}; {then}", file=sys.stderr)
     if left_out:
-        with (args.run / EXCLUDED).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"job": args.job, "nodes": left_out, "why": diagnosis.why}) + "\n")
+        append_line(args.run / EXCLUDED, {"job": args.job, "nodes": left_out, "why": diagnosis.why})
         left_out += [out] if out else []
     print(" ".join(["requeue", ",".join(left_out)]).strip() if goes_on else "end")
 

@@ -1,4 +1,4 @@
-"""Ask Slurm what became of a job, and ask a job to save and leave. Works with accounting and without.
+"""Hand Slurm a job, ask what became of it, ask it to save and leave. Works with accounting and without.
 
 The controller knows a job until MinJobAge after its end; sacct knows it for longer, where a site has it; what the
 batch script wrote into the run's folder as its last act stays for good.
@@ -7,7 +7,7 @@ batch script wrote into the run's folder as its last act stays for good.
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,40 @@ PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", 
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 SACCT_FIELDS = ("JobID", "JobName", "State", "ExitCode", "NodeList")
 FIELD = re.compile(r"(\S+?)=(.*?)(?= [A-Za-z:/]+=|$)")
+NO_ANSWER = re.compile("Unable to contact slurm controller|Socket timed out|in standby mode")
+"""Words of Slurm's tools where it is not the request that is wrong."""
+
+
+def hand_in(script: Path, name: str) -> str:
+    """Hand the script of a job called `name` to sbatch -> the job's number.
+
+    Raises ConfigError with the scheduler's own words where it refuses, NodeFault where it does not answer: it may have
+    taken the job all the same, for a controller that was busy reads later what it was sent.
+    """
+    then = f"once `scontrol ping` says UP, see that `squeue --me --name={name}` is empty, and start the command again"
+    try:
+        done = _run("sbatch", "--parsable", str(script))
+    except NodeFault as error:
+        raise NodeFault(f"{error}; {then}") from None
+    words = done.stderr.strip() or f"exit code {done.returncode}"
+    if done.returncode and NO_ANSWER.search(words):
+        raise NodeFault(f"Slurm does not answer: {words}; {then}")
+    if done.returncode:
+        raise ConfigError(f"sbatch refused {script}: {words}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def take_back(jobs: Sequence[str]) -> str:
+    """Cancel jobs that were submitted a moment ago -> what became of them, for people."""
+    listed = f"{'job' if len(jobs) == 1 else 'jobs'} {', '.join(jobs)}"
+    try:
+        done = _run("scancel", *jobs)
+        why = done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else ""
+    except NodeFault as error:
+        why = str(error)
+    if why:
+        return f"{listed} may be left in the queue ({why}); once Slurm answers: scancel {' '.join(jobs)}"
+    return f"{listed} taken back: nothing of this is left in the queue"
 
 
 def look(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -65,12 +99,6 @@ def stop(record: Mapping[str, Any], folder: Path) -> None:
     _run("scontrol", "update", f"JobId={job}", "Requeue=0")
     # 2. The processes, not the script: they save and leave with 75. Said twice it says nothing new.
     _run("scancel", "--signal=USR1", job)
-
-
-def cancel(jobs: list[str]) -> None:
-    """Take jobs back."""
-    if jobs:
-        _run("scancel", *jobs)
 
 
 # ------------------------------------------------------------------------------------------------ who knows

@@ -158,12 +158,13 @@ def load_cluster(schema: type[C], path: Path | None) -> C:
 
 # --------------------------------------------------------------------------------------------- what runs
 
-Task = Literal["train", "build", "encode", "vocab", "evaluate", "generate"]
+Task = Literal["train", "build", "encode", "vocab", "export", "evaluate", "generate"]
 COMMANDS: dict[Task, tuple[str, ...]] = {
     "train": ("train",),
     "build": ("data", "build"),
     "encode": ("data", "encode"),
     "vocab": ("vocab", "train"),
+    "export": ("checkpoint", "export"),
     "evaluate": ("evaluate",),
     "generate": ("generate",),
 }
@@ -212,7 +213,7 @@ class RunSpec:
     @property
     def wants_gpus(self) -> bool:
         """Does it compute, or only read and write?"""
-        return self.task not in ("build", "vocab")
+        return self.task not in ("build", "vocab", "export")
 
     @property
     def on_ray(self) -> bool:
@@ -260,9 +261,9 @@ def describe(
 ) -> RunSpec:
     """Check what shall run and its fit to the number of processes, before anything starts or is submitted.
 
-    target: the YAML of a run, build or vocabulary; the dataset that `encode`, the run that `evaluate` and `generate`
-    work on. arguments: overrides, or that command's options. Raises ConfigError for a wrong recipe, for a batch that
-    does not divide, and for a target that does not say what it is.
+    target: the YAML of a run, build or vocabulary; the dataset that `encode`, the run that `export`, `evaluate` and
+    `generate` work on. arguments: overrides, or that command's options. Raises ConfigError for a wrong recipe, for a
+    batch that does not divide, and for a target that does not say what it is.
     """
     task = task or task_of(target)
     spec = RunSpec(
@@ -334,7 +335,17 @@ def _vocab(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
 def _command(spec: RunSpec, target: str, arguments: Sequence[str]) -> RunSpec:
     """What is told by options alone: the hash is that of the command line."""
     hashed = hashlib.sha256("\0".join(spec.arguments).encode()).hexdigest()[:16]
-    return replace(spec, name=dns_label(f"{spec.task}-{Path(target).name}"), config_hash=hashed, storage=(target,))
+    storage = (target, *_named_folders(spec.task, arguments))
+    return replace(spec, name=dns_label(f"{spec.task}-{Path(target).name}"), config_hash=hashed, storage=storage)
+
+
+def _named_folders(task: Task, arguments: Sequence[str]) -> list[str]:
+    """What a command line touches besides its target: the tokenizer of `encode`, the output of `export`."""
+    if task == "export":
+        return [word for word in arguments[:1] if not word.startswith("-")]
+    pairs = zip(arguments, [*arguments[1:], ""], strict=False)
+    told = (after if word == "--tokenizer" else word.partition("--tokenizer=")[2] for word, after in pairs)
+    return [folder for folder in told if folder]
 
 
 DESCRIBED: dict[Task, Callable[[RunSpec, str, Sequence[str]], RunSpec]] = {
@@ -342,6 +353,7 @@ DESCRIBED: dict[Task, Callable[[RunSpec, str, Sequence[str]], RunSpec]] = {
     "build": _build,
     "vocab": _vocab,
     "encode": _command,
+    "export": _command,
     "evaluate": _command,
     "generate": _command,
 }

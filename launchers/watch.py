@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault
-from pretrain.goodput import METRICS, goodput
+from pretrain.deadline import RECENT_BYTES
+from pretrain.goodput import METRICS, goodput, lines_of
 
 RECORD = "launcher.json"
 JOB = "job.json"
@@ -133,7 +134,7 @@ def refuse_second_launch(run: Path) -> None:
 
 def run_status(run: Path) -> dict[str, Any]:
     """State, attempt, step, loss of the run in folder `run`. Raises ConfigError where there is no run."""
-    record, job, last = read_record(run), job_of(run), _last_metrics(run, 1)
+    record, job, last = read_record(run), job_of(run), _last_metrics(run)
     if not record and not last and not job:
         raise ConfigError(f"{run}: none of {RECORD}, {JOB} and {METRICS} is here; give the folder that `run:` names")
     status: dict[str, Any] = {"run": str(run), "state": _state(record)}
@@ -147,8 +148,7 @@ def run_status(run: Path) -> dict[str, Any]:
         }
     )
     if last:
-        newest = json.loads(last[0])
-        status |= {name: newest[name] for name in ("step", "loss") if name in newest}
+        status |= {name: last[name] for name in ("step", "loss") if name in last}
         status["goodput"] = round(goodput(run)["goodput"], 3)
     total = _total_steps(run)
     return status | ({"steps": total} if total else {})
@@ -249,14 +249,13 @@ def _complete_lines(file: TextIO) -> Iterator[str]:
         yield line.rstrip("\n")
 
 
-def _last_metrics(run: Path, lines: int) -> list[str]:
-    return list(metric_lines(run, lines, follow=False)) if (run / METRICS).is_file() else []
+def _last_metrics(run: Path) -> dict[str, Any]:
+    return next(iter(deque(lines_of(run / METRICS, RECENT_BYTES), maxlen=1)), {})
 
 
 def _total_steps(run: Path) -> int | None:
-    path = run / "config.json"
-    if not path.is_file():
+    """What config.json says; None where it is damaged, for a run is followed and stopped without it."""
+    try:
+        return int(json.loads((run / "config.json").read_text(encoding="utf-8"))["train"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    steps = tree.get("train", {}).get("steps")
-    return int(steps) if steps else None

@@ -8,7 +8,6 @@ their exit codes. Imports no torch.
 import contextlib
 import errno
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue, TesseraError
+from pretrain.goodput import append_line, whole
 
 FAULTS = "faults.jsonl"
 ENDED = "ended.json"
@@ -38,9 +38,7 @@ def record_fault(run: Path, cause: Cause, why: str, rank: int, **more: Any) -> N
     """Append one line; where nothing was written of the run yet, or nothing can be, nothing is."""
     line = {"time": time.time(), "cause": cause, "rank": rank, "host": socket.gethostname(), "why": why} | more
     with contextlib.suppress(OSError):
-        file = os.open(run / FAULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)  # one write: ranks do not mix lines
-        os.write(file, (json.dumps(line) + "\n").encode())
-        os.close(file)
+        append_line(run / FAULTS, line)
 
 
 def _note_end(run: Path, rank: int, exit_code: int, why: str) -> None:
@@ -54,10 +52,7 @@ def _note_end(run: Path, rank: int, exit_code: int, why: str) -> None:
 def read_faults(run: Path, start: int = 0) -> list[dict[str, Any]]:
     """The lines from byte `start` on, oldest first."""
     path = run / FAULTS
-    if not path.is_file():
-        return []
-    lines = path.read_bytes()[start:].decode(errors="replace").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return list(whole(path.read_bytes()[start:].splitlines(keepends=True))) if path.is_file() else []
 
 
 def faults_size(run: Path) -> int:

@@ -5,10 +5,11 @@ down (nobody ran) + start (to the first step) + waiting for data + saves + steps
 again are lost. Goodput is the share of all wall time that went into steps which were not.
 """
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,28 @@ def _attempt(
 
 
 def lines_of(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """The complete lines of a file of JSON lines, or those in its last bytes."""
+    """The whole lines of a file of JSON lines, or those in its last bytes."""
     if path.is_file():
         with path.open("rb") as file:
             if last_bytes is not None and path.stat().st_size > last_bytes:
                 file.seek(-last_bytes, os.SEEK_END)
                 file.readline()
-            for line in file:
-                if line.endswith(b"\n"):
-                    yield json.loads(line)
+            yield from whole(file)
+
+
+def whole(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """What the lines say, but for torn ones: not written to their end yet, or by a process that was killed."""
+    for line in lines:
+        if line.endswith(b"\n"):
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one line, in one write: processes do not mix theirs. What a killed one left torn is ended first."""
+    with path.open("ab+") as file:
+        torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read() != b"\n"
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")

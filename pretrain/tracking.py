@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data_pipeline.settings import digest, flatten
 from pretrain.config import RunConfig
-from pretrain.goodput import ATTEMPTS, METRICS, goodput, lines_of
+from pretrain.goodput import ATTEMPTS, METRICS, append_line, goodput, lines_of, whole
 from pretrain.metrics import ProgressLine, save_grid
 
 RECORD = "mlflow.json"
@@ -46,10 +46,9 @@ class Writer:
         self.attempt = attempt
         self.folder = Path(config.run)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        _replace(self.folder / "config.json", config.model_dump_json(indent=1) + "\n")
         line = {"attempt": attempt, "from_step": step, "world": world, "time": time.time()}
-        with (self.folder / ATTEMPTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"started": psutil.Process().create_time()}) + "\n")
+        append_line(self.folder / ATTEMPTS, line | {"started": psutil.Process().create_time()})
         self.metrics = MetricsLog(self.folder)
         self.progress = ProgressLine(config.train.steps, step, config.train.log_every_steps)
         self.mlflow = MlflowFeed(self.folder, config) if config.tracking.uri else None
@@ -225,7 +224,7 @@ def send(run: Path, config: RunConfig, figures: dict[str, float] | None = None, 
 def _send_lines(path: Path, start: int, client: Any, record: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
     """Send the complete lines from byte `start` on -> (the lines, where they end)."""
     lines, end = _new_lines(path, start)
-    rows = [json.loads(line) for line in lines]
+    rows = list(whole(lines))
     _log(client, record, [point for row in rows for point in _points(row)])
     return rows, end
 
@@ -322,12 +321,17 @@ def pictures_beside(uri: str) -> str | None:
 
 
 def _write_record(run: Path, record: dict[str, Any]) -> None:
-    draft = run / f".{RECORD}"
-    draft.write_text(json.dumps(record), encoding="utf-8")
-    draft.replace(run / RECORD)
+    _replace(run / RECORD, json.dumps(record))
 
 
-def _new_lines(path: Path, start: int) -> tuple[list[str], int]:
+def _replace(path: Path, text: str) -> None:
+    """Write a file as a whole: who reads it, or is left with it by a kill, has the old or the new one."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def _new_lines(path: Path, start: int) -> tuple[list[bytes], int]:
     """Complete lines from byte `start` on, and where they end."""
     if not path.is_file():
         return [], start
@@ -335,7 +339,7 @@ def _new_lines(path: Path, start: int) -> tuple[list[str], int]:
         file.seek(start)
         data = file.read()
     data = data[: data.rfind(b"\n") + 1]
-    return data.decode().splitlines(), start + len(data)
+    return data.splitlines(keepends=True), start + len(data)
 
 
 def _end_last_line(path: Path) -> None:

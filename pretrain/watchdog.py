@@ -214,7 +214,9 @@ class Watchdog:
             threading.Thread(target=self._tell, args=(verdict,), daemon=True).start()
         print(f"rank {self.mesh.rank} of {self.mesh.world}: {verdict.why}", file=self._file, flush=True)
         faulthandler.dump_traceback(self._file, all_threads=True)
-        record_fault(self.run, "node", verdict.why, self.mesh.rank, blamed=verdict.blamed, stacks=self.stacks.name)
+        known = [self._signs[rank] for rank in verdict.blamed if rank in self._signs]
+        told = {"blamed": verdict.blamed, "processes": [(sign.host, sign.pid) for sign in known]}
+        record_fault(self.run, "node", verdict.why, self.mesh.rank, **told, stacks=self.stacks.name)
         time.sleep(3 * self.interval_s)  # a peer that saw another process gone would not write its stacks
         self._end_blamed(verdict)
         print(f"error: the run hangs: {verdict.why}. Stacks: {self.stacks.parent}", file=sys.stderr, flush=True)

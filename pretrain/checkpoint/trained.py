@@ -20,10 +20,10 @@ PREFIX = "model."
 
 
 def run_config(run: str | Path) -> RunConfig:
-    """The configuration that a run folder was trained with."""
+    """The configuration that a run folder was trained with. Raises ConfigError where there is none."""
     path = Path(run) / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist; give the folder that a configuration names as `run:`")
+        raise no_run(run)
     return check_settings(RunConfig, read_json(open_storage(run), path.name), str(path))
 
 
@@ -31,6 +31,12 @@ def root_of(run: str | Path) -> str:
     """Where the checkpoints of a run lie."""
     known = (Path(run) / "config.json").is_file()
     return checkpoint_root(run, run_config(run).train.checkpoints if known else None)
+
+
+def no_run(run: str | Path) -> ConfigError:
+    """For a path that a user took for a run's folder."""
+    what = "is no run: it has no config.json" if Path(run).is_dir() else "is no folder"
+    return ConfigError(f"{run} {what}; give the folder that a configuration names as `run:`")
 
 
 def newest_whole(run: str | Path, step: int | None = None) -> Saved:

@@ -18,7 +18,7 @@ from pretrain.checkpoint.catalog import (
     put_once,
     tidy,
 )
-from pretrain.checkpoint.trained import load_trained, newest_whole, root_of, run_config
+from pretrain.checkpoint.trained import load_trained, newest_whole, no_run, root_of, run_config
 from pretrain.checkpoint.universal import export_universal
 from pretrain.interchange.folder import export_model
 from pretrain.interchange.hub import export_layout
@@ -27,7 +27,7 @@ from pretrain.interchange.layouts import LAYOUTS
 
 def list_(run: str | Path) -> list[dict[str, Any]]:
     """The committed checkpoints of a run, oldest first, and why each stays."""
-    root = root_of(run)
+    root = _root(run)
     rows = committed(root)
     kept = _retention(run).reasons(root, rows)
     return [
@@ -47,7 +47,7 @@ def _told_by(saved: Saved) -> dict[str, Any]:
 
 def verify(run: str | Path) -> dict[str, Any]:
     """Sizes and digests of all checkpoints. Raises DataError naming each file that is off, or when there is none."""
-    rows = committed(root_of(run))
+    rows = committed(_root(run))
     if not rows:
         raise DataError(f"{run}: no committed checkpoint; train the run first")
     faults = [f"{saved.name}/{line}" for saved in rows for line in saved.faults()]
@@ -75,7 +75,7 @@ def export(run: str | Path, output: str | Path, step: int | None = None, form: s
 
 def name(run: str | Path, label: str, step: int | None = None, remove: bool = False) -> dict[str, Any]:
     """Keep a checkpoint from retention under a name, or (`remove`) no longer."""
-    root, entry = root_of(run), f"name-{label}.json"
+    root, entry = _root(run), f"name-{label}.json"
     if not NAME.fullmatch(entry):
         raise ConfigError(f"name {label!r}: use letters, digits, '_', '-' and '.' only")
     if remove:
@@ -95,7 +95,7 @@ def gc(run: str | Path, keep: int | None = None) -> dict[str, Any]:
     An orphan, a folder that was never committed, goes when its attempt was overtaken or a later step was committed: a
     newer one may be one that a live run is writing.
     """
-    root, kept = root_of(run), _retention(run)
+    root, kept = _root(run), _retention(run)
     rows = committed(root)
     newest = numbers(rows[-1].name) if rows else (-1, -1)
     owner = newest_claim(root)
@@ -104,6 +104,14 @@ def gc(run: str | Path, keep: int | None = None) -> dict[str, Any]:
         return attempt < owner or (step, attempt) < newest
 
     return {"removed": tidy(root, dataclasses.replace(kept, last=keep or kept.last), may_go)}
+
+
+def _root(run: str | Path) -> str:
+    """Where its checkpoints lie, also if it lost its configuration. Raises ConfigError for what is no run."""
+    root = root_of(run)
+    if not (Path(run) / "config.json").is_file() and not Path(root).is_dir():
+        raise no_run(run)
+    return root
 
 
 def _retention(run: str | Path) -> Retention:

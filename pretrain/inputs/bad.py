@@ -7,7 +7,6 @@ Only `BadSample` counts: a fault of the storage is no fault of a sample, and end
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ import numpy as np
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
+from pretrain.goodput import append_line
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
@@ -106,8 +106,8 @@ class Ledger:
         self.entries += replaced
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(dataclasses.asdict(entry)) + "\n" for entry in replaced)
+            for entry in replaced:
+                append_line(self.path, dataclasses.asdict(entry))
         if len(self.entries) > max(FREE, self.max_rate * self.samples):
             raise DataError(
                 f"{len(self.entries)} of {self.samples} samples cannot be used, more than "

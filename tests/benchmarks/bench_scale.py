@@ -25,19 +25,24 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.settings import load_settings
 from data_pipeline.storage import open_storage
 from data_pipeline.stream.order import lanes_of, order, share
 from launchers import findings, slurm
 from launchers.kubernetes import submit as kubernetes
+from launchers.plan.clusters import cluster_of
+from launchers.plan.make import advise, as_json, make_plan
 from launchers.spec import KubernetesCluster, RunSpec, SlurmCluster
 from pretrain.checkpoint.catalog import MANIFEST, Retention, Saved, committed, folder_name
 from pretrain.checkpoint.layout import Even, Shard, Share, Slices, even_part, index_of, told_of, write_shard
 from pretrain.checkpoint.saver import Checkpoints, Save, _gather
+from pretrain.config import RunConfig
 from pretrain.mesh import Mesh, Place, _meet, read_all
 from pretrain.watchdog import Sign, judge
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 GPUS = 8
+SAMPLES = 4
 TENSORS = {"embedding": 200_003, "weight": 70_001, "bias": 301}
 OTHER_WORLD = 1024
 CONFIG = Path(__file__).parents[2] / "configs/clip/vit-b-32.yaml"
@@ -77,12 +82,13 @@ class Simulated:
 
     def steps(self) -> Iterator[Step]:
         """In the order in which a run makes them."""
+        yield f"tessera plan, {SAMPLES} samples a rank", self.plan_run
         yield "render a Slurm job", lambda: slurm.render(spec(self.world), SlurmCluster(gpus_per_node=GPUS))
         yield "render a JobSet", lambda: kubernetes.render(spec(self.world), KubernetesCluster(image="a/b:1"))
         yield "join: rank 0 hears of all", self.join_first
         yield "join: the last rank", lambda: _meet(self.store, self.meshes[1].place, 10)
         yield "preflight: rank 0 gathers and judges", self.preflight
-        yield "a rank's share of a step, 4 samples a rank", self.share
+        yield f"a rank's share of a step, {SAMPLES} samples a rank", self.share
         yield "watchdog: one look of rank 0", self.watch
         yield "save: all files (tiny ones), by one process", self.write
         yield "save: rank 0 hears all reports", self.hear
@@ -99,6 +105,12 @@ class Simulated:
     @property
     def saved(self) -> Saved:
         return Saved(f"{self.folder}/{folder_name(1, 0)}")
+
+    def plan_run(self) -> None:
+        config = load_settings(RunConfig, CONFIG, [f"train.global_batch={SAMPLES * self.world}"])
+        cluster = cluster_of("h100", self.world // GPUS, GPUS, None)
+        told = as_json(make_plan(config, cluster), advise(config, cluster))
+        assert told["memory_bytes"]["used"] > 0 and told["step_s"]["usual"] > 0
 
     def join_first(self) -> None:
         for rank in range(1, self.world):
@@ -117,7 +129,7 @@ class Simulated:
         assert findings.judge(reports, self.world) == []
 
     def share(self) -> None:
-        positions = np.arange(10**9, 10**9 + 4 * self.world, dtype=np.int64)
+        positions = np.arange(10**9, 10**9 + SAMPLES * self.world, dtype=np.int64)
         mine = share(positions, lanes_of(positions, 10**9), (self.world - 1, self.world))
         order(mine, 10**9, 0)
 

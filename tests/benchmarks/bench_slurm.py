@@ -30,7 +30,7 @@ PLACE: dict[str, Any] = {
 PLAIN = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --mem=100 --time=30 --requeue --open-mode=append
 #SBATCH --output={output}
-export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo
+export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo
 srun {python} -m launchers.cli train {config} || scontrol requeue $SLURM_JOB_ID
 """
 

@@ -2,15 +2,17 @@
 
 import contextlib
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from launchers.local import free_port
+from launchers.slurm import FIRST_PORT, PORTS
 from launchers.watch import start_ticks
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "bc")
@@ -18,6 +20,8 @@ ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacct")
 PACKAGES = "slurm-wlm slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins bc slurmdbd mariadb-server"
 PATIENCE_S = 180.0
 POLL_S = 0.2
+JOBS = 100
+"""More than a site is ever asked to run."""
 
 
 class Site:
@@ -30,6 +34,36 @@ class Site:
     @property
     def conf(self) -> Path:
         return self.folder / "etc" / "slurm.conf"
+
+    def with_controller_at(self, port: int) -> Path:
+        """The same site's configuration, but for the controller's port."""
+        lines = self.conf.read_text().splitlines()
+        path = self.conf.with_name("moved.conf")
+        path.write_text(
+            "\n".join(f"SlurmctldPort={port}" if "SlurmctldPort" in line else line for line in lines) + "\n"
+        )
+        return path
+
+    @contextlib.contextmanager
+    def frozen_controller(self) -> Iterator[None]:
+        """Within it the controller is stopped when sbatch was called once; afterwards it goes on."""
+        pid, tools = int((self.folder / "run" / "slurmctld.pid").read_text()), self.folder / "bin"
+        tools.mkdir(exist_ok=True)
+        script = f'#!/bin/bash\n{shutil.which("sbatch")} "$@"; code=$?; kill -STOP {pid}; exit "$code"\n'
+        (tools / "sbatch").write_text(script)
+        (tools / "sbatch").chmod(0o755)
+        before = os.environ["PATH"]
+        os.environ["PATH"] = f"{tools}:{before}"
+        try:
+            yield
+        finally:
+            os.environ["PATH"] = before
+            os.kill(pid, signal.SIGCONT)
+            wait_until(self._all_idle, "the nodes are not back")
+
+    def _all_idle(self) -> bool:
+        states = self.tool("sinfo", "--noheader", "--Node", "--format=%T").split()
+        return states == ["idle"] * len(self.nodes)
 
     def without_accounting(self) -> Path:
         """The same site's configuration as it would be without slurmdbd: sacct then says so."""
@@ -96,12 +130,13 @@ def running_site(scripts: Path, folder: Path, nodes: int, accounting: bool) -> I
     """Start munged, slurmctld, a slurmd a node (and mariadb, slurmdbd); end them all by their ids."""
     for name in ("start.sh", "start_dbd.sh", "stop.sh"):
         shutil.copy(scripts / name, folder)
-    # a job's number gives it a port: two sites on one machine must not number alike
+    # first the ports of jobs, which their numbers give them, then those of the daemons: PORT0 to PORT0 + 10 + nodes
+    ports = port_block(JOBS + 11 + nodes)
     start = (folder / "start.sh").read_text()
-    (folder / "start.sh").write_text(start.replace("ClusterName=", f"FirstJobId={free_port()}\nClusterName=", 1))
-    site, before = Site(folder, nodes), dict(os.environ)
-    # the ports of the daemons lie within PORT0 + 10 + nodes
-    environment = {**before, "N": str(nodes), "PORT0": str(free_port()), "DBPORT": str(free_port())}
+    first_job = f"FirstJobId={ports - FIRST_PORT}\n"
+    (folder / "start.sh").write_text(start.replace("ClusterName=", f"{first_job}ClusterName=", 1))
+    site, before, daemons = Site(folder, nodes), dict(os.environ), ports + JOBS
+    environment = {**before, "N": str(nodes), "PORT0": str(daemons), "DBPORT": str(daemons + 1)}
     os.environ["SLURM_CONF"] = str(site.conf)
     try:
         if accounting:
@@ -112,6 +147,19 @@ def running_site(scripts: Path, folder: Path, nodes: int, accounting: bool) -> I
     finally:
         subprocess.run(["bash", str(folder / "stop.sh")], timeout=120, check=False)
         os.environ.pop("SLURM_CONF")
+
+
+def port_block(count: int) -> int:
+    """The first of `count` ports in a row, of those that jobs have, which nobody uses.
+
+    Random, so that sites which start together differ; no connection that goes out takes one before its daemon does.
+    """
+    while True:
+        first = random.SystemRandom().randrange(FIRST_PORT + 1, FIRST_PORT + PORTS - count)
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                probes.enter_context(socket.socket()).bind(("", port))
+            return first
 
 
 def _environments() -> Iterator[tuple[int, set[bytes]]]:

@@ -106,6 +106,23 @@ def test_a_wrong_command_is_one_clear_line_and_exit_code_64(words: list[str], sa
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("made", [False, True], ids=["no folder", "no run"])
+@pytest.mark.parametrize(
+    "words", [["list"], ["gc"], ["verify"], ["name", "best"], ["export", "out"]], ids=lambda w: w[0]
+)
+def test_checkpoints_of_what_is_no_run_are_a_clear_error(
+    words: list[str], made: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "nowhere"
+    if made:
+        run.mkdir()
+    verb, *rest = words
+    assert call(monkeypatch, "checkpoint", verb, str(run), *rest) == 64
+    said = capsys.readouterr().err
+    assert str(run) in said and "give the folder that a configuration names as `run:`" in said
+    assert ("is no run" if made else "is no folder") in said and run.exists() == made
+
+
 @pytest.mark.parametrize("error", [ConfigError, DataError, NodeFault, Requeue])
 def test_every_error_for_the_user_has_its_exit_code(
     error: type[TesseraError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -188,6 +205,19 @@ def test_status_and_logs_read_the_run_folder(
     assert wanted.items() <= shown.items()
     assert call(monkeypatch, "logs", str(tmp_path), "-n", "1") == 0
     assert json.loads(capsys.readouterr().out)["step"] == 10
+
+
+@pytest.mark.parametrize("config", ['{"train": {"ste', "[]", '{"train": 3}'])
+def test_status_tells_the_rest_where_the_configuration_is_damaged(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_record(tmp_path, {"pid": 1, "start_ticks": -1, "host": "elsewhere", "attempt": 2, "exit_code": 75})
+    (tmp_path / "config.json").write_text(config)
+    line = json.dumps({"step": 9, "attempt": 2, "time_ms": 9000, "step_s": 0.5, "loss": 2.0})
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    assert call(monkeypatch, "status", str(tmp_path), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["step"] == 9 and "steps" not in shown
 
 
 def test_a_table_is_a_number_of_rows_for_a_person_and_whole_as_json(capsys: pytest.CaptureFixture[str]) -> None:

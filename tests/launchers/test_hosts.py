@@ -119,8 +119,14 @@ def kill_a_rank(made: list[Host], log: Path) -> None:
     os.kill(rank, signal.SIGKILL)
 
 
+def freeze_a_rank(made: list[Host], log: Path) -> None:
+    """The second host's rank, alone there: nobody on its host sees that it hangs."""
+    (rank,) = ranks(made[1])
+    os.kill(rank, signal.SIGSTOP)
+
+
 @pytest.mark.parametrize("starter", [by_launcher, by_torchrun])
-@pytest.mark.parametrize("strike", [cut_until_noticed, kill_a_rank])
+@pytest.mark.parametrize("strike", [cut_until_noticed, kill_a_rank, freeze_a_rank])
 def test_a_struck_run_starts_again_and_goes_on_bitwise(
     made: list[Host],
     undisturbed: Path,

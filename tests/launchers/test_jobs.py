@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, NodeFault
 from launchers import slurm
 from launchers.pipeline import Step, plan_steps
 from launchers.spec import SlurmCluster, describe, dns_label, load_cluster, seconds_of
@@ -42,8 +43,8 @@ def build_example(nodes: int = 1) -> str:
     return slurm.render(describe(BUILD, [], site, nodes), site)
 
 
-def pipeline_example() -> str:
-    return slurm.render_all(plan_steps(SlurmCluster, "configs/demo/pipeline.yaml"))
+def pipeline_example(name: str = "pipeline") -> str:
+    return slurm.render_all(plan_steps(SlurmCluster, f"configs/demo/{name}.yaml"))
 
 
 PYXIS = {"container": "pyxis", "container_image": "example.com/tessera:0.1.0", "container_mounts": ("/data:/data",)}
@@ -64,6 +65,7 @@ RENDERED: dict[str, Callable[[], str]] = {
     "tests/launchers/golden/array.sbatch": lambda: slurm.render(describe(RECIPE, [], SITE), SITE, seeds="0-3"),
     "tests/launchers/golden/ray.sbatch": lambda: build_example(nodes=4),
     "tests/launchers/golden/pipeline.sbatch": pipeline_example,
+    "tests/launchers/golden/pipeline-codes.sbatch": lambda: pipeline_example("pipeline-codes"),
 }
 
 
@@ -168,7 +170,7 @@ def test_a_container_without_an_image_is_refused() -> None:
 @pytest.mark.parametrize("seeds", ["a", "1-", "3,3", "2-1", "0-2,1"])
 def test_seeds_that_are_no_list_of_numbers_are_refused(seeds: str) -> None:
     with pytest.raises(ConfigError, match=f"--seeds {seeds}"):
-        slurm.seeds_of(seeds)
+        slurm.render(describe(RECIPE, [], SITE), SITE, seeds)
 
 
 def test_seeds_keep_their_checkpoints_apart_wherever_these_are() -> None:
@@ -203,13 +205,71 @@ def test_submitting_without_sbatch_is_a_clear_error(monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "run").exists()
 
 
-def test_sbatch_refusing_is_shown_in_its_own_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tool = tmp_path / "sbatch"
-    tool.write_text("#!/bin/bash\necho 'sbatch: error: invalid partition specified: gpu' >&2\nexit 1\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+Tool = Callable[[str, str], None]
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tool:
+    """Puts a script in the place of one of Slurm's tools."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+
+    def make(name: str, script: str) -> None:
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    return make
+
+
+def test_sbatch_refusing_is_shown_in_its_own_words(tool: Tool, tmp_path: Path) -> None:
+    tool("sbatch", "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1")
     with pytest.raises(ConfigError, match="invalid partition specified: gpu"):
         slurm.submit(step(tmp_path / "run"))
+
+
+def test_sbatch_that_hangs_is_a_node_fault_that_names_the_way_out(
+    tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launchers.slurm_jobs.TOOL_TIMEOUT_S", 0.3)
+    tool("sbatch", "exec sleep 60")
+    with pytest.raises(NodeFault, match=r"sbatch did not come back within 0.3 s.*`squeue --me --name=run`"):
+        slurm.submit(step(tmp_path / "run"))
+
+
+SECOND_FAILS = (
+    'echo >> "$0.calls"; [ "$(wc -l < "$0.calls")" = 1 ] && echo 7 || { echo "no such account" >&2; exit 1; }'
+)
+
+
+@pytest.mark.parametrize(
+    ("scancel", "said"),
+    [
+        ('echo "$@" > "$0.calls"', "job 7 taken back: nothing of this is left in the queue"),
+        (
+            "echo 'Socket timed out' >&2; exit 1",
+            "job 7 may be left in the queue (Socket timed out); once Slurm answers",
+        ),
+    ],
+)
+def test_what_became_of_the_steps_before_one_that_is_refused_is_said(
+    scancel: str, said: str, tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool("sbatch", SECOND_FAILS)
+    tool("scancel", scancel)
+    steps = [replace(step(tmp_path / name), name=name) for name in ("first", "second")]
+    with pytest.raises(ConfigError, match="no such account"):
+        slurm.submit_all(steps)
+    assert said in capsys.readouterr().err
+
+
+def test_a_job_whose_number_cannot_be_noted_is_taken_back(
+    tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool("sbatch", f"rm -r {tmp_path}/run; echo 7; touch {tmp_path}/run")
+    tool("scancel", 'echo "$@" > "$0.calls"')
+    with pytest.raises(OSError):
+        slurm.submit(step(tmp_path / "run"))
+    assert (tmp_path / "bin/scancel.calls").read_text() == "7\n" and "job 7 taken back" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

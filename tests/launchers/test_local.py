@@ -3,17 +3,30 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launchers.local import Group, Patience, StopSignals, exit_code_of, free_port, run_group, threads_per_process
+from launchers.local import (
+    Group,
+    Patience,
+    StopSignals,
+    attend,
+    dry_run_text,
+    exit_code_of,
+    free_port,
+    run_group,
+    threads_per_process,
+)
 from launchers.watch import is_running, read_record, start_ticks, stop_run, write_record
+from pretrain.faults import record_fault
 
 QUICK = Patience(stop_s=5, settle_s=0.3, grace_s=0.5)
 READY = "import os, pathlib; pathlib.Path(os.environ['OUT'], os.environ['RANK']).write_text(str(os.getpid()))\n"
@@ -89,6 +102,27 @@ def test_every_process_knows_its_rank_and_the_rendezvous(tmp_path: Path) -> None
     assert [one.environment(1)[name] for name in names] == ["5", "1", "6", "2", "10.0.0.1", "123", "7"]
 
 
+TELLS = """
+import json, os, pathlib, sys
+told = [sys.argv[1], *(os.environ[name] for name in ("NOTE", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))]
+pathlib.Path(os.environ["OUT"], os.environ["RANK"]).write_text(json.dumps(told))
+"""
+
+
+def test_a_dry_run_prints_what_a_shell_runs_as_it_is(tmp_path: Path) -> None:
+    words = (sys.executable, "-c", TELLS, 'name=it\'s "mine" $HOME')
+    note = "a b; $(false) 'c'"
+    text = dry_run_text(Group(words, procs=2, world_size=2, env=(("OUT", str(tmp_path)), ("NOTE", note))))
+    subprocess.run(["bash", "-eu"], input=text, text=True, check=True, timeout=30)
+    first, second = (json.loads((tmp_path / rank).read_text()) for rank in "01")
+    assert first == second and first[:3] == [words[3], note, "127.0.0.1"] and first[4] == "2"
+    assert 1024 < int(first[3]) < 65536
+
+
+def test_a_dry_run_keeps_the_port_that_was_named(tmp_path: Path) -> None:
+    assert " MASTER_PORT=29400 " in dry_run_text(Group(("true",), procs=1, world_size=4, master_port=29400))
+
+
 def test_threads_are_shared_and_a_smaller_wish_is_kept() -> None:
     cores = len(os.sched_getaffinity(0))
     assert threads_per_process(1, {}) == cores
@@ -131,6 +165,35 @@ def test_second_stop_signal_kills_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     assert run_and_signal(IGNORE_TERM + READY + SLEEP, tmp_path, 1, 2) == 70
     assert time.monotonic() - began < QUICK.stop_s
+
+
+def test_a_rank_that_other_hosts_gave_up_is_ended_and_no_other_one(tmp_path: Path) -> None:
+    """Stopped, and alone on its host. Blamed before it: processes of its number elsewhere, and in earlier attempts."""
+    run, survived = tmp_path / "run", []
+
+    def blame(host: str, pid: int) -> None:
+        record_fault(run, "node", "hangs", 0, blamed=[3], processes=[(host, pid)])
+
+    def others() -> None:
+        wait_for(lambda: (tmp_path / "3").exists() and (tmp_path / "3").read_text() != "")
+        one = int((tmp_path / "3").read_text())
+        os.kill(one, signal.SIGSTOP)
+        blame("elsewhere", one)
+        blame(socket.gethostname(), os.getpid())
+        time.sleep(2.5)
+        survived.append(start_ticks(one) is not None)
+        blame(socket.gethostname(), one)
+
+    run.mkdir()
+    blame(socket.gethostname(), os.getpid())
+    told = threading.Thread(target=others)
+    told.start()
+    with StopSignals() as stops:
+        alone = replace(group(READY + SLEEP, tmp_path, 1), world_size=4, first_rank=3)
+        end = attend(alone, stops, QUICK, run)
+    told.join(timeout=20)
+    assert survived == [True]
+    assert end.exit_code == 70 and [(failure.rank, failure.code) for failure in end.failures] == [(3, -signal.SIGKILL)]
 
 
 def test_what_a_child_leaves_in_its_group_is_ended_too(tmp_path: Path) -> None:
@@ -188,8 +251,6 @@ def test_a_node_fault_is_tried_again_under_the_next_attempt_number(tmp_path: Pat
 
 
 def test_a_run_is_not_launched_twice_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    import socket
-
     me = {"pid": os.getpid(), "start_ticks": start_ticks(os.getpid()), "host": socket.gethostname()}
     write_record(tmp_path / "run", me)
     assert start_launcher(tmp_path, "pass").wait(timeout=20) != 0

@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 
-from launchers.local import free_port
 from launchers.watch import job_of, run_status
-from tests.launchers.site import ACCOUNTING, NEEDED, PACKAGES, Site, running_site, wait_until
+from tests.launchers.site import ACCOUNTING, NEEDED, PACKAGES, Site, port_block, running_site, wait_until
 from tests.pretrain.commands import (
     ROOT,
     TIMEOUT_S,
@@ -31,6 +30,7 @@ from tests.pretrain.commands import (
     recipe,
     rows_of,
     tessera,
+    vqgan,
 )  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
@@ -244,6 +244,38 @@ def test_a_pipeline_builds_over_two_nodes_then_trains_then_evaluates(site: Site,
     assert "loss" in next(folder.glob("evaluate-*.out")).read_text()
 
 
+def test_a_pipeline_trains_a_tokenizer_encodes_over_two_nodes_and_trains_on_the_codes(site: Site, desk: Desk) -> None:
+    shards, folder, tokenizer = desk.folder / "shards", desk.folder, desk.folder / "tokenizer"
+    scenes = {"source": {"kind": "scenes", "count": 200}, "output": str(shards), "shard_size": 50}
+    material = dataclasses.replace(desk.material, dataset=shards)
+    pictures = vqgan(material, folder / "vqgan")
+    pictures["train"] |= {"steps": 3}
+    steps = [
+        {"target": str(recipe(scenes, folder / "b.yaml")), "nodes": 1},
+        {"target": str(recipe(pictures, folder / "v.yaml")), "nodes": 1},
+        {"target": str(folder / "vqgan"), "task": "export", "arguments": [str(tokenizer)]},
+        {"target": str(shards), "task": "encode", "arguments": ["--tokenizer", str(tokenizer)]},
+        {"target": str(recipe(gpt(material, folder / "gpt", tokenizer), folder / "g.yaml")), "nodes": 1},
+    ]
+    launched = desk.launch(recipe({"steps": steps}, folder / "p.yaml"), "--cluster", desk.place())["jobs"]
+    wait_until(lambda: state_of(Path(launched[-1]["run"])) not in ("queued", "running"), desk.outputs, 800)
+    assert [state_of(Path(job["run"])) for job in launched] == ["done"] * 5, desk.outputs()
+    assert len(list(shards.glob("*.vq-*.bin"))) == 4 and len(rows_of(folder / "gpt")) == 3
+    assert ": 2 nodes" in next(folder.glob("encode-*.out")).read_text()
+
+
+def gpt(material: Material, run: Path, tokenizer: Path) -> dict[str, Any]:
+    """A run of a tiny GPT over the codes of the tests' VQGAN: 8 x 8 of 32."""
+    return electra(material, run, steps=3, zero_stage=0) | {
+        "model": {
+            "kind": "gpt", "text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 64, "layers": 1,
+            "width": 32, "heads": 2,
+        },
+        "objective": {"kind": "autoregressive"},
+        "data": {"dataset": str(material.dataset), "vocabulary": str(material.vocabulary), "tokenizer": str(tokenizer)},
+    }  # fmt: skip
+
+
 def digests(dataset: Path) -> list[tuple[str, str]]:
     return [(shard["name"], shard["digest"]) for shard in json.loads((dataset / "manifest.json").read_text())["shards"]]
 
@@ -263,7 +295,35 @@ def test_a_pipeline_whose_last_step_is_refused_leaves_nothing_in_the_queue(site:
     steps = [{"target": str(first)}, {"target": str(second), "cluster": str(elsewhere)}]
     done = tessera("launch", "slurm", recipe({"steps": steps}, desk.folder / "p.yaml"), "--cluster", desk.place())
     assert done.returncode == 64 and "invalid partition" in done.stdout
+    assert f"job {job_of(run)['job']} taken back" in done.stdout
     wait_until(lambda: state_of(run) == "cancelled", "the first step is not taken back")
+
+
+def test_a_controller_that_nobody_reaches_is_a_fault_of_a_node(
+    site: Site, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = desk.recipe("unheard")
+    monkeypatch.setenv("SLURM_CONF", str(site.with_controller_at(port_block(1))))
+    done = tessera("launch", "slurm", config, "--cluster", desk.place())
+    assert done.returncode == 70, done.stdout
+    assert "Unable to contact slurm controller" in done.stdout and "`scontrol ping`" in done.stdout
+    assert not job_of(run)
+
+
+def test_what_a_controller_that_froze_may_have_taken_is_said_and_true(site: Site, desk: Desk) -> None:
+    """It reads later what it was sent: the job of the second step is there, that of the first is not."""
+    (first, run), (second, _) = desk.recipe("before"), desk.recipe("during")
+    steps = recipe({"steps": [{"target": str(first)}, {"target": str(second), "after": []}]}, desk.folder / "p.yaml")
+    place = desk.place(options=["begin=now+1hour"])
+    with site.frozen_controller():
+        done = tessera("launch", "slurm", steps, "--cluster", place)
+    assert done.returncode == 70 and "Socket timed out" in done.stdout, done.stdout
+    assert f"once Slurm answers: scancel {job_of(run)['job']}" in done.stdout
+    assert "`squeue --me --name=during` is empty" in done.stdout
+    site.tool("scancel", job_of(run)["job"])
+    wait_until(lambda: state_of(run) == "cancelled", "the first step is not taken back")
+    (left,) = site.tool("squeue", "--me", "--noheader", "--format=%i", "--name=during").split()
+    site.tool("scancel", left)
 
 
 @pytest.fixture
@@ -311,7 +371,7 @@ def test_a_job_is_known_after_the_controller_forgot_it(
 def test_preflight_may_be_started_by_srun(site: Site, tmp_path: Path) -> None:
     """Two tasks on two nodes; that one of them is slow, on a machine where others work too, is none of this test."""
     place = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--mem=100"]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_block(1))}
     argv = ["srun", *place, *command("preflight", "--json", "--timeout", "60")]
     done = subprocess.run(  # srun's own words would stand in the middle of the line
         argv, env=environment(**where), cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False

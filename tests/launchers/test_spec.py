@@ -130,6 +130,19 @@ def test_steps_wait_for_the_one_above_unless_told() -> None:
     }
 
 
+def test_codes_stand_between_the_build_and_the_training_that_reads_them() -> None:
+    steps = {step.name: step for step in plan_steps(SlurmCluster, "configs/demo/pipeline-codes.yaml")}
+    assert steps["encode-data"].after == ("export-vqgan",) and "encode-data" in steps["gpt"].after
+    assert steps["export-vqgan"].after == ("vqgan",) and not steps["export-vqgan"].spec.wants_gpus
+    assert steps["encode-data"].spec.storage == ("runs/demo/data", "runs/demo/tokenizer")
+    assert steps["export-vqgan"].spec.storage == ("runs/demo/vqgan", "runs/demo/tokenizer")
+
+
+@pytest.mark.parametrize("words", [["--tokenizer", "t", "--crops", "10"], ["--crops=10", "--tokenizer=t"]])
+def test_the_tokenizer_of_an_encoding_is_among_what_it_reads(words: list[str]) -> None:
+    assert describe("data/mine", words, SlurmCluster(), task="encode").storage == ("data/mine", "t")
+
+
 def test_a_step_has_a_place_and_a_size_of_its_own(tmp_path: Path) -> None:
     place = tmp_path / "cpu.yaml"
     place.write_text("kind: slurm\npartition: cpu\n")
@@ -164,7 +177,8 @@ def test_a_pipeline_runs_step_by_step_on_this_machine(
 ) -> None:
     assert launch(monkeypatch, "local", "configs/demo/pipeline.yaml", "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
-    told = [line.partition("launchers.cli ")[2] for line in lines]
+    told = [line.partition("launchers.cli ")[2].removesuffix(" &") for line in lines if line != "wait"]
+    assert lines[5] == "wait"  # for the two processes of the training, before the evaluation
     assert told == [
         "data build configs/demo/data.yaml", "data build configs/demo/heldout.yaml",
         "vocab train configs/demo/vocab.yaml", "train configs/demo/clip.yaml", "train configs/demo/clip.yaml",

@@ -54,6 +54,14 @@ def test_what_ends_a_block_is_noted_and_raised_as_what_it_is(
     assert "typical" not in str(raised.value)
 
 
+def test_a_fault_noted_behind_a_torn_line_is_read(tmp_path: Path) -> None:
+    (tmp_path / FAULTS).write_text('{"cause": "node", "rank": 0}\n{"cause": "sto')
+    start = faults_size(tmp_path)
+    record_fault(tmp_path, "storage", "the disk is full", 1)
+    assert [line["why"] for line in read_faults(tmp_path, start)] == ["the disk is full"]
+    assert [line["cause"] for line in read_faults(tmp_path)] == ["node", "storage"]
+
+
 def test_ranks_that_do_not_come_are_noted_and_no_word_of_an_earlier_end_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

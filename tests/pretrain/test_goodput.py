@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pretrain import deadline
-from pretrain.goodput import ATTEMPTS, METRICS, PhaseClock, goodput, lines_of
+from pretrain.goodput import ATTEMPTS, METRICS, PhaseClock, append_line, goodput, lines_of
 
 
 def write(path: Path, rows: list[dict[str, Any]], rest: str = "") -> None:
@@ -41,6 +41,23 @@ def test_the_last_bytes_hold_the_last_whole_lines(last_bytes: int, tmp_path: Pat
     text = (tmp_path / "log").read_text()
     expected = [line for line in text[-last_bytes:].splitlines()[last_bytes < len(text) :] if line.endswith("}")]
     assert [json.dumps(line) for line in lines_of(tmp_path / "log", last_bytes)] == expected
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"attempt": 1, "sta', '{"attempt": 1, "started": 2}'])
+def test_a_line_appended_behind_a_torn_one_is_whole(torn: str, tmp_path: Path) -> None:
+    """Killed, or out of room, in the middle of a write: only that line is lost, and no reader stumbles."""
+    write(tmp_path / ATTEMPTS, [{"attempt": 0}], rest=torn)
+    append_line(tmp_path / ATTEMPTS, {"attempt": 2})
+    append_line(tmp_path / ATTEMPTS, {"attempt": 3})
+    whole = [1] if torn.endswith("}") else []
+    assert [line["attempt"] for line in lines_of(tmp_path / ATTEMPTS)] == [0, *whole, 2, 3]
+    assert "\n\n" not in (tmp_path / ATTEMPTS).read_text()
+
+
+def test_a_torn_line_that_another_was_appended_to_is_passed_over(tmp_path: Path) -> None:
+    """As earlier versions left it."""
+    write(tmp_path / ATTEMPTS, [{"attempt": 0}], rest='{"attempt": 1, "sta{"attempt": 2}\n{"attempt": 3}\n')
+    assert [line["attempt"] for line in lines_of(tmp_path / ATTEMPTS)] == [0, 3]
 
 
 def test_a_run_without_steps_has_none(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from data_pipeline.settings import load_settings
 from launchers.local import free_port
 from pretrain import tracking
 from pretrain.config import RunConfig
-from pretrain.tracking import MetricsLog, picture_key, send
+from pretrain.goodput import lines_of
+from pretrain.tracking import MetricsLog, Writer, picture_key, send
 from tests.pretrain.commands import (
     TRACEBACK,
     Material,
@@ -48,13 +49,40 @@ def test_a_half_written_last_line_is_cut_and_what_follows_is_whole(rest: str, tm
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
 
 
+def test_a_run_s_configuration_is_never_seen_half_written(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_settings(RunConfig, recipe(vqgan(material, tmp_path / "run"), tmp_path / "run.yaml"))
+    Writer(config, 0, 0, 1).close()
+    before = (tmp_path / "run/config.json").read_text()
+
+    def die(path: Path, text: str, **_: Any) -> None:
+        with path.open("w") as file:
+            file.write(text[:7])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", die)
+    with pytest.raises(KeyboardInterrupt):
+        Writer(config, 1, 0, 1)
+    assert (tmp_path / "run/config.json").read_text() == before
+
+
+def test_a_start_noted_behind_a_torn_line_is_whole(material: Material, tmp_path: Path) -> None:
+    config = load_settings(RunConfig, recipe(vqgan(material, tmp_path / "run"), tmp_path / "run.yaml"))
+    Writer(config, 0, 0, 1).close()
+    with (tmp_path / "run/attempts.jsonl").open("a") as file:
+        file.write('{"attempt": 1, "from')
+    Writer(config, 2, 0, 1).close()
+    assert [line["attempt"] for line in lines_of(tmp_path / "run/attempts.jsonl")] == [0, 2]
+
+
 def test_a_line_that_is_being_written_is_not_read_before_its_end(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"a": 1}\n{"b"')
     lines, end = tracking._new_lines(path, 0)
-    assert (lines, end) == (['{"a": 1}'], 9)
+    assert (lines, end) == ([b'{"a": 1}\n'], 9)
     path.write_text('{"a": 1}\n{"b": 2}\n')
-    assert tracking._new_lines(path, end) == (['{"b": 2}'], 18)
+    assert tracking._new_lines(path, end) == ([b'{"b": 2}\n'], 18)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ After an intended change write the golden files again: `TESSERA_WRITE_GOLDEN=1 p
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def environments(objects: list[Tree], folder: Path, index: int) -> list[dict[str
     words, env = process_of(objects, folder, index)
     done = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, timeout=120, env={**os.environ, **env})
     assert done.returncode == 0, done.stderr
-    return [dict(pair.split("=", 1) for pair in line.split() if "=" in pair) for line in done.stdout.splitlines()]
+    started = [line for line in done.stdout.splitlines() if line != "wait"]
+    return [dict(pair.split("=", 1) for pair in shlex.split(line) if "=" in pair) for line in started]
 
 
 def test_the_pods_of_a_training_are_its_ranks(tmp_path: Path) -> None:
