@@ -144,7 +144,7 @@ def parse_members(data: bytes, where: str) -> Iterator[Member]:
             raise DataError(f"{where}: {name!r} claims {size} bytes, {len(data) - body} are there; the tar was cut off")
         position = body + padded(size)
         if kind in b"xL":
-            long_name = _long_name(data[body : body + size], kind) or long_name
+            long_name = _long_name(data[body : body + size], kind, where) or long_name
             continue
         if kind in b"0\0":
             yield Member(long_name or name, start, body, size)
@@ -172,7 +172,7 @@ def scan(file: BinaryIO, where: str, position: int = 0) -> Iterator[Member]:
             raise DataError(f"{where}: {name!r} claims {size} bytes, {total - body} are there; the tar was cut off")
         position = body + padded(size)
         if kind in b"xL":
-            long_name = _long_name(file.read(size), kind) or long_name
+            long_name = _long_name(file.read(size), kind, where) or long_name
             continue
         if kind in b"0\0":
             yield Member(long_name or name, start, body, size)
@@ -201,7 +201,7 @@ def samples_of(pieces: Iterable[bytes], where: str) -> Iterator[tuple[int, bytes
         ahead_start = ahead_start if ahead else position
         ahead += (block, body)
         if kind in b"xL":
-            long_name = _long_name(body[:size], kind) or long_name
+            long_name = _long_name(body[:size], kind, where) or long_name
             continue
         if kind in b"0\0":
             found = split_name(long_name or name)[0]
@@ -268,13 +268,19 @@ def _number(field: bytes) -> int:
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
 
 
-def _long_name(body: bytes, kind: bytes) -> str:
-    """The name that a GNU (L) or PAX (x) header gives to the next file; empty where PAX says other things."""
+def _long_name(body: bytes, kind: bytes, where: str) -> str:
+    """The name that a GNU (L) or PAX (x) header gives to the next file; empty where PAX says other things.
+
+    Raises DataError for a PAX header whose records ("length key=value" and a line break) are none.
+    """
     if kind == b"L":
         return body.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
     while body:
-        length = int(body.split(b" ", 1)[0])
-        key, _, value = body[:length].split(b" ", 1)[1].partition(b"=")
+        digits, _, rest = body.partition(b" ")
+        length = int(digits) if digits.isdigit() else 0
+        if not len(digits) < length <= len(body):
+            raise DataError(f"{where}: a PAX header says {body[:40]!r}; the tar is damaged, fetch it again")
+        key, _, value = rest[: length - len(digits) - 1].partition(b"=")
         if key == b"path":
             return value.rstrip(b"\n").decode("utf-8", "surrogateescape")
         body = body[length:]

@@ -103,6 +103,21 @@ def test_names_of_every_tar_format_are_read_as_tarfile_reads_them(tmp_path, kind
         assert found == [(name, b"abc")] == parse_files(data, "x")
 
 
+@pytest.mark.parametrize("record", [b"", b"0 path=x\n", b"2 path=x\n", b"-9 path=x\n", b"abc", b"99 path=x\n"])
+def test_a_damaged_pax_header_is_refused_by_every_reader(record):
+    first, second = tarfile.TarInfo("PaxHeader"), tarfile.TarInfo("x.png")
+    first.type, first.size, second.size = tarfile.XHDTYPE, 20, 3
+    body = b"10 mtime=1" + record.ljust(10, b"?")
+    data = first.tobuf() + body.ljust(BLOCK, b"\0") + second.tobuf() + b"abc".ljust(3 * BLOCK, b"\0")
+    for read in (
+        lambda: scan(io.BytesIO(data), "x"),
+        lambda: parse_members(data, "x"),
+        lambda: samples_of([data], "x"),
+    ):
+        with pytest.raises(DataError, match="PAX header says"):
+            list(read())
+
+
 @pytest.mark.parametrize("cut", [100, BLOCK, 3 * BLOCK, -2 * BLOCK])
 def test_a_tar_that_was_cut_off_is_refused_even_between_files(tmp_path, cut):
     write(tmp_path / "x.tar")
