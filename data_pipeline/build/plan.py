@@ -29,6 +29,7 @@ from data_pipeline.build.dedup import first_of_equals
 from data_pipeline.build.filters import IMAGE_NAMES, TEXT_NAMES, Filters
 from data_pipeline.build.inputs import is_remote, open_input
 from data_pipeline.build.layout import Layout, Row
+from data_pipeline.build.records import as_unicode
 from data_pipeline.build.sources import Source, open_source
 from data_pipeline.config import BuildConfig
 from data_pipeline.errors import ConfigError, DataError
@@ -170,7 +171,7 @@ def retry_plan(config: BuildConfig, manifest: Manifest, rejects: list[dict[str, 
         places = {reject["key"]: int(reject["row"]) for reject in again if reject["row"] < rows}
     else:
         wanted = {reject["key"] for reject in again}
-        places = {key: row for row, key in reversed(list(enumerate(keys))) if key in wanted}
+        places = {key: row for row, key in reversed(list(enumerate(map(as_unicode, keys)))) if key in wanted}
     again = sorted((reject for reject in again if reject["key"] in places), key=lambda reject: places[reject["key"]])
     selected = np.array([places[reject["key"]] for reject in again], np.int64)
     ids = np.array([reject["row"] for reject in again], np.int64)
@@ -230,7 +231,7 @@ def key_digests(keys: Iterable[str]) -> np.ndarray:
     """-> uint64 [n, 2]: 128-bit hashes (xxh3), by which keys are compared."""
     blocks, digests = [], []
     for key in keys:
-        digests.append(xxhash.xxh3_128_digest(key.encode("utf-8", "surrogatepass")))
+        digests.append(xxhash.xxh3_128_digest(as_unicode(key).encode()))
         if len(digests) == _AT_ONCE:
             blocks.append(np.frombuffer(b"".join(digests), np.uint64))
             digests = []

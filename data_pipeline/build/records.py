@@ -47,7 +47,7 @@ class RecordReader:
             return Drop(key, "no_image", f"column {config.image!r} is empty")
         if isinstance(value, str) and value.lstrip().lower().startswith(("http://", "https://")):
             digests = [str(record.get(column) or "") if column else "" for column in (config.sha256, config.md5)]
-            return Link(key, value.strip(), captions, meta, *digests)
+            return Link(key, as_unicode(value.strip()), captions, meta, *digests)
         try:
             return Pair(key, self._image(value), captions, meta)
         except binascii.Error as error:
@@ -75,6 +75,11 @@ def key_of(record: Mapping[str, Any], column: str | None, number: int) -> str:
         return f"{number:09d}"
     value = record.get(column)
     return f"row {number:09d}" if value in _NO_KEY else str(value)
+
+
+def as_unicode(text: str) -> str:
+    """The text, with what UTF-8 cannot say (half of a surrogate pair, a byte of another encoding) as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def unnamed(record: Mapping[str, Any], column: str | None, key: str) -> Drop | None:
@@ -151,7 +156,7 @@ def parse_object(line: str) -> dict[str, Any]:
 def json_line(tree: Any) -> str:
     """A value as one line, for `parse_object`."""
     try:
-        return json.dumps(tree, ensure_ascii=False)
+        return as_unicode(json.dumps(tree, ensure_ascii=False))
     except RecursionError:
         return json.dumps({UNREADABLE: _TOO_DEEP})
 

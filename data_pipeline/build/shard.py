@@ -26,6 +26,7 @@ from data_pipeline.build.fetch import Fetcher, Outcome, fetch_all
 from data_pipeline.build.filters import Filters
 from data_pipeline.build.images import Prepared, Reject
 from data_pipeline.build.layout import Row
+from data_pipeline.build.records import as_unicode
 from data_pipeline.config import BuildConfig
 from data_pipeline.errors import Conflict, DataError
 from data_pipeline.schema import Drop, Link, Pair
@@ -115,7 +116,7 @@ class Stages:
 
     def run(self, number: int, row: Row) -> tuple[Record, Prepared | None, Pair | None]:
         """-> (the row's line of the shard's parquet, and what is stored; None where it is rejected)."""
-        record: Record = {"row": number, "key": row.key}
+        record: Record = {"row": number, "key": as_unicode(row.key)}
         admitted = admit(row, self._config, self._filters)
         if isinstance(admitted, Link):
             admitted = self._fetched(number, admitted, record)
@@ -127,7 +128,7 @@ class Stages:
         else:
             outcome = admitted
         if isinstance(outcome, Drop):
-            return {**record, "status": outcome.reason, "detail": outcome.detail}, None, None
+            return {**record, "status": outcome.reason, "detail": as_unicode(outcome.detail)}, None, None
         assert isinstance(admitted, Pair)
         return {**record, "status": "ok", "detail": "", "captions": list(admitted.captions)}, outcome, admitted
 

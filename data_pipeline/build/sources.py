@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +34,7 @@ from data_pipeline.build.records import (
     UNREADABLE,
     ImageStore,
     as_captions,
+    as_unicode,
     captions_of_json,
     is_json,
     json_line,
@@ -159,13 +160,15 @@ class Folder:
 def _images_below(root: str) -> list[str]:
     """Names of the images below a folder of this machine or a prefix on S3, sorted."""
     if root.startswith("s3://"):
-        names: Iterable[str] = S3Storage(root).names_below()
+        names = S3Storage(root).names_below()
     elif is_remote(root):
         raise ConfigError(f"source.path={root}: only s3:// tells what lies in a folder; name a table or tars instead")
     else:
         must_exist(Path(root), "source.path")
         with readable(root):
             names = _files_below(root)
+    if odd := [name for name in names if as_unicode(name) != name]:
+        raise DataError(f"{root}/{as_unicode(odd[0])}: the name is no UTF-8, {len(odd)} such; rename them")
     return sorted(name for name in names if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
 
 
@@ -244,7 +247,7 @@ class Coco:
             if name is None:
                 return Drop(key, "no_image", "neither file_name nor coco_url")
             if self._images is None:
-                return Link(key, str(name), captions, meta)
+                return Link(key, as_unicode(str(name)), captions, meta)
             return Pair(key, self._images.read(str(name)), captions, meta)
         except TypeError as error:
             return Drop(key, "unreadable_caption", str(error))
@@ -354,7 +357,8 @@ def _plan_tar(path: str) -> Part:
         for rows, (key, members) in enumerate(_grouped(scan(file, path)), 1):
             if (rows - 1) % TAR_STRIDE == 0:
                 offsets.append(members[0].start)
-            described.update(f"{key} {[(member.name, member.data, member.size) for member in members]}".encode())
+            parts = [(member.name, member.data, member.size) for member in members]
+            described.update(as_unicode(f"{key} {parts}").encode())
     return Part(path, rows, described.hexdigest(), np.array(offsets, np.int64))
 
 

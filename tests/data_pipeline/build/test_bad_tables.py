@@ -1,12 +1,16 @@
 """Tables that are cut off, damaged, closed or malformed: one clear error with its exit code, or rows of rejects."""
 
+import base64
 import gzip
+import io
 import json
 import os
+import tarfile
 import tempfile
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,6 +18,7 @@ from data_pipeline.build.records import NESTED_AT_MOST
 from data_pipeline.build.sources import open_source
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.settings import read_yaml
+from tests.data_pipeline.conftest import png
 
 LINES = {
     "csv": "image,caption\n" + "".join(f"{n}.png,{n}\n" for n in range(5000)),
@@ -243,3 +248,39 @@ def test_a_configuration_that_may_not_be_read_is_an_error_of_configuration(nobod
     os.seteuid(user)
     with pytest.raises(ConfigError, match="x.yaml: Permission denied"):
         read_yaml(folder / "x.yaml")
+
+
+# ------------------------------------------------------------------------------------------- what is no Unicode
+
+
+def test_keys_and_addresses_that_are_no_unicode_are_written_as_escapes(tmp_path, build_here):
+    """Half of a surrogate pair stands in JSON as an escape, and nowhere in UTF-8."""
+    image = {"image": base64.b64encode(png()).decode(), "caption": "a \ud800 dot"}
+    rows = [image | {"key": "half \udc00"}, {"image": "http://127.0.0.1:9/\ud800", "caption": "b", "key": "address"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "jsonl", "path": f"{tmp_path}/x.jsonl", "image": "image", "captions": ["caption"], "key": "key"}
+    fetch = {"allow_networks": ["127.0.0.0/8"], "attempts": 1, "timeout_s": 20}
+    stats = build_here(source=source | {"base64": True}, output=f"{tmp_path}/out", fetch=fetch)
+    assert (stats["in"], stats["out"]) == (2, 1)
+    (kept,) = pq.read_table(tmp_path / "out/00000.parquet").filter(pc.field("status") == "ok").to_pylist()
+    assert kept["key"] == "half \\udc00"
+    assert [(row, key) for row, key, _ in rejects(tmp_path)] == [(1, "address")]
+
+
+def test_a_coco_image_and_a_tar_with_such_names_are_rows_and_a_file_is_refused_by_name(tmp_path, build_here):
+    coco = {"images": [{"id": "\ud800", "file_name": "\udc00.png"}], "annotations": []}
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    refused(build_here, tmp_path, "all 1 rows were rejected", kind="coco", path=f"{tmp_path}/coco.json")
+    assert [key for _, key, _ in rejects(tmp_path)] == ["\\ud800"]
+
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in ((b"caf\xe9.png", png()), (b"caf\xe9.txt", b"a dot")):
+            info = tarfile.TarInfo(os.fsdecode(name))
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    stats = build_here(source={"kind": "tars", "path": f"{tmp_path}/x.tar"}, output=f"{tmp_path}/of-tars")
+    assert (stats["in"], stats["out"]) == (1, 1)
+
+    (tmp_path / "folder").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "folder") + b"/caf\xe9.png")).write_bytes(png())
+    refused(build_here, tmp_path, r"caf\\udce9.png: the name is no UTF-8", kind="folder", path=f"{tmp_path}/folder")
