@@ -78,11 +78,14 @@ def name(run: str | Path, label: str, step: int | None = None, remove: bool = Fa
     root, entry = _root(run), f"name-{label}.json"
     if not NAME.fullmatch(entry):
         raise ConfigError(f"name {label!r}: use letters, digits, '_', '-' and '.' only")
+    taken = {label for _, label in names(root)}
     if remove:
+        if label not in taken:
+            there = ", ".join(sorted(taken)) or "none"
+            raise ConfigError(f"{run}: no checkpoint is named {label!r}; there are {there}")
         open_storage(root).remove(entry)
         return {"removed": label}
     saved = newest_whole(run, step)
-    taken = {label for _, label in names(root)}
     if label in taken:
         raise ConfigError(f"{run}: a checkpoint is named {label!r} already; remove that name first with --remove")
     put_once(open_storage(root), entry, as_json({"checkpoint": saved.name}))

@@ -85,6 +85,8 @@ def test_a_named_checkpoint_stays_until_its_name_is_taken_away(tmp_path: Path) -
     assert [row["kept"] for row in verbs.list_(tmp_path)] == ["last, named before-warm-down", "last"]
     with pytest.raises(ConfigError, match="named 'before-warm-down' already"):
         verbs.name(tmp_path, "before-warm-down")
+    with pytest.raises(ConfigError, match=r"named 'warm-down'; there are before-warm-down"):
+        verbs.name(tmp_path, "warm-down", remove=True)
     verbs.name(tmp_path, "before-warm-down", remove=True)
     write(tmp_path, 16, keep=1)
     assert steps_in(tmp_path) == [16]
