@@ -133,7 +133,8 @@ class LocalStorage:
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
         try:
-            data = os.pread(self._open(name).fileno(), stop - start, start)
+            file = self._open(name)  # held until it is read: another thread may put another in its place
+            data = os.pread(file.fileno(), stop - start, start)
         except OSError:
             with _named(self.root, name):
                 raise

@@ -1,5 +1,6 @@
 import contextlib
 import itertools
+import os
 import pickle
 import threading
 from pathlib import Path
@@ -52,6 +53,19 @@ def test_a_range_beyond_the_end_is_refused(storage):
     storage.put_if_absent("a", b"0123")
     with pytest.raises(DataError, match=r"bytes 2\.\.6 asked for, 2 there"):
         storage.get_range("a", 2, 6)
+
+
+def test_a_file_that_another_thread_lets_go_is_read_to_the_end(tmp_path, monkeypatch):
+    """Two threads open it at once, and one's stays; or so many others are opened that it is closed."""
+    storage, read = LocalStorage(str(tmp_path)), os.pread
+    storage.put_if_absent("a", b"0123456789")
+
+    def after_another_came(descriptor, size, start):
+        storage._files.clear()
+        return read(descriptor, size, start)
+
+    monkeypatch.setattr(os, "pread", after_another_came)
+    assert storage.get_range("a", 2, 5) == b"234"
 
 
 def test_what_killed_writers_left_is_removed(storage):
