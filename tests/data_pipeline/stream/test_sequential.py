@@ -15,7 +15,7 @@ def site(scenes):
     """The scenes behind an http server that knows no ranges -> its address."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(scenes))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
