@@ -72,6 +72,7 @@ def drivers_of(parent):
     return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_it_ends_with_the_process_that_started_it(repository, signum):
     parent, driver = start_parent(repository)

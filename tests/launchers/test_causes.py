@@ -62,6 +62,7 @@ STEP = "pathlib.Path(os.environ['OUT'], 'run', 'metrics.jsonl').open('a').write(
 HEAD = "import os, pathlib, signal, sys\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "attempts", "code", "cause"),
     [

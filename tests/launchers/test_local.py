@@ -167,6 +167,7 @@ def test_second_stop_signal_kills_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - began < QUICK.stop_s
 
 
+@pytest.mark.slow
 def test_a_rank_that_other_hosts_gave_up_is_ended_and_no_other_one(tmp_path: Path) -> None:
     """Stopped, and alone on its host. Blamed before it: processes of its number elsewhere, and in earlier attempts."""
     run, survived = tmp_path / "run", []

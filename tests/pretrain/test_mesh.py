@@ -49,6 +49,7 @@ def torchrun() -> Any:
     del server
 
 
+@pytest.mark.slow
 def test_a_rank_that_comes_again_waits_until_the_attempt_that_knew_it_is_gone() -> None:
     """Its node was quicker to start again than rank 0's: the old store's addresses are of the dead."""
     port = free_port()
@@ -60,6 +61,7 @@ def test_a_rank_that_comes_again_waits_until_the_attempt_that_knew_it_is_gone() 
     assert_together(Joining(place(0, port)), again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("died", ["after they met", "before rank 1 came", "while rank 1 waited"])
 @pytest.mark.parametrize("first", [0, 1])
 def test_ranks_under_torchrun_meet_in_the_next_attempt_whoever_of_them_is_there_first(
@@ -79,12 +81,14 @@ def test_ranks_under_torchrun_meet_in_the_next_attempt_whoever_of_them_is_there_
     assert_together(ahead, Joining(ranks[1 - first]))
 
 
+@pytest.mark.slow
 def test_two_jobs_on_one_torchrun_store_do_not_meet(torchrun: int) -> None:
     _attempt_store(place(0, torchrun, "another job"), 20)
     with pytest.raises(NodeFault, match="rank 1 found no store"):
         _attempt_store(place(1, torchrun, AGENT), 1)
 
 
+@pytest.mark.slow
 def test_a_second_process_of_a_rank_is_refused() -> None:
     port = free_port()
     stores = [_attempt_store(place(rank, port), 20) for rank in (0, 1)]

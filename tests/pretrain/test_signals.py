@@ -81,6 +81,7 @@ sys.exit(7)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [TERM, INT, USR1])
 def test_a_worker_process_works_on_whatever_is_asked_of_the_run(number: int) -> None:
     process = start(WORKER)

@@ -172,6 +172,7 @@ def test_a_misspelt_column_in_a_condition_is_refused_before_the_build(tmp_path, 
 # ------------------------------------------------------------------------------------------------- retry
 
 
+@pytest.mark.slow
 def test_retry_adds_what_failed_and_changes_nothing_that_stands(web, tmp_path, build_here, make_config, make_png):
     write_rows(tmp_path / "rows.jsonl", web, PATHS)
     tree = config_of(tmp_path)
@@ -192,6 +193,7 @@ def test_retry_adds_what_failed_and_changes_nothing_that_stands(web, tmp_path, b
     assert hashlib.sha256(storage.get(f"manifest-{first['fingerprint'][:12]}.json")).hexdigest() == first["fingerprint"]
 
 
+@pytest.mark.slow
 def test_retry_again_and_again_counts_every_row_once(web, tmp_path, build_here, make_config, make_png):
     write_rows(tmp_path / "rows.jsonl", web, PATHS)
     tree = config_of(tmp_path)
