@@ -53,7 +53,7 @@ def generate(
 def evaluate(
     run: Run,
     rerank: Annotated[Path | None, typer.Option(help="Run of a CLIP that picks the best image a prompt.")] = None,
-    candidates: Annotated[int, typer.Option(min=1, help="Images per prompt to pick from.")] = 16,
+    candidates: Annotated[int, typer.Option(min=1, help="Images per prompt to pick from.")] = 8,
     json: AsJson = False,
 ) -> None:
     """The figures of a run's newest checkpoint on its held-out data."""

@@ -28,7 +28,6 @@ ROOT = Path("runs/demo")
 PROCESSES = 2
 STAGE_TIMEOUT_S = 1800
 POLL_S = 0.2
-CANDIDATES = "8"  # images per prompt that CLIP picks from
 PROMPT = "a big red circle at the top left on white"
 
 QUICK = {
@@ -139,7 +138,7 @@ def evaluate(demo: Demo) -> dict[str, Any]:
     """The figures of all runs on held-out scenes."""
     for name in ("vqgan", "clip", "electra"):
         demo.run(f"evaluate {name}", "evaluate", str(ROOT / name))
-    demo.run("evaluate gpt", "evaluate", str(ROOT / "gpt"), "--rerank", str(ROOT / "clip"), "--candidates", CANDIDATES)
+    demo.run("evaluate gpt", "evaluate", str(ROOT / "gpt"), "--rerank", str(ROOT / "clip"))
     demo.run("generate", "generate", str(ROOT / "gpt"), "--prompt", PROMPT, "-n", "4", "--temperature", "0.5")
     figures = {name: read_json(ROOT / name / "evaluation.json") for name in ("vqgan", "clip", "electra", "gpt")}
     return {

@@ -29,9 +29,9 @@ from pretrain.train import open_data
 SAMPLES = 512
 BATCH = 64
 CANDIDATES = 64
-PROMPTS = 100
+PROMPTS = 200
 TEMPERATURE = 0.5
-CANDIDATES_PER_PROMPT, CANDIDATES_TEMPERATURE = 16, 1.0
+CANDIDATES_PER_PROMPT = 8
 
 Figures = dict[str, float]
 
@@ -188,9 +188,8 @@ def _gpt(
     images, figures = single, {"prompts": float(len(prompts))} | _scene_figures(single, samples, "single_")
     if ranker:
         repeated = [prompt for prompt in prompts for _ in range(candidates)]
-        many = generate_images(
-            model, tokenizer, vocabulary, repeated, temperature=CANDIDATES_TEMPERATURE, seed=config.seed
-        ).reshape(len(prompts), candidates, *single.shape[1:])
+        many = generate_images(model, tokenizer, vocabulary, repeated, temperature=TEMPERATURE, seed=config.seed)
+        many = many.reshape(len(prompts), candidates, *single.shape[1:])
         images = np.stack([some[ranker.best(some, prompt)] for some, prompt in zip(many, prompts, strict=True)])
         figures["candidates"] = float(candidates)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
