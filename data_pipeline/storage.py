@@ -111,13 +111,17 @@ class LocalStorage:
             return self.path(name).stat().st_size, ""
 
     def folders(self) -> list[str]:
-        folder = Path(self.root)
-        found = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
-        return sorted(name for name in found if not name.startswith("."))
+        found = sorted(entry.name for entry in self._entries() if entry.is_dir())
+        return [name for name in found if not name.startswith(".")]
 
     def list(self) -> list[str]:
-        folder = Path(self.root)
-        return sorted(entry.name for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else []
+        return sorted(entry.name for entry in self._entries() if entry.is_file())
+
+    def _entries(self) -> "tuple[os.DirEntry[str], ...]":
+        """What lies directly under the root: nothing, where it is no folder, or none any more as it is read."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
+            return tuple(entries)
+        return ()
 
     def remove(self, name: str) -> None:
         with _named(self.root, name):

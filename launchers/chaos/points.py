@@ -95,7 +95,8 @@ class FolderPoints:
         if MANIFEST in names:
             return ""
         written = {match[1] for name in names if (match := SHARD.fullmatch(name))}
-        if any((folder / ".tmp").glob("*/r*.safetensors")):
+        drafts = (name for scratch in _names(folder / ".tmp") for name in _names(folder / ".tmp" / scratch))
+        if any(SHARD.fullmatch(name) for name in drafts):
             return "shard"
         return "commit" if len(written) == self.world else ""
 
@@ -121,6 +122,7 @@ def has_open(attempt: Attempt, pattern: str) -> bool:
 
 
 def _names(folder: Path) -> set[str]:
+    """Of what lies there: nothing, where the folder is not there any more, as those of drafts soon are not."""
     try:
         return set(os.listdir(folder))
     except FileNotFoundError:

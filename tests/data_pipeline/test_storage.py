@@ -87,6 +87,23 @@ def test_folders_are_listed_and_removed_with_all_they_hold(storage):
         assert storage.folders() == ["a", "c"]
 
 
+def test_a_folder_that_goes_as_it_is_listed_is_listed_as_empty(storage):
+    ended, folder = threading.Event(), Path(storage.root)
+
+    def comes_and_goes():
+        while not ended.is_set():
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.rmdir()
+
+    other = threading.Thread(target=comes_and_goes)
+    other.start()
+    try:
+        assert not any(storage.list() + storage.folders() for _ in range(5000))
+    finally:
+        ended.set()
+        other.join(timeout=30)
+
+
 def test_a_folder_that_another_removes_and_adds_to_is_removed_all_the_same(storage):
     for number in range(300):
         (storage.path(f"{number % 7}") / "deep").mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,27 @@ def test_a_point_of_a_save_is_reached_when_its_files_say_so(point: When, at: tup
     for name in SAVING:
         happens(root / NOW, name)
         assert points.reached() == (name in at), name
+
+
+def test_drafts_that_come_and_go_as_they_are_looked_for_are_no_error(root: Path) -> None:
+    """A folder of a draft is gone as its file is whole, between two calls of whoever looks for it."""
+    points = FolderPoints(str(root), WORLD)
+    points.expect("shard", NOBODY)
+    (root / NOW).mkdir()
+    ended = threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            happens(root / NOW, "+r00000")
+            happens(root / NOW, "-r00000")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert {points.reached() for _ in range(5000)} <= {True, False}
+    finally:
+        ended.set()
+        writer.join(timeout=30)
 
 
 def test_what_stands_of_the_newest_save_is_said(root: Path, tmp_path: Path) -> None:
