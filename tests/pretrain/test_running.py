@@ -14,7 +14,6 @@ from tests.pretrain.commands import (
     child_of_rank,
     electra,
     finish,
-    interrupted,
     kill_rank_1,
     loss_bits,
     recipe,
@@ -23,6 +22,7 @@ from tests.pretrain.commands import (
     two_ranks,
     vqgan,
 )
+from tests.pretrain.held import interrupted
 from tests.pretrain.processes import TIMEOUT_S, run_ranks, start_ranks
 from tests.pretrain.test_guards import by_hand
 from tests.pretrain.test_training import assert_every_position_once, assert_same_state, final
@@ -97,7 +97,7 @@ def test_what_a_scheduler_sends_is_one_request_and_the_save_is_finished(material
             for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
                 os.kill(child_of_rank(launcher, rank), number)
 
-    code, output = interrupted(two_ranks(config), run, 3, scheduler)
+    code, output = interrupted(two_ranks(config), run, 3, scheduler, stops=1)
     assert code == 75, output[-3000:]
     assert TRACEBACK not in output
     assert final(run).step == max(steps_of(run)) < 24

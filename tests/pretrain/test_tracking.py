@@ -28,12 +28,12 @@ from tests.pretrain.commands import (
     Material,
     command,
     environment,
-    interrupted,
     recipe,
     rows_of,
     steps_of,
     vqgan,
 )
+from tests.pretrain.held import interrupted
 
 NO_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 
@@ -170,7 +170,7 @@ def test_a_run_and_its_continuation_are_one_run_at_the_server_with_everything_on
 ) -> None:
     run = tmp_path / "continued"
     argv = command("train", described(material, run, server))
-    code, output = interrupted(argv, run, 6, lambda pid: os.kill(pid, signal.SIGTERM))
+    code, output = interrupted(argv, run, 6, lambda pid: os.kill(pid, signal.SIGTERM), stops=1)
     assert code == 75, output[-3000:]
     code, output = interrupted(argv, run, 20, lambda pid: None)
     assert code == 0 and "did not take everything" not in output, output[-3000:]
@@ -229,8 +229,7 @@ def test_a_server_that_goes_and_comes_back_during_a_run_has_everything_once(mate
         first = servers.enter_context(contextlib.ExitStack())
         first.enter_context(serving(tmp_path / "server", port))
 
-        def outage(launcher: int) -> None:
-            first.close()
+        def outage() -> None:
             gone_at = max(steps_of(run))
             deadline = time.monotonic() + 120
             while max(steps_of(run)) < gone_at + 10:
@@ -238,7 +237,7 @@ def test_a_server_that_goes_and_comes_back_during_a_run_has_everything_once(mate
                 time.sleep(0.05)
             servers.enter_context(serving(tmp_path / "server", port))
 
-        code, output = interrupted(command("train", path), run, 10, outage)
+        code, output = interrupted(command("train", path), run, 10, lambda _: first.close(), then=outage)
         assert code == 0 and TRACEBACK not in output, output[-3000:]
         send(run, load_settings(RunConfig, path))
         uri = f"http://127.0.0.1:{port}"

@@ -30,7 +30,6 @@ from tests.pretrain.commands import (
     command,
     electra,
     finish,
-    interrupted,
     kill_rank_1,
     loss_bits,
     recipe,
@@ -40,6 +39,7 @@ from tests.pretrain.commands import (
     two_ranks,
     vqgan,
 )
+from tests.pretrain.held import interrupted
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
@@ -150,7 +150,7 @@ def test_sigterm_saves_and_leaves_with_75_and_the_same_command_goes_on(
 ) -> None:
     run = tmp_path / "run"
     argv = two_ranks(recipe(electra(material, run, checkpoint_every_steps=1000), tmp_path / "run.yaml"))
-    code, output = interrupted(argv, run, 5, lambda launcher: os.kill(launcher, signal.SIGTERM))
+    code, output = interrupted(argv, run, 5, lambda launcher: os.kill(launcher, signal.SIGTERM), stops=1)
     assert code == 75, output[-3000:]
     assert TRACEBACK not in output
     reached = max(steps_of(run))
@@ -211,7 +211,7 @@ def test_what_torchrun_hides_of_a_clean_stop_stands_in_the_run_folder(
     config = recipe(electra(material, run, checkpoint_every_steps=1000), tmp_path / "run.yaml")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
     argv = [*torchrun, str(free_port()), "-m", "launchers.cli", "train", str(config)]
-    code, output = interrupted(argv, run, 5, lambda agent: os.kill(agent, signal.SIGTERM))
+    code, output = interrupted(argv, run, 5, lambda agent: os.kill(agent, signal.SIGTERM), stops=1)
     assert code == 1, output[-3000:]
     ended = json.loads((run / "ended.json").read_text())
     assert ended["exit_code"] == 75 and final(run).step == max(steps_of(run)) < 24
