@@ -1,4 +1,4 @@
-"""Runs that are struck at a step: they wait there for the strike, for the steps that are left may take less than a look.
+"""Runs that wait at a step for what strikes them: the steps that are left may take less than the look at them.
 
 What is started runs HOLD first, which Python imports by itself where it is found under this name.
 """
