@@ -32,6 +32,8 @@ FOLDER = "faults"
 DUMP_SIGNAL = signal.SIGUSR2
 WAITS_FOR_PEERS = ("torch/distributed/distributed_c10d.py", "pretrain/mesh.py")
 INTERVAL_S = (0.1, 5.0)
+DUMP_BEGINS_S = 10.0
+"""A process that was stopped or swapped out may take this long to go on, on a machine however busy."""
 DUMP_S = 0.5
 STOP_S = 2.0
 
@@ -105,7 +107,8 @@ class Watchdog:
         self.clock = clock
         self.timeout_s = timeout_s
         self.interval_s = min(max(timeout_s / 20, INTERVAL_S[0]), INTERVAL_S[1])
-        self.stacks = run / FOLDER / f"attempt-{attempt:05d}.rank-{mesh.rank:05d}.txt"
+        self.attempt = attempt
+        self.stacks = self._stacks_of(mesh.rank)
         self._main = threading.main_thread().ident
         self._stand: tuple[Any, ...] = ()
         self._stands_since = self._looked = time.monotonic()
@@ -115,6 +118,9 @@ class Watchdog:
         self._told = ""
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
+
+    def _stacks_of(self, rank: int) -> Path:
+        return self.run / FOLDER / f"attempt-{self.attempt:05d}.rank-{rank:05d}.txt"
 
     def start(self) -> None:
         """Begin to watch; the run folder exists by now."""
@@ -231,18 +237,28 @@ class Watchdog:
 
         One that was only stopped would train on, and the run with it, after it was said to be at its end.
         """
-        signs = [self._signs[rank] for rank in verdict.blamed if rank in self._signs]
-        here = [sign.pid for sign in signs if sign.host == socket.gethostname()]
+        signs = {rank: self._signs[rank] for rank in verdict.blamed if rank in self._signs}
+        here = {self._stacks_of(rank): sign.pid for rank, sign in signs.items() if sign.host == socket.gethostname()}
+        before = {stacks: _size(stacks) for stacks in here}
         for number in (DUMP_SIGNAL, signal.SIGCONT, signal.SIGKILL):
-            for pid in here:
+            for pid in here.values():
                 with contextlib.suppress(OSError):
                     os.kill(pid, number)
             if here and number == signal.SIGCONT:
+                until = time.monotonic() + DUMP_BEGINS_S
+                while any(_size(stacks) == before[stacks] for stacks in here) and time.monotonic() < until:
+                    time.sleep(DUMP_S / 10)
                 time.sleep(DUMP_S)
 
 
 def _key(what: int | str) -> str:
     return f"watchdog/{what}"
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def _stack_of(frame: FrameType | None) -> tuple[Any, ...]:

@@ -102,7 +102,7 @@ class Lent(Feed):
         return pool.submit(prepare, self.preparer, position) if self.workers else super()._submit(pool, position)
 
     def _wait(self, future: "Future[Prepared]") -> Prepared:
-        return future.result(60)
+        return future.result(250)
 
 
 @pytest.fixture(scope="module")

@@ -86,12 +86,9 @@ def test_a_restart_on_the_same_store_server_connects() -> None:
     """gloo reads dead peers' addresses from a store that outlives them, unless the attempt is part of every key."""
     import datetime
 
-    from launchers.local import free_port
-
-    port = free_port()
     timeout = datetime.timedelta(seconds=30)
-    server = torch.distributed.TCPStore("127.0.0.1", port, 1, True, timeout=timeout, wait_for_workers=False)
-    environment = {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # and no word of the attempt
+    server = torch.distributed.TCPStore("127.0.0.1", 0, 1, True, timeout=timeout, wait_for_workers=False)
+    environment = {"MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # no word of the attempt
     for _ in range(3):
         for rank in run_ranks(WORKER, ["gather"], world=2, **environment):
             assert rank["loss"] < 1e-6

@@ -43,9 +43,14 @@ def test_what_is_asked_for_after_a_sequence_of_signals(signals: list[int], count
 
 
 STUCK = """
-import ctypes
+import ctypes, threading, time
 from pretrain.signals import StopSignals, leave_at_once
-with StopSignals(leave_at_once):
+def say(stops):
+    while not stops.count:
+        time.sleep(0.01)
+    print("noted", flush=True)
+with StopSignals(leave_at_once) as stops:
+    threading.Thread(target=say, args=(stops,), daemon=True).start()
     print("ready", flush=True)
     mutex = ctypes.create_string_buffer(64)
     for _ in range(2):  # the second never returns, and no handler of Python's runs: as in a collective that hangs
@@ -64,7 +69,7 @@ def test_the_second_signal_ends_a_process_that_stands_in_a_c_call() -> None:
     process = start(STUCK)
     began = time.monotonic()
     process.send_signal(TERM)
-    time.sleep(0.3)
+    assert process.stdout is not None and process.stdout.readline() == "noted\n"  # two at once would be one
     assert process.poll() is None
     process.send_signal(TERM)
     assert process.wait(timeout=20) == INSISTED_EXIT

@@ -1,7 +1,9 @@
 """Who is blamed for a hang: the rule as a table. Whole runs that hang are in test_running.py."""
 
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from pretrain.goodput import PhaseClock
-from pretrain.watchdog import Sign, Watchdog, judge, process_state
+from pretrain.watchdog import Sign, Verdict, Watchdog, judge, process_state
 
 TIMEOUT_S = 10.0
 
@@ -69,28 +71,64 @@ class Alone:
 def test_a_thread_that_stands_is_told_from_one_that_goes_round_and_round(tmp_path: Any) -> None:
     mesh: Any = Alone()
     dog = Watchdog(mesh, tmp_path, 0, PhaseClock(), TIMEOUT_S)
-    go_on = threading.Event()
+    go_on, moved, done = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
 
     def trained() -> None:
-        go_on.wait(30)
-        while go_on.is_set():
-            time.sleep(0.001)
+        while not done.is_set():
+            go_on.acquire(timeout=30)
+            moved.release()
+            go_on.acquire(timeout=30)
+            moved.release()
 
     thread = threading.Thread(target=trained)
     thread.start()
     dog._main = thread.ident
 
-    def stuck_after(seconds: float) -> float:
+    def stands() -> bool:
         dog._look()
-        time.sleep(seconds)
+        time.sleep(0.3)
         dog._look()
-        return dog._sign().stuck_s
+        return dog._sign().stuck_s >= 0.3
 
-    time.sleep(0.2)
-    stuck_after(0)
-    assert stuck_after(0.3) >= 0.3
+    deadline = time.monotonic() + 30
+    while not stands():
+        assert time.monotonic() < deadline
     assert not dog._sign().waits and dog._sign().at.startswith("threading.py")
-    go_on.set()
-    assert min(stuck_after(0.05) for _ in range(20)) < 0.05
-    go_on.clear()
+    for _ in range(20):
+        time.sleep(0.01)
+        go_on.release()
+        assert moved.acquire(timeout=30)
+        before = time.monotonic()
+        dog._look()
+        assert dog._sign().stuck_s <= time.monotonic() - before
+    done.set()
+    go_on.release(2)
     thread.join(timeout=10)
+
+
+SLOW_TO_GO_ON = """
+import signal, sys, time
+def dump(*_):
+    time.sleep(2)
+    open(sys.argv[1], "w").write("stacks")
+signal.signal(signal.SIGUSR2, dump)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_blamed_are_given_time_to_write_their_stacks_however_late_they_go_on(tmp_path: Any) -> None:
+    mesh: Any = Alone()
+    dog = Watchdog(mesh, tmp_path, 0, PhaseClock(), TIMEOUT_S)
+    stacks = dog.stacks.with_name("attempt-00000.rank-00001.txt")
+    stacks.parent.mkdir()
+    blamed = subprocess.Popen([sys.executable, "-c", SLOW_TO_GO_ON, stacks], stdout=subprocess.PIPE, text=True)
+    try:
+        assert blamed.stdout is not None and blamed.stdout.readline() == "ready\n"
+        blamed.send_signal(signal.SIGSTOP)
+        dog._signs = {1: Sign(1, socket.gethostname(), blamed.pid, "step", 0.0, False, "")}
+        dog._end_blamed(Verdict((1,), "stopped"))
+        assert blamed.wait(timeout=20) == -signal.SIGKILL
+    finally:
+        blamed.kill()
+    assert stacks.read_text() == "stacks"

@@ -26,6 +26,8 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 COUNT, SHARD = 2000, 100
 TREE = {"source": {"kind": "scenes", "count": COUNT}, "shard_size": SHARD}
+LONG = {"kind": "scenes", "count": 20 * COUNT}
+"""A source for a build that is looked at or ended on its way: a fast one would be done before."""
 DRIVER = """
 import json, sys
 from data_pipeline.build.run import build
@@ -125,12 +127,12 @@ def test_an_embedded_build_leaves_a_cluster_on_its_machine_alone(cluster: Nodes,
     driver = start(tmp_path / "out", source={"kind": "scenes", "count": 200})
     wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
     assert not any(b"ray::build_shard" in command_of(pid) for n in range(2) for pid in cluster.processes(n))
-    _, said = driver.communicate(timeout=60)
+    _, said = driver.communicate(timeout=240)
     assert driver.returncode == 0, said[-2000:]
 
 
 def test_an_embedded_ray_listens_on_the_loopback_address_alone_and_has_the_priority_of_the_command(tmp_path):
-    driver = start(tmp_path / "out")
+    driver = start(tmp_path / "out", source=LONG)
     wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
     own = {driver.pid, *below(driver.pid)}
     working = [pid for pid in own if command_of(pid).startswith(b"ray::")]
@@ -148,7 +150,7 @@ def test_a_driver_whose_ray_died_leaves_with_the_code_of_a_node_fault_and_is_res
     wait_for(lambda: shards_in(tmp_path / "out") >= 2, "two shards")
     raylets = [pid for pid in below(driver.pid) if command_of(pid).split(b"\0")[0].endswith(b"/raylet")]
     kill(raylets + [pid for raylet in raylets for pid in below(raylet)])
-    _, said = driver.communicate(timeout=60)
+    _, said = driver.communicate(timeout=240)
     assert "70 Ray's process on this machine died" in said
     build_here(**TREE, output=f"{tmp_path}/whole")
     build_here(**TREE, output=f"{tmp_path}/out")
@@ -178,7 +180,7 @@ def soon_given_up(monkeypatch):
 
 @pytest.mark.usefixtures("soon_given_up")
 def test_a_driver_whose_node_never_answers_again_leaves_with_70(tmp_path):
-    started = start(tmp_path / "out", program=IMPATIENT)
+    started = start(tmp_path / "out", program=IMPATIENT, source=LONG)
     stop_answering(started, tmp_path / "out")
     _, said = started.communicate(timeout=240)
     assert "none of the 0 nodes" in said and "\n70 " in said, said[-2000:]
@@ -186,7 +188,7 @@ def test_a_driver_whose_node_never_answers_again_leaves_with_70(tmp_path):
 
 @pytest.mark.usefixtures("soon_given_up")
 def test_a_driver_whose_node_was_given_up_leaves_with_70(tmp_path):
-    started = command(tmp_path)
+    started = command(tmp_path, source=LONG)
     raylet = stop_answering(started, tmp_path / "out")
     assert any("none of the 0 nodes" in line for line in started.stderr)
     os.kill(raylet, signal.SIGCONT)
@@ -196,11 +198,7 @@ def test_a_driver_whose_node_was_given_up_leaves_with_70(tmp_path):
 
 def test_a_driver_that_joined_leaves_with_70_when_its_own_node_dies(tmp_path):
     with nodes(1, 1) as own:
-        more = {
-            "kind": "scenes",
-            "count": 20 * COUNT,
-        }  # a fast one would be done before it is noticed
-        started = command(tmp_path, ray_address=own.address, source=more)
+        started = command(tmp_path, ray_address=own.address, source=LONG)
         wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
         own.lose_own()
         _, said = started.communicate(timeout=240)
@@ -304,4 +302,4 @@ def test_an_actor_that_cannot_load_its_tokenizer_ends_as_that_error(scenes, tmp_
     start = time.monotonic()
     with pytest.raises(DataError, match="the weights are damaged"):
         encode_dataset(scenes, only_here, tmp_path, workers=1, progress=False)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 200

@@ -137,14 +137,16 @@ def test_bytes_are_compared_with_the_digest_of_the_source(fetch, web, make_png, 
 
 
 def test_no_more_requests_at_once_than_allowed(web, tmp_path):
-    peak, lock = [0, 0], threading.Lock()
+    peak, lock, three = [0, 0], threading.Lock(), threading.Event()
     handler, original = web.RequestHandlerClass, web.RequestHandlerClass.way_file
 
     def counted(self, name):
         with lock:
             peak[0] += 1
             peak[1] = max(peak)
-        time.sleep(0.02)
+            three.set() if peak[1] == 3 else None
+        three.wait(20)  # that as many come as may
+        time.sleep(0.02)  # and one too many, if it does
         with lock:
             peak[0] -= 1  # before the answer, on which the next request may come at once
         original(self, name)
@@ -155,6 +157,7 @@ def test_no_more_requests_at_once_than_allowed(web, tmp_path):
     web.RequestHandlerClass = Counted
     for limits in ({"concurrency": 3, "per_host": 16}, {"concurrency": 64, "per_host": 3}):
         peak[:] = [0, 0]
+        three.clear()
         links = [Link("k", f"{web.address}/file/a.png?{number}", ("c",)) for number in range(30)]
         outcomes = fetch_all(links, FetchRules(allow_networks=HERE, **limits), RawCache(str(tmp_path / "cache")))
         assert all(outcome.sha256 for outcome in outcomes) and peak[1] == 3

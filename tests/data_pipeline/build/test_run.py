@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -190,6 +191,20 @@ source = dict(kind="scenes", count={COUNT})
 tree = dict(source=source, output=sys.argv[1], shard_size={SHARD}, workers=int(sys.argv[2]))
 build(check_settings(BuildConfig, tree, "driver"), progress=False)
 """
+STOPS_ITSELF = f"""
+import os, signal
+from data_pipeline.build import run
+tasks = run.run_tasks
+
+def stop_after_three(*asked):
+    for number, done in enumerate(tasks(*asked)):
+        yield done
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+run.run_tasks = stop_after_three
+{DRIVER}"""
+"""The same driver, and it stops with three shards done: it may be done before a look from outside finds it so far."""
 
 
 @pytest.fixture
@@ -198,11 +213,11 @@ def undisturbed(build_here, tmp_path, tree_digests):
     return tree_digests(tmp_path / "undisturbed")
 
 
-def start_driver(output: Path, workers: int) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", DRIVER, str(output), str(workers)], start_new_session=True)
+def start_driver(output: Path, workers: int, program: str = DRIVER) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", program, str(output), str(workers)], start_new_session=True)
 
 
-def wait_for(condition, seconds=90.0):
+def wait_for(condition, seconds=250.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the build did not get there in time"
@@ -223,7 +238,7 @@ def kill_a_worker(driver: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_gives_the_same_bytes(undisturbed, tmp_path, tree_digests, workers):
-    assert start_driver(tmp_path / "out", workers).wait(timeout=120) == 0
+    assert start_driver(tmp_path / "out", workers).wait(timeout=250) == 0
     assert tree_digests(tmp_path / "out") == undisturbed
 
 
@@ -234,19 +249,20 @@ def test_a_killed_worker_changes_no_byte(undisturbed, tmp_path, tree_digests):
     for _ in range(2):
         wait_for(lambda: kill_a_worker(driver.pid))
         time.sleep(0.2)
-    assert driver.wait(timeout=120) == 0
+    assert driver.wait(timeout=250) == 0
     assert tree_digests(tmp_path / "out") == undisturbed
 
 
 @pytest.mark.real
 @pytest.mark.slow
 def test_a_killed_driver_is_resumed_to_the_same_bytes(undisturbed, tmp_path, tree_digests):
-    driver = start_driver(tmp_path / "out", 2)
-    wait_for(lambda: len(list((tmp_path / "out").glob("*_stats.json"))) >= 3)
+    driver = start_driver(tmp_path / "out", 2, STOPS_ITSELF)
+    wait_for(lambda: psutil.Process(driver.pid).status() == psutil.STATUS_STOPPED)
+    assert len(list((tmp_path / "out").glob("*_stats.json"))) >= 3
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait(timeout=30)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    assert start_driver(tmp_path / "out", 2).wait(timeout=120) == 0
+    assert start_driver(tmp_path / "out", 2).wait(timeout=250) == 0
     assert tree_digests(tmp_path / "out") == undisturbed
 
 

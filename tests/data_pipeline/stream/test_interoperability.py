@@ -186,7 +186,7 @@ def test_ranks_in_ray_actors_read_their_shares_of_the_same_batches(scenes):
     with ray_session(2):
         actors = [ray.remote(Rank).options(num_cpus=0.5).remote(str(scenes), (rank, 3)) for rank in range(3)]
         for _ in range(4):
-            parts = ray.get([actor.step.remote() for actor in actors], timeout=60)
+            parts = ray.get([actor.step.remote() for actor in actors], timeout=250)
             assert sum(parts, []) == [sample.id for sample in next(alone)]
 
 

@@ -122,10 +122,10 @@ def test_a_batch_is_drawn_from_nearly_as_many_shards_as_a_perfect_shuffle_gives(
 
 def test_a_seek_into_a_billion_samples_takes_milliseconds():
     order(np.arange(256), 10**9, 1)
-    began = time.perf_counter()
+    began = time.thread_time()
     for epoch in range(10):
         order(np.arange(256) + 10**9 * epoch + 5 * 10**8, 10**9, 1)
-    assert (time.perf_counter() - began) / 10 < 0.1
+    assert (time.thread_time() - began) / 10 < 0.1
 
 
 def test_the_shares_of_all_ranks_in_a_row_are_the_same_for_every_world():

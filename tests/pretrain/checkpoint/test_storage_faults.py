@@ -135,14 +135,15 @@ def test_a_save_rides_out_short_faults_of_s3(bucket: str, gateway: Gateway, monk
 def test_an_outage_of_s3_fails_one_save_and_the_next_one_commits(
     bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    root, ranks, patience = f"{bucket}/runs/e", ranks_of(f"{bucket}/runs/e", 2), remote.PATIENCE_S
     monkeypatch.setattr(remote, "PATIENCE_S", 1.0)
-    root, ranks = f"{bucket}/runs/e", ranks_of(f"{bucket}/runs/e", 2)
     down = True
     with fault_proxy(gateway.port, lambda *_: ("503", 0) if down else CLEAN) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
         with pytest.raises(DataError, match="was not committed: rank 0: .*rank 1: "):
             save(ranks, 4, model_of(4))
         down = False
+        monkeypatch.setattr(remote, "PATIENCE_S", patience)
         save(ranks, 8, model_of(8))
         assert [saved.step for saved in committed(root)] == [8]
     assert "the run goes on" in capsys.readouterr().out

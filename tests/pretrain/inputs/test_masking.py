@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
@@ -65,6 +65,7 @@ def test_without_jieba_chinese_words_are_refused_and_not_masked_otherwise(monkey
     masking._segmenter.cache_clear()
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=40), rate=st.floats(0.05, 0.6), longest=st.integers(1, 3),
     seed=st.integers(0, 10**6),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
@@ -57,6 +57,7 @@ def test_pairs_of_sentences_cannot_be_packed(material: Material, tmp_path: Path)
         described("bert", material, tmp_path, nsp=True, packing=True)
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 20), max_size=60))
 def test_every_sample_stands_in_one_row_and_no_two_rows_would_fit_in_one(lengths: list[int]) -> None:
     rows = fill(lengths, 20)

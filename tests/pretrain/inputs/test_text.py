@@ -5,7 +5,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, DataError
@@ -90,6 +90,7 @@ def test_labels_are_the_words_under_the_mask_and_padding_is_left_alone(kind: str
     assert (original[:, 0] == 2).all() and not (original == 4).any()
 
 
+@settings(deadline=None)
 @given(length=st.integers(2, 128), rate=st.floats(0.05, 0.9), seed=st.integers(0, 2**31))
 def test_the_number_of_masked_words_follows_the_rule_and_specials_are_never_masked(
     length: int, rate: float, seed: int
@@ -151,6 +152,7 @@ def test_a_packed_sample_is_the_sample_of_a_row_of_its_own(kind: str) -> None:
     assert torch.equal(both["segments"] >= 0, both["attention"])
 
 
+@settings(deadline=None)
 @given(first=st.integers(0, 40), second=st.integers(0, 40), room=st.integers(2, 30), seed=st.integers(0, 99))
 def test_trimming_keeps_a_run_of_each_segment_and_shortens_the_longer_one(
     first: int, second: int, room: int, seed: int
