@@ -23,6 +23,7 @@ from tests.pretrain.commands import (
     ROOT,
     TIMEOUT_S,
     Material,
+    ask_to_stop,
     command,
     electra,
     environment,
@@ -192,7 +193,7 @@ def test_the_struck_run_has_bitwise_the_losses_of_an_undisturbed_one(story: Stor
     rows, undisturbed = rows_of(story.run), tmp_path / "undisturbed"
     last = max(row["step"] for row in rows)
     argv = command("launch", "local", story.recipe, "--procs-per-node", "2", f"run={undisturbed}")
-    interrupted(argv, undisturbed, last, lambda launcher: os.kill(launcher, signal.SIGTERM))
+    interrupted(argv, undisturbed, last, ask_to_stop)
     expected = {row["step"]: (row["loss_hex"], row["positions"]) for row in rows_of(undisturbed)}
     assert len({row["attempt"] for row in rows}) == 5 and {row["step"] for row in rows} == set(range(1, last + 1))
     assert [(row["step"], row["loss_hex"], row["positions"]) for row in rows] == [
