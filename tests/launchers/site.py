@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from launchers.slurm import FIRST_PORT, PORTS
+from launchers.local import FIRST_PORT, PORTS
 from launchers.watch import start_ticks
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "bc")
