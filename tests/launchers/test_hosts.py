@@ -56,9 +56,7 @@ def undisturbed(material: Material, tmp_path_factory: pytest.TempPathFactory) ->
     return run
 
 
-def start(
-    made: list[Host], commands: list[list[str]], log: Path, hold_at: int = 0
-) -> "list[subprocess.Popen[bytes]]":
+def start(made: list[Host], commands: list[list[str]], log: Path, hold_at: int = 0) -> "list[subprocess.Popen[bytes]]":
     """One command a host; each has its own log beside `log`. hold_at: the run `log` stands still at this step."""
     told = environment(**held(log, hold_at, go_on(log))) if hold_at else environment()
     return [

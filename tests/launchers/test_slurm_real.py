@@ -131,10 +131,16 @@ def strikes(site: Site, job: str) -> dict[str, Callable[[], Any]]:
 
 def reach_time_limit(site: Site, job: str) -> None:
     """The limit is one to two minutes away now: Slurm announces it at its next look, and the save has time."""
-    hours, minutes, _ = map(int, site.job(job)["RunTime"].split(":"))
+    before = site.job(job)
+    hours, minutes, _ = map(int, before["RunTime"].split(":"))
     site.tool("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
-    wait_until(lambda: site.job(job)["JobState"] == "PENDING", "the limit is not announced")
+    wait_until(lambda: came_back(site.job(job), before), "the limit is not announced")
     site.tool("scontrol", "update", f"JobId={job}", f"TimeLimit={PLACE['time_limit']}")
+
+
+def came_back(now: dict[str, str], before: dict[str, str]) -> bool:
+    """Into the queue: whether it waits there, or has left it again."""
+    return now["JobState"] == "PENDING" or now["Restarts"] != before["Restarts"]
 
 
 @pytest.fixture(scope="module")
