@@ -7,6 +7,7 @@ Within a scheduler's job, which makes the attempts, 1 says of user code what 64 
 
 import contextlib
 import os
+import random
 import shlex
 import signal
 import socket
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 POLL_S = 0.05
 LOOK_S = 1.0  # for word of other hosts: on their file system it is no cheaper
+FIRST_PORT, PORTS = 20_000, 12_000
+"""Where runs meet. Below 32768, where Linux begins to take ports for connections that go out."""
 
 
 @dataclass(frozen=True)
@@ -338,10 +341,16 @@ def threads_per_process(procs: int, env: Mapping[str, str] = os.environ) -> int:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of this machine that nobody listens on now.
+
+    Random, so that runs which start together differ; no connection that goes out takes it before rank 0 listens there.
+    """
+    ports = random.SystemRandom().sample(range(FIRST_PORT, FIRST_PORT + PORTS), 100)
+    for port in ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise NodeFault(f"none of {len(ports)} ports from {FIRST_PORT} on is free on this machine")
 
 
 def say(text: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError
-from launchers.local import say
+from launchers.local import FIRST_PORT, PORTS, say
 from launchers.pipeline import Step
 from launchers.slurm_jobs import END, hand_in, take_back
 from launchers.spec import RunSpec, SlurmCluster, check_gpus, seconds_of
@@ -48,8 +48,6 @@ ADDRESS = {
     "hostname": FIRST_HOST,
     "node_addr": f'$(scontrol show node --oneliner "{FIRST_HOST}" | sed "s/.* NodeAddr=\\([^ ]*\\).*/\\1/")',
 }
-FIRST_PORT, PORTS = 20_000, 12_000
-"""A job's port comes of its number. Below 32768, where Linux begins to take ports for connections that go out."""
 RENDEZVOUS = f"""
 # Every task finds rank 0 here; set either variable, before sbatch or above, to choose another network or port.
 export MASTER_ADDR="${{{{MASTER_ADDR:-{{address}}}}}}"

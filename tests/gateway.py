@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
+
+from launchers.local import free_port
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmaptool")
 PACKAGES = "ceph-mon ceph-osd radosgw"
@@ -165,13 +166,6 @@ def start_gateway(folder: Path) -> Gateway:
             if attempt == 2:
                 raise
     raise AssertionError("unreachable")
-
-
-def free_port() -> int:
-    """A port of the loopback address that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _run(*command: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from launchers.slurm import FIRST_PORT, PORTS
+from launchers.local import FIRST_PORT, PORTS
 from launchers.watch import start_ticks
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "bc")
@@ -22,6 +22,11 @@ PATIENCE_S = 180.0
 POLL_S = 0.2
 JOBS = 100
 """More than a site is ever asked to run."""
+PATIENT = {
+    "KillWait=3": "KillWait=60", "BatchStartTimeout=10": "BatchStartTimeout=60", "cred_expire=5": "cred_expire=10",
+    "SlurmdTimeout=6": "SlurmdTimeout=15", "SECONDS+30": "SECONDS+120",
+}  # fmt: skip
+"""What a site on a machine that others use waits for: for saves after SIGTERM, daemons that stand still, its start."""
 
 
 class Site:
@@ -101,7 +106,7 @@ class Site:
         """The process that trains as `rank`."""
         marks = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
         pids = [pid for pid, words in _environments() if marks <= words]
-        return next(pid for pid in pids if b"launchers.cli" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        return next(pid for pid in pids if b"launchers.cli" in _command(pid))
 
     def lose(self, node: str, job: str) -> None:
         """The node's daemon and all it runs die at once."""
@@ -132,21 +137,29 @@ def running_site(scripts: Path, folder: Path, nodes: int, accounting: bool) -> I
         shutil.copy(scripts / name, folder)
     # first the ports of jobs, which their numbers give them, then those of the daemons: PORT0 to PORT0 + 10 + nodes
     ports = port_block(JOBS + 11 + nodes)
-    start = (folder / "start.sh").read_text()
-    first_job = f"FirstJobId={ports - FIRST_PORT}\n"
-    (folder / "start.sh").write_text(start.replace("ClusterName=", f"{first_job}ClusterName=", 1))
+    adapt(folder / "start.sh", {"ClusterName=": f"FirstJobId={ports - FIRST_PORT}\nClusterName="} | PATIENT)
+    adapt(folder / "start_dbd.sh", {"seq 1 100": "seq 1 1000"})  # tenths of a second
     site, before, daemons = Site(folder, nodes), dict(os.environ), ports + JOBS
     environment = {**before, "N": str(nodes), "PORT0": str(daemons), "DBPORT": str(daemons + 1)}
     os.environ["SLURM_CONF"] = str(site.conf)
     try:
         if accounting:
-            subprocess.run(["bash", str(folder / "start_dbd.sh")], env=environment, check=True, timeout=120)
+            subprocess.run(["bash", str(folder / "start_dbd.sh")], env=environment, check=True, timeout=300)
             environment["ACCT"] = "1"
-        subprocess.run(["bash", str(folder / "start.sh")], env=environment, check=True, timeout=120)
+        subprocess.run(["bash", str(folder / "start.sh")], env=environment, check=True, timeout=300)
         yield site
     finally:
         subprocess.run(["bash", str(folder / "stop.sh")], timeout=120, check=False)
         os.environ.pop("SLURM_CONF")
+
+
+def adapt(script: Path, changes: dict[str, str]) -> None:
+    """Write some words of it anew."""
+    text = script.read_text()
+    for old, new in changes.items():
+        assert old in text, f"{script}: no {old}"
+        text = text.replace(old, new)
+    script.write_text(text)
 
 
 def port_block(count: int) -> int:
@@ -176,6 +189,10 @@ def _parent(pid: int) -> int:
 
 
 def _is_stepd(pid: int) -> bool:
+    return b"slurmstepd" in _command(pid)
+
+
+def _command(pid: int) -> bytes:
     with contextlib.suppress(OSError):
-        return b"slurmstepd" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.pretrain.commands import held
+
 TIMEOUT_S = 800
 FIGURES = {
     "minutes", "images_in", "shards", "clip_retrieval_r1", "rtd_accuracy", "mlm_accuracy", "reconstruction_psnr",
@@ -21,10 +23,10 @@ FIGURES = {
 @pytest.mark.real
 def test_quick_demo_goes_the_whole_way(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(repository / "configs")
-    path = f"{repository}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    half_way = held(tmp_path / "runs/demo/gpt", 3, tmp_path / "go-on")
     ended = subprocess.run(
         [sys.executable, "-m", "launchers.demo", "--quick"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, text=True, timeout=TIMEOUT_S,
+        cwd=tmp_path, env=os.environ | half_way, text=True, timeout=TIMEOUT_S,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout[-5000:]

@@ -13,7 +13,18 @@ import pytest
 
 from tests.hosts import Host, hosts, why_not
 from tests.launchers.test_preflight import blamed
-from tests.pretrain.commands import ROOT, Material, command, electra, environment, loss_bits, recipe, rows_of, steps_of
+from tests.pretrain.commands import (
+    ROOT,
+    Material,
+    command,
+    electra,
+    environment,
+    held,
+    loss_bits,
+    recipe,
+    rows_of,
+    steps_of,
+)
 from tests.pretrain.test_running import faults_of
 from tests.pretrain.test_training import assert_every_position_once, assert_same_state
 
@@ -45,12 +56,18 @@ def undisturbed(material: Material, tmp_path_factory: pytest.TempPathFactory) ->
     return run
 
 
-def start(made: list[Host], commands: list[list[str]], log: Path) -> "list[subprocess.Popen[bytes]]":
-    """One command a host; each has its own log beside `log`."""
+def start(made: list[Host], commands: list[list[str]], log: Path, hold_at: int = 0) -> "list[subprocess.Popen[bytes]]":
+    """One command a host; each has its own log beside `log`. hold_at: the run `log` stands still at this step."""
+    told = environment(**held(log, hold_at, go_on(log))) if hold_at else environment()
     return [
-        host.start(argv, log_of(log, number), environment(), cwd=ROOT)
+        host.start(argv, log_of(log, number), told, cwd=ROOT)
         for number, (host, argv) in enumerate(zip(made, commands, strict=True))
     ]
+
+
+def go_on(run: Path) -> Path:
+    """The file for which a run that stands still waits."""
+    return run.with_suffix(".go-on")
 
 
 def log_of(log: Path, number: int) -> Path:
@@ -108,6 +125,7 @@ def cut_until_noticed(made: list[Host], log: Path) -> None:
     """The second host's link, and a new attempt of either host finds the other one behind it still."""
     trained = [set(ranks(host)) for host in made]
     made[1].cut()
+    go_on(log).touch()
     gone = lambda: not any(before & set(ranks(host)) for before, host in zip(trained, made, strict=True))  # noqa: E731
     wait_for(gone, log, "the cut was not noticed")
     made[1].restore()
@@ -137,17 +155,18 @@ def test_a_struck_run_starts_again_and_goes_on_bitwise(
 ) -> None:
     run = tmp_path / "run"
     config = recipe(electra(material, run, collective_timeout_s=12), tmp_path / "run.yaml")
-    struck = start(made, [starter(host, n, config) for n, host in enumerate(made)], run)
+    struck = start(made, [starter(host, n, config) for n, host in enumerate(made)], run, hold_at=6)
     wait_for(lambda: max(steps_of(run), default=0) >= 6, run, "no step 6")
     struck_at = time.time()
     strike(made, run)
+    go_on(run).touch()
     assert finish(struck, run) == [0, 0], log_of(run, 0).read_text()[-3000:]
     assert loss_bits(run) == loss_bits(undisturbed)
     assert_same_state(run, undisturbed)
     assert_every_position_once(run, 24, 16)
     assert len({row["attempt"] for row in rows_of(run)}) == 2
     for fault in faults_of(run):
-        assert fault["cause"] == "node" and fault["time"] - struck_at < 3 * 12, fault
+        assert fault["cause"] == "node" and fault["time"] - struck_at < TIMEOUT_S / 2, fault
 
 
 def test_a_stop_on_one_host_saves_on_both_and_neither_starts_again(
@@ -155,7 +174,7 @@ def test_a_stop_on_one_host_saves_on_both_and_neither_starts_again(
 ) -> None:
     run = tmp_path / "run"
     config = recipe(electra(material, run, checkpoint_every_steps=1000), tmp_path / "run.yaml")
-    processes = start(made, [by_launcher(host, n, config) for n, host in enumerate(made)], run)
+    processes = start(made, [by_launcher(host, n, config) for n, host in enumerate(made)], run, hold_at=3)
     wait_for(lambda: max(steps_of(run), default=0) >= 3, run, "no step 3")
     processes[1].terminate()
     assert finish(processes, run) == [75, 75], log_of(run, 0).read_text()[-3000:]

@@ -23,6 +23,7 @@ from tests.pretrain.commands import (
     ROOT,
     TIMEOUT_S,
     Material,
+    ask_to_stop,
     command,
     electra,
     environment,
@@ -130,10 +131,16 @@ def strikes(site: Site, job: str) -> dict[str, Callable[[], Any]]:
 
 def reach_time_limit(site: Site, job: str) -> None:
     """The limit is one to two minutes away now: Slurm announces it at its next look, and the save has time."""
-    hours, minutes, _ = map(int, site.job(job)["RunTime"].split(":"))
+    before = site.job(job)
+    hours, minutes, _ = map(int, before["RunTime"].split(":"))
     site.tool("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
-    wait_until(lambda: site.job(job)["JobState"] == "PENDING", "the limit is not announced")
+    wait_until(lambda: came_back(site.job(job), before), "the limit is not announced")
     site.tool("scontrol", "update", f"JobId={job}", f"TimeLimit={PLACE['time_limit']}")
+
+
+def came_back(now: dict[str, str], before: dict[str, str]) -> bool:
+    """Into the queue: whether it waits there, or has left it again."""
+    return now["JobState"] == "PENDING" or now["Restarts"] != before["Restarts"]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +199,7 @@ def test_the_struck_run_has_bitwise_the_losses_of_an_undisturbed_one(story: Stor
     rows, undisturbed = rows_of(story.run), tmp_path / "undisturbed"
     last = max(row["step"] for row in rows)
     argv = command("launch", "local", story.recipe, "--procs-per-node", "2", f"run={undisturbed}")
-    interrupted(argv, undisturbed, last, lambda launcher: os.kill(launcher, signal.SIGTERM))
+    interrupted(argv, undisturbed, last, ask_to_stop)
     expected = {row["step"]: (row["loss_hex"], row["positions"]) for row in rows_of(undisturbed)}
     assert len({row["attempt"] for row in rows}) == 5 and {row["step"] for row in rows} == set(range(1, last + 1))
     assert [(row["step"], row["loss_hex"], row["positions"]) for row in rows] == [

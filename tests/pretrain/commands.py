@@ -110,21 +110,45 @@ def two_ranks(config: Path, *overrides: str) -> list[str]:
     return command("launch", "local", config, "--procs-per-node", "2", *overrides)
 
 
-def interrupted(argv: list[str], run: Path, step: int, strike: Callable[[int], None]) -> tuple[int, str]:
-    """Start a launcher, call `strike(its pid)` once metrics.jsonl holds `step` -> exit code and output."""
-    log = run.with_suffix(".log")
+def held(run: Path, step: int, go_on: Path) -> dict[str, str]:
+    """Variables of processes that are to stand still at `step`, its row written, what was saved before it committed.
+
+    They go on when the file `go_on` is there, or when one of them is asked to stop. However long whoever strikes is
+    kept from it, the run has not ended by then.
+    """
+    told = {"run": str(run.resolve()), "step": step, "go_on": str(go_on)}
+    path = f"{ROOT / 'tests' / 'pretrain' / 'held'}{os.pathsep}{environment()['PYTHONPATH']}"
+    return {"TESSERA_TEST_HELD": json.dumps(told), "PYTHONPATH": path}
+
+
+def interrupted(
+    argv: list[str], run: Path, step: int, strike: Callable[[int], None], hold: bool = True
+) -> tuple[int, str]:
+    """Start a launcher, call `strike(its pid)` once metrics.jsonl holds `step` -> exit code and output.
+
+    hold: the run stands still from then on until the blow fell, or, after `ask_to_stop`, until it is heard.
+    """
+    log, go_on = run.with_suffix(".log"), run.with_suffix(f".go-on-{step}")
+    told = environment(**held(run, step, go_on)) if hold else environment()
     with log.open("w") as output:
-        launcher = subprocess.Popen(argv, env=environment(), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        launcher = subprocess.Popen(argv, env=told, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + TIMEOUT_S
         try:
             while launcher.poll() is None and max(steps_of(run), default=0) < step:
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.005)
             strike(launcher.pid)
+            if strike is not ask_to_stop:
+                go_on.touch()
             code = launcher.wait(TIMEOUT_S)
         finally:
             launcher.kill()
     return code, log.read_text()
+
+
+def ask_to_stop(launcher: int) -> None:
+    """SIGTERM to the launcher, which asks its processes for a save."""
+    os.kill(launcher, signal.SIGTERM)
 
 
 def kill_rank_1(launcher: int) -> None:

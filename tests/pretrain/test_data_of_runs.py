@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +9,18 @@ from typing import Any
 
 import pytest
 
-from tests.pretrain.commands import Material, command, electra, interrupted, recipe, rows_of, steps_of, tessera, vqgan
+from tests.pretrain.commands import (
+    Material,
+    ask_to_stop,
+    command,
+    electra,
+    interrupted,
+    recipe,
+    rows_of,
+    steps_of,
+    tessera,
+    vqgan,
+)
 
 
 def mixed(material: Material, other: Path, run: Path) -> dict[str, Any]:
@@ -31,7 +40,7 @@ def test_a_mixture_goes_on_with_another_batch_other_weights_and_workers(
     run = tmp_path / "run"
     tree = mixed(material, build_scenes(tmp_path / "other", 60, 1), run)
     first = recipe(tree, tmp_path / "first.yaml")
-    code, output = interrupted(command("train", first), run, 7, lambda pid: os.kill(pid, signal.SIGTERM))
+    code, output = interrupted(command("train", first), run, 7, ask_to_stop)
     assert code == 75, output[-3000:]
     stopped = max(steps_of(run))
     position = 16 * stopped

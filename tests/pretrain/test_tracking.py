@@ -26,6 +26,7 @@ from pretrain.tracking import MetricsLog, Writer, picture_key, send
 from tests.pretrain.commands import (
     TRACEBACK,
     Material,
+    ask_to_stop,
     command,
     environment,
     interrupted,
@@ -170,7 +171,7 @@ def test_a_run_and_its_continuation_are_one_run_at_the_server_with_everything_on
 ) -> None:
     run = tmp_path / "continued"
     argv = command("train", described(material, run, server))
-    code, output = interrupted(argv, run, 6, lambda pid: os.kill(pid, signal.SIGTERM))
+    code, output = interrupted(argv, run, 6, ask_to_stop)
     assert code == 75, output[-3000:]
     code, output = interrupted(argv, run, 20, lambda pid: None)
     assert code == 0 and "did not take everything" not in output, output[-3000:]
@@ -238,7 +239,7 @@ def test_a_server_that_goes_and_comes_back_during_a_run_has_everything_once(mate
                 time.sleep(0.05)
             servers.enter_context(serving(tmp_path / "server", port))
 
-        code, output = interrupted(command("train", path), run, 10, outage)
+        code, output = interrupted(command("train", path), run, 10, outage, hold=False)
         assert code == 0 and TRACEBACK not in output, output[-3000:]
         send(run, load_settings(RunConfig, path))
         uri = f"http://127.0.0.1:{port}"

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import sys
 import tarfile
 from pathlib import Path
@@ -27,6 +26,7 @@ from pretrain.models import MODELS
 from tests.pretrain.commands import (
     TRACEBACK,
     Material,
+    ask_to_stop,
     command,
     electra,
     finish,
@@ -150,7 +150,7 @@ def test_sigterm_saves_and_leaves_with_75_and_the_same_command_goes_on(
 ) -> None:
     run = tmp_path / "run"
     argv = two_ranks(recipe(electra(material, run, checkpoint_every_steps=1000), tmp_path / "run.yaml"))
-    code, output = interrupted(argv, run, 5, lambda launcher: os.kill(launcher, signal.SIGTERM))
+    code, output = interrupted(argv, run, 5, ask_to_stop)
     assert code == 75, output[-3000:]
     assert TRACEBACK not in output
     reached = max(steps_of(run))
@@ -211,7 +211,7 @@ def test_what_torchrun_hides_of_a_clean_stop_stands_in_the_run_folder(
     config = recipe(electra(material, run, checkpoint_every_steps=1000), tmp_path / "run.yaml")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
     argv = [*torchrun, str(free_port()), "-m", "launchers.cli", "train", str(config)]
-    code, output = interrupted(argv, run, 5, lambda agent: os.kill(agent, signal.SIGTERM))
+    code, output = interrupted(argv, run, 5, ask_to_stop)
     assert code == 1, output[-3000:]
     ended = json.loads((run / "ended.json").read_text())
     assert ended["exit_code"] == 75 and final(run).step == max(steps_of(run)) < 24

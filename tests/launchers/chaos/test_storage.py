@@ -25,10 +25,11 @@ class Said:
         self.lines: list[str] = []
         self.log = Path("log")
         self.done = self.stuck = False
+        self.asked = threading.Event()
 
     def said(self) -> list[str]:
-        lines, self.lines = self.lines, []
-        return lines
+        self.asked.set()
+        return [self.lines.pop(0) for _ in range(len(self.lines))]
 
 
 # ---------------------------------------------------------------------------------------------- a full disk
@@ -53,20 +54,22 @@ def test_a_disk_is_full_until_a_save_failed_by_it_and_what_was_saved_outlives_it
     save(ranks, 4, model_of(4))
 
     def run() -> None:
-        """A run that tries to save until it fails, as a run does that goes on."""
+        """A run that tries to save until it fails, as a run does that goes on; it begins when it is looked at."""
         step = 4
-        while not said.lines:
+        assert said.asked.wait(DEADLINE_S)
+        while True:
             step += 4
             try:
                 save(ranks, step, model_of(step))
             except DataError as error:
                 said.lines.append(f"{small.root}/step-{step:08d}.attempt-0 was not committed: {error}")
+                return
 
     thread = threading.Thread(target=run)
     thread.start()
     failed = small.strike("full", said)
     thread.join(DEADLINE_S)
-    assert len(failed) == 1
+    assert len(failed) == 1 and not thread.is_alive()
     save(ranks, failed[0] + 4, model_of(3))
     steps = [saved.step for saved in committed(small.root)]
     small.close()

@@ -20,7 +20,7 @@ from launchers.spec import describe
 from tests.launchers.kubernetes.examples import Tree, place
 from tests.launchers.kubernetes.pods import process_of
 from tests.launchers.kubernetes.test_jobs import wait_for
-from tests.pretrain.commands import Material, electra, environment, recipe, rows_of, steps_of
+from tests.pretrain.commands import Material, electra, environment, held, recipe, rows_of, steps_of
 
 DEADLINE_S = 500
 STEPS = 60
@@ -47,7 +47,7 @@ def started(objects: list[Tree], folder: Path, attempt: int) -> Iterator[list["s
             words, env = process_of(objects, mounted, index, attempt)
             words = ["localhost" if word == env["MASTER_ADDR"] else word for word in words]
             with (mounted / "log").open("w") as log:
-                told = environment(**env)
+                told = environment(**env, **held(folder / "run", 1, folder / "go-on"))
                 begun.append(subprocess.Popen(words, env=told, stdout=log, stderr=subprocess.STDOUT, cwd=folder))
         yield begun
     finally:
