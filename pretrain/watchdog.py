@@ -246,7 +246,9 @@ class Watchdog:
                     os.kill(pid, number)
             if here and number == signal.SIGCONT:
                 until = time.monotonic() + DUMP_BEGINS_S
-                while any(_size(stacks) == before[stacks] for stacks in here) and time.monotonic() < until:
+                while time.monotonic() < until and any(
+                    _size(stacks) == before[stacks] and process_state(pid) for stacks, pid in here.items()
+                ):
                     time.sleep(DUMP_S / 10)
                 time.sleep(DUMP_S)
 
