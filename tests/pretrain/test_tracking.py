@@ -219,6 +219,7 @@ def test_lines_sent_by_a_process_that_died_before_it_noted_so_are_not_doubled(
 
 @pytest.mark.slow
 @pytest.mark.real
+@pytest.mark.timeout(900)
 def test_a_server_that_goes_and_comes_back_during_a_run_has_everything_once(material: Material, tmp_path: Path) -> None:
     """Training goes on while it is away; nodes and goodput arrive as well."""
     run, port = tmp_path / "outage", free_port()
