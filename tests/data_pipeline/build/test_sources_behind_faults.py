@@ -74,7 +74,7 @@ def test_a_source_on_s3_is_read_whole_through_every_fault(
 def test_a_source_that_is_gone_for_good_ends_the_build_and_no_row_is_blamed(
     material, gateway, build_here, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(remote, "PATIENCE_S", 6.0)  # as long may the answers for other objects take
+    monkeypatch.setattr(remote, "PATIENCE_S", 2.0)
     source = {"kind": "jsonl", "path": f"{material}/rows.jsonl", "images": "img"}
 
     def script(number, line):
