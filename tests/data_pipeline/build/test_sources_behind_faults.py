@@ -1,5 +1,6 @@
 """Sources on S3 behind a network that fails: what may pass is waited for, and never counts as bad data."""
 
+import contextlib
 import io
 import json
 import tarfile
@@ -7,6 +8,7 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from s3fs import S3FileSystem
 
 from data_pipeline import remote
 from data_pipeline.errors import DataError
@@ -52,6 +54,18 @@ def material(bucket, make_png):
     return storage.root
 
 
+@contextlib.contextmanager
+def behind(gateway, script, monkeypatch):
+    """Everything on S3 by way of a proxy. s3fs, which lists, keeps the address it saw first unless it forgets it."""
+    with fault_proxy(gateway.port, script) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        S3FileSystem.clear_instance_cache()
+        try:
+            yield proxy
+        finally:
+            S3FileSystem.clear_instance_cache()
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_source_on_s3_is_read_whole_through_every_fault(
     material, gateway, build_here, monkeypatch, tmp_path, tree_digests, name
@@ -64,8 +78,7 @@ def test_a_source_on_s3_is_read_whole_through_every_fault(
     def script(number, line):
         return FAULTS[number // 3 % len(FAULTS)] if number % 3 == 1 else CLEAN
 
-    with fault_proxy(gateway.port, script) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    with behind(gateway, script, monkeypatch) as proxy:
         build_here(source=source, output=f"{tmp_path}/out", shard_size=5)
     assert sum(proxy.happened.values()) > proxy.happened["clean"]
     assert tree_digests(tmp_path / "out") == tree_digests(tmp_path / "whole")
@@ -74,16 +87,14 @@ def test_a_source_on_s3_is_read_whole_through_every_fault(
 def test_a_source_that_is_gone_for_good_ends_the_build_and_no_row_is_blamed(
     material, gateway, build_here, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(remote, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(remote, "PATIENCE_S", 6.0)  # as long may the answers for other objects take
     source = {"kind": "jsonl", "path": f"{material}/rows.jsonl", "images": "img"}
 
     def script(number, line):
         return ("503", 0) if "07.png" in line else CLEAN
 
-    with fault_proxy(gateway.port, script) as proxy, monkeypatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        with pytest.raises(DataError, match="img/07.png.*given up after"):
-            build_here(source=source, output=f"{tmp_path}/out", shard_size=5)
+    with behind(gateway, script, monkeypatch), pytest.raises(DataError, match="img/07.png.*given up after"):
+        build_here(source=source, output=f"{tmp_path}/out", shard_size=5)
     assert build_here(source=source, output=f"{tmp_path}/out", shard_size=5)["out"] == 12
 
 
