@@ -29,8 +29,8 @@ demo: .venv/.ready ## raw pairs to generated images, two CPU cores, about ten mi
 test: .venv/.ready ## every test, the slow ones and the real components too
 	$(PY) -m pytest
 
-test-fast: .venv/.ready ## the tests that need under two minutes together
-	$(PY) -m pytest -m "not slow and not real"
+test-fast: .venv/.ready ## the tests that need under two minutes together, a file on each core
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not real" -n logical --maxprocesses 4 --dist loadfile
 
 check: .venv/.ready ## ruff, mypy, the architecture tests
 	$(PY) -m ruff check .
