@@ -166,7 +166,7 @@ def test_a_struck_run_starts_again_and_goes_on_bitwise(
     assert_every_position_once(run, 24, 16)
     assert len({row["attempt"] for row in rows_of(run)}) == 2
     for fault in faults_of(run):
-        assert fault["cause"] == "node" and fault["time"] - struck_at < TIMEOUT_S / 2, fault
+        assert fault["cause"] == "node" and fault["time"] - struck_at < 3 * 12, fault
 
 
 def test_a_stop_on_one_host_saves_on_both_and_neither_starts_again(
