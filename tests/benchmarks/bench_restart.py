@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from pretrain.goodput import ATTEMPTS, lines_of  # noqa: E402
 from tests.benchmarks.bench_campaign import material_in  # noqa: E402
 from tests.pretrain import commands  # noqa: E402
-from tests.pretrain.commands import Material, electra, finish, interrupted, kill_rank_1, recipe, rows_of, two_ranks  # noqa: E402  # noqa: E402
+from tests.pretrain.commands import Material, electra, finish, interrupted, kill_rank_1, recipe, rows_of, two_ranks  # noqa: E402
 
 SIZES = {"1M": (2, 192), "10M": (6, 384), "40M": (12, 512), "150M": (12, 1024)}
 """Name -> (layers, width)."""
@@ -40,11 +40,10 @@ def killed_and_restarted(config: Path, run: Path) -> dict[str, float]:
 
     def strike(launcher: int) -> None:
         nonlocal struck
-        wait_for_manifest(run)
         struck = time.time()
         kill_rank_1(launcher)
 
-    code, log = interrupted(two_ranks(config), run, EVERY + 1, strike)
+    code, log = interrupted(two_ranks(config), run, EVERY + 1, strike)  # which waits for the checkpoint before
     ended = time.time()
     assert code == 70, log[-2000:]
     done = finish(two_ranks(config))
@@ -59,13 +58,6 @@ def killed_and_restarted(config: Path, run: Path) -> dict[str, float]:
         "of it before the loop": began["time"] - began["started"],
         "a step": statistics.median(row["step_s"] for row in rows_of(run)),
     }
-
-
-def wait_for_manifest(run: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not list(run.glob("checkpoints/step-*/MANIFEST.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def main() -> None:
