@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data_pipeline.build.scenes import check_scene
 from data_pipeline.errors import ConfigError
+from data_pipeline.images import resize
 from data_pipeline.schema import Sample
 from data_pipeline.stream.mixture import Source
 from data_pipeline.stream.reader import Stream
@@ -18,7 +19,6 @@ from data_pipeline.vocabulary import Vocabulary
 from pretrain.checkpoint.trained import load_trained
 from pretrain.config import RunConfig
 from pretrain.inputs import INPUTS
-from pretrain.inputs.pixels import resize
 from pretrain.inputs.text import ContrastiveInputs, normalise
 from pretrain.metrics import retrieval_recall_at_1, save_grid
 from pretrain.objectives import OBJECTIVES
@@ -159,7 +159,7 @@ class Ranker:
     def best(self, images: np.ndarray, caption: str) -> int:
         """uint8 [k, S, S, 3] -> index of the image closest to the caption."""
         side = self.inputs.image_size
-        shown = normalise(np.stack([resize(image, side) for image in images]))
+        shown = normalise(np.stack([resize(image, "center_crop", side) for image in images]))
         tokens, eot = self.inputs.text(caption)
         with torch.no_grad():
             seen = self.model.vision(shown)

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from data_pipeline.build import sandbox
+from data_pipeline import sandbox
 from data_pipeline.build.cache import RawCache
 from data_pipeline.build.captions import language_of
-from data_pipeline.build.images import Reject, encode
 from data_pipeline.build.sources import open_source
 from data_pipeline.config import BuildConfig, ImageRules
 from data_pipeline.errors import DataError, TesseraError
+from data_pipeline.images import Reject, encode
 from data_pipeline.schema import Pair
 from data_pipeline.shards.codes import CENTRE, ImageTokenizer, open_codes, tokenizers_of
 from data_pipeline.shards.manifest import STATS, Manifest, open_dataset, read_manifest

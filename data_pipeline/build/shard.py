@@ -19,16 +19,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.build import sandbox
+from data_pipeline import sandbox
 from data_pipeline.build.cache import RawCache
 from data_pipeline.build.captions import clean_captions
 from data_pipeline.build.fetch import Fetcher, Outcome, fetch_all
 from data_pipeline.build.filters import Filters
-from data_pipeline.build.images import Prepared, Reject
 from data_pipeline.build.layout import Row
 from data_pipeline.build.records import as_unicode
 from data_pipeline.config import BuildConfig
 from data_pipeline.errors import Conflict, DataError
+from data_pipeline.images import Prepared, Reject
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.manifest import Index, canonical_json, index_tar, pack_index, publish, publish_index
 from data_pipeline.shards.tar import TarWriter

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
-from data_pipeline.build.images import Reject, decode_rgb, resize
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.images import Reject, decode_rgb, resize
 from data_pipeline.shards.manifest import (
     Manifest,
     Shard,
@@ -225,8 +225,8 @@ def encode_rows(
     parts = [np.empty((0, crops, tokenizer.codes_per_image), np.uint16)]
     for first in range(0, len(rows), at_once):
         some = rows[first : first + at_once]
-        images = [_image(storage, shard.name, offsets[i], offsets[i + 1]) for i in some]
-        codes = np.asarray(tokenizer.encode(np.concatenate([crops_of(image, size, crops) for image in images])))
+        images = [_crops(storage, shard.name, (offsets[i], offsets[i + 1]), size, crops) for i in some]
+        codes = np.asarray(tokenizer.encode(np.concatenate(images)))
         _check_codes(codes, crops * len(images), tokenizer)
         parts.append(codes.reshape(len(images), crops, -1))
     return np.concatenate(parts)
@@ -335,17 +335,17 @@ def _check_tokenizer(tokenizer: ImageTokenizer) -> None:
         )
 
 
-def _image(storage: Storage, name: str, start: int, stop: int) -> np.ndarray:
-    """The image of one sample, which lies in these blocks -> uint8 [H, W, 3]."""
+def _crops(storage: Storage, name: str, blocks: tuple[int, int], size: int, crops: int) -> np.ndarray:
+    """The crops of the image of one sample, which lies in these blocks of a tar -> uint8 [crops, size, size, 3]."""
     where = f"{storage.root}/{name}"
-    data = storage.get_range(name, start * BLOCK, stop * BLOCK)
+    data = storage.get_range(name, blocks[0] * BLOCK, blocks[1] * BLOCK)
     for member, contents in parse_files(data, where):
         if split_name(member)[1] not in ("txt", "json"):
             try:
-                return decode_rgb(contents)
+                return crops_of(decode_rgb(contents), size, crops)
             except Reject as reject:
                 raise DataError(f"{where} {member}: does not decode ({reject}); see `tessera data verify`") from None
-    raise DataError(f"{where}: a sample without an image at block {start}; only image datasets have codes")
+    raise DataError(f"{where}: a sample without an image at block {blocks[0]}; only image datasets have codes")
 
 
 def _meta(storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer, crops: int) -> dict[str, Any]:

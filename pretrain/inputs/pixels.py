@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.build.images import decode_rgb
 from data_pipeline.errors import BadSample
+from data_pipeline.images import decode_rgb, resize
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
     from data_pipeline.vocabulary import Vocabulary
     from pretrain.config import RunConfig
-
-MAX_PIXELS = 100_000_000  # of one decoded image; more is taken for an attack
 
 
 class ReconstructionInputs:
@@ -57,39 +54,42 @@ def pixels(
     generator: np.random.Generator | None = None,
     crop_ratio: tuple[float, float] = (1.0, 1.0),
 ) -> np.ndarray:
-    """Decode, crop, flip by chance, resize -> uint8 [S, S, 3], RGB.
+    """Decode, scale and crop, mirror by chance -> uint8 [S, S, 3], RGB.
 
-    The crop's area is drawn from `crop_scale`, in units of the largest square of the image, its width / height from
-    `crop_ratio`, evenly in the logarithm, its place uniformly; a side beyond the image is cut to it. At (1, 1) both, or
-    without a generator, it is that largest square, centred. Raises BadSample when the image does not decode.
+    At crop_scale and crop_ratio of (1, 1), or without a generator, the picture is `images.resize` in mode center_crop,
+    the one that the build stores and that image codes are made of. Otherwise it is a drawn rectangle, stretched to the
+    square. Raises BadSample when the image does not decode.
     """
     try:
-        image = decode_rgb(sample.image, MAX_PIXELS)
+        image = decode_rgb(sample.image)
+        drawn = None
+        if generator is not None and (tuple(crop_scale), tuple(crop_ratio)) != ((1.0, 1.0), (1.0, 1.0)):
+            drawn = _draw_crop(image, crop_scale, crop_ratio, generator)
+        step = -1 if flip and generator is not None and generator.random() < 0.5 else 1
+        if drawn is None:
+            return np.ascontiguousarray(resize(image, "center_crop", image_size)[:, ::step])
+        return resize(np.ascontiguousarray(drawn[:, ::step]), "stretch", image_size)
     except Exception as error:
         raise BadSample(
             f"sample {sample.key!r}: the image does not decode ({error}); run `tessera data verify` on the dataset"
         ) from error
+
+
+def _draw_crop(
+    image: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], generator: np.random.Generator
+) -> np.ndarray:
+    """uint8 [H, W, 3] -> a rectangle of it, uint8 [h, w, 3].
+
+    Its area is drawn from `scale`, in units of the largest square of the image, its width / height from `ratio`, evenly
+    in the logarithm, its place uniformly; a side beyond the image is cut to it.
+    """
     height, width = image.shape[:2]
-    whole = min(height, width)
-    top, left, rows, columns = (height - whole) // 2, (width - whole) // 2, whole, whole
-    if generator is not None and (tuple(crop_scale), tuple(crop_ratio)) != ((1.0, 1.0), (1.0, 1.0)):
-        side = whole * float(np.sqrt(generator.uniform(*crop_scale)))
-        stretch = 1.0 if tuple(crop_ratio) == (1.0, 1.0) else np.exp(generator.uniform(*np.log(crop_ratio)) / 2)
-        rows = min(height, max(1, round(side / stretch)))
-        columns = min(width, max(1, round(side * stretch)))
-        top, left = int(generator.integers(height - rows + 1)), int(generator.integers(width - columns + 1))
-    crop = image[top : top + rows, left : left + columns]
-    if flip and generator is not None and generator.random() < 0.5:
-        crop = crop[:, ::-1]
-    return resize(crop, image_size)
-
-
-def resize(image: np.ndarray, image_size: int) -> np.ndarray:
-    """uint8 [h, w, 3] -> uint8 [S, S, 3]: area average when shrinking, cubic when a side grows."""
-    if image.shape[:2] == (image_size, image_size):
-        return np.ascontiguousarray(image)
-    method = cv2.INTER_AREA if min(image.shape[:2]) > image_size else cv2.INTER_CUBIC
-    return cv2.resize(np.ascontiguousarray(image), (image_size, image_size), interpolation=method)
+    side = min(height, width) * float(np.sqrt(generator.uniform(*scale)))
+    stretch = 1.0 if tuple(ratio) == (1.0, 1.0) else np.exp(generator.uniform(*np.log(ratio)) / 2)
+    rows = min(height, max(1, round(side / stretch)))
+    columns = min(width, max(1, round(side * stretch)))
+    top, left = int(generator.integers(height - rows + 1)), int(generator.integers(width - columns + 1))
+    return image[top : top + rows, left : left + columns]
 
 
 def to_tensor(images: np.ndarray) -> Tensor:

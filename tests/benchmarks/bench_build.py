@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from data_pipeline.build.images import encode
+from data_pipeline.images import encode
 from data_pipeline.shards.verify import verify
 from tests.benchmarks.processes import REPOSITORY, Cost, measure
 

@@ -20,8 +20,8 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from data_pipeline.build.images import decode, decode_rgb, encode, prepare, resize
 from data_pipeline.config import ImageRules
+from data_pipeline.images import decode, decode_rgb, encode, prepare, resize
 
 ROUNDS, IMAGES = 7, 12
 SIZES = ((1600, 1200), (1024, 768), (640, 480))

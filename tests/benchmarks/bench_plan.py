@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.build.images import encode
+from data_pipeline.images import encode
 from tests.benchmarks.processes import REPOSITORY, Cost, measure
 
 PLAN = """

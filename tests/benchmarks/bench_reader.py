@@ -26,7 +26,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from data_pipeline.build.images import decode_rgb
+from data_pipeline.images import decode_rgb
 from data_pipeline.shards.codes import codes_name, meta_name
 from data_pipeline.shards.manifest import Manifest, Shard, canonical_json, read_manifest
 from data_pipeline.shards.tar import TarWriter

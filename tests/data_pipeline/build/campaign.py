@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.build.images import encode
 from data_pipeline.errors import NodeFault
+from data_pipeline.images import encode
 from data_pipeline.remote import S3Storage
 from data_pipeline.storage import open_storage
 from tests.data_pipeline.build.cluster import Nodes, below, command_of, kill, nodes
@@ -37,7 +37,7 @@ from tests.gateway import CREDENTIALS, start_gateway
 VICTIMS = {
     "worker": (b"ray::build_shard", b"ray::survey_shard"),
     "fetcher": (b"ray::ShardFetcher",),
-    "decoder": (b"data_pipeline.build.sandbox",),
+    "decoder": (b"data_pipeline.sandbox",),
 }
 WEIGHTS = {"worker": 4, "fetcher": 2, "decoder": 3, "driver": 2, "node": 2}
 BUILD_S = 1200  # far beyond what a build takes on a busy machine, too

@@ -2,15 +2,21 @@
 
 import io
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.build.scenes import encode_png
-from data_pipeline.errors import DataError
+from data_pipeline.config import ImageRules
+from data_pipeline.errors import BadSample, DataError
+from data_pipeline.images import decode_rgb, encode, prepare
 from data_pipeline.schema import Sample
-from pretrain.inputs.pixels import crop_generator, pixels, resize, to_images, to_tensor
+from data_pipeline.shards.codes import crops_of
+from pretrain.inputs.pixels import crop_generator, pixels, to_images, to_tensor
 
 GRADIENT = np.stack(np.broadcast_arrays(np.arange(60)[:, None], 2 * np.arange(90)[None], 7), -1).astype(np.uint8)
 
@@ -22,6 +28,44 @@ def sample(image: np.ndarray | bytes, number: int = 0, epoch: int = 0, position:
 
 def test_without_crop_the_largest_centred_square_is_taken():
     assert np.array_equal(pixels(sample(GRADIENT), 60), GRADIENT[:, 15:75])
+
+
+def blurred_noise(height: int, width: int) -> np.ndarray:
+    noise = np.random.default_rng(height * width).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    return cv2.GaussianBlur(noise, (0, 0), 2)
+
+
+@given(
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    image_size=st.sampled_from([16, 33, 64, 256]),
+    kind=st.sampled_from(["png", "jpeg"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_training_the_build_and_image_codes_see_the_same_centre_square(height, width, image_size, kind):
+    one = sample(encode(blurred_noise(height, width), kind, 95))
+    trained = pixels(one, image_size)
+    rules = ImageRules(mode="center_crop", size=image_size, format="png")
+    assert np.array_equal(trained, crops_of(decode_rgb(one.image), image_size, 1)[0])
+    assert np.array_equal(trained, decode_rgb(prepare(one.image, rules).data))
+    assert np.array_equal(trained, pixels(one, image_size, generator=crop_generator(0, one)))
+
+
+def test_a_mirrored_centre_square_is_the_mirrored_crop_of_the_image_codes():
+    one = sample(blurred_noise(427, 640), 0)
+    plain = pixels(one, 256)
+    found = [
+        pixels(sample(one.image, n), 256, flip=True, generator=crop_generator(0, sample(b"", n))) for n in range(9)
+    ]
+    assert np.array_equal(plain, crops_of(decode_rgb(one.image), 256, 1)[0])
+    assert {np.array_equal(each, plain) for each in found} == {True, False}
+    assert all(np.array_equal(each, plain) or np.array_equal(each, plain[:, ::-1]) for each in found)
+
+
+def test_an_image_too_long_and_thin_to_be_scaled_is_a_bad_sample_and_takes_no_memory():
+    thin = sample(np.zeros((1, 60_000, 3), np.uint8), 7)
+    with pytest.raises(BadSample, match="'key-7'.*too_much_memory"):
+        pixels(thin, 512)
 
 
 def test_a_crop_is_a_square_of_the_image_with_an_area_in_the_scale():
@@ -73,7 +117,8 @@ def test_half_of_the_samples_are_flipped():
 @pytest.mark.parametrize("image_size", [16, 60, 100])
 def test_resizing_keeps_a_plain_colour(image_size):
     plain = np.full((60, 60, 3), (10, 200, 30), np.uint8)
-    assert (resize(plain, image_size) == plain[0, 0]).all() and resize(plain, image_size).shape[0] == image_size
+    found = pixels(sample(plain), image_size)
+    assert (found == plain[0, 0]).all() and found.shape[0] == image_size
 
 
 def test_jpeg_and_png_are_decoded_alike():

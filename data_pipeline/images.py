@@ -3,7 +3,8 @@
 JPEG goes through simplejpeg, plain PNG through OpenCV, the rest through Pillow with a fixed list of formats (none of
 which runs other programs). Sixteen bits keep their upper eight, transparency is laid on white, of an animation the
 first frame is taken, EXIF orientation is applied. Letters: H, W height and width in pixels.
-These functions run in the process that calls them; the build calls them through `sandbox`.
+The one place that decodes and resizes: the build, image codes, training and evaluation use these functions. They run in
+the process that calls them; the build calls them through `sandbox`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "ICO", "AVIF", "P
 
 Image.init()  # formats can be named once they are registered
 
+MAX_PIXELS = 100_000_000
+"""Of one decoded image; a file that claims more is taken for an attack."""
+MAX_SCALED_PIXELS = 2**31 // 3
+"""Of an image scaled before it is cropped: 2 GiB, as much as a decoder may use. A long thin image can ask for more."""
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 # (divisor, how many times the wanted pixels a side must remain): of libjpeg's fractions those that are faster than the
 # whole and close to it. PSNR beside exact, median of 39 photographs: a half at 1.5 has 37.5 dB, the others at 2 have
@@ -73,7 +78,7 @@ class Prepared(NamedTuple):
     frames: int
 
 
-def decode_rgb(data: bytes, max_pixels: int = 89_478_485) -> np.ndarray:
+def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """-> uint8 [H, W, 3], upright.
 
     Raises Reject: empty_file, not_an_image, too_many_pixels, too_much_memory, truncated, corrupt.
@@ -121,7 +126,8 @@ def scaled_size(width: int, height: int, mode: str, size: int) -> tuple[int, int
 def resize(pixels: np.ndarray, mode: str, size: int, source: tuple[int, int] | None = None) -> np.ndarray:
     """uint8 [H, W, 3] -> by `ImageRules.mode`; source: W, H of the image where the pixels are a fraction of it.
 
-    Areas are averaged when shrinking, cubic interpolation when growing.
+    Areas are averaged when shrinking, cubic interpolation when growing. Raises Reject, too_much_memory, for an image so
+    long and thin that it cannot be scaled whole.
     """
     width, height = source or (pixels.shape[1], pixels.shape[0])
     scaled = _scale(pixels, *scaled_size(width, height, mode, size))
@@ -298,5 +304,7 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
 def _scale(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     if (height, width) == pixels.shape[:2]:
         return pixels
+    if width * height > MAX_SCALED_PIXELS:
+        raise Reject("too_much_memory", f"{pixels.shape[1]} x {pixels.shape[0]} is scaled to {width} x {height} pixels")
     shrinks = width * height < pixels.shape[0] * pixels.shape[1]
     return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)

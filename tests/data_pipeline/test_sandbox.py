@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from data_pipeline.build import sandbox
-from data_pipeline.build.images import Reject, prepare
+from data_pipeline import sandbox
 from data_pipeline.config import ImageRules
+from data_pipeline.images import Reject, prepare
 
 # stands in for a decoder with a fault: what an image named so makes the child do to itself
 FAULTY = """
 import os, resource, signal, sys
-from data_pipeline.build import sandbox
+from data_pipeline import sandbox
 look = sandbox._look
 def faulty(data, *rest):
     if data.startswith(b"signal "):

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from data_pipeline.build.images import Prepared, Reject, check_side, decode, store
 from data_pipeline.config import ImageRules
 from data_pipeline.errors import NodeFault
+from data_pipeline.images import Prepared, Reject, check_side, decode, store
 
 CPU_SECONDS = 10.0
 MEMORY_BYTES = 2 * 1024**3
@@ -90,10 +90,10 @@ class Decoder:
 
     def _started(self) -> "subprocess.Popen[bytes]":
         if self._child is None:
-            root = str(Path(__file__).resolve().parents[2])
+            root = str(Path(__file__).resolve().parents[1])
             path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "data_pipeline.build.sandbox"],
+                [sys.executable, "-m", "data_pipeline.sandbox"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
