@@ -70,7 +70,7 @@ def train(run: "Run", stop: StopSignals) -> None:
         means: dict[str, float] = {}
         for turn in run.turns():
             losses: list[dict[str, Tensor]] = []
-            for batch in run.with_whole_step(batches):
+            for batch in run.with_whole_step(batches, turn):
                 losses.append(engine.forward(batch | {"step": torch.tensor(run.step), "turn": turn.number}))
                 engine.backward(losses[-1]["loss"])
             means |= run.update(turn, run.mean_over_batches_and_ranks(losses))
@@ -241,18 +241,17 @@ class Run:
             raise NodeFault(f"step {self.step}: ranks refused {-least} to {most} steps; a device computes wrongly")
         return asked > 0
 
-    def with_whole_step(self, batches: list[Batch]) -> list[Batch]:
+    def with_whole_step(self, batches: list[Batch], turn: Turn) -> list[Batch]:
         """Each micro-batch with what it must know of the whole step: accumulation must not be visible in the loss."""
         if len(batches) > 1 and isinstance(self.objective, CachesGradients):
-            return self.with_slopes(self.objective, batches)
+            return self.with_slopes(self.objective, batches, turn)
         return self.with_counts(batches)
 
     @torch.no_grad()
-    def with_slopes(self, objective: CachesGradients, batches: list[Batch]) -> list[Batch]:
-        """Gradient caching: the embeddings of all micro-batches first, then each one's slope of the global loss."""
-        rows = []
-        for batch in batches:
-            rows.append(self.engine.forward(batch | {"step": torch.tensor(self.step), "embed": torch.tensor(1)}))
+    def with_slopes(self, objective: CachesGradients, batches: list[Batch], turn: Turn) -> list[Batch]:
+        """Gradient caching: one forward of all micro-batches first, then each one's slope of the global loss."""
+        first = {"step": torch.tensor(self.step), "turn": turn.number, "embed": torch.tensor(1)}
+        rows = [self.engine.forward(batch | first) for batch in batches]
         with torch.enable_grad():
             slopes = objective.slopes(rows)
         return [batch | more for batch, more in zip(batches, slopes, strict=True)]

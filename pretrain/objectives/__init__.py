@@ -32,10 +32,10 @@ class FollowsSteps(Protocol):
 
 @runtime_checkable
 class CachesGradients(Protocol):
-    """An objective that needs the embeddings of the whole batch before the gradient of any part of it.
+    """An objective whose gradient of a part of the batch depends on the whole batch.
 
-    `forward` of a batch with the key "embed" returns embeddings; `slopes` of those of all micro-batches returns what
-    to add to each micro-batch.
+    `forward` of a micro-batch with the key "embed" returns what the others must know of it (embeddings, for example);
+    `slopes` takes that of all micro-batches of this rank and returns what to add to each of them.
     """
 
     def slopes(self, rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]: ...

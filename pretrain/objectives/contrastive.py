@@ -59,8 +59,14 @@ class Contrastive(nn.Module):
         return [shared | {"image_slope": a, "text_slope": b} for a, b in parts]
 
     def _of_global_batch(self, image: Tensor, text: Tensor, scale: Tensor) -> dict[str, Tensor]:
-        """image, text float32 [b, E] of this rank, scale [1] -> loss and metrics of all ranks' rows."""
-        logits = scale * self.collectives.gather(image) @ self.collectives.gather(text).T
+        """image, text float32 [b, E] of this rank, scale [1] -> loss and metrics of all ranks' rows.
+
+        The product is float32 whatever the autocast: in bf16 logits near 100 would be half a unit off, and only where
+        the batch is not accumulated, as `slopes` runs outside of the autocast.
+        """
+        with torch.autocast(image.device.type, enabled=False):
+            images, texts = (self.collectives.gather(rows.float()) for rows in (image, text))
+            logits = scale.float() * images @ texts.T
         pairs = torch.arange(len(logits), device=logits.device)
         found = logits.detach()
         return {

@@ -8,7 +8,8 @@
 Two optimizers take turns, the model's first. Deviations: before discriminator_start_step there is no turn of the
 discriminator, where the original takes steps of gradient zero: its weights do not move either way, but its AdamW counts
 from its first gradient on, so that the bias correction holds for it (the original's first steps are 1.6 times the
-rate). The norms in lambda are of the global batch. Perceptual distance is LPIPS in the paper; ours is injectable and by
+rate). The norms in lambda are of the global batch: with accumulation one more forward of every micro-batch finds them
+before the first backward (`slopes`). Perceptual distance is LPIPS in the paper; ours is injectable and by
 default needs no weights (`EdgePyramid`).
 Letters: B batch of this rank, S image side, E code width, N codebook size, M latents of a batch.
 """
@@ -25,7 +26,7 @@ from pretrain.models.vqgan import Vqgan
 from pretrain.objectives.collectives import Collectives
 
 EDGE_WEIGHT = 1 / 24
-REVIVAL_POOL = 1024  # latents of a rank's batch that dead codes may be replaced by
+REVIVAL_POOL = 1024  # latents of a rank's part of the step that dead codes may be replaced by
 
 
 class EdgePyramid(nn.Module):
@@ -72,7 +73,8 @@ class Reconstruction(nn.Module):
                 model.config.discriminator_channels, model.config.discriminator_layers
             )
         self.register_buffer("last_used", torch.zeros(model.config.codebook_size, dtype=torch.int64))
-        self._pool = torch.empty(0)  # float32 [<= REVIVAL_POOL, E], latents of the last batch
+        self._pool = torch.empty(0)  # float32 [<= REVIVAL_POOL, E], latents of the last step, all its micro-batches
+        self._pool_step = -1
 
     def role_of(self, name: str) -> str:
         """The discriminator's parameters learn apart."""
@@ -86,38 +88,70 @@ class Reconstruction(nn.Module):
         return self.discriminator is not None and step >= self.config.discriminator_start_step
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """pixels float32 [B, 3, S, S] in [-1, 1], step int64 [], turn int64 [] -> loss and metrics of that turn."""
-        if int(batch.get("turn", 0)):
-            return self._discriminate(batch["pixels"])
-        return self._reconstruct(batch["pixels"], int(batch["step"]))
+        """pixels float32 [B, 3, S, S] in [-1, 1], step int64 [], turn int64 [] -> loss and metrics of that turn.
 
-    def _reconstruct(self, pixels: Tensor, step: int) -> dict[str, Tensor]:
-        """The turn of the model."""
+        With "embed" in the batch: what `slopes` needs of this micro-batch. With what it returned, "adversarial_weight",
+        in the batch: the loss with that lambda.
+        """
+        discriminates, step = bool(batch.get("turn", 0)), int(batch["step"])
+        if "embed" in batch:
+            return {} if discriminates or not self._plays(step) else self._gradients_at_last_layer(batch["pixels"])
+        if discriminates:
+            return self._discriminate(batch["pixels"])
+        return self._reconstruct(batch["pixels"], step, batch.get("adversarial_weight"))
+
+    def slopes(self, rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Micro-batches' gradients at the last layer -> lambda of the global batch for each; nothing where none is."""
+        if not rows[0]:
+            return rows
+        weight = self._adaptive_weight(torch.stack([row["at_last_layer"] for row in rows]).mean(0))
+        return [{"adversarial_weight": weight}] * len(rows)
+
+    def _gradients_at_last_layer(self, pixels: Tensor) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            drawn = self.model(pixels)[0].float()
+            return {"at_last_layer": self._at_last_layer(self._nll(pixels, drawn), self._judged(drawn))}
+
+    def _nll(self, pixels: Tensor, reconstruction: Tensor) -> Tensor:
+        absolute = (pixels - reconstruction).abs().mean()
+        return absolute + self.config.perceptual_weight * self.perceptual(pixels, reconstruction)
+
+    def _judged(self, reconstruction: Tensor) -> Tensor:
+        """The loss of the generator []: -mean D."""
+        assert self.discriminator is not None
+        return -self.discriminator(reconstruction).float().mean()
+
+    def _reconstruct(self, pixels: Tensor, step: int, weight: Tensor | None) -> dict[str, Tensor]:
+        """The turn of the model. weight: lambda, computed here where it is None."""
         output, quantised = self.model(pixels)
         reconstruction = output.float()
         absolute = (pixels - reconstruction).abs().mean()
-        nll = absolute + self.config.perceptual_weight * self.perceptual(pixels, reconstruction)
+        nll = self._nll(pixels, reconstruction)
         codebook = codebook_loss(
             quantised.latents, quantised.nearest, self.config.commitment, self.config.legacy_commitment
         )
         loss = nll + self.config.codebook_weight * codebook
         metrics = {"absolute_error": absolute, "codebook_loss": codebook, "psnr": psnr(pixels, reconstruction)}
         if self._plays(step):
-            adversarial, more = self._adversarial(reconstruction, nll)
+            adversarial, more = self._adversarial(reconstruction, nll, weight)
             loss = loss + adversarial
             metrics |= more
         if self.training:
-            self._pool = quantised.latents.detach()[:REVIVAL_POOL]
+            earlier = self._pool if step == self._pool_step else quantised.latents[:0].detach()
+            self._pool = torch.cat([earlier, quantised.latents.detach()])[:REVIVAL_POOL]
+            self._pool_step = step
         metrics |= self._usage(quantised.codes, step)
         return {"loss": loss} | {name: value.detach() for name, value in metrics.items()}
 
-    def _adversarial(self, reconstruction: Tensor, nll: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _adversarial(
+        self, reconstruction: Tensor, nll: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """-> (lambda * generator, metrics)."""
-        assert self.discriminator is not None
-        generator = -self.discriminator(reconstruction).float().mean()
+        generator = self._judged(reconstruction)
         if not torch.is_grad_enabled():
             return generator, {}
-        weight = self._adaptive_weight(nll, generator)
+        if weight is None:
+            weight = self._adaptive_weight(self._at_last_layer(nll, generator))
         return weight * generator, {"adversarial_weight": weight}
 
     def _discriminate(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -129,12 +163,16 @@ class Reconstruction(nn.Module):
         logits = {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
         return {"loss": hinge_loss(real, fake)} | logits
 
-    def _adaptive_weight(self, nll: Tensor, generator: Tensor) -> Tensor:
-        """lambda []: both gradients at the decoder's last layer, averaged over the ranks before the norm."""
+    def _at_last_layer(self, nll: Tensor, generator: Tensor) -> Tensor:
+        """Gradients of both [] at the decoder's last layer: float32 [2, 3, C, 3, 3]."""
         last = self.model.decoder.conv_out.weight
         (of_nll,) = torch.autograd.grad(nll, last, retain_graph=True)
         (of_generator,) = torch.autograd.grad(generator, last, retain_graph=True)
-        both = self.collectives.sum(torch.stack([of_nll, of_generator]).detach()) / self.collectives.world
+        return torch.stack([of_nll, of_generator]).detach()
+
+    def _adaptive_weight(self, at_last_layer: Tensor) -> Tensor:
+        """lambda []: the gradients at the last layer are averaged over the ranks before the norm."""
+        both = self.collectives.sum(at_last_layer) / self.collectives.world
         ratio = both[0].norm() / (both[1].norm() + 1e-4)
         return self.config.discriminator_weight * ratio.clamp(0, 1e4)
 
