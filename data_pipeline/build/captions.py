@@ -11,6 +11,7 @@ import ftfy
 
 from data_pipeline.config import CaptionRules
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.text_files import UndecodableText, decode_text
 
 # Full-width forms and curly quotes are how Chinese is written, not damage.
 _FTFY = ftfy.TextFixerConfig(fix_character_width=False, uncurl_quotes=False, normalization="NFC")
@@ -180,6 +181,6 @@ def deny_digest(path: str | None) -> str:
 
 def _deny_lines(path: str) -> list[str]:
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return decode_text(Path(path).read_bytes()).splitlines()
+    except (OSError, UndecodableText) as error:
         raise DataError(f"{path}: {error}; captions.deny names a UTF-8 file with one word or phrase a line") from None

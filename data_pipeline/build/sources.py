@@ -49,6 +49,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.remote import Forbidden, S3Storage
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.tar import Member, scan, split_name
+from data_pipeline.text_files import decode_text
 
 __all__ = ["SOURCES", "Row", "Source", "expand_braces", "open_source", "tar_paths"]
 
@@ -199,9 +200,9 @@ def _beside(image: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Captions and attributes of the .json or .txt file beside an image; none where there is no such file."""
     stem = image.rpartition(".")[0]
     with contextlib.suppress(FileNotFoundError):
-        return captions_of_json(parse_json(read_input(f"{stem}.json").decode("utf-8")))
+        return captions_of_json(parse_json(decode_text(read_input(f"{stem}.json"))))
     with contextlib.suppress(FileNotFoundError):
-        return tuple(read_input(f"{stem}.txt").decode("utf-8").splitlines()), {}
+        return tuple(decode_text(read_input(f"{stem}.txt")).splitlines()), {}
     return (), {}
 
 
@@ -343,10 +344,10 @@ def sample_row(key: str, parts: dict[str, bytes], attributes: dict[str, Any]) ->
 
 def captions_of_parts(parts: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Captions and attributes of a sample's .json and .txt: the list in .json is complete, else .txt counts."""
-    tree = parse_json(parts["json"]) if "json" in parts else {}
+    tree = parse_json(decode_text(parts["json"])) if "json" in parts else {}
     captions, meta = captions_of_json(tree)
     if "txt" in parts and (not captions or not (isinstance(tree, dict) and "captions" in tree)):
-        captions = (parts["txt"].decode("utf-8"),)
+        captions = (decode_text(parts["txt"]),)
     return captions, meta
 
 

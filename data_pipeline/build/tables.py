@@ -23,6 +23,7 @@ from data_pipeline.build.layout import STRIDE, Layout, Part, Row, lines_layout
 from data_pipeline.build.records import UNREADABLE, RecordReader, json_line, key_of, parse_object
 from data_pipeline.config import PairsSource, TableSource
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.text_files import decode_text
 
 SUFFIXES = {
     "csv": (".csv", ".csv.gz"),
@@ -223,7 +224,7 @@ def load_json(path: str) -> Any:
     """A whole JSON file. Raises DataError where it is none."""
     with open_input(path) as file:
         try:
-            return json.loads(file.read().decode("utf-8-sig"))
+            return json.loads(decode_text(file.read()))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON ({error}); check source.path and source.kind") from None
 

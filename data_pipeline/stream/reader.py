@@ -21,6 +21,7 @@ from data_pipeline.storage import LocalStorage
 from data_pipeline.stream.cache import BlockCache, Range
 from data_pipeline.stream.order import DEFAULT, ORDER, ORDER_VERSION, Geometry, Windows, lanes_of, order, share
 from data_pipeline.stream.state import check_state
+from data_pipeline.text_files import UndecodableText, decode_text
 
 STATE_VERSION = 1
 
@@ -315,8 +316,8 @@ def parse_sample(data: bytes, where: str) -> tuple[str, bytes, tuple[str, ...], 
 def parse_text(contents: bytes, where: str, name: str) -> str:
     """The text in a .txt file; raises BadSample where it is not UTF-8."""
     try:
-        return contents.decode()
-    except UnicodeDecodeError as error:
+        return decode_text(contents)
+    except UndecodableText as error:
         raise BadSample(f"{where} ({name!r}): text that is not UTF-8 ({error}); build the dataset again") from None
 
 
@@ -326,7 +327,7 @@ def parse_json(contents: bytes, where: str, name: str) -> dict[str, Any]:
         tree = orjson.loads(contents)
     except ValueError:
         try:
-            tree = json.loads(contents)
+            tree = json.loads(decode_text(contents))
         except ValueError as error:
             raise BadSample(f"{where} ({name!r}): not JSON ({error}); build the dataset again") from None
     if not isinstance(tree, dict):

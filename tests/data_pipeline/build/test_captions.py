@@ -114,3 +114,9 @@ def test_only_the_caption_that_is_denied_is_left_out(tmp_path):
 def test_a_list_that_is_not_there_is_named():
     with pytest.raises(DataError, match="/nowhere.*captions.deny"):
         clean_captions(("x",), CaptionRules(deny="/nowhere"))
+
+
+def test_a_byte_order_mark_does_not_hide_the_first_word_of_a_deny_list(tmp_path):
+    path = tmp_path / "deny.txt"
+    path.write_bytes(b"\xef\xbb\xbfguns\nknives\n")
+    assert clean_captions(("two guns",), CaptionRules(deny=str(path))) == ((), "caption_denied")
