@@ -3,7 +3,6 @@
 Commands import what they need when they run: `--help` and `--dry-run` need no torch.
 """
 
-import contextlib
 import os
 import sys
 
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from data_pipeline.errors import ConfigError, Requeue, TesseraError
 from launchers import commands_checkpoint, commands_data, commands_launch, commands_plan, commands_run
+from launchers.output import finish_output, protect_output
 
 USAGE_EXIT = 2  # what the argument parser leaves with; to us a wrong command line is a wrong configuration
 
@@ -74,11 +74,9 @@ def main() -> None:
     A process that trained leaves at once, its output flushed: the interpreter's orderly end would stop threads wherever
     they are, and where one is about to come back from a call of torch's, C++ aborts the process and its exit code.
     """
-    code = run()
+    protect_output()
+    code = finish_output(run(), needed=not commands_run.trains)
     if commands_run.trains:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # who read it is gone
-                stream.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -1,8 +1,9 @@
-"""Being asked to stop: the same rules for the processes that train and for what launched them. Imports no torch.
+"""Stop signals: the same rules for the processes that train and for what launched them. Imports no torch.
 
-The first SIGTERM, SIGINT or SIGUSR1 asks for a save at the step's end, a second one to leave at once. SIGUSR1 is a
-scheduler's announcement (Slurm's --signal): repeated it says nothing new, and the SIGTERM that follows it when time is
-up does not cut off the save which it asked for; only the one after that does.
+The first SIGTERM, SIGINT, SIGHUP or SIGUSR1 asks for a save at the end of the step, a second one to leave at once.
+SIGUSR1 (a scheduler's announcement, Slurm's --signal) and SIGHUP (a closed terminal, which sends it to a process more
+than once) never insist: repeated they change nothing, and the SIGTERM that follows one does not cut off the save that
+it asked for; only the next one does. SIGHUP stays ignored where the process was started so, as `nohup` does.
 """
 
 import contextlib
@@ -14,15 +15,17 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-ASK_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ASK_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+ANNOUNCE = {signal.SIGHUP, signal.SIGUSR1}
+"""Signals that ask for a save but never insist."""
 INSISTED_EXIT = 130
 
 
 class StopSignals:
     """Between enter and exit `count` says what was asked for: 0 nothing, 1 save and leave, 2 leave at once.
 
-    A thread reads the signals from a socket that the interpreter writes them to: Python's own handlers would wait
-    until the main thread comes back from C, which a collective that hangs never does.
+    A thread reads the signals from a socket that the interpreter writes them to: Python's own handlers run only when
+    the main thread returns from C, which it never does in a collective that hangs.
     """
 
     def __init__(self, leave: Callable[[], None] | None = None) -> None:
@@ -36,7 +39,10 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self._inlet.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._inlet.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in ASK_TO_STOP}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._before = {
+            number: signal.signal(number, lambda *_: None) for number in ASK_TO_STOP if number not in ignored
+        }
         threading.Thread(target=self._listen, name="stop signals", daemon=True).start()
         return self
 
@@ -52,13 +58,13 @@ class StopSignals:
         with self._outlet:
             while numbers := self._outlet.recv(64):
                 for number in numbers:
-                    if number in ASK_TO_STOP:
+                    if number in self._before:
                         self.note(number)
 
     def note(self, number: int) -> None:
-        """One signal came."""
-        announced = set(self.received) == {signal.SIGUSR1}
-        expected = not self.received or number == signal.SIGUSR1 or (announced and number == signal.SIGTERM)
+        """Count one signal."""
+        announced = set(self.received) <= ANNOUNCE
+        expected = not self.received or number in ANNOUNCE or (announced and number == signal.SIGTERM)
         self.received.append(number)
         self.count = max(self.count, 1 if expected else 2)
         if self.count == 2 and self._leave is not None:
@@ -66,13 +72,13 @@ class StopSignals:
 
 
 def leave_at_once() -> None:
-    """End this process now, whatever its threads are doing; what was committed before stays."""
+    """End this process now, whatever its threads are doing; committed checkpoints stay."""
     print("asked to stop a second time: leaving without a save", file=sys.stderr, flush=True)
     os._exit(INSISTED_EXIT)
 
 
 def ignore_stop_signals() -> None:
-    """For worker processes: the process that they work for decides when to stop, and ends them."""
+    """Ignore stop signals in a worker process; the process that it works for decides when to stop and ends it."""
     for number in ASK_TO_STOP:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASK_TO_STOP)
@@ -80,9 +86,9 @@ def ignore_stop_signals() -> None:
 
 @contextlib.contextmanager
 def stop_signals_held() -> Iterator[None]:
-    """Processes started within cannot die of a stop signal before they have come to ignore it.
+    """Block stop signals in processes started within the block, until they have set themselves up to ignore them.
 
-    They inherit the mask of this thread; this process hears signals as before, by its other threads.
+    They inherit the mask of this thread; this process still receives signals in its other threads.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ASK_TO_STOP)
     try:

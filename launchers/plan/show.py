@@ -23,6 +23,8 @@ def _table(plan: Plan, best: Plan | None) -> Table:
     train, cluster = plan.config.train, plan.cluster
     title = f"{plan.config.run} on {cluster.nodes} x {cluster.per_node} {cluster.device.name}"
     table = Table(title=title, show_header=False, title_justify="left")
+    for _ in range(2):
+        table.add_column(overflow="fold")  # nothing is cut on a narrow terminal
     table.add_row("model", f"{plan.config.model.kind}, {plan.parameters:,} parameters, {train.precision}")
     split = f"{train.global_batch} = {cluster.world} ranks x {plan.micro} x {plan.accumulation} accumulated"
     table.add_row("batch", f"{split}, ZeRO stage {train.zero_stage}")

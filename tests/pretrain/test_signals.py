@@ -11,7 +11,7 @@ import pytest
 from pretrain.signals import INSISTED_EXIT, StopSignals
 from tests.pretrain.processes import ROOT
 
-TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,13 @@ TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
         ([USR1, INT], 2),
         ([TERM, USR1], 1),
         ([TERM, USR1, TERM], 2),
+        ([HUP], 1),
+        ([HUP, HUP, HUP], 1),  # of one closed terminal: from the shell and from the kernel
+        ([HUP, TERM], 1),
+        ([TERM, HUP], 1),  # systemd's SendSIGHUP sends both
+        ([USR1, HUP, TERM], 1),
+        ([HUP, TERM, TERM], 2),
+        ([HUP, INT], 2),
     ],
 )
 def test_what_is_asked_for_after_a_sequence_of_signals(signals: list[int], count: int) -> None:
@@ -87,7 +94,7 @@ sys.exit(7)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [TERM, INT, USR1])
+@pytest.mark.parametrize("number", [TERM, INT, HUP, USR1])
 def test_a_worker_process_works_on_whatever_is_asked_of_the_run(number: int) -> None:
     process = start(WORKER)
     process.send_signal(number)
@@ -95,11 +102,26 @@ def test_a_worker_process_works_on_whatever_is_asked_of_the_run(number: int) -> 
 
 
 def test_handlers_are_given_back() -> None:
-    before = [signal.getsignal(number) for number in (TERM, INT, USR1)]
+    before = [signal.getsignal(number) for number in (TERM, INT, HUP, USR1)]
     with StopSignals() as stops:
         os.kill(os.getpid(), USR1)
         deadline = time.monotonic() + 10
         while not stops.count and time.monotonic() < deadline:
             time.sleep(0.01)
         assert stops.count == 1
-    assert [signal.getsignal(number) for number in (TERM, INT, USR1)] == before
+    assert [signal.getsignal(number) for number in (TERM, INT, HUP, USR1)] == before
+
+
+def test_a_closed_terminal_says_nothing_to_a_process_under_nohup() -> None:
+    before = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stops:
+            assert signal.getsignal(HUP) == signal.SIG_IGN
+            os.kill(os.getpid(), HUP)
+            os.kill(os.getpid(), USR1)
+            deadline = time.monotonic() + 10
+            while not stops.count and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert stops.received == [USR1]
+    finally:
+        signal.signal(HUP, before)
