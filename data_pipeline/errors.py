@@ -17,6 +17,10 @@ class ConfigError(TesseraError):
     exit_code = 64
 
 
+class Overtaken(ConfigError):
+    """A later attempt has claimed the run; this one may commit nothing more and ends, leaving the run folder alone."""
+
+
 class NodeFault(TesseraError):
     """A process, device or collective failed; another attempt may succeed.
 

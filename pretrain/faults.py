@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue, TesseraError
+from data_pipeline.errors import ConfigError, DataError, NodeFault, Overtaken, Requeue, TesseraError
 from pretrain.goodput import append_line, whole
 
 FAULTS = "faults.jsonl"
@@ -75,6 +75,8 @@ def faults_noted(run: Path, rank: int, peer_lost: Callable[[BaseException], bool
     except Requeue as asked:
         _note_end(run, rank, asked.exit_code, str(asked))
         raise
+    except Overtaken:
+        raise  # the run folder is the later attempt's
     except Exception as error:
         told: Exception = error
         if not isinstance(error, TesseraError) and peer_lost(error):

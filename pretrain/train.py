@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import ConfigError, NodeFault, Requeue, TrainingFault
+from data_pipeline.errors import ConfigError, NodeFault, Overtaken, Requeue, TrainingFault
 from data_pipeline.settings import digest
 from data_pipeline.stream.mixture import Source
 from data_pipeline.vocabulary import Vocabulary
@@ -235,8 +235,15 @@ class Run:
             self.guards.remember(saved.state["guards"])
 
     def agree(self, asked: int) -> bool:
-        """Is any rank asked to stop? Raises NodeFault when the guards of the ranks did not judge alike."""
-        asked, most, least = self.mesh.maximum([asked, self.guards.events, -self.guards.events])
+        """-> whether any rank is asked to stop.
+
+        Raises NodeFault when the guards of the ranks did not judge alike, Overtaken when a commit was refused because a
+        later attempt owns the run.
+        """
+        told = [asked, self.guards.events, -self.guards.events, int(bool(self.checkpoints.overtaken))]
+        asked, most, least, overtaken = self.mesh.maximum(told)
+        if overtaken:
+            raise Overtaken(self.checkpoints.overtaken or "a later attempt has taken over the run; this one ends")
         if most != -least:
             raise NodeFault(f"step {self.step}: ranks refused {-least} to {most} steps; a device computes wrongly")
         return asked > 0

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import DataError, Overtaken
 from data_pipeline.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -157,10 +157,13 @@ def newest_claim(root: str | Path) -> int:
 
 
 def refuse_overtaken(root: str | Path, attempt: int) -> None:
-    """Raises ConfigError when a later attempt has claimed the run: it must neither see our commits nor our removals."""
+    """Raises Overtaken when a later attempt has claimed the run: it must neither see our commits nor our removals."""
     owner = newest_claim(root)
     if owner > attempt:
-        raise ConfigError(f"attempt {owner} has taken over the run from attempt {attempt}; end this one")
+        raise Overtaken(
+            f"attempt {owner} has taken over the run from attempt {attempt}, which ends here; "
+            "to train beside it, give another `run`"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- retention

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.errors import DataError, NodeFault, TesseraError
+from data_pipeline.errors import DataError, NodeFault, Overtaken, TesseraError
 from data_pipeline.storage import open_storage
 from pretrain.checkpoint.catalog import (
     INDEX,
@@ -66,6 +66,8 @@ class Checkpoints:
         """How long saves have held up training, in total: staging, and waiting for the save before."""
         self.last_save_s = 0.0
         """How long the newest save took that was committed, from staging to commit; known to rank 0."""
+        self.overtaken = ""
+        """Why this rank's attempt no longer owns the run; empty while it does."""
         self._staging = Staging()
         self._sums: dict[str, list[float]] = {}
         self._save: Save | None = None
@@ -94,12 +96,15 @@ class Checkpoints:
     def finish(self) -> Saved | None:
         """Wait for the last save -> the checkpoint, or None when there was none.
 
-        Raises DataError when it failed, NodeFault when rank 0 went away before it had said so.
+        Raises DataError when it failed, NodeFault when rank 0 went away before it had said so, Overtaken when a later
+        attempt owns the run.
         """
         if self._save is None:
             return None
         if not self._save.ended(COMMIT_TIMEOUT_S):
             self._save.failure = f"it was not done within {COMMIT_TIMEOUT_S:.0f} s"
+        if self.overtaken:
+            raise Overtaken(self.overtaken)
         if self._save.failure:
             sure = "was not" if self._save.fault is DataError else "may not be"
             raise self._save.fault(f"{self._save.folder} {sure} committed: {self._save.failure}; {UNTOUCHED}")
@@ -188,6 +193,8 @@ class Save(threading.Thread):
             store.set(f"{self.key}/read/{self.owner.mesh.rank}", "{}")
             _result(told)
             self.failure = ""
+        except Overtaken as error:
+            self.failure = self.owner.overtaken = str(error)
         except (OSError, TesseraError) as error:
             self.failure = str(error)
         except RuntimeError as error:  # of the store
@@ -200,7 +207,8 @@ class Save(threading.Thread):
     def _follow(self) -> None:
         """Rank 0, after the commit: say what became of it, and let retention work."""
         if self.failure:
-            print(f"{self.folder} was not committed: {self.failure}; {UNTOUCHED}, the run goes on", flush=True)
+            then = "" if self.owner.overtaken else f"; {UNTOUCHED}, the run goes on"
+            print(f"{self.folder} was not committed: {self.failure}{then}", flush=True)
             self._discard()
         else:
             print(f"saved {self.folder}", flush=True)
@@ -272,13 +280,13 @@ def start_attempt(root: str | Path, mesh: "Mesh", at_least: int) -> int:
 
 
 def _outcome(call: Callable[[], Any]) -> dict[str, Any]:
-    """What a rank tells the others: a result or, where it failed, the reason."""
+    """What a rank tells the others: a result or, where it failed, the reason and whether the run was taken over."""
     try:
         return {"result": call()}
     except Abandoned:
         raise
     except (OSError, RuntimeError, TesseraError) as error:
-        return {"error": str(error)}
+        return {"error": str(error), "overtaken": isinstance(error, Overtaken)}
     except Exception as error:  # a mistake of ours: without a word from here the others would wait for it
         return {"error": f"{type(error).__name__}: {error}"}
 
@@ -287,7 +295,7 @@ def _result(told: dict[str, Any] | None) -> Any:
     if told is None:
         raise DataError("no word in time")
     if "error" in told:
-        raise DataError(told["error"])
+        raise (Overtaken if told.get("overtaken") else DataError)(told["error"])
     return told["result"]
 
 

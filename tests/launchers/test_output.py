@@ -1,4 +1,4 @@
-"""Output that is refused: no command ends by it, none hides that its result was lost. Real descriptors and processes."""
+"""Output that is refused ends no command and hides no lost result; on real descriptors and in real runs."""
 
 import contextlib
 import errno

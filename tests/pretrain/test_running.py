@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ import pytest
 from tests.pretrain.commands import (
     TRACEBACK,
     Material,
+    ask_to_stop,
     child_of_rank,
+    command,
     electra,
+    environment,
     finish,
     interrupted,
     kill_rank_1,
@@ -23,7 +28,7 @@ from tests.pretrain.commands import (
     two_ranks,
     vqgan,
 )
-from tests.pretrain.processes import TIMEOUT_S, run_ranks, start_ranks
+from tests.pretrain.processes import ROOT, TIMEOUT_S, run_ranks, start_ranks
 from tests.pretrain.test_guards import by_hand
 from tests.pretrain.test_training import assert_every_position_once, assert_same_state, final
 
@@ -82,6 +87,36 @@ def test_a_rank_that_the_others_wait_for_in_a_collective_is_blamed_though_it_liv
     (told,) = [fault for fault in faults_of(run) if fault["rank"] == 0 and "blamed" in fault]
     assert told["blamed"] == [1] and "1 of 2 ranks wait in a collective" in told["why"] and "stands" in told["why"]
     assert "in stands" in (run / "faults" / "attempt-00000.rank-00001.txt").read_text()
+
+
+# ---------------------------------------------------------------------------- two attempts on one folder
+
+
+def test_an_attempt_that_another_one_overtook_ends_at_its_first_refused_commit(
+    material: Material, tmp_path: Path
+) -> None:
+    run, tree = tmp_path / "run", vqgan(material, tmp_path / "run")
+    tree["train"] |= {"steps": 100_000, "checkpoint_every_steps": 4}
+    argv, log = command("train", recipe(tree, tmp_path / "run.yaml")), tmp_path / "overtaken.log"
+    with log.open("w") as output:
+        first = subprocess.Popen(argv, env=environment(), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not steps_of(run):
+        assert first.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.02)
+
+    def stop_the_later(launcher: int) -> None:
+        first.wait(TIMEOUT_S)
+        ask_to_stop(launcher)
+
+    try:
+        code, told = interrupted(argv, run, 4, stop_the_later, hold=False)
+    finally:
+        first.kill()
+    said = log.read_text()
+    assert (first.returncode, code) == (64, 75), said[-3000:] + told[-3000:]
+    assert said.count("has taken over the run") <= 2 and "the run goes on" not in said and TRACEBACK not in said
+    assert not (run / "faults.jsonl").exists() and json.loads((run / "ended.json").read_text())["exit_code"] == 75
 
 
 # ---------------------------------------------------------------------------------------- asked to stop

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline.errors import ConfigError, DataError, NodeFault
+from data_pipeline.errors import ConfigError, DataError, NodeFault, Overtaken
 from data_pipeline.storage import LocalStorage, open_storage
 from pretrain.checkpoint import saver, verbs
 from pretrain.checkpoint.catalog import Retention, Saved, claim_attempt, committed, put_once
@@ -265,8 +265,9 @@ def test_an_overtaken_attempt_cannot_commit_nor_remove(tmp_path: Path) -> None:
     first = ranks_of(root, 1, claim_attempt(root, 0, {}), Retention(1))
     save(first, 4, model_of(4))
     second = ranks_of(root, 1, claim_attempt(root, 0, {}), Retention(1))
-    with pytest.raises(DataError, match="attempt 1 has taken over the run from attempt 0"):
+    with pytest.raises(Overtaken, match="attempt 1 has taken over the run from attempt 0"):
         save(first, 8, model_of(8))
+    assert all(rank.overtaken for rank in first) and not any(rank.overtaken for rank in second)
     assert [saved.step for saved in committed(root)] == [4]
     save(second, 8, model_of(8))
     assert [(saved.step, saved.attempt) for saved in committed(root)] == [(8, 1)]
@@ -395,7 +396,7 @@ def test_an_overtaken_attempt_is_a_matter_of_configuration(tmp_path: Path) -> No
 
     claim_attempt(tmp_path, 5, {})
     refuse_overtaken(tmp_path, 5)
-    with pytest.raises(ConfigError, match="end this one"):
+    with pytest.raises(ConfigError, match="attempt 5 has taken over .* give another `run`"):
         refuse_overtaken(tmp_path, 4)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipeline import remote
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, Overtaken
 from data_pipeline.storage import open_storage
 from launchers.chaos.proxy import CLEAN, fault_proxy
 from pretrain.checkpoint import saver
@@ -115,7 +115,7 @@ def test_an_overtaken_attempt_on_s3_cannot_commit(bucket: str) -> None:
     root = f"{bucket}/runs/c"
     first = ranks_of(root, 1, claim_attempt(root, 0, {}))
     second = ranks_of(root, 1, claim_attempt(root, 0, {}))
-    with pytest.raises(DataError, match="attempt 1 has taken over"):
+    with pytest.raises(Overtaken, match="attempt 1 has taken over"):
         save(first, 4, model_of(4))
     save(second, 4, model_of(4))
     assert [(saved.step, saved.attempt) for saved in committed(root)] == [(4, 1)]
