@@ -4,6 +4,10 @@
 An error's text names the value, the rule and the remedy; the command line prints it without a traceback.
 """
 
+import contextlib
+import errno
+from collections.abc import Iterator
+
 
 class TesseraError(Exception):
     """Base of every error meant for the user."""
@@ -58,3 +62,29 @@ class Requeue(TesseraError):
     """The run was asked to stop, saved its state and wants to go on later."""
 
     exit_code = 75
+
+
+# ------------------------------------------------------------------------------ what the file system says
+
+FILE_SYSTEM_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY,
+    errno.ENXIO, errno.ETXTBSY,
+}  # fmt: skip
+"""Errors of the operating system that a disk, a path or missing rights cause, and no mistake of the program."""
+
+
+def storage_error(error: OSError, where: object) -> DataError:
+    """What to tell the user of an error of the operating system at `where`."""
+    return DataError(
+        f"{where}: {error.strerror or error}; make room, or mend the path or its rights, then run it again"
+    )
+
+
+@contextlib.contextmanager
+def storage_errors(where: object) -> Iterator[None]:
+    """Raise what the file system refuses in the block as a DataError about `where`."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, where) from None

@@ -9,7 +9,7 @@ import sys
 import typer
 from rich.console import Console
 
-from data_pipeline.errors import ConfigError, Requeue, TesseraError
+from data_pipeline.errors import FILE_SYSTEM_ERRORS, ConfigError, Requeue, TesseraError, storage_error
 from launchers import commands_checkpoint, commands_data, commands_launch, commands_plan, commands_run
 from launchers.output import finish_output, protect_output
 
@@ -86,16 +86,25 @@ def run() -> int:
     try:
         app(prog_name="tessera")
     except TesseraError as error:
-        asked_for = isinstance(error, Requeue)  # an end that was asked for, after a save
-        text, style = (str(error), "") if asked_for else (f"error: {error}", "red")
-        Console(stderr=True, soft_wrap=True).print(text, style=style, markup=False, highlight=False)
-        return error.exit_code
+        return _tell(error)
+    except OSError as error:  # of a disk, a path or its rights, wherever it was met
+        if error.errno not in FILE_SYSTEM_ERRORS:
+            raise
+        return _tell(storage_error(error, error.filename or "storage"))
     except KeyboardInterrupt:
         return 130
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         return ConfigError.exit_code if code == USAGE_EXIT else code
     return 0
+
+
+def _tell(error: TesseraError) -> int:
+    """Print the error -> its exit code."""
+    asked_for = isinstance(error, Requeue)  # an end that was asked for, after a save
+    text, style = (str(error), "") if asked_for else (f"error: {error}", "red")
+    Console(stderr=True, soft_wrap=True).print(text, style=style, markup=False, highlight=False)
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ their exit codes. Imports no torch.
 """
 
 import contextlib
-import errno
 import json
 import socket
 import time
@@ -14,7 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.errors import ConfigError, DataError, NodeFault, Overtaken, Requeue, TesseraError
+from data_pipeline.errors import (
+    FILE_SYSTEM_ERRORS,
+    ConfigError,
+    DataError,
+    NodeFault,
+    Overtaken,
+    Requeue,
+    TesseraError,
+)
 from pretrain.goodput import append_line, whole
 
 FAULTS = "faults.jsonl"
@@ -26,7 +33,6 @@ CAUSES: tuple[tuple[type[TesseraError], Cause], ...] = (
     (DataError, "storage"),
     (Requeue, "preemption"),
 )
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 
 
 def cause_of(error: BaseException) -> Cause:
@@ -81,7 +87,7 @@ def faults_noted(run: Path, rank: int, peer_lost: Callable[[BaseException], bool
         told: Exception = error
         if not isinstance(error, TesseraError) and peer_lost(error):
             told = NodeFault(f"rank {rank} lost a peer: {str(error).splitlines()[0].partition('. ')[0]}")
-        elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        elif isinstance(error, OSError) and error.errno in FILE_SYSTEM_ERRORS:
             told = DataError(f"rank {rank}: {error}; make room or mend the disk, then start the same command again")
         blamed = {"blamed": told.blamed} if isinstance(told, NodeFault) and told.blamed else {}
         record_fault(run, cause_of(told), f"{type(told).__name__}: {told}", rank, **blamed)

@@ -28,6 +28,7 @@ from data_pipeline.build.sources import open_source
 from data_pipeline.config import BuildConfig, ImageRules
 from data_pipeline.errors import DataError, TesseraError
 from data_pipeline.images import Reject, encode
+from data_pipeline.outputs import write_whole
 from data_pipeline.schema import Pair
 from data_pipeline.shards.codes import CENTRE, ImageTokenizer, open_codes, tokenizers_of
 from data_pipeline.shards.manifest import STATS, Manifest, open_dataset, read_manifest
@@ -47,6 +48,7 @@ LENGTHS = (0, 5, 10, 20, 40, 80, 160, 320, 640)
 DUPLICATES = ("duplicate_image", "near_duplicate")
 
 _KEPT = re.compile(r"row (\d+)$")
+_HEAD = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>'
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.5em; overflow-wrap: anywhere }
@@ -91,11 +93,18 @@ def write_report(
     if output is None:
         storage.replace(PAGE, page)
         return f"{storage.root}/{PAGE}"
-    try:
-        output.write_bytes(page)
-    except OSError as error:
-        raise DataError(f"{output}: {error.strerror}; name another file as --output") from None
+    if output.exists() and not _is_report(output):
+        raise DataError(f"{output} exists and is no report; nothing was written, name another file as --output")
+    write_whole(output, page)
     return str(output)
+
+
+def _is_report(path: Path) -> bool:
+    """Is it a page that an earlier report wrote, which a new one may replace?"""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_HEAD)) == _HEAD.encode()
 
 
 def render(
@@ -119,8 +128,7 @@ def render(
     ]
     title = html.escape(f"{storage.root}: {manifest.samples:,} samples")
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head>"
+        f"{_HEAD}{title}</title><style>{_STYLE}</style></head>"
         f'<body><h1>{title}</h1><p class="small">fingerprint {manifest.fingerprint}, {len(manifest.shards)} shards, '
         f"{sum(shard.bytes for shard in manifest.shards):,} bytes</p>{''.join(sections)}</body></html>\n"
     )

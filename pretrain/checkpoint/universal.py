@@ -5,11 +5,13 @@ zero/optimizer_state.pt holds the groups. These files are pickles, as DeepSpeed 
 Under stage 3 DeepSpeed gives every group the settings of the first one: set weight decay by hand after loading there.
 """
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_pipeline.outputs import new_folder
 from pretrain.checkpoint.catalog import Saved
 from pretrain.checkpoint.layout import Slices
 
@@ -21,30 +23,39 @@ MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_st
 
 
 def export_universal(saved: Saved, output: str | Path) -> Path:
-    """Write OUTPUT, one parameter in memory at a time -> its path. The tag's name goes last: with it all is there."""
-    folder, slices = Path(output) / TAG, Slices(saved.folder)
+    """Write the new folder OUTPUT, one parameter in memory at a time -> its path."""
     groups: dict[str, Any] = saved.state["optimizer"]["groups"]
     updates = {name: group["updates"] for group in groups.values() for name in group["names"]}
-    for name in slices.shapes:
-        place = folder / "zero" / name
-        place.mkdir(parents=True, exist_ok=True)
-        for kind in slices.kinds(name):
-            torch.save({"param": slices.whole(kind, name)}, place / f"{KEYS[kind]}.pt")
-        if name in updates:
-            torch.save(torch.tensor(float(updates[name])), place / "step.pt")
+    with new_folder(output) as folder:
+        slices = Slices(saved.folder)
+        for name in slices.shapes:
+            place = folder / TAG / "zero" / name
+            place.mkdir(parents=True)
+            for kind in slices.kinds(name):
+                _write({"param": slices.whole(kind, name)}, place / f"{KEYS[kind]}.pt")
+            if name in updates:
+                _write(torch.tensor(float(updates[name])), place / "step.pt")
+        _write(_optimizer_state(groups, updates), folder / TAG / "zero" / "optimizer_state.pt")
+        for file in MODEL_FILES:
+            _write(_model_state(saved, slices), folder / TAG / file)
+        (folder / "latest_universal").write_text(TAG)
+    return Path(output)
+
+
+def _write(value: Any, path: Path) -> None:
+    """As torch.save; a full disk is an OSError, which torch's own writer does not raise."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+def _optimizer_state(groups: dict[str, Any], updates: dict[str, int]) -> dict[str, Any]:
     ordered = sorted(groups.values(), key=lambda group: int(group["number"]))  # as the optimizer has them
     rows = [{key: value for key, value in group.items() if key not in ("names", "number")} for group in ordered]
     hyper = [row | {"betas": tuple(row["betas"]), "params": []} for row in rows]
     step = torch.tensor(float(max(updates.values(), default=0)))
     inner = {"state": {0: {"step": step}}, "param_groups": hyper}
-    torch.save(
-        {"param_groups": hyper, "optimizer_state_dict": inner, "ds_version": DEEPSPEED_VERSION},
-        folder / "zero" / "optimizer_state.pt",
-    )
-    for file in MODEL_FILES:
-        torch.save(_model_state(saved, slices), folder / file)
-    (Path(output) / "latest_universal").write_text(TAG)
-    return Path(output)
+    return {"param_groups": hyper, "optimizer_state_dict": inner, "ds_version": DEEPSPEED_VERSION}
 
 
 def _model_state(saved: Saved, slices: Slices) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.outputs import refuse_used
 from data_pipeline.storage import open_storage
 from pretrain.checkpoint.catalog import (
     NAME,
@@ -63,13 +64,14 @@ def export(run: str | Path, output: str | Path, step: int | None = None, form: s
     the optimizer's state. A layout: model.safetensors under the names of that public model; those of transformers with
     its config.json, so that `from_pretrained` takes the folder.
     """
+    if form not in ("tessera", "deepspeed", *LAYOUTS):
+        raise ConfigError(f"--format {form} is not known; use tessera, deepspeed, {', '.join(sorted(LAYOUTS))}")
+    refuse_used(output)
     if form == "deepspeed":
         return export_universal(newest_whole(run, step), output)
     model, config = load_trained(run, step)
     if form == "tessera":
         return export_model(output, config.model, model.state_dict())
-    if form not in LAYOUTS:
-        raise ConfigError(f"--format {form} is not known; use tessera, deepspeed, {', '.join(sorted(LAYOUTS))}")
     return export_layout(output, form, config.model, model.state_dict())
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import DataError
+from data_pipeline.outputs import new_folder
 from data_pipeline.settings import Settings
 from pretrain.config import ModelConfig
 from pretrain.models import MODELS
@@ -20,15 +21,21 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def export_model(directory: str | Path, model_config: Settings, state_dict: Mapping[str, Tensor]) -> Path:
-    """Write the folder and return its path. The configuration goes last: a folder that has one is complete."""
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    """Write a new folder -> its path. Raises ConfigError for a used one, DataError where it cannot be written."""
+    with new_folder(directory) as folder:
+        save_weights(folder, state_dict)
+        text = json.dumps({"model": model_config.model_dump(mode="json")}, indent=2, ensure_ascii=False)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    return Path(directory)
+
+
+def save_weights(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
+    """Write model.safetensors into `folder`; raises DataError where that fails."""
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    text = json.dumps({"model": model_config.model_dump(mode="json")}, indent=2, ensure_ascii=False)
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    return folder
+    try:
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it says of a full disk is no OSError
+        raise DataError(f"{WEIGHTS_FILE} cannot be written ({error}); make room, then export again") from None
 
 
 def load_model(directory: str | Path) -> tuple[nn.Module, ModelConfig]:

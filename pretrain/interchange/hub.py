@@ -5,30 +5,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
+from data_pipeline.outputs import new_folder
 from data_pipeline.vocabulary import Vocabulary
 from pretrain.config import BertConfig, ClipConfig, ElectraConfig, EncoderConfig, GptConfig
-from pretrain.interchange.folder import CONFIG_FILE, WEIGHTS_FILE
+from pretrain.interchange.folder import CONFIG_FILE, save_weights
 from pretrain.interchange.layouts import State, export_state
 from pretrain.models.electra import generator_size
 
 
 def export_layout(directory: str | Path, layout: str, config: Any, state: State) -> Path:
-    """Our state dict in a public layout -> the folder; a folder in it for each model where there are several.
+    """Our state dict in a public layout -> the new folder; a folder in it for each model where there are several.
 
     Layouts of transformers get their config.json. Raises DataError naming the keys that differ.
     """
     weights = export_state(layout, config, state)
     describe = CONFIGS.get(layout)
-    for part, tree in (describe(config) if describe else {"": None}).items():
-        folder = Path(directory, part)
-        folder.mkdir(parents=True, exist_ok=True)
-        prefix = f"{part}." if part else ""
-        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        if tree is not None:
-            (folder / CONFIG_FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    with new_folder(directory) as folder:
+        for part, tree in (describe(config) if describe else {"": None}).items():
+            (folder / part).mkdir(exist_ok=True)
+            prefix = f"{part}." if part else ""
+            own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+            save_weights(folder / part, own)
+            if tree is not None:
+                (folder / part / CONFIG_FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     return Path(directory)
 
 

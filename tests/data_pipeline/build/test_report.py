@@ -170,9 +170,22 @@ def test_codes_are_shown_with_their_use_and_reconstructions(scenes, monkeypatch)
 def test_a_report_of_nothing_is_refused(tmp_path, scenes):
     with pytest.raises(DataError, match="tessera data build"):
         write_report(tmp_path / "none")
-    with pytest.raises(DataError, match="--output"):
+    with pytest.raises(DataError, match="none/page.html: No such file or directory"):
         write_report(scenes, tmp_path / "none" / "page.html")
     assert "report.html" not in open_storage(scenes).list()
+
+
+def test_a_page_replaces_an_earlier_one_and_no_other_file(tmp_path, scenes):
+    page, mine = tmp_path / "page.html", tmp_path / "mine.html"
+    write_report(scenes, page)
+    written = page.read_bytes()
+    write_report(scenes, page)
+    assert page.read_bytes() == written
+    mine.write_text("<html>mine</html>")
+    for taken in (mine, tmp_path):
+        with pytest.raises(DataError, match="is no report; nothing was written, name another file as --output"):
+            write_report(scenes, taken)
+    assert mine.read_text() == "<html>mine</html>"
 
 
 PROBE = """

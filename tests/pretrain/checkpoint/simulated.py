@@ -62,11 +62,17 @@ def save(ranks: list[Checkpoints], step: int, model: torch.nn.Module, **state: A
     """All ranks stage and write; returns when every one has ended, raises what the first of them says."""
     for rank, checkpoints in enumerate(ranks):
         part: Any = Part(model, rank, len(ranks))
-        checkpoints.save(part, step, {"step": step, "identity": identity(config_of(Path("unused"))), **state})
+        known = {"step": step, "identity": identity(config_of(Path("unused"))), "optimizer": optimizer_of(model, step)}
+        checkpoints.save(part, step, known | state)
     for checkpoints in ranks:
         assert checkpoints._save is not None and checkpoints._save.ended(200)
     for checkpoints in ranks:
         checkpoints.finish()
+
+
+def optimizer_of(model: torch.nn.Module, updates: int) -> dict[str, Any]:
+    names = [f"model.{name}" for name, _ in model.named_parameters()]
+    return {"groups": {"main": {"number": 0, "names": names, "updates": updates, "lr": 1e-3, "betas": [0.9, 0.95]}}}
 
 
 def write(

@@ -1,5 +1,7 @@
 """What a checkpoint becomes elsewhere: an exported model, a public layout, the start of another run."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from pretrain.checkpoint.trained import load_trained, start_from
 from pretrain.interchange.folder import load_model
 from pretrain.interchange.layouts import import_state
 from pretrain.models import MODELS
+from tests.disks import fill_up, mounted
 from tests.pretrain.checkpoint.simulated import config_of, flip_a_bit, folder_of, model_of, write
 
 
@@ -50,6 +53,53 @@ def test_a_format_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Pa
     write(tmp_path / "run", 3)
     with pytest.raises(ConfigError, match="onnx is not known; use tessera, .*transformers-electra"):
         verbs.export(tmp_path / "run", tmp_path / "out", form="onnx")
+
+
+FORMS = ["tessera", "deepspeed", "transformers-electra"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_export_onto_a_run_or_any_used_folder_is_refused_and_changes_nothing(form: str, tmp_path: Path) -> None:
+    run, first, theirs = tmp_path / "run", tmp_path / "first", tmp_path / "theirs"
+    write(run, 3)
+    verbs.export(run, first)
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    for used in (run, first, theirs, run / "checkpoints"):
+        with pytest.raises(ConfigError, match=f"{used} is used already"):
+            verbs.export(run, used, form=form)
+    with pytest.raises(DataError, match="notes.txt is not a folder"):
+        verbs.export(run, theirs / "notes.txt", form=form)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_export_onto_a_full_disk_leaves_nothing_and_spares_the_one_before(form: str, tmp_path: Path) -> None:
+    write(tmp_path / "run", 3)
+    with mounted(tmp_path / "disk", 4000) as disk:
+        verbs.export(tmp_path / "run", disk / "first")
+        fill_up(disk, 40_000)
+        before = contents(disk)
+        with pytest.raises(DataError, match="make room"):
+            verbs.export(tmp_path / "run", disk / "second", form=form)
+        assert contents(disk) == before and not (disk / "second").exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_exported_files_follow_the_umask(form: str, tmp_path: Path) -> None:
+    write(tmp_path / "run", 3)
+    before = os.umask(0o027)
+    try:
+        folder = verbs.export(tmp_path / "run", tmp_path / "out", form=form)
+    finally:
+        os.umask(before)
+    for path in [folder, *folder.rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
 
 
 # ------------------------------------------------------------------------------------------- partial load
