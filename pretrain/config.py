@@ -198,6 +198,10 @@ class ShuffleConfig(Settings):
     window: PositiveInt = 16
 
 
+AUGMENTATION = ("crop_scale", "crop_ratio", "flip")
+"""Fields of DataConfig that draw what of an image is shown; their defaults draw nothing."""
+
+
 class DataConfig(Settings):
     """The dataset (or `datasets`, mixed by weight), the vocabulary and how samples become tensors.
 
@@ -218,6 +222,10 @@ class DataConfig(Settings):
     prefetch_steps: PositiveInt = 2
     workers: NonNegativeInt = 0
     max_bad_rate: NonNegativeFloat = Field(0.001, le=1.0)
+
+    def without_augmentation(self) -> "DataConfig":
+        """The same data, shown as evaluation shows them: every image its centre square, never mirrored."""
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in AUGMENTATION})
 
     @pydantic.model_validator(mode="after")
     def _one_kind_of_data(self) -> "DataConfig":

@@ -1,7 +1,9 @@
 """The figures of a run's newest checkpoint, on `data.evaluation` (or its training data where none is named)."""
 
+import contextlib
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from data_pipeline.vocabulary import Vocabulary
 from pretrain.checkpoint.trained import load_trained
 from pretrain.config import RunConfig
 from pretrain.inputs import INPUTS
-from pretrain.inputs.text import ContrastiveInputs, normalise
+from pretrain.inputs.bad import FOLDER as BAD_SAMPLES
+from pretrain.inputs.bad import Ledger, Usable
+from pretrain.inputs.text import ContrastiveInputs, captions_of, normalise
 from pretrain.metrics import retrieval_recall_at_1, save_grid
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.collectives import ONE_DEVICE
@@ -45,9 +49,7 @@ def main(run: str | Path, rerank: str | Path | None = None, candidates: int = CA
     folder = Path(run)
     model, config = load_trained(folder)
     stream: Source
-    readable = config.model_copy(
-        update={"data": config.data.model_copy(update={"crop_scale": (1.0, 1.0), "flip": False})}
-    )
+    readable = config.model_copy(update={"data": config.data.without_augmentation()})
     vocabulary: Vocabulary | None
     if config.model.kind == "gpt" and config.data.evaluation:
         stream = Stream(config.data.evaluation, config.seed)
@@ -72,30 +74,50 @@ def main(run: str | Path, rerank: str | Path | None = None, candidates: int = CA
     return figures
 
 
-def _objective_means(model: nn.Module, config: RunConfig, stream: Source, vocabulary: Vocabulary | None) -> Figures:
+def _objective_means(
+    model: nn.Module, config: RunConfig, stream: Source, vocabulary: Vocabulary | None, folder: Path
+) -> Figures:
     """The objective's own losses and metrics, averaged over up to SAMPLES samples."""
     objective = OBJECTIVES[config.objective.kind](model, config.objective, ONE_DEVICE).eval()
     inputs = INPUTS[config.objective.kind](config, stream, vocabulary)
     torch.manual_seed(config.seed)
     rows = []
-    with torch.no_grad():
-        for samples in _batches(stream):
-            rows.append(objective(inputs(samples) | {"step": torch.tensor(0)}))
+    with torch.no_grad(), _reading(stream, inputs, folder) as usable:
+        for batch in _batches(usable):
+            rows.append(objective(batch | {"step": torch.tensor(0)}))
     return {name: float(torch.stack([row[name].double().reshape(()) for row in rows]).mean()) for name in rows[0]}
 
 
-def _batches(stream: Source) -> list[list[Sample]]:
+@contextlib.contextmanager
+def _reading(stream: Source, inputs: Callable[[list[Sample]], Any], folder: Path) -> Iterator[Usable]:
+    """Read samples as training does: unusable ones are replaced, and listed in FOLDER/bad_samples/evaluation.jsonl."""
+    usable = Usable(stream, inputs)
+    yield usable
+    if usable.replaced:
+        path = folder / BAD_SAMPLES / "evaluation.jsonl"
+        told = f"{len(usable.replaced)} samples of {stream.dataset} cannot be used, others stood in for them"
+        try:
+            Ledger(path).note(usable.replaced, 0)
+            print(f"{told}: {path}", file=sys.stderr)
+        except OSError as error:  # the figures do not depend on the list
+            print(f"{told}, which could not be listed ({error})", file=sys.stderr)
+
+
+def _batches(usable: Usable) -> Iterator[dict[str, Tensor]]:
     """Full batches of the first epoch; one short batch where the dataset is smaller."""
-    count = min(stream.samples, SAMPLES)
+    count = min(usable.stream.samples, SAMPLES)
     size = min(BATCH, count)
-    return [stream.read(start, start + size) for start in range(0, count - size + 1, size)]
+    for start in range(0, count - size + 1, size):
+        yield usable.batch(usable.take(np.arange(start, start + size)))
 
 
 def _clip(model: Any, config: RunConfig, stream: Source, vocabulary: Vocabulary | None, folder: Path) -> Figures:
     """Retrieval both ways among CANDIDATES pairs of distinct captions, over several groups of them."""
     inputs = INPUTS["contrastive"](config, stream, vocabulary)
     scores = []
-    for samples in _distinct_groups(stream):
+    with _reading(stream, inputs, folder) as usable:
+        groups = _distinct_groups(usable)
+    for samples in groups:
         batch = inputs(samples)
         with torch.no_grad():
             images, texts, _ = model(batch["pixels"], batch["tokens"], batch["eot"])
@@ -103,12 +125,12 @@ def _clip(model: Any, config: RunConfig, stream: Source, vocabulary: Vocabulary 
     return {"retrieval_r1": float(np.mean(scores)), "candidates": CANDIDATES, "groups": len(scores)}
 
 
-def _distinct_groups(stream: Source, groups: int = 4) -> list[list[Sample]]:
+def _distinct_groups(usable: Usable, groups: int = 4) -> list[list[Sample]]:
     """Groups of CANDIDATES samples no two of which share a caption."""
     found: list[list[Sample]] = [[]]
     seen: set[str] = set()
-    for position in range(min(stream.samples, 20 * groups * CANDIDATES)):
-        (sample,) = stream.read(position, position + 1)
+    for position in range(min(usable.stream.samples, 20 * groups * CANDIDATES)):
+        (sample,) = usable.checked(usable.take(np.array([position])))
         if seen.isdisjoint(sample.captions):
             seen.update(sample.captions)
             found[-1].append(sample)
@@ -120,7 +142,7 @@ def _distinct_groups(stream: Source, groups: int = 4) -> list[list[Sample]]:
     whole = [group for group in found if len(group) == CANDIDATES]
     if not whole:
         raise ConfigError(
-            f"{stream.dataset} has no {CANDIDATES} samples with distinct captions; name a larger data.evaluation"
+            f"{usable.stream.dataset} has no {CANDIDATES} samples with distinct captions; name a larger data.evaluation"
         )
     return whole
 
@@ -131,9 +153,8 @@ def _vqgan(model: Any, config: RunConfig, stream: Source, vocabulary: Vocabulary
     errors: list[Tensor] = []
     used: set[int] = set()
     shown: list[Tensor] = []
-    with torch.no_grad():
-        for samples in _batches(stream):
-            pixels = inputs(samples)["pixels"]
+    with torch.no_grad(), _reading(stream, inputs, folder) as usable:
+        for pixels in (batch["pixels"] for batch in _batches(usable)):
             codes = model.encode(pixels)
             drawn = model.decode(codes).float().clamp(-1, 1)
             errors.append((pixels - drawn).square().mean((1, 2, 3)) / 4)
@@ -182,8 +203,10 @@ def _gpt(
 
     assert vocabulary is not None and config.data.tokenizer is not None
     tokenizer = load_tokenizer(config.data.tokenizer)
-    samples = stream.read(0, min(PROMPTS, stream.samples))
-    prompts = [sample.captions[index % len(sample.captions)] for index, sample in enumerate(samples)]
+    with _reading(stream, lambda some: [captions_of(sample) for sample in some], folder) as usable:
+        samples = usable.checked(usable.take(np.arange(min(PROMPTS, stream.samples))))
+    captions = [captions_of(sample) for sample in samples]
+    prompts = [some[index % len(some)] for index, some in enumerate(captions)]
     single = generate_images(model, tokenizer, vocabulary, prompts, temperature=TEMPERATURE, seed=config.seed)
     images, figures = single, {"prompts": float(len(prompts))} | _scene_figures(single, samples, "single_")
     if ranker:
@@ -221,7 +244,7 @@ def _scene_figures(images: np.ndarray, samples: list[Sample], prefix: str) -> Fi
 
 
 def _text(model: nn.Module, config: RunConfig, stream: Source, vocabulary: Vocabulary | None, folder: Path) -> Figures:
-    return _objective_means(model, config, stream, vocabulary)
+    return _objective_means(model, config, stream, vocabulary, folder)
 
 
 EVALUATIONS: dict[str, Callable[[Any, RunConfig, Source, Vocabulary | None, Path], Figures]] = {

@@ -32,7 +32,7 @@ from pretrain.faults import faults_noted
 from pretrain.goodput import PhaseClock
 from pretrain.guards import Guards
 from pretrain.inputs import INPUTS
-from pretrain.inputs.bad import Ledger
+from pretrain.inputs.bad import FOLDER, Ledger
 from pretrain.inputs.feed import Batch, Feed
 from pretrain.inputs.source import open_stream
 from pretrain.interchange.folder import load_config
@@ -47,6 +47,9 @@ from pretrain.schedule import learning_rate
 from pretrain.signals import StopSignals, leave_at_once
 from pretrain.tracking import SystemLog, Writer
 from pretrain.watchdog import Watchdog
+
+PREVIEWED = 16
+"""Samples of a preview: the first of the stream."""
 
 
 def main(config: RunConfig) -> None:
@@ -132,9 +135,10 @@ class Run:
             start_from_initial(config.initial, objective, mesh)
         inputs = INPUTS[config.objective.kind](config, stream, vocabulary)
         shard = (mesh.rank, mesh.world)
-        ledger = Ledger(Path(config.run) / f"bad_samples/rank-{mesh.rank:05d}.jsonl", config.data.max_bad_rate)
+        bad = Path(config.run) / FOLDER
+        ledgers = Ledger(bad / f"rank-{mesh.rank:05d}.jsonl", config.data.max_bad_rate), Ledger(bad / "preview.jsonl")
         ahead, workers = config.data.prefetch_steps, config.data.workers
-        feed = Feed(stream, inputs, config.train.global_batch, shard, micro_batch, ahead, workers, ledger)
+        feed = Feed(stream, inputs, config.train.global_batch, shard, micro_batch, ahead, workers, *ledgers)
         engine = Engine(objective, config, mesh, micro_batch, accumulation)
         clock, guards = PhaseClock(), Guards(config.guards)
         watchdog = Watchdog(mesh, Path(config.run), attempt, clock, config.train.collective_timeout_s)
@@ -209,8 +213,8 @@ class Run:
             self.objective.after_step(self.step)
         every = self.config.train.sample_every_steps
         if self.writer and every and self.step % every == 0 and isinstance(self.objective, Previews):
-            shown = self.feed.inputs(self.stream.read(0, 16))
-            self.writer.picture(self.objective.preview(shown), "reconstructions", self.step)
+            shown = self.objective.preview(self.feed.preview(PREVIEWED))
+            self.writer.picture(shown, "reconstructions", self.step)
 
     def log(self, positions: tuple[int, int], means: dict[str, float]) -> None:
         """One line of metrics.jsonl, and now and then one for the person who watches."""

@@ -1,6 +1,7 @@
-"""A sample that cannot be used is replaced by another of its dataset and entered in a ledger; no position moves.
+"""The one way to read samples, for training, previews and evaluation: `Usable`.
 
-Which sample takes its place comes from (seed, epoch, sample id): every world size, worker and restart takes the same.
+A sample that cannot be used is replaced by another of its dataset and entered in a ledger; no position moves. Which
+sample takes its place comes from (seed, epoch, sample id): every world size, worker and restart takes the same.
 Only `BadSample` counts: a fault of the storage is no fault of a sample, and ends the run as it always did.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
 
 TRIES = 16
+FOLDER = "bad_samples"
 FREE = 8  # bad samples that no rate forbids: a short run would stop at its first
 SHOWN = 20
 
@@ -40,7 +42,7 @@ class Replaced:
 class Usable:
     """Reads samples that `inputs` can turn into tensors; `replaced` collects what stood in for others."""
 
-    def __init__(self, stream: Source, inputs: Callable[[list[Sample]], object]) -> None:
+    def __init__(self, stream: Source, inputs: Callable[[list[Sample]], Any]) -> None:
         self.stream = stream
         self.inputs = inputs
         self.replaced: list[Replaced] = []
@@ -51,6 +53,13 @@ class Usable:
             return self.stream.take(positions)
         except BadSample:
             return [self._read(position) for position in positions.tolist()]
+
+    def batch(self, samples: list[Sample]) -> Any:
+        """The tensors of the samples, in their order; those that do not become tensors are replaced."""
+        try:
+            return self.inputs(samples)
+        except BadSample:
+            return self.inputs(self.checked(samples))
 
     def checked(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples, those that do not become tensors replaced."""
@@ -89,10 +98,10 @@ class Usable:
 class Ledger:
     """The replaced samples of a rank, appended to a file a line each; above `max_rate` of all samples it stops the run.
 
-    path: None keeps them in memory only.
+    path: None keeps them in memory only. max_rate: 1 never stops.
     """
 
-    def __init__(self, path: Path | None, max_rate: float) -> None:
+    def __init__(self, path: Path | None, max_rate: float = 1.0) -> None:
         self.path = path
         self.max_rate = max_rate
         self.entries: list[Replaced] = []

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import BadSample, NodeFault
+from data_pipeline.errors import NodeFault
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import share
 from pretrain.inputs.bad import Ledger, Replaced, Usable
@@ -63,19 +63,14 @@ class Preparer:
         usable = Usable(self.stream, self.inputs)
         samples = usable.take(mine)
         parts = (samples[at : at + self.micro_batch] for at in range(0, len(samples), self.micro_batch))
-        return Prepared([self._batch(part, usable) for part in parts], usable.replaced)
-
-    def _batch(self, samples: list[Sample], usable: Usable) -> Batch:
-        try:
-            return self.inputs(samples)
-        except BadSample:
-            return self.inputs(usable.checked(samples))
+        return Prepared([usable.batch(part) for part in parts], usable.replaced)
 
 
 class Feed:
     """Iterate from a step on: yields (positions [start, stop) of the whole step, this rank's micro-batches).
 
-    workers: processes that prepare steps; with 0 a thread does.
+    workers: processes that prepare steps; with 0 a thread does. ledger, previews: replaced samples of steps and of
+    previews.
     """
 
     def __init__(
@@ -88,13 +83,14 @@ class Feed:
         prefetch_steps: int,
         workers: int = 0,
         ledger: Ledger | None = None,
+        previews: Ledger | None = None,
     ) -> None:
         self.preparer = Preparer(stream, inputs, global_batch, shard, micro_batch)
-        self.inputs = inputs
         self.global_batch = global_batch
         self.ahead = max(prefetch_steps, workers)
         self.workers = workers
         self.ledger = ledger or Ledger(None, 0.0)
+        self.previews = previews or Ledger(None)
         self.waited_s = 0.0
         """How long the training thread has waited for data, in total."""
 
@@ -119,6 +115,13 @@ class Feed:
             finally:
                 for future in ahead:
                     future.cancel()
+
+    def preview(self, samples: int) -> Batch:
+        """The first samples of the stream, the same at every call; each replaced one is noted once."""
+        usable = Usable(self.preparer.stream, self.preparer.inputs)
+        batch: Batch = usable.batch(usable.take(np.arange(samples, dtype=np.int64)))
+        self.previews.note([entry for entry in usable.replaced if entry not in self.previews.entries], samples)
+        return batch
 
     def _wait(self, future: Future[Prepared]) -> Prepared:
         began = time.monotonic()

@@ -123,9 +123,10 @@ class MlmInputs:
         """Two captions of the sample in drawn order, or its only one cut in two at a drawn end of a sentence; where it
         has but one sentence, at a drawn piece.
         """
-        if len(sample.captions) > 1:
-            one, two = generator.permutation(len(sample.captions))[:2]
-            return self.vocabulary.encode(sample.captions[one]), self.vocabulary.encode(sample.captions[two])
+        captions = captions_of(sample)
+        if len(captions) > 1:
+            one, two = generator.permutation(len(captions))[:2]
+            return self.vocabulary.encode(captions[one]), self.vocabulary.encode(captions[two])
         caption = choose(sample, generator)
         sentences = SENTENCE_END.split(caption)
         if len(sentences) > 1:
@@ -186,10 +187,16 @@ def noise_key(sample: Sample, seed: int) -> int:
 
 def choose(sample: Sample, generator: np.random.Generator) -> str:
     """One of the sample's captions; raises BadSample naming the key when there is none."""
+    captions = captions_of(sample)
+    return captions[int(generator.integers(len(captions)))]
+
+
+def captions_of(sample: Sample) -> list[str]:
+    """The sample's captions, blank ones left out; raises BadSample naming the key when none is left."""
     captions = [caption for caption in sample.captions if caption.strip()]
     if not captions:
         raise BadSample(f"sample {sample.key!r} has no caption; text models need one, rebuild with a caption per image")
-    return captions[int(generator.integers(len(captions)))]
+    return captions
 
 
 def check_vocabulary(vocabulary: Vocabulary, vocab_size: int) -> None:
