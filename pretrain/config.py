@@ -83,8 +83,20 @@ class GptConfig(Settings):
     dropout: NonNegativeFloat = Field(0.0, lt=1.0)
 
 
+NormGroups = PositiveInt | Literal["width/4"]
+
+
+def group_count(channels: int, groups: "int | Literal['width/4']") -> int:
+    """Groups of a GroupNorm over so many channels."""
+    return min(32, channels // 4) if groups == "width/4" else groups
+
+
 class VqganConfig(Settings):
     """VQGAN, Esser et al. 2021, arXiv:2012.09841 (taming f16-16384 by default).
+
+    norm_groups: groups of every GroupNorm: 32, as in all published weights; where 32 does not divide the widths, which
+    nothing published has, the default is "width/4": four channels a group, at most 32 groups. Narrow models of one's
+    own want that too: a group of one channel forgets that channel's mean, and with it the colours of flat areas.
 
     local_encoder: every code is a function of its own patch and a rim of a few pixels. As published, normalisation and
     wide kernels put what stands elsewhere in the picture into each code, which a small model cannot compose anew.
@@ -100,8 +112,37 @@ class VqganConfig(Settings):
     codebook_size: PositiveInt = Field(16384, le=65536)
     code_width: PositiveInt = 256
     local_encoder: bool = False
+    norm_groups: NormGroups = 32
     discriminator_channels: PositiveInt = 64
     discriminator_layers: PositiveInt = 3
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, the finest first."""
+        return [self.channels * multiplier for multiplier in self.multipliers]
+
+    def group_counts(self, groups: "int | Literal['width/4'] | None" = None) -> list[int]:
+        """Groups of the norms of each width, the finest first."""
+        return [group_count(width, groups or self.norm_groups) for width in (self.channels, *self.widths)]
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _groups_of_narrow_widths(cls, tree: Any) -> Any:
+        """The default where 32 groups are impossible."""
+        channels = tree.get("channels", 128) if isinstance(tree, dict) else 128
+        if not isinstance(channels, int) or channels % 32 == 0 or "norm_groups" in tree:
+            return tree
+        return tree | {"norm_groups": "width/4"}
+
+    @pydantic.model_validator(mode="after")
+    def _groups_divide(self) -> "VqganConfig":
+        for width, groups in zip((self.channels, *self.widths), self.group_counts(), strict=True):
+            if not groups or width % groups:
+                raise ValueError(
+                    f"norm_groups={self.norm_groups}: {width} channels are not divisible by {groups} groups; take "
+                    "channels that are a multiple of 32, or of 4 with norm_groups=width/4"
+                )
+        return self
 
     @property
     def grid(self) -> int:

@@ -6,7 +6,17 @@ Letters: B rows of a micro-batch, S sequence, D width, H heads, V vocabulary, M 
 from collections.abc import Callable
 
 from launchers.plan.tape import FP32, Tape, Value, Weight
-from pretrain.config import BertConfig, ClipConfig, ElectraConfig, EncoderConfig, GptConfig, RunConfig, VqganConfig
+from pretrain.config import (
+    BertConfig,
+    ClipConfig,
+    ElectraConfig,
+    EncoderConfig,
+    GptConfig,
+    NormGroups,
+    RunConfig,
+    VqganConfig,
+    group_count,
+)
 
 LOGITS, FEATURES, HEAD = "logits", "features", "head"
 PIXEL_CHANNELS = 3
@@ -234,79 +244,83 @@ def vqgan(tape: Tape, config: RunConfig, rows: int) -> None:
         discriminator(tape, model)
 
 
-def res_block(tape: Tape, x: Value, side: int, channels: int, out: int, local: bool) -> Value:
-    kernel = 1 if local else 3
+Groups = NormGroups | None
+"""Of a GroupNorm; None in a local encoder, which normalises each place alone and has 1x1 kernels."""
+
+
+def res_block(tape: Tape, x: Value, side: int, channels: int, out: int, groups: Groups) -> Value:
+    kernel = 3 if groups else 1
     with tape.block(x):
-        inner = tape.activation(norm(tape, x, side, channels, local))
+        inner = tape.activation(norm(tape, x, side, channels, groups))
         inner = tape.convolution(inner, side, channels, out, kernel)
-        inner = tape.activation(norm(tape, inner, side, out, local))
+        inner = tape.activation(norm(tape, inner, side, out, groups))
         inner = tape.convolution(inner, side, out, out, kernel)
         skip = x if channels == out else tape.convolution(x, side, channels, out, 1)
         return tape.add(skip, inner)
 
 
-def norm(tape: Tape, x: Value, side: int, channels: int, local: bool) -> Value:
+def norm(tape: Tape, x: Value, side: int, channels: int, groups: Groups) -> Value:
     """GroupNorm, or over the channels of each place."""
-    if local:
+    if not groups:
         return tape.norm(x, channels)
-    return tape.norm(x, channels * side**2, channels, min(32, channels // 4))
+    return tape.norm(x, channels * side**2, channels, group_count(channels, groups))
 
 
-def picture_attention(tape: Tape, x: Value, rows: int, side: int, channels: int) -> Value:
+def picture_attention(tape: Tape, x: Value, rows: int, side: int, channels: int, groups: Groups) -> Value:
     with tape.block(x):
-        normed = norm(tape, x, side, channels, False)
+        normed = norm(tape, x, side, channels, groups or 32)
         parts = [tape.convolution(normed, side, channels, channels, 1) for _ in range(3)]
         mixed = tape.attention(parts, rows, 1, side**2, 0, False)
         return tape.add(x, tape.convolution(tape.same(mixed), side, channels, channels, 1))
 
 
 def level(
-    tape: Tape, x: Value, rows: int, side: int, channels: int, out: int, blocks: int, attends: bool, local: bool
+    tape: Tape, x: Value, rows: int, side: int, channels: int, out: int, blocks: int, attends: bool, groups: Groups
 ) -> Value:
     for index in range(blocks):
-        x = res_block(tape, x, side, out if index else channels, out, local)
-        x = picture_attention(tape, x, rows, side, out) if attends else x
+        x = res_block(tape, x, side, out if index else channels, out, groups)
+        x = picture_attention(tape, x, rows, side, out, groups) if attends else x
     return x
 
 
-def middle(tape: Tape, x: Value, rows: int, side: int, channels: int, attends: bool, local: bool) -> Value:
-    x = res_block(tape, x, side, channels, channels, local)
-    x = picture_attention(tape, x, rows, side, channels) if attends else x
-    return res_block(tape, x, side, channels, channels, local)
+def middle(tape: Tape, x: Value, rows: int, side: int, channels: int, attends: bool, groups: Groups) -> Value:
+    x = res_block(tape, x, side, channels, channels, groups)
+    x = picture_attention(tape, x, rows, side, channels, groups) if attends else x
+    return res_block(tape, x, side, channels, channels, groups)
 
 
 def encoder(tape: Tape, model: VqganConfig, pixels: Value) -> Value:
-    rows, side, local = pixels.numel // PIXEL_CHANNELS // model.image_size**2, model.image_size, model.local_encoder
-    widths = [model.channels * multiplier for multiplier in model.multipliers]
+    rows, side = pixels.numel // PIXEL_CHANNELS // model.image_size**2, model.image_size
+    widths, groups = model.widths, None if model.local_encoder else model.norm_groups
     x = tape.convolution(pixels, side, PIXEL_CHANNELS, model.channels, 3, fed=True)
     above = model.channels
     for index, width in enumerate(widths):
-        x = level(tape, x, rows, side, above, width, model.res_blocks, side in model.attention_at, local)
+        x = level(tape, x, rows, side, above, width, model.res_blocks, side in model.attention_at, groups)
         if index < len(widths) - 1:
             padded = tape.same(x, rows * width * (side + 1) ** 2)
             x = tape.convolution(padded, side + 1, width, width, 3, side_out=side // 2)
             side //= 2
         above = width
-    x = middle(tape, x, rows, side, above, bool(model.attention_at), local)
-    x = tape.activation(norm(tape, x, side, above, local))
-    return tape.convolution(x, side, above, model.latent_channels, 1 if local else 3)
+    x = middle(tape, x, rows, side, above, bool(model.attention_at), groups)
+    x = tape.activation(norm(tape, x, side, above, groups))
+    return tape.convolution(x, side, above, model.latent_channels, 3 if groups else 1)
 
 
 def decoder(tape: Tape, model: VqganConfig, x: Value) -> Value:
-    widths = [model.channels * multiplier for multiplier in model.multipliers]
+    widths, groups = model.widths, model.norm_groups
     side, below = model.grid, widths[-1]
     rows = x.numel // model.latent_channels // side**2
     x = tape.convolution(x, side, model.latent_channels, below, 3)
-    x = middle(tape, x, rows, side, below, bool(model.attention_at), False)
+    x = middle(tape, x, rows, side, below, bool(model.attention_at), groups)
     for index in reversed(range(len(widths))):
         attends = model.image_size // 2**index in model.attention_at
-        x = level(tape, x, rows, side, below, widths[index], model.res_blocks + 1, attends, False)
+        x = level(tape, x, rows, side, below, widths[index], model.res_blocks + 1, attends, groups)
         below = widths[index]
         if index:
             x = tape.same(x, 4 * x.numel)
             side *= 2
             x = tape.convolution(x, side, below, below, 3)
-    x = tape.activation(norm(tape, x, side, below, False))
+    x = tape.activation(norm(tape, x, side, below, groups))
     return tape.convolution(x, side, below, PIXEL_CHANNELS, 3)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import flatten
 from pretrain.config import RunConfig
+from pretrain.translate import saved_run
 
 FREE_TO_CHANGE = {
     "run": None,
@@ -54,7 +55,7 @@ def versions() -> dict[str, str]:
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """Raises ConfigError listing every setting that differs."""
-    before, after = flatten(saved), flatten(now)
+    before, after = flatten(saved_run(saved)), flatten(now)
     lines = [
         f"{key}: {before.get(key)!r} saved, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())

@@ -14,6 +14,7 @@ from pretrain.checkpoint.layout import Slices
 from pretrain.config import RunConfig
 from pretrain.interchange.folder import WEIGHTS_FILE
 from pretrain.models import MODELS
+from pretrain.translate import saved_run
 
 PREFIX = "model."
 """Objectives hold their model under this name."""
@@ -24,7 +25,7 @@ def run_config(run: str | Path) -> RunConfig:
     path = Path(run) / "config.json"
     if not path.is_file():
         raise no_run(run)
-    return check_settings(RunConfig, read_json(open_storage(run), path.name), str(path))
+    return check_settings(RunConfig, saved_run(read_json(open_storage(run), path.name)), str(path))
 
 
 def root_of(run: str | Path) -> str:

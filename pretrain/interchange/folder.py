@@ -15,6 +15,7 @@ from data_pipeline.outputs import new_folder
 from data_pipeline.settings import Settings
 from pretrain.config import ModelConfig
 from pretrain.models import MODELS
+from pretrain.translate import saved_model
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -59,7 +60,7 @@ def load_config(directory: str | Path) -> ModelConfig:
     path = Path(directory) / CONFIG_FILE
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        return pydantic.TypeAdapter(ModelConfig).validate_python(tree["model"])
+        return pydantic.TypeAdapter(ModelConfig).validate_python(saved_model(tree["model"]))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; give a folder that `tessera checkpoint export` wrote") from None
     except (json.JSONDecodeError, KeyError, TypeError, pydantic.ValidationError) as error:

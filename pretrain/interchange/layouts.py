@@ -324,7 +324,13 @@ def _pack_gpt2(config: GptConfig, state: State) -> State:
 
 
 def _taming_vqgan(config: VqganConfig) -> list[Rule]:
-    """Our names are theirs."""
+    """Our names are theirs. Raises DataError for what that layout fixes otherwise and no tensor's shape shows."""
+    if set(config.group_counts()) != {32} or config.local_encoder:
+        raise DataError(
+            f"a taming-vqgan has 32 groups in every GroupNorm and no local encoder, the configuration has "
+            f"norm_groups={config.norm_groups} over {config.channels} channels, "
+            f"local_encoder={str(config.local_encoder).lower()}: its weights compute something else there"
+        )
     with torch.device("meta"):
         return [Rule(name, (name,)) for name in Vqgan(config).state_dict()]
 

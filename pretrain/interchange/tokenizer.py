@@ -5,6 +5,7 @@ does not depend on how many stand beside it. Letters: B images, S image side, I 
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.settings import resolved_json
 from pretrain.config import VqganConfig
 from pretrain.inputs.pixels import to_images, to_tensor
 from pretrain.interchange.folder import load_model
@@ -94,8 +94,15 @@ class VqganTokenizer:
 
 def tokenizer_id(model: Vqgan, precision: Precision) -> str:
     """12 hex digits over configuration, weights, preprocessing and precision: other codes, other id."""
-    digest = hashlib.sha256(f"{resolved_json(model.config)} {PREPROCESSING} {precision}".encode())
+    digest = hashlib.sha256(f"{_settings_text(model.config)} {PREPROCESSING} {precision}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _settings_text(config: VqganConfig) -> str:
+    """Its canonical JSON; without `norm_groups` where they are what was fixed before that field: ids stay."""
+    as_before = config.group_counts() == config.group_counts("width/4")
+    tree = config.model_dump(mode="json", exclude={"norm_groups"} if as_before else set())
+    return json.dumps(tree, sort_keys=True, ensure_ascii=False)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.config import group_count
 from pretrain.models.layers import Block, attend
 
 if TYPE_CHECKING:
-    from pretrain.config import VqganConfig
+    from pretrain.config import NormGroups, VqganConfig
 
 
 class Quantised(NamedTuple):
@@ -86,15 +87,14 @@ class Codebook(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm of 32 groups, as published; of four channels a group where there are fewer than 128.
+    """GroupNorm with the published epsilon. groups: as `VqganConfig.norm_groups`.
 
-    (A group of one channel would forget that channel's mean, and with it the colours of flat areas.)
     On a CPU the input is made contiguous and the affine takes its dtype: torch's backward for channels-last or mixed
     dtypes is up to ten times slower (a training step in bf16: 447 ms before, 233 ms so).
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(min(32, channels // 4), channels, eps=1e-6)
+    def __init__(self, channels: int, groups: NormGroups) -> None:
+        super().__init__(group_count(channels, groups), channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
@@ -115,9 +115,9 @@ class PlaceNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def norm_of(channels: int, local: bool) -> nn.Module:
+def norm_of(channels: int, groups: NormGroups, local: bool) -> nn.Module:
     """GroupNorm as published, or one that sees a single place."""
-    return PlaceNorm(channels) if local else Norm(channels)
+    return PlaceNorm(channels) if local else Norm(channels, groups)
 
 
 def convolution(channels: int, out_channels: int, local: bool) -> nn.Conv2d:
@@ -129,11 +129,11 @@ def convolution(channels: int, out_channels: int, local: bool) -> nn.Conv2d:
 class ResBlock(Block):
     """Two normalised convolutions beside a skip, which is a 1x1 convolution where the width changes."""
 
-    def __init__(self, channels: int, out_channels: int, local: bool = False) -> None:
+    def __init__(self, channels: int, out_channels: int, groups: NormGroups, local: bool = False) -> None:
         super().__init__()
-        self.norm1 = norm_of(channels, local)
+        self.norm1 = norm_of(channels, groups, local)
         self.conv1 = convolution(channels, out_channels, local)
-        self.norm2 = norm_of(out_channels, local)
+        self.norm2 = norm_of(out_channels, groups, local)
         self.conv2 = convolution(out_channels, out_channels, local)
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
@@ -148,9 +148,9 @@ class ResBlock(Block):
 class AttnBlock(Block):
     """Single-head attention over all places of the feature map."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: NormGroups) -> None:
         super().__init__()
-        self.norm = Norm(channels)
+        self.norm = Norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -191,11 +191,13 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution; `downsample` or `upsample` is set by the owner where the side changes after it."""
 
-    def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool, local: bool = False) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, blocks: int, attention: bool, groups: NormGroups, local: bool = False
+    ) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * (blocks - 1)
-        self.block = nn.ModuleList(ResBlock(width, out_channels, local) for width in widths)
-        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
+        self.block = nn.ModuleList(ResBlock(width, out_channels, groups, local) for width in widths)
+        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C', h', w']."""
@@ -215,11 +217,11 @@ class Middle(nn.Module):
     A code then stands for its own neighbourhood, not for the whole picture.
     """
 
-    def __init__(self, channels: int, attention: bool, local: bool = False) -> None:
+    def __init__(self, channels: int, attention: bool, groups: NormGroups, local: bool = False) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels, local)
-        self.attn_1: nn.Module = AttnBlock(channels) if attention else nn.Identity()
-        self.block_2 = ResBlock(channels, channels, local)
+        self.block_1 = ResBlock(channels, channels, groups, local)
+        self.attn_1: nn.Module = AttnBlock(channels, groups) if attention else nn.Identity()
+        self.block_2 = ResBlock(channels, channels, groups, local)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
@@ -231,18 +233,18 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
-        widths, local = [config.channels * multiplier for multiplier in config.multipliers], config.local_encoder
+        widths, groups, local = config.widths, config.norm_groups, config.local_encoder
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.down = nn.ModuleList()
         for index, width in enumerate(widths):
             attention = config.image_size // 2**index in config.attention_at
             above = widths[index - 1] if index else config.channels
-            level = Level(above, width, config.res_blocks, attention, local)
+            level = Level(above, width, config.res_blocks, attention, groups, local)
             if index < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(widths[-1], bool(config.attention_at), local)
-        self.norm_out = norm_of(widths[-1], local)
+        self.mid = Middle(widths[-1], bool(config.attention_at), groups, local)
+        self.norm_out = norm_of(widths[-1], groups, local)
         self.conv_out = convolution(widths[-1], config.latent_channels, local)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -258,19 +260,19 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
-        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        widths, groups = config.widths, config.norm_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], bool(config.attention_at))
+        self.mid = Middle(widths[-1], bool(config.attention_at), groups)
         levels = []
         for index, width in enumerate(widths):
             attention = config.image_size // 2**index in config.attention_at
             below = widths[min(index + 1, len(widths) - 1)]
-            level = Level(below, width, config.res_blocks + 1, attention)
+            level = Level(below, width, config.res_blocks + 1, attention, groups)
             if index:
                 level.upsample = Upsample(width)
             levels.append(level)
         self.up = nn.ModuleList(levels)
-        self.norm_out = Norm(widths[0])
+        self.norm_out = Norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -81,19 +81,43 @@ def test_a_local_encoder_moves_its_codes_with_the_picture():
     assert torch.equal(moved[1:3, 2:3], model.encode(pixels).view(4, 4)[1:3, 1:2])
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(16, 4), (64, 16), (128, 32), (512, 32)])
-def test_norm_has_32_groups_from_128_channels_on(channels, groups):
-    assert Norm(channels).num_groups == groups
+@pytest.mark.parametrize(
+    ("channels", "groups", "count"),
+    [(32, 32, 32), (64, 32, 32), (512, 32, 32), (48, 16, 16)]
+    + [(16, "width/4", 4), (64, "width/4", 16), (128, "width/4", 32), (512, "width/4", 32)],
+)
+def test_norms_have_the_groups_of_the_configuration(channels, groups, count):
+    assert Norm(channels, groups).num_groups == count
 
 
-@pytest.mark.parametrize("channels", [16, 128])
-def test_norm_is_group_norm(channels):
-    norm, x = Norm(channels), torch.randn(2, channels, 4, 4).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize(("channels", "groups"), [(16, "width/4"), (32, 32), (128, 32)])
+def test_norm_is_group_norm(channels, groups):
+    norm, x = Norm(channels, groups), torch.randn(2, channels, 4, 4).to(memory_format=torch.channels_last)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     parts = x.reshape(2, norm.num_groups, -1)
     mean, variance = parts.mean(-1, keepdim=True), parts.var(-1, unbiased=False, keepdim=True)
     wanted = ((parts - mean) / (variance + 1e-6).sqrt()).view(x.shape)
     assert torch.allclose(norm(x), wanted * norm.weight[:, None, None] + norm.bias[:, None, None], atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [32, 64, 96, 128, 256])
+def test_every_norm_of_a_published_layout_has_32_groups(channels):
+    with torch.device("meta"):
+        model = Vqgan(VqganConfig(channels=channels, image_size=32))
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert {norm.num_groups for norm in norms} == {32} and {norm.eps for norm in norms} == {1e-6}
+
+
+def test_widths_that_do_not_divide_into_groups_are_refused_by_the_schema():
+    assert VqganConfig(channels=16).norm_groups == "width/4"
+    for given in (
+        {"channels": 16, "norm_groups": 32},
+        {"channels": 18},
+        {"channels": 2},
+        {"channels": 64, "norm_groups": 48},
+    ):
+        with pytest.raises(ValueError, match="channels are not divisible by"):
+            VqganConfig(**given)
 
 
 def test_the_discriminator_judges_patches():

@@ -1,0 +1,91 @@
+"""What earlier versions saved is read as what it was: a vqgan of before `norm_groups` keeps its groups and codes."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.settings import check_settings, load_settings
+from pretrain.checkpoint.identity import check_identity, identity
+from pretrain.checkpoint.trained import run_config
+from pretrain.config import RunConfig, VqganConfig
+from pretrain.interchange.folder import export_model, load_model
+from pretrain.interchange.tokenizer import tokenizer_id
+from pretrain.models.vqgan import Vqgan
+from pretrain.translate import saved_model
+
+SIZES: dict[str, Any] = {
+    "kind": "vqgan", "image_size": 16, "multipliers": (1, 2), "res_blocks": 1, "attention_at": (),
+    "latent_channels": 8, "codebook_size": 20, "code_width": 4,
+}  # fmt: skip
+
+
+def run_tree(channels: int, **model: Any) -> dict[str, Any]:
+    return {
+        "run": "unused", "model": SIZES | {"channels": channels} | model, "objective": {"kind": "reconstruction"},
+        "data": {"dataset": "unused"}, "train": {"steps": 2, "global_batch": 2, "zero_stage": 0}, "optim": {"lr": 1.0},
+    }  # fmt: skip
+
+
+def run_of(channels: int, **model: Any) -> RunConfig:
+    return check_settings(RunConfig, run_tree(channels, **model), "test")
+
+
+def of_before(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree as it was saved when there was no such field."""
+    return tree | {"model": {key: value for key, value in tree["model"].items() if key != "norm_groups"}}
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(16, "width/4"), (64, "width/4"), (96, "width/4"), (128, 32)])
+def test_a_saved_vqgan_has_the_groups_that_it_was_trained_with(channels: int, groups: Any, tmp_path: Path) -> None:
+    config = run_of(channels, norm_groups=groups)
+    (tmp_path / "config.json").write_text(json.dumps(of_before(config.model_dump(mode="json"))))
+    assert run_config(tmp_path).model == config.model
+    export_model(tmp_path, config.model, Vqgan(config.model).state_dict())
+    (tmp_path / "config.json").write_text(json.dumps(of_before({"model": config.model.model_dump(mode="json")})))
+    model, read = load_model(tmp_path)
+    assert read == config.model
+    counts = {m.num_channels: m.num_groups for m in model.modules() if isinstance(m, torch.nn.GroupNorm)}
+    assert counts and all(count == min(32, width // 4) for width, count in counts.items())
+
+
+def test_a_checkpoint_of_before_goes_on_under_its_groups_and_no_others() -> None:
+    saved = of_before(identity(run_of(64, norm_groups="width/4")))
+    check_identity(saved, identity(run_of(64, norm_groups="width/4")), "there")
+    with pytest.raises(ConfigError, match="model.norm_groups: 'width/4' saved, 32 now"):
+        check_identity(saved, identity(run_of(64)), "there")
+    for channels in (16, 128):  # the same YAML as before
+        check_identity(of_before(identity(run_of(channels))), identity(run_of(channels)), "there")
+
+
+def id_of_before(model: Vqgan) -> str:
+    """The digest of configuration and weights that named codes before the field."""
+    tree = of_before({"model": model.config.model_dump(mode="json")})["model"]
+    digest = hashlib.sha256(f"{json.dumps(tree, sort_keys=True, ensure_ascii=False)} rgb/127.5-1 fp32".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(16, "width/4"), (64, "width/4"), (64, 32), (128, 32), (128, 16)])
+def test_codes_keep_their_id_where_the_groups_are_those_of_before(channels: int, groups: Any) -> None:
+    model = Vqgan(VqganConfig(**SIZES, channels=channels, norm_groups=groups))
+    as_before = groups == "width/4" or (channels, groups) == (128, 32)
+    assert (tokenizer_id(model, "fp32") == id_of_before(model)) == as_before
+
+
+@pytest.mark.parametrize("recipe", ["demo/vqgan.yaml", "small/vqgan.yaml"])
+def test_the_narrow_recipes_say_their_groups(recipe: str, repository: Path) -> None:
+    assert load_settings(RunConfig, repository / "configs" / recipe).model.norm_groups == "width/4"
+    assert "norm_groups" in (repository / "configs" / recipe).read_text()
+
+
+@pytest.mark.parametrize("tree", [None, [], "vqgan", {}, {"kind": "clip"}, {"kind": "vqgan", "channels": "many"}])
+def test_what_is_no_saved_model_is_left_to_the_schema(tree: Any) -> None:
+    found = saved_model(tree)
+    assert found == tree or found == tree | {"norm_groups": 32}
