@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field, IPvAnyNetwork, NonNegativeInt, PositiveFloat, PositiveInt
 
-from data_pipeline.settings import Settings
+from data_pipeline.settings import Location, OptionalLocation, Settings
 
 # --------------------------------------------------------------------------------------------- sources
 
@@ -27,7 +27,7 @@ class FolderSource(Settings):
     """
 
     kind: Literal["folder"] = "folder"
-    path: str
+    path: Location
 
 
 class TarsSource(Settings):
@@ -37,7 +37,7 @@ class TarsSource(Settings):
     """
 
     kind: Literal["tars"] = "tars"
-    path: str
+    path: Location
 
 
 class TableSource(Settings):
@@ -53,9 +53,9 @@ class TableSource(Settings):
     """
 
     kind: Literal["csv", "tsv", "json", "jsonl", "parquet"]
-    path: str
+    path: Location
     table: str | None = None
-    images: str = "."
+    images: Location = "."
     key: str | None = None
     image: str = "image"
     captions: tuple[str, ...] = Field(("caption",), min_length=1)
@@ -70,7 +70,7 @@ class PairsSource(Settings):
     """Published tables whose columns are known: cc3m (caption TAB address), muge (id TAB caption TAB base64 image)."""
 
     kind: Literal["cc3m", "muge"]
-    path: str
+    path: Location
 
 
 class CocoSource(Settings):
@@ -80,8 +80,8 @@ class CocoSource(Settings):
     """
 
     kind: Literal["coco"] = "coco"
-    path: str
-    images: str | None = None
+    path: Location
+    images: OptionalLocation = None
 
 
 SourceConfig = Annotated[
@@ -130,7 +130,7 @@ class CaptionRules(Settings):
     min_chars: PositiveInt = 1
     max_chars: PositiveInt | None = None
     languages: tuple[str, ...] = ()
-    deny: str | None = None
+    deny: OptionalLocation = None
 
 
 class FetchRules(Settings):
@@ -151,7 +151,7 @@ class FetchRules(Settings):
     max_bytes: PositiveInt = 50_000_000
     opt_out: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     allow_networks: tuple[IPvAnyNetwork, ...] = ()
-    cache: str | None = None
+    cache: OptionalLocation = None
 
 
 class DedupRules(Settings):
@@ -180,7 +180,7 @@ class BuildConfig(Settings):
     """
 
     source: SourceConfig
-    output: str
+    output: Location
     workers: PositiveInt = 2
     shard_size: PositiveInt = 1000
     images: ImageRules = ImageRules()
@@ -189,15 +189,15 @@ class BuildConfig(Settings):
     filters: dict[str, str] = {}
     dedup: DedupRules = DedupRules()
     grow: bool = False
-    tokenizer: str | None = None
+    tokenizer: OptionalLocation = None
     ray_address: str | None = None
 
 
 class VocabConfig(Settings):
     """Captions of a dataset -> SentencePiece vocabulary, written to `output`/vocab.model."""
 
-    dataset: str
-    output: str
+    dataset: Location
+    output: Location
     size: PositiveInt = 8192
     kind: Literal["unigram", "bpe"] = "unigram"
     character_coverage: PositiveFloat = Field(0.9995, le=1.0)

@@ -1,14 +1,18 @@
 """Typed, frozen configuration: one YAML file, one optional `base:`, dotted overrides last.
 
-Imports neither torch nor ray: a login node reads configurations too.
+The field says what an override is: a text field takes what was written, empty included; a number is a decimal number;
+only lists, mappings, `true`, `false` and `null` are read as YAML. Imports neither torch nor ray: a login node reads
+configurations too.
 """
 
+import datetime
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
@@ -17,10 +21,29 @@ from data_pipeline.errors import ConfigError
 
 
 class Settings(pydantic.BaseModel):
-    """Base of every configuration section: frozen, unknown keys refused."""
+    """Base of every configuration section: frozen; unknown keys, infinity and NaN refused."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
+
+def expand_home(text: str) -> str:
+    """Expand `~` and `~user` at the beginning of a path, or of each path joined by `::`."""
+    parts = [os.path.expanduser(part) for part in text.split("::")]
+    if unknown := next((part for part in parts if part.startswith("~")), None):
+        raise ValueError(f"no user has the home {unknown.partition('/')[0]}; write the path in full, or ./{unknown}")
+    return "::".join(parts)
+
+
+def _named(text: str) -> str:
+    if not text:
+        raise ValueError("empty; name a file, a folder or an address")
+    return expand_home(text)
+
+
+Location = Annotated[str, pydantic.AfterValidator(_named)]
+"""A path or an address; `~` is the user's home."""
+OptionalLocation = Annotated[Location | None, pydantic.BeforeValidator(lambda given: None if given == "" else given)]
+"""The same, or nothing; the empty text is nothing."""
 
 S = TypeVar("S", bound=Settings)
 
@@ -34,7 +57,7 @@ def load_settings(schema: type[S], path: str | Path, overrides: Sequence[str] = 
     """
     tree = read_yaml(Path(path))
     for override in overrides:
-        _apply_override(tree, override)
+        _apply_override(schema, tree, override)
     return check_settings(schema, tree, str(path))
 
 
@@ -97,30 +120,93 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+# ------------------------------------------------------------------------------------------------ overrides
+
+
+def _apply_override(schema: type[Settings], tree: dict[str, Any], override: str) -> None:
+    """Put `key.sub=value` into `tree`. Raises ConfigError for what is no override or no UTF-8."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} has no value; write key=value, for example optim.lr=3e-4")
+    if "\0" in override or override.encode("utf-8", "replace").decode() != override:
+        raise ConfigError(f"override {override!r} is no UTF-8 text; write its value anew")
     *sections, leaf = key.split(".")
+    kinds: list[Any] = [schema]
     for section in sections:
-        tree = tree.setdefault(section, {})
+        kinds = _kinds_below(kinds, tree, section)
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
     try:
-        value = yaml.safe_load(text)
+        tree[leaf] = _read_value(text, _kinds_below(kinds, tree, leaf))
     except _NOT_YAML as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
-    tree[leaf] = _number(value)
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 3e-4 as text; a person means the number."""
-    if isinstance(value, str):
+def _kinds_below(kinds: Sequence[Any], tree: Mapping[str, Any], key: str) -> list[Any]:
+    """The types that `key` may have in a section of one of `kinds`; of sections told apart by `kind`, the one meant."""
+    found: list[Any] = []
+    for kind in kinds:
+        if kind is Any or get_origin(kind) is dict:
+            found += _members(get_args(kind)[1] if get_args(kind) else Any)
+        elif isinstance(kind, type) and issubclass(kind, Settings) and key in kind.model_fields:
+            own = kind.model_fields.get("kind")
+            if own is None or len(kinds) == 1 or tree.get("kind", own.default) in get_args(own.annotation):
+                found += _members(kind.model_fields[key].annotation)
+    return found
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The types of a union, without what is annotated to them."""
+    if get_origin(annotation) is Annotated:
+        yield from _members(get_args(annotation)[0])
+    elif get_origin(annotation) in (None, Literal, tuple, list, dict):
+        yield annotation
+    else:
+        for part in get_args(annotation):
+            yield from _members(part)
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
+
+
+def _read_value(text: str, kinds: Sequence[Any]) -> Any:
+    """`text` as a value of a field of one of `kinds`; whether it is one of them is for the schema to say."""
+    numeric = any(kind in (int, float, Any) or (get_origin(kind) is Literal and not _is_text(kind)) for kind in kinds)
+    if numeric and (number := _number(text)) is not None:
+        return number
+    if any(map(_is_text, kinds)):
+        return None if not text and type(None) in kinds else text
+    of_text = any(get_origin(kind) and all(map(_is_text, _elements(kind))) for kind in kinds)
+    value = yaml.safe_load(text)
+    if of_text and isinstance(value, list | dict):
+        return yaml.load(text, yaml.BaseLoader)  # every scalar as it is written
+    if isinstance(value, bool) and not {bool, Any} & set(kinds):
+        return text
+    # What YAML makes of 1:30, 0x10 or a date is no number to a person: the schema refuses the text.
+    return value if value is None or isinstance(value, bool | list | dict) else text
+
+
+def _elements(kind: Any) -> list[Any]:
+    """The types of what a list or mapping holds."""
+    parts = get_args(kind)[1:] if get_origin(kind) is dict else get_args(kind)
+    return [member for part in parts if part is not Ellipsis for member in _members(part)]
+
+
+def _number(text: str) -> int | float | None:
+    """A decimal number; None where `text` is none."""
+    for kind in (int, float):
         try:
-            return float(value)
+            return kind(text)
         except ValueError:
-            return value
-    return value
+            continue
+    return None
+
+
+# --------------------------------------------------------------------------------------------------- errors
 
 
 def _explain(schema: type[Settings], tree: Any, problem: Any) -> str:
@@ -133,6 +219,8 @@ def _explain(schema: type[Settings], tree: Any, problem: Any) -> str:
         return f"{key}: missing; this key has no default"
     message = problem["msg"].removeprefix("Value error, ")
     shown = problem.get("input")
+    if problem["type"] == "string_type" and isinstance(shown, bool | int | float | datetime.date):
+        message = f"YAML reads this as a {type(shown).__name__}, and text is meant; write it in quotation marks"
     value = "" if isinstance(shown, dict) else f" = {shown!r}"
     return f"{key}{value}: {message}" if key else message
 

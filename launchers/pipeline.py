@@ -11,7 +11,7 @@ from typing import Generic
 from pydantic import PositiveInt
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.settings import Settings, check_settings, read_yaml
+from data_pipeline.settings import Location, Settings, check_settings, read_yaml
 from launchers.spec import C, RunSpec, Task, describe, load_cluster
 
 
@@ -22,7 +22,7 @@ class StepConfig(Settings):
     place than the rest, for example a partition without GPUs.
     """
 
-    target: str
+    target: Location
     name: str | None = None
     task: Task | None = None
     arguments: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from data_pipeline.settings import Settings
+from data_pipeline.settings import Location, OptionalLocation, Settings, expand_home
 
 # ---------------------------------------------------------------------------------------------- models
 
@@ -217,7 +217,7 @@ ObjectiveConfig = Annotated[
 class SourceConfig(Settings):
     """One dataset of a mixture; `weight` is relative to the others: a number, or a fraction such as "1/3"."""
 
-    path: str
+    path: Location
     weight: float | str = 1
 
 
@@ -250,13 +250,13 @@ class DataConfig(Settings):
     they cannot be used, before the run stops.
     """
 
-    dataset: str | None = None
+    dataset: OptionalLocation = None
     datasets: tuple[SourceConfig, ...] = ()
     reweigh: tuple[ReweighConfig, ...] = ()
     shuffle: ShuffleConfig = ShuffleConfig()
-    vocabulary: str | None = None
-    tokenizer: str | None = None
-    evaluation: str | None = None
+    vocabulary: OptionalLocation = None
+    tokenizer: OptionalLocation = None
+    evaluation: OptionalLocation = None
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
     flip: bool = False
@@ -298,7 +298,7 @@ class TrainConfig(Settings):
     keep_checkpoints: PositiveInt = 2
     keep_every_steps: NonNegativeInt = 0
     keep_best: str = ""
-    checkpoints: str | None = None
+    checkpoints: OptionalLocation = None
     log_every_steps: PositiveInt = 10
     sample_every_steps: NonNegativeInt = 0
     collective_timeout_s: PositiveInt = 120
@@ -362,7 +362,7 @@ class GuardsConfig(Settings):
 class TrackingConfig(Settings):
     """MLflow: `uri` empty switches it off; metrics.jsonl in the run folder is always written."""
 
-    uri: str = "sqlite:///runs/mlflow.db"
+    uri: Annotated[str, pydantic.AfterValidator(expand_home)] = "sqlite:///runs/mlflow.db"
     experiment: str = "tessera"
 
 
@@ -375,8 +375,8 @@ class DeepSpeedConfig(Settings):
 class RunConfig(Settings):
     """One training run. `initial`: a run or an exported model to start from, as far as its tensors fit."""
 
-    run: str
-    initial: str | None = None
+    run: Location
+    initial: OptionalLocation = None
     seed: NonNegativeInt = 0
     model: ModelConfig
     objective: ObjectiveConfig
