@@ -8,7 +8,6 @@ Within a scheduler's job, which makes the attempts, 1 says of user code what 64 
 import contextlib
 import os
 import random
-import shlex
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue
 from launchers.causes import USER_CODE_EXIT, Failure, diagnose, pause_s, worth_another_attempt
 from launchers.children import die_with
+from launchers.quoting import command_line
 from launchers.watch import JOB, metrics_size, read_record, refuse_second_launch, start_ticks, write_record
 from pretrain.deadline import LEAD_VARIABLE, lead_s
 from pretrain.faults import faults_size, read_faults
@@ -176,7 +176,7 @@ def dry_run_text(group: Group) -> str:
     lines = []
     for local_rank in range(group.procs):
         pairs = [f"{name}={value}" for name, value in group.environment(local_rank).items()]
-        lines.append(shlex.join(["env", *pairs, *group.command]))
+        lines.append(command_line(["env", *pairs, *group.command]))
     return " &\n".join(lines) + (" &\nwait" if len(lines) > 1 else "")
 
 

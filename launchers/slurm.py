@@ -5,71 +5,63 @@ slurm_end.py from what the processes wrote; the script then puts the job back in
 """
 
 import re
-import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError
 from launchers.local import FIRST_PORT, PORTS, say
 from launchers.pipeline import Step
+from launchers.quoting import Shell, command_line, comment, directive, quoted
 from launchers.slurm_jobs import END, hand_in, take_back
-from launchers.spec import RunSpec, SlurmCluster, check_gpus, seconds_of
+from launchers.spec import RAY_OPTION, RunSpec, SlurmCluster, check_gpus, seconds_of
 from launchers.watch import JOB, refuse_second_launch, write_record
 from pretrain.faults import FAULTS
 from pretrain.goodput import METRICS
 
 SCRIPT_NAME = "job.sbatch"
 
-SCRIPT = """#!/bin/bash
-# {header}
-{directives}
-
-set -euo pipefail
+START = """set -euo pipefail
 run={folder}
-mkdir -p "$run"
-{setup}
-{rendezvous}{token}
-export TESSERA_ATTEMPT="${{SLURM_RESTART_COUNT:-0}}"
-{env}{sizes}
-# A task that leaves does not take the others with it: all may be in the middle of the same save.
+mkdir -p -- "$run\""""
+
+COMMAND = """# A task that leaves does not take the others with it: all may be in the middle of the same save.
 status=0
 srun --distribution=block --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={wait} {container}\\
   {command} || status=$?
-echo "$SLURM_JOB_ID ${{SLURM_RESTART_COUNT:-0}} $status" > "$run/{END}"
-{requeue}
-exit "$status"
-"""
+echo "$SLURM_JOB_ID ${{SLURM_RESTART_COUNT:-0}} $status" > "$run/{END}\""""
+
+EXIT = 'exit "$status"'
 
 FIRST_HOST = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
 ADDRESS = {
     "hostname": FIRST_HOST,
     "node_addr": f'$(scontrol show node --oneliner "{FIRST_HOST}" | sed "s/.* NodeAddr=\\([^ ]*\\).*/\\1/")',
 }
-RENDEZVOUS = f"""
+RENDEZVOUS = f"""\
 # Every task finds rank 0 here; set either variable, before sbatch or above, to choose another network or port.
 export MASTER_ADDR="${{{{MASTER_ADDR:-{{address}}}}}}"
 export MASTER_PORT="${{{{MASTER_PORT:-$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))}}}}\""""
 
-TOKEN = """
+TOKEN = """\
 # Who knows no token may not use this Ray: without one anybody on the network may run programs through it.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')\""""
 
-SIZES = f"""
-# How long what the run has written was before this attempt.
-size() {{ stat --format=%s "$1" 2> /dev/null || echo 0; }}
-faults="$(size "$run/{FAULTS}")" metrics="$(size "$run/{METRICS}")"
-"""
+ATTEMPT = 'export TESSERA_ATTEMPT="${SLURM_RESTART_COUNT:-0}"'
 
-REQUEUE = """
+SIZES = f"""\
+# How long what the run has written was before this attempt.
+size() {{ stat --format=%s -- "$1" 2> /dev/null || echo 0; }}
+faults="$(size "$run/{FAULTS}")" metrics="$(size "$run/{METRICS}")\""""
+
+REQUEUE = """\
 # What the end means stands in the run's folder. A save before the time limit, a preemption, a fault of a node: back
 # into the queue, then without that node. A wrong configuration, user code, storage that never worked: the end.
 job={job}
 if [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
   out="$(squeue --noheader --format=%x --job="$job")" || out=
-  verdict="$({prefix}{judge} "$run" --job "$job" --status "$status" \\
+  verdict="$({judge} "$run" --job "$job" --status "$status" \\
     --faults-from "$faults" --metrics-before "$metrics" --out "$out" \\
     --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST")" {judged})" || verdict=end
   if [ "${{verdict%% *}}" = requeue ]; then
@@ -79,46 +71,54 @@ if [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
   fi
 fi"""
 
+TASK_NUMBER = Shell('"$SLURM_ARRAY_TASK_ID"')
+RAY = Shell('"$MASTER_ADDR:$MASTER_PORT"')
+OPTION = re.compile(r"-{0,2}(?P<name>[A-Za-z][\w-]*)(?:(?:=|\s+)(?P<value>.*))?", re.ASCII | re.DOTALL)
+LARGEST_SEED = 4_000_000  # Slurm's largest index of an array
+
 
 # ------------------------------------------------------------------------------------------------ the script
 
 
 def render(spec: RunSpec, cluster: SlurmCluster, seeds: str = "", after: Sequence[str] = ()) -> str:
-    """The batch script. `seeds`: an array, as sbatch writes it, 0-3 or 1,5,9. `after`: jobs that must have ended well.
+    """Render the batch script.
 
-    Raises ConfigError for what no site can run.
+    seeds: an array, as sbatch writes it, 0-3 or 1,5,9. after: jobs that must have ended well.
+    Every value goes through `launchers.quoting`; `setup` alone is shell code. Raises ConfigError for what no site can
+    run.
     """
     _check(spec, cluster, seeds)
     comes_back = cluster.requeues > 0 and spec.goes_on
     spec = spec.with_workers(spec.nodes * _cpus_per_task(spec, cluster))
-    told = replace(spec, arguments=(*spec.arguments, *_words_of_seed(spec))) if seeds else spec
-    run = shlex.quote(spec.run_folder) + ('/seed-"$SLURM_ARRAY_TASK_ID"' if seeds else "")
-    text = SCRIPT.format(
-        header=spec.header,
-        directives="\n".join(f"#SBATCH {line}" for line in _directives(spec, cluster, seeds, after)),
-        folder=run,
-        setup="\n".join(cluster.setup),
-        rendezvous=RENDEZVOUS.format(address=ADDRESS[cluster.master_addr]) if spec.saves or spec.on_ray else "",
-        token=TOKEN if spec.on_ray else "",
-        env="".join(f"export {name}={shlex.quote(value)}\n" for name, value in _environment(spec, cluster).items()),
-        cpus=_cpus_per_task(spec, cluster),
-        wait=cluster.signal_lead_s,
-        container=_srun_container(cluster),
-        command=shlex.join([*_inside(cluster, spec), cluster.python, *_program(told, cluster)]),
-        sizes=SIZES if comes_back else "",
-        requeue=_requeue(spec, cluster, seeds) if comes_back else "",
-        END=END,
-    )
-    for word in (*_words_of_seed(spec), *EXPANDED):
-        text = text.replace(f"'{word}'", f'"{word}"')
-    while "\n\n\n" in text:
-        text = text.replace("\n\n\n", "\n\n")
-    return text
+    folder = quoted(spec.run_folder, "/seed-", TASK_NUMBER) if seeds else quoted(spec.run_folder)
+    head = ["#!/bin/bash", *map(comment, spec.header), *_directives(spec, cluster, seeds, after)]
+    blocks = [
+        "\n".join(head),
+        "\n".join([START.format(folder=folder), *cluster.setup]),
+        "\n".join(_exports(spec, cluster)),
+        *([SIZES] if comes_back else []),
+        COMMAND.format(
+            cpus=_cpus_per_task(spec, cluster),
+            wait=cluster.signal_lead_s,
+            container=_srun_container(cluster),
+            command=command_line([*_inside(cluster, spec), cluster.python, *_program(spec, cluster, seeds)]),
+            END=END,
+        ),
+        *([_requeue(spec, cluster, seeds)] if comes_back else []),
+    ]
+    return "\n\n".join(blocks) + f"\n{EXIT}\n"
 
 
-RAY = "$MASTER_ADDR:$MASTER_PORT"
-EXPANDED = (RAY, f"ray_address={RAY}")
-"""Words that the shell of the job fills in: they stand in quotes that let it."""
+def _exports(spec: RunSpec, cluster: SlurmCluster) -> list[str]:
+    """The lines that set the environment of the job's processes. Ray gives its own number of threads to each."""
+    threads = {} if spec.task in ("build", "encode") else {"OMP_NUM_THREADS": str(cluster.cpus_per_proc)}
+    values = {**threads, **spec.environment}
+    return [
+        *([RENDEZVOUS.format(address=ADDRESS[cluster.master_addr])] if spec.saves or spec.on_ray else []),
+        *([TOKEN] if spec.on_ray else []),
+        ATTEMPT,
+        *(f"export {name}={quoted(value)}" for name, value in values.items()),
+    ]
 
 
 def _check(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> None:
@@ -138,11 +138,10 @@ def _check(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> None:
         raise ConfigError(f"--seeds {seeds} with a {spec.task}: seeds are for training")
 
 
-def _words_of_seed(spec: RunSpec) -> list[str]:
+def _words_of_seed(spec: RunSpec) -> list[Shell]:
     """Overrides of one task of an array: its seed, a folder of its own, and its own place for checkpoints."""
-    number = "$SLURM_ARRAY_TASK_ID"
-    elsewhere = [f"train.checkpoints={spec.checkpoints}/seed-{number}"] if spec.checkpoints else []
-    return [f"seed={number}", "run=$run", *elsewhere]
+    elsewhere = [quoted("train.checkpoints=", spec.checkpoints, "/seed-", TASK_NUMBER)] if spec.checkpoints else []
+    return [quoted("seed=", TASK_NUMBER), quoted("run=", Shell('"$run"')), *elsewhere]
 
 
 def _directives(spec: RunSpec, cluster: SlurmCluster, seeds: str, after: Sequence[str]) -> list[str]:
@@ -159,20 +158,28 @@ def _directives(spec: RunSpec, cluster: SlurmCluster, seeds: str, after: Sequenc
         "kill-on-invalid-dep": "yes" if after else "",
     }
     return [
-        f"--job-name={spec.name}",
-        f"--nodes={spec.nodes}",
-        f"--ntasks-per-node={_tasks_per_node(spec, cluster)}",
-        f"--cpus-per-task={_cpus_per_task(spec, cluster)}",
-        f"--mem={cluster.memory}",
-        *(f"--{name}={value}" for name, value in optional.items() if value),
-        *(["--exclusive"] if cluster.exclusive else []),
-        f"--time={cluster.time_limit}",
-        *([f"--signal=USR1@{cluster.signal_lead_s}"] if spec.goes_on else []),
-        "--requeue" if cluster.requeues else "--no-requeue",
-        "--open-mode=append",
-        f"--output={cluster.output.replace('%j', '%A_%a') if seeds else cluster.output}",
-        *(f"--{option}" for option in cluster.options),
+        directive("job-name", spec.name),
+        directive("nodes", spec.nodes),
+        directive("ntasks-per-node", _tasks_per_node(spec, cluster)),
+        directive("cpus-per-task", _cpus_per_task(spec, cluster)),
+        directive("mem", cluster.memory),
+        *(directive(name, value) for name, value in optional.items() if value),
+        *([directive("exclusive")] if cluster.exclusive else []),
+        directive("time", cluster.time_limit),
+        *([directive("signal", f"USR1@{cluster.signal_lead_s}")] if spec.goes_on else []),
+        directive("requeue" if cluster.requeues else "no-requeue"),
+        directive("open-mode", "append"),
+        directive("output", cluster.output.replace("%j", "%A_%a") if seeds else cluster.output),
+        *map(_option, cluster.options),
     ]
+
+
+def _option(text: str) -> str:
+    """One of `options`, with or without its dashes: reservation=x, --reservation x, -C gpu, exclusive."""
+    found = OPTION.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(f"options: {text!r} is no option of sbatch; write NAME or NAME=VALUE, as reservation=x")
+    return directive(found["name"], found["value"])
 
 
 def _tasks_per_node(spec: RunSpec, cluster: SlurmCluster) -> int:
@@ -193,24 +200,19 @@ def _gpus(spec: RunSpec, cluster: SlurmCluster) -> int:
     return min(1, cluster.gpus_per_node) if spec.wants_gpus else 0
 
 
-def _environment(spec: RunSpec, cluster: SlurmCluster) -> dict[str, str]:
-    """The program's, and threads for its processes: Ray gives its own to each."""
-    threads = {} if spec.task in ("build", "encode") else {"OMP_NUM_THREADS": str(cluster.cpus_per_proc)}
-    return {**threads, **spec.environment}
-
-
 # ------------------------------------------------------------------------------------- what srun is told to run
 
 
-def _program(spec: RunSpec, cluster: SlurmCluster) -> tuple[str, ...]:
-    """What follows the interpreter in each task."""
+def _program(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> tuple[str, ...]:
+    """The words that follow the interpreter in each task."""
     if spec.on_ray:
         told = ("--nodes", str(spec.nodes), "--cpus", str(_cpus_per_task(spec, cluster)))
-        return ("-m", "launchers.ray_nodes", *told, "--", *spec.on_cluster_of(RAY).arguments)
+        return ("-m", "launchers.ray_nodes", *told, "--", *spec.arguments, quoted(RAY_OPTION[spec.task], RAY))
+    command = (*spec.command, *(_words_of_seed(spec) if seeds else ()))
     if spec.task == "train" and cluster.start == "torchrun":
         size = (f"--nnodes={spec.nodes}", f"--nproc-per-node={spec.procs_per_node}")
-        return ("-m", "launchers.torchrun", *size, *spec.command)
-    return spec.command
+        return ("-m", "launchers.torchrun", *size, *command)
+    return command
 
 
 def _srun_container(cluster: SlurmCluster) -> str:
@@ -220,7 +222,7 @@ def _srun_container(cluster: SlurmCluster) -> str:
     options = [f"--container-image={cluster.container_image}"]
     if cluster.container_mounts:
         options.append("--container-mounts=" + ",".join(cluster.container_mounts))
-    return shlex.join(options) + ' --container-workdir="$PWD" '
+    return command_line([*options, quoted("--container-workdir=", Shell('"$PWD"'))]) + " "
 
 
 def _inside(cluster: SlurmCluster, spec: RunSpec) -> list[str]:
@@ -235,12 +237,12 @@ def _inside(cluster: SlurmCluster, spec: RunSpec) -> list[str]:
 def _requeue(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> str:
     """The part of the script that reads what the end means; in the container where there is one."""
     container = _srun_container(cluster)
+    judge = command_line([*_inside(cluster, spec), cluster.python, "-m", "launchers.slurm_end"])
     return REQUEUE.format(
         # an array's first number stands for all of it
         job='"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if seeds else '"$SLURM_JOB_ID"',
         requeues=cluster.requeues,
-        prefix=f"srun --nodes=1 --ntasks=1 --ntasks-per-node=1 {container}" if container else "",
-        judge=shlex.join([*_inside(cluster, spec), cluster.python, "-m", "launchers.slurm_end"]),
+        judge=f"srun --nodes=1 --ntasks=1 --ntasks-per-node=1 {container}{judge}" if container else judge,
         judged=f"--procs-per-node {spec.procs_per_node} --may-exclude {cluster.max_excluded_nodes}",
     )
 
@@ -309,8 +311,11 @@ def seeds_of(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.split(",") if text else []:
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ConfigError(f"--seeds {text}: {part!r} is neither a number nor a range; write 0-3 or 1,5,9")
+        numbers = [first, last] if dash else [first]
+        if not all(number.isascii() and number.isdigit() and int(number) <= LARGEST_SEED for number in numbers):
+            raise ConfigError(
+                f"--seeds {text}: {part!r} is neither a number up to {LARGEST_SEED} nor a range; write 0-3 or 1,5,9"
+            )
         seeds += range(int(first), int(last or first) + 1)
     if len(set(seeds)) < len(seeds) or (text and not seeds):
         raise ConfigError(f"--seeds {text}: names a seed twice, or none; write 0-3 or 1,5,9")

@@ -5,17 +5,17 @@ The recipe says what is learnt, `configs/cluster/*.yaml` says where. Imports no 
 
 import hashlib
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from data_pipeline.config import BuildConfig, VocabConfig
 from data_pipeline.errors import ConfigError
-from data_pipeline.settings import Settings, check_settings, digest, load_settings, read_yaml
+from data_pipeline.settings import Location, Settings, check_settings, digest, load_settings, read_yaml
+from launchers.quoting import command_line
 from pretrain.config import RunConfig, micro_batch_of
 from pretrain.deadline import LEAD_VARIABLE, refusal
 
@@ -29,7 +29,7 @@ class ClusterConfig(Settings):
 
     nodes: PositiveInt = 1
     procs_per_node: PositiveInt = 1
-    env: dict[str, str] = {}
+    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
 
     @property
     def lead_s(self) -> int:
@@ -65,7 +65,8 @@ class SlurmCluster(ClusterConfig):
     """A Slurm site. What is empty is left out of the batch script.
 
     start: who starts the processes of a node. master_addr: how rank 0 is found, by the name of its node or by the
-    address that Slurm has of it, where names do not resolve. options: further options of sbatch, without their dashes.
+    address that Slurm has of it, where names do not resolve. options: further options of sbatch, with or without their
+    dashes. setup: lines of shell that run first, the only field that is code.
     """
 
     kind: Literal["slurm"] = "slurm"
@@ -79,14 +80,14 @@ class SlurmCluster(ClusterConfig):
     memory: str = "0"
     exclusive: bool = False
     options: tuple[str, ...] = ()
-    time_limit: str = Field("24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
+    time_limit: str = Field("24:00:00", pattern=r"^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$")
     signal_lead_s: PositiveInt = Field(300, le=65535)
     requeues: NonNegativeInt = 20
     max_excluded_nodes: NonNegativeInt = 2
-    output: str = "%x-%j.out"
+    output: Location = "%x-%j.out"
     start: Literal["srun", "torchrun"] = "srun"
     master_addr: Literal["hostname", "node_addr"] = "hostname"
-    python: str = ".venv/bin/python"
+    python: Location = ".venv/bin/python"
     setup: tuple[str, ...] = ()
     container: Literal["none", "pyxis", "apptainer"] = "none"
     container_image: str = ""
@@ -171,6 +172,8 @@ COMMANDS: dict[Task, tuple[str, ...]] = {
 RECOGNISED: dict[str, Task] = {"model": "train", "source": "build", "dataset": "vocab"}
 """A YAML says what it is by a section that it alone has."""
 LAUNCHED = Path("runs")
+RAY_OPTION: dict[Task, str] = {"build": "ray_address=", "encode": "--ray-address="}
+"""What the address of a Ray is put behind."""
 
 
 @dataclass(frozen=True)
@@ -229,8 +232,7 @@ class RunSpec:
 
     def on_cluster_of(self, address: str) -> "RunSpec":
         """The same, told to join the Ray at `address`, which the place starts."""
-        told = (f"ray_address={address}",) if self.task == "build" else ("--ray-address", address)
-        return replace(self, arguments=(*self.arguments, *told))
+        return replace(self, arguments=(*self.arguments, RAY_OPTION[self.task] + address))
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -244,11 +246,11 @@ class RunSpec:
         return {"PYTHONUNBUFFERED": "1", **lead, **dict(self.env)}
 
     @property
-    def header(self) -> str:
-        """For the head of a rendered job: what runs, the hash of its resolved configuration, what it touches."""
-        command = shlex.join(["tessera", *self.arguments])
+    def header(self) -> tuple[str, str, str]:
+        """Lines for the head of a rendered job: command, hash of its resolved configuration, what it touches."""
+        command = command_line(["tessera", *self.arguments])
         size = f"{self.nodes} x {self.procs_per_node} processes, configuration {self.config_hash}"
-        return f"{command}\n# {size}\n# reads and writes {', '.join(self.storage)}"
+        return command, size, f"reads and writes {', '.join(self.storage)}"
 
 
 def describe(

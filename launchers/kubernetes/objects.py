@@ -7,7 +7,7 @@ along in a ConfigMap, resolved: what was checked here is what runs there, whatev
 """
 
 import importlib.metadata
-import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -19,6 +19,7 @@ from data_pipeline.settings import Settings, load_settings
 from launchers.causes import USER_CODE_EXIT
 from launchers.kubernetes.api import API_VERSIONS, APPLICATION, CONTAINER, Tree
 from launchers.kubernetes.lint import amount_of
+from launchers.quoting import command_line, kubelet
 from launchers.spec import COMMANDS, KubernetesCluster, RunSpec, Task, check_gpus
 from pretrain.config import RunConfig
 
@@ -223,7 +224,7 @@ def _train_job(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:
 
 def _single_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
     """One pod, started again within the budget unless it stays wrong; one that was taken away costs nothing of it."""
-    container = _container(spec, cluster, _program(list(_inside(spec, cluster.cpus_per_node).arguments)), [])
+    container = _container(spec, cluster, _program(map(kubelet, _inside(spec, cluster.cpus_per_node).arguments)), [])
     job = {
         "backoffLimit": spec.retries,
         "podFailurePolicy": {"rules": _pod_rules(disrupted="Ignore")},
@@ -251,7 +252,7 @@ def _ray_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
     head["rayStartParams"]["dashboard-host"] = "0.0.0.0"
     worker = {"groupName": "node", "replicas": workers, "minReplicas": workers, "maxReplicas": workers}
     job = {
-        "entrypoint": shlex.join(_program(list(inside.arguments))),
+        "entrypoint": kubelet(command_line(_program(inside.arguments))),
         "submissionMode": "K8sJobMode",
         "backoffLimit": spec.retries,
         "shutdownAfterJobFinishes": True,
@@ -287,7 +288,7 @@ def _submitter(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
 # ---------------------------------------------------------------------------------------------- pods, in general
 
 
-def _program(arguments: list[str]) -> list[str]:
+def _program(arguments: Iterable[str]) -> list[str]:
     """Exec form: signals reach the program, no shell in between."""
     return ["python", "-m", "launchers.cli", *arguments]
 
@@ -302,7 +303,7 @@ def _container(spec: RunSpec, cluster: KubernetesCluster, command: list[str], en
     resources |= {name: str(count) for name, count in sorted(cluster.rdma.items())}
     mounts = [{"name": claim, "mountPath": path} for claim, path in sorted(cluster.claims.items())]
     recipe = [{"name": "recipe", "mountPath": FOLDER, "readOnly": True}] if spec.task in RECIPES else []
-    values = [*env, *({"name": name, "value": value} for name, value in spec.environment.items())]
+    values = [*env, *({"name": name, "value": kubelet(value)} for name, value in spec.environment.items())]
     return {
         "name": CONTAINER,
         "image": cluster.image,

@@ -11,6 +11,7 @@ from launchers.kubernetes.api import Cluster, Refused, Tree, connected
 from launchers.kubernetes.jobs import clear
 from launchers.kubernetes.lint import check
 from launchers.kubernetes.objects import objects
+from launchers.quoting import comment
 from launchers.spec import KubernetesCluster, RunSpec
 from launchers.watch import JOB, job_of, refuse_second_launch, write_record
 
@@ -41,7 +42,7 @@ def render(spec: RunSpec, cluster: KubernetesCluster) -> str:
         yaml.dump(tree, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=110)
         for tree in rendered(spec, cluster)
     ]
-    return f"# {spec.header}\n" + "---\n".join(documents)
+    return "".join(f"{comment(line)}\n" for line in spec.header) + "---\n".join(documents)
 
 
 def submit(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, object]:

@@ -175,7 +175,7 @@ def test_seeds_that_are_no_list_of_numbers_are_refused(seeds: str) -> None:
 
 def test_seeds_keep_their_checkpoints_apart_wherever_these_are() -> None:
     spec = describe(RECIPE, ["train.checkpoints=s3://bucket/clip"], SITE)
-    assert ' "train.checkpoints=s3://bucket/clip/seed-$SLURM_ARRAY_TASK_ID" ||' in slurm.render(spec, SITE, seeds="0-3")
+    assert ' train.checkpoints=s3://bucket/clip/seed-"$SLURM_ARRAY_TASK_ID" ||' in slurm.render(spec, SITE, seeds="0-3")
 
 
 def test_seeds_are_for_training() -> None:

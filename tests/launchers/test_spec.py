@@ -78,7 +78,7 @@ def test_a_build_takes_the_processors_of_its_nodes_unless_told() -> None:
     assert "data build configs/data/folder.yaml workers=128 " in slurm.render(describe(BUILD, [], place), place)
     assert "workers=5 " in slurm.render(describe(BUILD, ["workers=5"], place), place)
     encode = describe("data/mine", ["--tokenizer", "t"], place, task="encode")
-    assert '--workers=128 --ray-address "$MASTER_ADDR:$MASTER_PORT"' in slurm.render(encode, place)
+    assert '--workers=128 --ray-address="$MASTER_ADDR:$MASTER_PORT"' in slurm.render(encode, place)
 
 
 def test_what_is_read_and_written_is_listed() -> None:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from launchers.kubernetes.lint import pods
@@ -20,6 +21,12 @@ def process_of(objects: list[Tree], folder: Path, index: int, attempt: int = 0) 
     for entry in container["env"]:
         source = entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
         env[entry["name"]] = labels[source] if source else entry["value"]
-    words = [re.sub(r"\$\((\w+)\)", lambda name: env[name[1]], word) for word in container["command"]]
+    words = [expanded(word, env) for word in container["command"]]
     assert words[0] == "python"
     return [sys.executable, *(word.replace(FOLDER, str(folder)) for word in words[1:])], env
+
+
+def expanded(text: str, env: Mapping[str, str]) -> str:
+    """`text` as a kubelet hands it on: $(NAME) of a known variable is its value, $$ is one $, the rest stays."""
+    values = {f"$({name})": value for name, value in env.items()} | {"$$": "$"}
+    return re.sub(r"\$\$|\$\([^)]*\)", lambda found: values.get(found[0], found[0]), text)
