@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from data_pipeline import gate
 from data_pipeline.errors import DataError
 from data_pipeline.remote import CONNECTIONS
 from data_pipeline.storage import open_storage
@@ -41,7 +42,8 @@ class RawCache:
         return digest
 
     def get(self, digest: str) -> bytes:
-        """Raises DataError where the bytes are missing or no longer those of their name."""
+        """Raises DataError for no digest, and where the bytes are missing or no longer those of their name."""
+        gate.check(gate.Sha256, digest, self.root, "build the dataset again")
         if self._storage is not None:
             data = self._storage.get(digest)
         else:

@@ -7,7 +7,6 @@ A position counts the rows of one generation; a row's id is its number in the wh
 """
 
 import hashlib
-import io
 import json
 import os
 import socket
@@ -15,15 +14,17 @@ from collections import Counter as Tally
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import cv2
 import numpy as np
 import PIL
-import pyarrow.parquet as pq
 import simplejpeg
 import xxhash
+from pydantic import with_config
+from typing_extensions import TypedDict
 
+from data_pipeline import gate
 from data_pipeline.build.captions import check_languages, deny_digest
 from data_pipeline.build.dedup import first_of_equals
 from data_pipeline.build.filters import IMAGE_NAMES, TEXT_NAMES, Filters
@@ -34,7 +35,7 @@ from data_pipeline.build.sources import Source, open_source
 from data_pipeline.config import BuildConfig
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.schema import Drop
-from data_pipeline.shards.manifest import Manifest, canonical_json
+from data_pipeline.shards.manifest import Manifest, canonical_json, read_rows, read_shard_stats, side_name
 from data_pipeline.storage import Storage
 
 BUILD = "build.json"
@@ -249,17 +250,34 @@ def _none() -> np.ndarray:
 
 def _rows_in(storage: Storage, manifest: Manifest) -> int:
     """Rows that a dataset has looked at: those tried again count once."""
-    stats = (json.loads(storage.get(shard.name.replace(".tar", "_stats.json"))) for shard in manifest.shards)
+    stats = (read_shard_stats(storage, shard.name) for shard in manifest.shards)
     return sum(tree["in"] for tree in stats if "retried" not in tree)
 
 
 def _keys_of(storage: Storage, manifest: Manifest) -> Iterator[str]:
     for shard in manifest.shards:
-        data = storage.get(shard.name.replace(".tar", ".parquet"))
-        yield from pq.read_table(io.BytesIO(data), columns=["key"]).column("key").to_pylist()
+        yield from read_rows(storage, side_name(shard.name, ".parquet"), ["key"]).column("key").to_pylist()
 
 
 # ---------------------------------------------------------------------------------------------------- pins
+
+
+@with_config(gate.CLOSED)
+class _Part(TypedDict):
+    """One input file of a pin."""
+
+    rows: gate.Count
+    digest: str
+    bytes: NotRequired[gate.Count]
+
+
+@with_config(gate.OPEN)
+class _Pin(TypedDict):
+    """What build.json and its followers hold: entries that are compared, and these, which are worked with."""
+
+    base: NotRequired[gate.Sha256]
+    rows: NotRequired[gate.Count]
+    parts: NotRequired[list[_Part]]
 
 
 def pin_name(generation: int) -> str:
@@ -301,9 +319,12 @@ def pin(storage: Storage, generation: int, tree: dict[str, Any]) -> None:
 
 
 def read_pin(storage: Storage, generation: int) -> dict[str, Any]:
-    """The contents of a pin."""
-    tree: dict[str, Any] = json.loads(storage.get(pin_name(generation)))
-    return tree
+    """The contents of a pin. Raises DataError where it is missing or something else."""
+    name = pin_name(generation)
+    pin: dict[str, Any] = gate.parse(
+        _Pin, storage.get(name), f"{storage.root}/{name}", "build the dataset again into a new output"
+    )
+    return pin
 
 
 def compare_pins(storage: Storage, there: dict[str, Any], now: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -9,8 +9,6 @@ in the sandbox.
 import base64
 import contextlib
 import html
-import io
-import json
 import re
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from data_pipeline import sandbox
 from data_pipeline.build.cache import RawCache
@@ -31,7 +28,15 @@ from data_pipeline.images import Reject, encode
 from data_pipeline.outputs import write_whole
 from data_pipeline.schema import Pair
 from data_pipeline.shards.codes import CENTRE, ImageTokenizer, open_codes, tokenizers_of
-from data_pipeline.shards.manifest import STATS, Manifest, open_dataset, read_manifest
+from data_pipeline.shards.manifest import (
+    STATS,
+    Manifest,
+    open_dataset,
+    read_manifest,
+    read_rows,
+    read_totals,
+    side_name,
+)
 from data_pipeline.storage import Storage
 from data_pipeline.stream.reader import Stream
 
@@ -140,9 +145,9 @@ def render(
 def _find(storage: Storage, manifest: Manifest) -> Findings:
     findings = Findings()
     for shard in manifest.shards:
-        name = shard.name.replace(".tar", ".parquet")
+        name = side_name(shard.name, ".parquet")
         if storage.exists(name):
-            records = pq.read_table(io.BytesIO(storage.get(name))).to_pylist()
+            records = read_rows(storage, name).to_pylist()
             _add(findings, records)
             rows = [_row_kept(record) for record in records]
             findings.kept.append(np.array([row for row in rows if row is not None], np.int64))
@@ -194,7 +199,7 @@ def _account(storage: Storage, manifest: Manifest) -> str:
         return _section("Account", "<p>Tars made elsewhere: what was rejected there is not known.</p>")
     if read_manifest(storage).fingerprint != manifest.fingerprint:
         return _section("Account", "<p>An older version: what was rejected is told of the newest one alone.</p>")
-    stats = json.loads(storage.get(STATS))
+    stats = read_totals(storage)
     duplicates = sum(count for reason, count in stats["rejected"].items() if "duplicate" in reason)
     rejected = sum(stats["rejected"].values())
     text = (
@@ -269,8 +274,7 @@ def _sample_of_row(storage: Storage, manifest: Manifest, row: int) -> int | None
     """The sample that was made of a row of the source."""
     before = 0
     for shard in manifest.shards:
-        data = storage.get(shard.name.replace(".tar", ".parquet"))
-        table = pq.read_table(io.BytesIO(data), columns=["row", "status"])
+        table = read_rows(storage, side_name(shard.name, ".parquet"), ["row", "status"])
         rows = table.column("row").to_numpy()[np.array(table.column("status").to_pylist()) == "ok"]
         if row in rows:
             return before + int(np.flatnonzero(rows == row)[0])

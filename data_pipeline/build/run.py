@@ -12,7 +12,6 @@
 import contextlib
 import io
 import itertools
-import json
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -42,6 +41,7 @@ from data_pipeline.build.shard import (
     SURVEY,
     ShardFetcher,
     build_shard,
+    shard_name,
     stats_name,
     survey_name,
     survey_shard,
@@ -54,10 +54,15 @@ from data_pipeline.shards.manifest import (
     STATS,
     Manifest,
     Shard,
+    ShardStats,
     canonical_json,
     older_manifest,
     publish,
     read_manifest,
+    read_rows,
+    read_shard_stats,
+    read_totals,
+    side_name,
 )
 from data_pipeline.storage import Storage, open_storage
 from data_pipeline.workers import Counter, ray_session, run_tasks
@@ -106,7 +111,7 @@ def retry(config: BuildConfig, progress: bool = True) -> dict[str, Any]:
 
 def report_of(storage: Storage) -> dict[str, Any]:
     """What a finished build has to say."""
-    stats = json.loads(storage.get(STATS))
+    stats = read_totals(storage)
     manifest = read_manifest(storage)
     return {"dataset": storage.root, **stats, "shards": len(manifest.shards), "fingerprint": manifest.fingerprint}
 
@@ -245,7 +250,7 @@ def _submitter(plan: Plan, task: Any, linked: bool) -> Any:
 def _repeats(storage: Storage, plan: Plan, base: Manifest) -> np.ndarray:
     """Which rows are left out as duplicates, of one another and of what the dataset has -> `Plan.repeats`."""
     rules = plan.config.dedup
-    names = [shard.name.replace(".tar", ".parquet") for shard in base.shards] + [survey_name(s) for s in plan.shards]
+    names = [side_name(shard.name, ".parquet") for shard in base.shards] + [survey_name(s) for s in plan.shards]
     tables = [_signatures(storage, name) for name in names]
     known = sum(len(table[0]) for table in tables[: len(base.shards)])
     rows, digests, hashes, hashed = (np.concatenate(column) for column in zip(*tables, strict=True))
@@ -263,7 +268,7 @@ def _repeats(storage: Storage, plan: Plan, base: Manifest) -> np.ndarray:
 
 def _signatures(storage: Storage, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of the rows that are stored: ids, uint64 [n, 2] of sha256, uint64 [n] perceptual hash, bool [n] has one."""
-    table = pq.read_table(io.BytesIO(storage.get(name)), columns=["row", "status", "sha256", "phash"])
+    table = read_rows(storage, name, ["row", "status", "sha256", "phash"])
     kept = table.filter(pc.equal(table["status"], "ok"))
     digests = np.frombuffer(b"".join(bytes.fromhex(text[:32]) for text in kept["sha256"].to_pylist()), np.uint64)
     hashes = np.array([int(text or "0", 16) for text in kept["phash"].to_pylist()], np.uint64)
@@ -275,7 +280,7 @@ def _signatures(storage: Storage, name: str) -> tuple[np.ndarray, np.ndarray, np
 
 def _commit(storage: Storage, plan: Plan, base: Manifest) -> None:
     """All shards stand: add them up and publish the totals, the manifest last."""
-    new = [json.loads(storage.get(stats_name(shard))) for shard in plan.shards]
+    new = [read_shard_stats(storage, shard_name(shard)) for shard in plan.shards]
     all_stats = [*_all_stats(storage, base), *new]
     if sum(stats["in"] for stats in new) != plan.rows:
         raise DataError(
@@ -298,7 +303,7 @@ def _commit(storage: Storage, plan: Plan, base: Manifest) -> None:
     put(MANIFEST, Manifest((*base.shards, *shards)).to_json())
 
 
-def add_up(all_stats: list[dict[str, Any]]) -> dict[str, Any]:
+def add_up(all_stats: list[ShardStats]) -> dict[str, Any]:
     """The account of a dataset: a row that was tried again counts once, under what became of it last."""
     rejected: Tally[str] = Tally()
     for stats in all_stats:
@@ -308,11 +313,11 @@ def add_up(all_stats: list[dict[str, Any]]) -> dict[str, Any]:
     return {"in": rows, "out": sum(stats["out"] for stats in all_stats), "rejected": dict(+rejected)}
 
 
-def _all_stats(storage: Storage, manifest: Manifest) -> list[dict[str, Any]]:
-    return [json.loads(storage.get(shard.name.replace(".tar", "_stats.json"))) for shard in manifest.shards]
+def _all_stats(storage: Storage, manifest: Manifest) -> list[ShardStats]:
+    return [read_shard_stats(storage, shard.name) for shard in manifest.shards]
 
 
-def _rejects(storage: Storage, all_stats: list[dict[str, Any]]) -> Iterator[pa.Table]:
+def _rejects(storage: Storage, all_stats: list[ShardStats]) -> Iterator[pa.Table]:
     """The rows that are rejected now, by id, each with its last reason: one table a shard, by REJECTS_SCHEMA.
 
     Ids ascend from shard to shard, so nothing is held but one shard and the rows that were tried again.
@@ -335,11 +340,10 @@ def _tried_again(storage: Storage, names: list[str]) -> pa.Table:
     return table.take(pa.array(sorted(last.values()), pa.int64()))
 
 
-def _outcomes(storage: Storage, shard_name: str) -> pa.Table:
+def _outcomes(storage: Storage, shard: str) -> pa.Table:
     """Every row of a shard as REJECTS_SCHEMA has it; the reason of one that is stored is ok."""
     columns = ["row", "key", "status", "detail", "url", "http_status", "attempts", "transient"]
-    data = storage.get(shard_name.replace(".tar", ".parquet"))
-    return pq.read_table(io.BytesIO(data), columns=columns).rename_columns(REJECTS_SCHEMA.names)
+    return read_rows(storage, side_name(shard, ".parquet"), columns).rename_columns(REJECTS_SCHEMA.names)
 
 
 def _ids(table: pa.Table) -> np.ndarray:

@@ -30,7 +30,16 @@ from data_pipeline.config import BuildConfig
 from data_pipeline.errors import Conflict, DataError
 from data_pipeline.images import Prepared, Reject
 from data_pipeline.schema import Drop, Link, Pair
-from data_pipeline.shards.manifest import Index, canonical_json, index_tar, pack_index, publish, publish_index
+from data_pipeline.shards.manifest import (
+    Index,
+    canonical_json,
+    index_tar,
+    pack_index,
+    publish,
+    publish_index,
+    read_rows,
+    side_name,
+)
 from data_pipeline.shards.tar import TarWriter
 from data_pipeline.storage import Storage, open_storage
 
@@ -248,7 +257,7 @@ def _write_journal(storage: Storage, shard: int, numbers: list[int], links: list
 
 def read_journal(storage: Storage, shard: int) -> dict[int, Record]:
     """Id -> what became of its address."""
-    return {record["row"]: record for record in pq.read_table(io.BytesIO(storage.get(journal_name(shard)))).to_pylist()}
+    return {record["row"]: record for record in read_rows(storage, journal_name(shard)).to_pylist()}
 
 
 # ------------------------------------------------------------------------------------------------- tasks
@@ -285,7 +294,7 @@ def build_shard(plan: Plan, shard: int, after: object = None) -> Record:
         if not storage.put_file_if_absent(stats["name"], path):
             _compare(storage, stats["name"], stats["digest"])
     publish_index(storage, stats["name"], index)
-    publish(storage, stats["name"].replace(".tar", ".parquet"), to_parquet(records, SCHEMA))
+    publish(storage, side_name(stats["name"], ".parquet"), to_parquet(records, SCHEMA))
     publish(storage, stats_name(shard), canonical_json(stats))
     return stats
 

@@ -12,16 +12,18 @@ mirrored (ten-crop as in LlamaGen, Sun et al. 2024, arXiv:2406.06525).
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, NotRequired, Protocol
 
 import cv2
 import numpy as np
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
+from data_pipeline import gate
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.images import Reject, decode_rgb, resize
 from data_pipeline.shards.manifest import (
@@ -95,17 +97,46 @@ def tokenizers_of(storage: Storage, manifest: Manifest | None = None) -> list[st
 def find_meta(storage: Storage, manifest: Manifest, tokenizer_id: str) -> dict[str, Any] | None:
     """What describes a tokenizer's codes of this version of the dataset; None where it has none."""
     for name in (meta_name(tokenizer_id), meta_name(tokenizer_id, manifest.fingerprint)):
-        meta = _read_meta(storage, name)
+        meta = read_meta(storage, name)
         if meta is not None and meta["dataset"] == manifest.fingerprint:
             return meta
     return None
 
 
-def _read_meta(storage: Storage, name: str) -> dict[str, Any] | None:
+@with_config(gate.CLOSED)
+class _Codes(TypedDict):
+    """The entry of one shard's codes."""
+
+    name: gate.FileName
+    bytes: gate.Count
+    digest: gate.Sha256
+
+
+@with_config(gate.OPEN)
+class _CodesFile(TypedDict):
+    """What codes.vq-ID.json holds."""
+
+    tokenizer: gate.TokenizerId
+    dataset: NotRequired[gate.Sha256]  # with `crops` since there were datasets that grow
+    crops: NotRequired[int]
+    codes_per_image: Annotated[int, Field(ge=1, le=2**20)]
+    codebook_size: Annotated[int, Field(ge=1, le=2**16)]
+    shards: list[_Codes]
+
+
+def read_meta(storage: Storage, name: str) -> dict[str, Any] | None:
+    """The contents of a codes.vq-ID.json, checked; None where there is none. Raises DataError for another file."""
     if not storage.exists(name):
         return None
-    meta: dict[str, Any] = json.loads(storage.get(name))
-    return {"crops": 1, "dataset": "", **meta}
+    return parse_meta(storage.get(name), f"{storage.root}/{name}")
+
+
+def parse_meta(data: bytes, where: str) -> dict[str, Any]:
+    """The bytes of a codes.vq-ID.json -> its contents. Raises DataError when they are something else."""
+    meta = gate.parse(_CodesFile, data, where, "remove the codes of this tokenizer and encode again")
+    if meta.setdefault("crops", 1) not in CROPS:
+        raise DataError(f"{where}: crops={meta['crops']}: an image is encoded in one crop or in ten; encode again")
+    return {"dataset": "", **meta}
 
 
 @dataclass
@@ -147,7 +178,7 @@ def open_codes(storage: Storage, manifest: Manifest, tokenizer_id: str) -> Codes
     """Raises DataError naming both ids where the codes are missing or another tokenizer's, or of another dataset."""
     meta = find_meta(storage, manifest, tokenizer_id)
     if meta is None:
-        other = _read_meta(storage, meta_name(tokenizer_id))
+        other = read_meta(storage, meta_name(tokenizer_id))
         if other is not None:
             raise DataError(
                 f"{storage.root}/{meta_name(tokenizer_id)}: codes of dataset {other['dataset'][:12]}, this one is "
@@ -159,6 +190,12 @@ def open_codes(storage: Storage, manifest: Manifest, tokenizer_id: str) -> Codes
             f"run `tessera data encode {storage.root} --tokenizer DIR` with the tokenizer {tokenizer_id}"
         )
     codes = CodesFile(storage, _files(meta), meta["codes_per_image"], meta["codebook_size"], meta["crops"])
+    names = [codes_name(shard.name, tokenizer_id) for shard in manifest.shards]
+    if meta["tokenizer"] != tokenizer_id or [name for name, *_ in codes.files] != names:
+        raise DataError(
+            f"{storage.root}/{meta_name(tokenizer_id)}: lists other files than one NAME.vq-{tokenizer_id}.bin for each "
+            f"of {len(names)} shards; remove the codes of this tokenizer and encode again"
+        )
     for number, ((name, size, _), entry) in enumerate(zip(codes.files, manifest.shards, strict=True)):
         wanted = codes.place(number, entry.n)[1]
         found = storage.stat(name)[0] if isinstance(storage, LocalStorage) else size  # a GET tells it of remote ones
@@ -319,7 +356,7 @@ def _check_codes(codes: np.ndarray, images: int, tokenizer: ImageTokenizer) -> N
 def _check_crops(storage: Storage, tokenizer_id: str, crops: int) -> None:
     if crops not in CROPS:
         raise ConfigError(f"crops={crops}: an image is encoded in one crop or in ten")
-    meta = _read_meta(storage, meta_name(tokenizer_id))
+    meta = read_meta(storage, meta_name(tokenizer_id))
     if meta is not None and meta["crops"] != crops:
         raise DataError(
             f"{storage.root}/{meta_name(tokenizer_id)}: codes of {meta['crops']} crops an image, {crops} are wanted; "
@@ -376,7 +413,7 @@ def _meta(storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer, crops
 def _publish_meta(storage: Storage, manifest: Manifest, meta: dict[str, Any]) -> None:
     """codes.vq-ID.json is of the newest version; what it said of the one before is kept under that one's name."""
     newest, data = meta_name(meta["tokenizer"]), canonical_json(meta)
-    before = _read_meta(storage, newest)
+    before = read_meta(storage, newest)
     if read_manifest(storage).fingerprint != manifest.fingerprint:
         publish(storage, meta_name(meta["tokenizer"], manifest.fingerprint), data)
     elif before is None:

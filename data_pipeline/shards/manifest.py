@@ -10,6 +10,7 @@ first shards of the next one, so DATASET@FINGERPRINT is still what it was.
 """
 
 import hashlib
+import io
 import json
 import re
 import struct
@@ -17,14 +18,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired
 
 import numpy as np
 import xxhash
+from pydantic import with_config
+from typing_extensions import TypedDict
 
+from data_pipeline import gate
 from data_pipeline.errors import Conflict, DataError
 from data_pipeline.shards.tar import BLOCK, checksum, samples_of
 from data_pipeline.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MANIFEST = "manifest.json"
 STATS = "stats.json"
@@ -35,6 +42,7 @@ _KEPT = re.compile(r"manifest-([0-9a-f]{12})\.json")
 _MAGIC = b"TESSIDX\0"
 _NAMES = ("{}.idx", "{}.tessera.idx")
 _SHARD = '\n  {\n   "bytes": %d,\n   "digest": %s,\n   "n": %d,\n   "name": %s\n  }'
+_HEX = {"sha256": "^([0-9a-f]{64})?$", "phash": "^[0-9a-f]{16}$"}  # columns of tables; empty: it was never fetched
 _HEADER = struct.Struct("<8sIIQQQ")
 
 
@@ -57,10 +65,20 @@ class Index:
 class Shard:
     """One line of the manifest; digest: sha256 of the tar."""
 
-    name: str
-    n: int
-    bytes: int
-    digest: str
+    name: gate.TarName
+    n: gate.Count
+    bytes: gate.Count
+    digest: gate.Sha256
+    __pydantic_config__ = gate.CLOSED
+
+
+@with_config(gate.OPEN)
+class _ManifestFile(TypedDict):
+    """What manifest.json holds."""
+
+    version: int
+    samples: gate.Count
+    shards: list[Shard]
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,26 @@ class Manifest:
         shards = ",".join(_SHARD % (s.bytes, quote(s.digest), s.n, quote(s.name)) for s in self.shards)
         listed = f"[{shards}\n ]" if shards else "[]"
         return f'{{\n "samples": {self.samples},\n "shards": {listed},\n "version": {self.version}\n}}\n'.encode()
+
+
+Rejected = dict[str, gate.Count]
+"""Reason -> number of rows."""
+
+ShardStats = TypedDict(
+    "ShardStats",
+    {
+        "name": gate.TarName,
+        "in": gate.Count,
+        "out": gate.Count,
+        "rejected": Rejected,
+        "bytes": gate.Count,
+        "digest": gate.Sha256,
+        "retried": NotRequired[Rejected],
+    },
+)
+"""What NNNNN_stats.json holds: the account of one shard."""
+Totals = TypedDict("Totals", {"in": gate.Count, "out": gate.Count, "rejected": Rejected})
+"""What stats.json holds."""
 
 
 def canonical_json(tree: Any) -> bytes:
@@ -136,17 +174,66 @@ def read_manifest(storage: Storage, name: str = MANIFEST) -> Manifest:
             f"{storage.root}: no {name}, so no finished dataset; run `tessera data build` to the end, "
             "or `tessera data index` for tars made elsewhere"
         )
-    where = f"{storage.root}/{name}"
-    try:
-        tree = json.loads(storage.get(name))
-        manifest = Manifest(tuple(Shard(**shard) for shard in tree["shards"]), tree["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: not a manifest ({error}); build the dataset again") from None
+    return parse_manifest(storage.get(name), f"{storage.root}/{name}")
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """The bytes of a manifest -> Manifest. Raises DataError when they are something else or contradict themselves."""
+    tree: _ManifestFile = gate.parse(_ManifestFile, data, where, "not a manifest; build the dataset again")
+    manifest = Manifest(tuple(tree["shards"]), tree["version"])
     if manifest.version != VERSION:
         raise DataError(f"{where}: version {manifest.version}, this program reads {VERSION}; use the one that built it")
-    if tree.get("samples") != manifest.samples:
-        raise DataError(f"{where}: says samples={tree.get('samples')}, its shards have {manifest.samples}; damaged")
+    if tree["samples"] != manifest.samples:
+        raise DataError(f"{where}: says samples={tree['samples']}, its shards have {manifest.samples}; damaged")
+    for shard in manifest.shards:
+        if shard.n * BLOCK > shard.bytes:
+            raise DataError(f"{where}: {shard.name} has n={shard.n} samples in bytes={shard.bytes}; damaged")
+    if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
+        raise DataError(f"{where}: two shards of one name; a dataset has each once, build it again")
     return manifest
+
+
+def side_name(shard_name: str, suffix: str) -> str:
+    """00000.tar, _stats.json -> 00000_stats.json"""
+    return shard_name.removesuffix(".tar") + suffix
+
+
+def read_shard_stats(storage: Storage, shard_name: str) -> ShardStats:
+    """The account of a shard. Raises DataError where it is missing, something else, or that of another shard."""
+    name = side_name(shard_name, "_stats.json")
+    where = f"{storage.root}/{name}"
+    stats: ShardStats = gate.parse(ShardStats, storage.get(name), where, "build the dataset again")
+    if stats["name"] != shard_name:
+        raise DataError(f"{where}: says name={stats['name']!r}; it is another shard's, build the dataset again")
+    return stats
+
+
+def read_totals(storage: Storage) -> Totals:
+    """The account of a dataset. Raises DataError where it is missing or something else."""
+    totals: Totals = gate.parse(Totals, storage.get(STATS), f"{storage.root}/{STATS}", "build the dataset again")
+    return totals
+
+
+def read_rows(storage: Storage, name: str, columns: list[str] | None = None) -> "pa.Table":
+    """Columns (all unless named) of NNNNN.parquet or another table of ours. Raises DataError for something else."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    where = f"{storage.root}/{name}"
+    try:
+        table = pq.read_table(io.BytesIO(storage.get(name)), columns=columns)
+        for column, pattern in _HEX.items():
+            if (
+                column in table.column_names
+                and pc.any(pc.invert(pc.match_substring_regex(table[column], pattern))).as_py()
+            ):
+                raise DataError(f"{where}: column {column} holds what is no digest; build the dataset again")
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{where}: not a table of this program ({error!s:.200}); build the dataset again") from None
+    if missing := set(columns or ()) - set(table.column_names):
+        raise DataError(f"{where}: has no column {', '.join(sorted(missing))}; build the dataset again")
+    return table
 
 
 def index_tar(pieces: Iterable[bytes], where: str) -> tuple[Index, str]:
@@ -189,7 +276,12 @@ def unpack_index(data: bytes, where: str) -> Index:
     if len(data) != _HEADER.size + 4 * words:
         raise DataError(f"{where}: version {version}, {samples} samples, {len(data)} bytes; damaged, index it again")
     values = np.frombuffer(data, "<u4", offset=_HEADER.size)
-    return Index(tar_bytes, digest, values[: samples + 1], values[samples + 1 :] if version > 1 else None)
+    offsets = values[: samples + 1]
+    if not (offsets[1:] > offsets[:-1]).all() or int(offsets[-1]) * BLOCK > tar_bytes:
+        raise DataError(
+            f"{where}: its samples do not lie one after another in {tar_bytes} bytes; damaged, index it again"
+        )
+    return Index(tar_bytes, digest, offsets, values[samples + 1 :] if version > 1 else None)
 
 
 def read_index(storage: Storage, shard: Shard) -> Index:

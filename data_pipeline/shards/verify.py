@@ -1,7 +1,6 @@
 """Is a dataset what it says? And: making a dataset of tars that came from elsewhere."""
 
 import hashlib
-import json
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline import gate
 from data_pipeline.build.sources import expand_braces
 from data_pipeline.errors import DataError
 from data_pipeline.shards.codes import (
@@ -19,6 +19,7 @@ from data_pipeline.shards.codes import (
     find_meta,
     meta_name,
     open_codes,
+    read_meta,
     tokenizers_of,
 )
 from data_pipeline.shards.manifest import (
@@ -26,6 +27,8 @@ from data_pipeline.shards.manifest import (
     STATS,
     Manifest,
     Shard,
+    ShardStats,
+    Totals,
     index_tar,
     older_manifest,
     older_versions,
@@ -34,6 +37,8 @@ from data_pipeline.shards.manifest import (
     publish_index,
     read_index,
     read_manifest,
+    read_shard_stats,
+    read_totals,
     read_version,
 )
 from data_pipeline.storage import Storage, open_storage
@@ -157,7 +162,7 @@ def _tars(patterns: list[str]) -> tuple[Storage, list[str]]:
         for path in (name for part in pattern.split("::") for name in expand_braces(part)):
             folder, _, name = path.rpartition("/") if path.endswith(".tar") else (path, "", "")
             names = [name] if name else [name for name in open_storage(folder).list() if name.endswith(".tar")]
-            found |= {(folder.rstrip("/") or ".", name) for name in names}
+            found |= {(folder.rstrip("/") or ".", name) for name in names if not name.startswith(".")}
     folders = sorted({folder for folder, _ in found})
     if len(folders) != 1:
         raise DataError(
@@ -167,6 +172,7 @@ def _tars(patterns: list[str]) -> tuple[Storage, list[str]]:
 
 
 def _index_one(folder: str, name: str) -> Shard:
+    gate.check(gate.TarName, name, folder, "rename the tar")
     storage = open_storage(folder)
     found, digest = index_tar(storage.stream(name), f"{folder}/{name}")
     publish_index(storage, name, found)
@@ -200,7 +206,7 @@ def _check_shard(storage: Storage, shard: Shard) -> None:
 
 def _check_accounting(storage: Storage, manifest: Manifest) -> None:
     """in = out + sum of rejected, for each shard and for all."""
-    each = [json.loads(storage.get(f"{shard.name.removesuffix('.tar')}_stats.json")) for shard in manifest.shards]
+    each = [read_shard_stats(storage, shard.name) for shard in manifest.shards]
     if read_manifest(storage).fingerprint == manifest.fingerprint:  # the totals are of the newest version
         _check_totals(storage, manifest, each)
     for stats in each:
@@ -210,15 +216,15 @@ def _check_accounting(storage: Storage, manifest: Manifest) -> None:
             raise DataError(f"{storage.root}/{shard.name}: its statistics are another shard's")
 
 
-def _check_totals(storage: Storage, manifest: Manifest, each: list[dict[str, Any]]) -> None:
-    totals = json.loads(storage.get(STATS))
+def _check_totals(storage: Storage, manifest: Manifest, each: list[ShardStats]) -> None:
+    totals = read_totals(storage)
     _check_sum(storage, totals)
     first = sum(stats["in"] for stats in each if "retried" not in stats)  # a row that was tried again counts once
     if totals["in"] != first or totals["out"] != manifest.samples:
         raise DataError(f"{storage.root}/{STATS}: {totals['in']} in, {totals['out']} out do not add up over the shards")
 
 
-def _check_sum(storage: Storage, stats: dict[str, Any]) -> None:
+def _check_sum(storage: Storage, stats: ShardStats | Totals) -> None:
     if stats["in"] != stats["out"] + sum(stats["rejected"].values()):
         raise DataError(f"{storage.root} {stats.get('name', STATS)}: in {stats['in']} != out + rejected: {stats}")
 
@@ -234,9 +240,9 @@ def _check_codes(storage: Storage, manifest: Manifest, tokenizer_id: str) -> Non
     """The codes of this version; where it has none yet, those of the version that they were made for."""
     meta = find_meta(storage, manifest, tokenizer_id)
     if meta is None:
-        made_for = json.loads(storage.get(meta_name(tokenizer_id))).get("dataset", "none")
+        older = read_meta(storage, meta_name(tokenizer_id))
         try:
-            manifest = read_version(storage, made_for)
+            manifest = read_version(storage, (older and older["dataset"]) or "none")
         except DataError:
             raise DataError(f"{storage.root}/{meta_name(tokenizer_id)}: codes of another dataset") from None
     codes = open_codes(storage, manifest, tokenizer_id)

@@ -4,11 +4,15 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
+
+from data_pipeline import gate
 from data_pipeline.errors import DataError, Overtaken
 from data_pipeline.storage import Storage, open_storage
 
@@ -19,11 +23,52 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 INDEX = "index.json"
 VERSION = 3
+DAMAGED = "it is damaged; go on from another checkpoint, `tessera checkpoint verify` tells which are whole"
 BUFFER = 8 << 20
 """Bytes held at once while a file is hashed or read."""
 FOLDER = re.compile(r"step-(\d+)\.attempt-(\d+)")
 CLAIM = re.compile(r"attempt-(\d+)\.json")
 NAME = re.compile(r"name-([A-Za-z0-9_.-]+)\.json")
+
+
+@with_config(gate.CLOSED)
+class FileEntry(TypedDict):
+    """One file of a checkpoint."""
+
+    name: gate.FileName
+    bytes: gate.Count
+    sha256: gate.Sha256
+
+
+@with_config(gate.OPEN)
+class CheckpointManifest(TypedDict):
+    """What MANIFEST.json holds."""
+
+    version: int
+    step: gate.Count
+    attempt: gate.Count
+    world: Annotated[int, Field(ge=1, le=2**24)]
+    files: list[FileEntry]
+
+
+@with_config(gate.OPEN)
+class _StreamState(TypedDict):
+    position: gate.Count
+
+
+@with_config(gate.OPEN)
+class _State(TypedDict):
+    """What of state.json is counted with; its other parts are compared with what the run has."""
+
+    stream: NotRequired[_StreamState]
+    means: NotRequired[dict[str, float]]
+
+
+@with_config(gate.CLOSED)
+class _Label(TypedDict):
+    """What name-LABEL.json holds."""
+
+    checkpoint: gate.FileName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +94,14 @@ class Saved:
         return open_storage(self.folder)
 
     @cached_property
-    def manifest(self) -> dict[str, Any]:
-        return read_json(self.storage, MANIFEST)
+    def manifest(self) -> "CheckpointManifest":
+        return read_manifest(self.storage)
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        return read_json(self.storage, STATE)
+        tree = read_json(self.storage, STATE)
+        gate.check(_State, tree, f"{self.folder}/{STATE}", DAMAGED)
+        return tree
 
     def passed_over_by(self, later: "Saved") -> bool:
         """Did the attempt that saved `later` start behind this one?"""
@@ -66,11 +113,10 @@ class Saved:
         Only every `parts`-th file from `part` on is looked at: ranks share the work.
         """
         try:
-            if self.manifest.get("version") != VERSION:
-                return [f"{MANIFEST}: format {self.manifest.get('version')}, this program reads {VERSION}"]
-            found = [file_fault(self.storage, entry) for entry in self.manifest["files"][part::parts]]
-        except (DataError, KeyError, TypeError) as error:  # of a flipped bit JSON may make other keys and types
-            return [f"{MANIFEST}: {type(error).__name__}: {error}"]
+            files = self.manifest["files"]
+        except DataError as error:
+            return [f"{MANIFEST}: {error}"]
+        found = [file_fault(self.storage, entry) for entry in files[part::parts]]
         return [line for line in found if line]
 
 
@@ -100,13 +146,27 @@ def _folders(root: str | Path) -> list[str]:
     return sorted((name for name in open_storage(root).folders() if FOLDER.fullmatch(name)), key=numbers)
 
 
+def read_manifest(storage: Storage) -> CheckpointManifest:
+    """The manifest of a checkpoint. Raises DataError where it is missing, something else, or of another format."""
+    manifest: CheckpointManifest = gate.parse(CheckpointManifest, storage.get(MANIFEST), storage.root, DAMAGED)
+    if manifest["version"] != VERSION:
+        raise DataError(f"{storage.root}: format {manifest['version']}, this program reads {VERSION}")
+    names = [entry["name"] for entry in manifest["files"]]
+    if len(set(names)) != len(names) or not {INDEX, STATE} <= set(names):
+        raise DataError(f"{storage.root}: lists a file twice, or lacks {INDEX} or {STATE}; {DAMAGED}")
+    return manifest
+
+
 def read_json(storage: Storage, name: str) -> dict[str, Any]:
-    """Raises DataError where the object is missing or is no JSON."""
+    """Raises DataError where the object is missing or is no JSON object."""
     data = storage.get(name)
     try:
-        return dict(json.loads(data))
-    except ValueError as error:
+        tree = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{storage.root}/{name} cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise DataError(f"{storage.root}/{name} cannot be read: it holds {type(tree).__name__}, not an object")
+    return tree
 
 
 def as_json(tree: Any) -> bytes:
@@ -121,7 +181,7 @@ def put_once(storage: Storage, name: str, data: bytes) -> dict[str, Any]:
     return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def file_fault(storage: Storage, entry: dict[str, Any]) -> str:
+def file_fault(storage: Storage, entry: Mapping[str, Any]) -> str:
     """How an object differs from its entry in a manifest; empty when it does not."""
     name = entry["name"]
     try:
@@ -223,7 +283,8 @@ def names(root: str | Path) -> Iterator[tuple[str, str]]:
     storage = open_storage(root)
     for entry in storage.list():
         if match := NAME.fullmatch(entry):
-            yield read_json(storage, entry)["checkpoint"], match[1]
+            label = gate.parse(_Label, storage.get(entry), f"{storage.root}/{entry}", "name the checkpoint again")
+            yield label["checkpoint"], match[1]
 
 
 def tidy(root: str | Path, retention: Retention, may_go: Callable[[int, int], bool], new: str = "") -> list[str]:

@@ -15,17 +15,20 @@ import json
 import math
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 import numpy as np
 import torch
+from pydantic import Field, with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from data_pipeline import gate
 from data_pipeline.errors import DataError
 from data_pipeline.storage import Storage, open_storage
-from pretrain.checkpoint.catalog import BUFFER, INDEX, file_fault, read_json
+from pretrain.checkpoint.catalog import BUFFER, DAMAGED, INDEX, file_fault
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
@@ -349,7 +352,7 @@ class Even:
 class Listed:
     """A split that is written down: of each parameter its pieces, sorted."""
 
-    def __init__(self, count: int, files: dict[str, list[list[int]]]) -> None:
+    def __init__(self, count: int, files: Mapping[str, Sequence[Sequence[int]]]) -> None:
         self._pieces: list[list[Piece]] = [[] for _ in range(count)]
         for file, slices in files.items():
             for number, lo, hi, begin, kinds in slices:
@@ -365,7 +368,44 @@ class Listed:
 
     def kinds(self, number: int) -> int:
         """How many kinds there are of a parameter."""
-        return min(piece.kinds for piece in self._pieces[number])
+        return min((piece.kinds for piece in self._pieces[number]), default=0)
+
+
+BufferPlace = tuple[gate.FileName, str, list[gate.Count], gate.Count]
+"""Of a buffer: file, dtype, shape, first byte."""
+Kinds = Annotated[int, Field(ge=1, le=len(KINDS))]
+
+
+@with_config(gate.OPEN)
+class _Index(TypedDict):
+    """What index.json holds: `files` of a split that is written down; `kinds`, `heads` and `parts` of an even one."""
+
+    names: list[gate.ParameterName]
+    shapes: list[list[gate.Count]]
+    files: NotRequired[dict[gate.FileName, list[tuple[gate.Count, gate.Count, gate.Count, gate.Count, Kinds]]]]
+    kinds: NotRequired[list[Kinds]]
+    heads: NotRequired[list[gate.Count]]
+    parts: NotRequired[list[gate.FileName]]
+    buffers: dict[gate.ParameterName, BufferPlace]
+    own_buffers: dict[str, dict[gate.ParameterName, BufferPlace]]
+
+
+def parse_index(data: bytes, where: str) -> _Index:
+    """The bytes of an index.json -> its contents. Raises DataError for something else, or what contradicts itself."""
+    index: _Index = gate.parse(_Index, data, where, DAMAGED)
+    names, sizes = index["names"], [math.prod(shape) for shape in index["shapes"]]
+    places = [*index["buffers"].values(), *(place for own in index["own_buffers"].values() for place in own.values())]
+    fits = len(set(names)) == len(names) == len(sizes) and max(sizes, default=0) <= gate.LARGEST
+    fits = fits and all(dtype in DTYPES and math.prod(shape) <= gate.LARGEST for _, dtype, shape, _ in places)
+    if "files" in index:
+        slices = (piece for pieces in index["files"].values() for piece in pieces)
+        fits = fits and all(number < len(sizes) and lo < hi <= sizes[number] for number, lo, hi, *_ in slices)
+    else:
+        kinds, heads, parts = index.get("kinds", []), index.get("heads", []), index.get("parts", [])
+        fits = fits and len(kinds) == len(names) and len(heads) == len(parts) > 0
+    if not fits:
+        raise DataError(f"{where}: its names, shapes and slices do not fit together; {DAMAGED}")
+    return index
 
 
 class Slices:
@@ -374,17 +414,16 @@ class Slices:
     def __init__(self, folder: str) -> None:
         self.folder = str(folder)
         self._thread = threading.local()  # a storage keeps open files, which threads must not share
-        index = read_json(self._storage(), INDEX)
+        index = parse_index(self._storage().get(INDEX), f"{self.folder}/{INDEX}")
         self.shapes = {name: tuple(shape) for name, shape in zip(index["names"], index["shapes"], strict=True)}
-        self._buffers: dict[str, Any] = index["buffers"]
-        self._own_buffers: dict[str, dict[str, Any]] = index["own_buffers"]
+        self._buffers, self._own_buffers = index["buffers"], index["own_buffers"]
         self._numbers = {name: number for number, name in enumerate(self.shapes)}
         self._split: Even | Listed
-        if "parts" in index:
+        if "files" in index:
+            self._split = Listed(len(self.shapes), index["files"])
+        else:
             sizes = [math.prod(shape) for shape in index["shapes"]]
             self._split = Even(sizes, index["kinds"], index["parts"], index["heads"])
-        else:
-            self._split = Listed(len(self.shapes), index["files"])
 
     @property
     def buffers(self) -> list[str]:
@@ -415,7 +454,7 @@ class Slices:
 
     def interval(self, kind: str, name: str, lo: int, hi: int) -> Tensor:
         """-> float32 [hi - lo] of "param", "exp_avg" or "exp_avg_sq"."""
-        tensor = torch.empty(hi - lo)
+        tensor = self._empty(name, (hi - lo,), torch.float32)
         self.fill([(kind, name, lo, tensor)])
         return tensor
 
@@ -427,12 +466,20 @@ class Slices:
     def buffer(self, name: str, rank: int = 0) -> Tensor:
         """A buffer in its own dtype and shape, as this rank had it."""
         file, dtype, shape, begin = self._own_buffers.get(str(rank), {}).get(name) or self._buffers[name]
-        tensor = torch.empty(shape, dtype=DTYPES[dtype])
+        tensor = self._empty(name, shape, DTYPES[dtype])
         size = tensor.numel() * tensor.element_size()
         if size:
             data = self._storage().get_range(file, begin, begin + size)
             tensor.view(-1).copy_(torch.frombuffer(bytearray(data), dtype=tensor.dtype))
         return tensor
+
+    def _empty(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        try:
+            return torch.empty(tuple(shape), dtype=dtype)
+        except RuntimeError:
+            raise DataError(
+                f"{self.folder}: {name} of shape {list(shape)} does not fit into memory; {DAMAGED}"
+            ) from None
 
     def _ranges(self, kind: str, name: str, lo: int, into: Tensor) -> Iterator[Range]:
         at, hi, place = lo, lo + into.numel(), KINDS.index(kind)

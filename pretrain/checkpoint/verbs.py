@@ -42,7 +42,7 @@ def _told_by(saved: Saved) -> dict[str, Any]:
     """What its manifest says; nothing where that is damaged, which is for `verify` to tell."""
     try:
         return {"world": saved.manifest["world"], "bytes": sum(entry["bytes"] for entry in saved.manifest["files"])}
-    except (DataError, KeyError, TypeError):
+    except DataError:
         return {"world": None, "bytes": None}
 
 

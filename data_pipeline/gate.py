@@ -1,0 +1,79 @@
+"""The gate: names, digests, sizes and counts that a file from outside states are checked here, once, as it is read.
+
+A kind of file is a TypedDict or a dataclass over the types below, beside the code that reads it. Nothing else may build
+a path from such text: what passed is one component of a path, and lies in the folder that it was read from.
+"""
+
+import functools
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import AfterValidator, Field, StringConstraints
+
+from data_pipeline.errors import DataError
+
+LARGEST = 2**48
+"""Bytes or samples that a file may state: sums over a dataset stay far from the end of an int64."""
+
+OPEN = pydantic.ConfigDict(strict=True, extra="allow")
+"""Of a kind whose further keys are not checked: nothing is built from them."""
+CLOSED = pydantic.ConfigDict(strict=True, extra="forbid")
+
+_LONGEST = 255
+_LETTER = r"[^/\\\p{Cc}]"
+_FIRST = r"[^/\\.\p{Cc}]"
+
+
+def _fits_a_disk(name: str) -> str:
+    if len(name.encode()) > _LONGEST:
+        raise ValueError(f"a file name has at most {_LONGEST} bytes")
+    return name
+
+
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+FileName = Annotated[str, StringConstraints(pattern=rf"^{_FIRST}{_LETTER}*$"), AfterValidator(_fits_a_disk)]
+"""One component of a path: no slash, no backslash, no control character, no dot in front (so neither . nor ..)."""
+TarName = Annotated[str, StringConstraints(pattern=rf"^{_FIRST}{_LETTER}*\.tar$"), AfterValidator(_fits_a_disk)]
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+TokenizerId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{12}$")]
+ParameterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$", max_length=255)]
+"""As torch names parameters: words with dots in between."""
+
+_RULES = {
+    "^[0-9a-f]{64}$": "a sha256 is 64 hex digits, in lower case",
+    "^[0-9a-f]{12}$": "an id is 12 hex digits, in lower case",
+    rf"^{_FIRST}{_LETTER}*$": "a file name without '/', '\\', control characters, or a dot in front",
+    rf"^{_FIRST}{_LETTER}*\.tar$": "NAME.tar without '/', '\\', control characters, or a dot in front",
+}
+
+
+def parse(kind: Any, data: bytes, where: str, remedy: str) -> Any:
+    """JSON of this kind. Raises DataError that names the first entry that is something else, the rule and the remedy.
+
+    However deep, long or wrong the text is: it is parsed iteratively or refused.
+    """
+    try:
+        return _adapter(kind).validate_json(data, strict=True)
+    except pydantic.ValidationError as error:
+        raise _refused(error, where, remedy) from None
+
+
+def check(kind: Any, value: object, where: str, remedy: str) -> Any:
+    """A value of this kind. Raises DataError as `parse` does."""
+    try:
+        return _adapter(kind).validate_python(value, strict=True)
+    except pydantic.ValidationError as error:
+        raise _refused(error, where, remedy) from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> "pydantic.TypeAdapter[Any]":
+    return pydantic.TypeAdapter(kind)
+
+
+def _refused(error: pydantic.ValidationError, where: str, remedy: str) -> DataError:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    rule = _RULES.get(first.get("ctx", {}).get("pattern", ""), first["msg"])
+    shown = "" if isinstance(first["input"], dict | bytes) or not place else f"={first['input']!r:.80}"
+    return DataError(f"{where}: {place}{shown}{': ' if place else ''}{rule}; {remedy}")
