@@ -1,6 +1,7 @@
 """Folders that `from_pretrained` of transformers reads: config.json beside model.safetensors."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,20 @@ from pretrain.interchange.folder import CONFIG_FILE, save_weights
 from pretrain.interchange.layouts import State, export_state
 from pretrain.models.electra import generator_size
 
+TOKEN_IDS_FILE = "token_ids.json"
+
 
 def export_layout(directory: str | Path, layout: str, config: Any, state: State) -> Path:
     """Our state dict in a public layout -> the new folder; a folder in it for each model where there are several.
 
-    Layouts of transformers get their config.json. Raises DataError naming the keys that differ.
+    Layouts of transformers get their config.json, OpenAI's a list of the ids that changed places. Raises DataError
+    naming the keys that differ.
     """
     weights = export_state(layout, config, state)
     describe = CONFIGS.get(layout)
     with new_folder(directory) as folder:
+        if layout == "openai-clip":
+            _put_end_of_text_last(folder, config, weights)
         for part, tree in (describe(config) if describe else {"": None}).items():
             (folder / part).mkdir(exist_ok=True)
             prefix = f"{part}." if part else ""
@@ -29,6 +35,20 @@ def export_layout(directory: str | Path, layout: str, config: Any, state: State)
             if tree is not None:
                 (folder / part / CONFIG_FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     return Path(directory)
+
+
+def _put_end_of_text_last(folder: Path, config: ClipConfig, weights: State) -> None:
+    """Exchange the rows of [SEP] and of the last id, and say so: OpenAI's text tower pools at the largest id."""
+    end, last = Vocabulary.sep, config.text.vocab_size - 1
+    rows = weights["token_embedding.weight"]
+    rows[[end, last]] = rows[[last, end]]
+    told = {"end_of_text": last, "exchanged_ids": [end, last]}
+    (folder / TOKEN_IDS_FILE).write_text(json.dumps(told) + "\n", encoding="utf-8")
+    print(
+        f"openai-clip pools its text at the largest id: the end of text is {last} there, not {end}; exchange these two "
+        f"ids in what the vocabulary gives ({TOKEN_IDS_FILE} says it too)",
+        file=sys.stderr,
+    )
 
 
 def _text(config: EncoderConfig, architecture: str, width: int, heads: int) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """Every layout there and back, OpenAI's against its published names, refusals, and the exported folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.errors import DataError
 from pretrain import config as C
 from pretrain.interchange.folder import export_model, load_model
+from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import LAYOUTS, export_state, import_state
 from pretrain.models import MODELS
 
@@ -54,6 +57,54 @@ def test_openai_names_and_orientation() -> None:
     assert theirs["visual.transformer.resblocks.1.attn.in_proj_weight"].shape == (48, 16)
     assert torch.equal(theirs["text_projection"], ours["text.project.weight"].T)
     assert theirs["visual.proj"].shape == (16, 8) and theirs["logit_scale"].shape == ()
+
+
+def pooled_by_argmax(weights: dict[str, Tensor], tokens: Tensor, heads: int) -> Tensor:
+    """OpenAI's `encode_text` over weights of its layout, pooled at the largest id: int64 [B, S] -> [B, E], length 1."""
+    x = weights["token_embedding.weight"][tokens] + weights["positional_embedding"][: tokens.shape[1]]
+    hidden = torch.full((tokens.shape[1],) * 2, -torch.inf).triu(1)
+    for number in range(sum(name.startswith("transformer.") and name.endswith("ln_1.bias") for name in weights)):
+        own = {
+            k.split(f"resblocks.{number}.")[1]: v
+            for k, v in weights.items()
+            if k.startswith(f"transformer.resblocks.{number}.")
+        }
+        normed = layer_norm(x, own, "ln_1")
+        q, k, v = (normed @ own["attn.in_proj_weight"].T + own["attn.in_proj_bias"]).chunk(3, -1)
+        mixed = []
+        for a, b, c in zip(*(part.chunk(heads, -1) for part in (q, k, v)), strict=True):
+            mixed.append((a @ b.transpose(1, 2) / a.shape[-1] ** 0.5 + hidden).softmax(-1) @ c)
+        x = x + torch.cat(mixed, -1) @ own["attn.out_proj.weight"].T + own["attn.out_proj.bias"]
+        inner = layer_norm(x, own, "ln_2") @ own["mlp.c_fc.weight"].T + own["mlp.c_fc.bias"]
+        x = x + (inner * torch.sigmoid(1.702 * inner)) @ own["mlp.c_proj.weight"].T + own["mlp.c_proj.bias"]
+    pooled = layer_norm(x, weights, "ln_final")[torch.arange(len(x)), tokens.argmax(-1)] @ weights["text_projection"]
+    return pooled / pooled.norm(dim=-1, keepdim=True)
+
+
+def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+
+def test_an_exported_openai_clip_pools_at_our_end_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Among them a text with every id, one that is cut at the context, and an empty one."""
+    config, model = CONFIGS["clip"], MODELS["clip"](CONFIGS["clip"]).eval()
+    torch.nn.init.normal_(model.text.word.weight), torch.nn.init.normal_(model.text.positions)
+    folder = export_layout(tmp_path / "out", "openai-clip", config, model.state_dict())
+    theirs, told = load_file(folder / "model.safetensors"), json.loads((folder / "token_ids.json").read_text())
+    pieces = [[49, 4, 48], [7], [], [5, 6, 7, 8, 9, 10], [49, 49]]
+    rows = [[2, *row, 3] + [0] * (6 - len(row)) for row in pieces]
+    tokens, eot = torch.tensor(rows), torch.tensor([len(row) + 1 for row in pieces])
+    a, b = told["exchanged_ids"]
+    mapped = tokens.where(tokens != a, -1).where(tokens != b, a).where(tokens != a, b)
+    assert (a, b) == (3, 49) == (
+        3,
+        told["end_of_text"],
+    ) and "the end of text is 49 there, not 3" in capsys.readouterr().err
+    with torch.no_grad():
+        ours = model.text(tokens, eot)
+        torch.testing.assert_close(pooled_by_argmax(theirs, mapped, config.text.heads), ours, rtol=1e-5, atol=1e-5)
+        plain = pooled_by_argmax(export_state("openai-clip", config, model.state_dict()), tokens, config.text.heads)
+    assert float((plain * ours).sum(-1).min()) < 0.9  # rows in our order are pooled at another place
 
 
 def test_tied_weights_that_differ_are_refused_and_left_out_ones_are_not() -> None:
