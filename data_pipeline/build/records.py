@@ -119,6 +119,8 @@ class ImageStore:
         member = self._members.get(name.removeprefix("./"))
         if member is None:
             raise FileNotFoundError(f"{name!r} is not in {self._path}")
+        if member.instead:
+            raise OSError(f"{name!r} is {member.instead} in {self._path}, which is not followed; pack the file itself")
         with open_input(self._path) as file:
             file.seek(member.data)
             return file.read(member.size)

@@ -48,7 +48,7 @@ from data_pipeline.config import CocoSource, FolderSource, ScenesSource, SourceC
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.remote import Forbidden, S3Storage
 from data_pipeline.schema import Drop, Link, Pair
-from data_pipeline.shards.tar import Member, scan, split_name
+from data_pipeline.shards.tar import Member, group_samples, scan, split_name
 from data_pipeline.text_files import decode_text
 
 __all__ = ["SOURCES", "Row", "Source", "expand_braces", "open_source", "tar_paths"]
@@ -364,8 +364,8 @@ def _plan_tar(path: str) -> Part:
 
 
 def _grouped(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
-    for key, group in itertools.groupby(members, key=lambda member: split_name(member.name)[0]):
-        yield key, list(group)
+    for group in group_samples(members):
+        yield split_name(group[0].name)[0], group
 
 
 def _contents(file: Any, member: Member) -> bytes:

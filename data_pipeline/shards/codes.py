@@ -36,7 +36,7 @@ from data_pipeline.shards.manifest import (
     read_manifest,
     read_version,
 )
-from data_pipeline.shards.tar import BLOCK, parse_files, split_name
+from data_pipeline.shards.tar import BLOCK, NotAFile, parse_files, split_name
 from data_pipeline.storage import LocalStorage, Storage, open_storage
 from data_pipeline.workers import Counter, ray_session, run_tasks
 
@@ -377,7 +377,7 @@ def _crops(storage: Storage, name: str, blocks: tuple[int, int], size: int, crop
     where = f"{storage.root}/{name}"
     data = storage.get_range(name, blocks[0] * BLOCK, blocks[1] * BLOCK)
     for member, contents in parse_files(data, where):
-        if split_name(member)[1] not in ("txt", "json"):
+        if not isinstance(contents, NotAFile) and split_name(member)[1] not in ("txt", "json"):
             try:
                 return crops_of(decode_rgb(contents), size, crops)
             except Reject as reject:

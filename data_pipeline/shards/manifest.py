@@ -236,8 +236,11 @@ def read_rows(storage: Storage, name: str, columns: list[str] | None = None) -> 
     return table
 
 
-def index_tar(pieces: Iterable[bytes], where: str) -> tuple[Index, str]:
-    """A tar that comes piece by piece -> (its index, its sha256). Raises DataError where it is cut off or damaged."""
+def index_tar(pieces: Iterable[bytes], where: str, size: int | None = None) -> tuple[Index, str]:
+    """A tar that comes piece by piece -> (its index, its sha256). Raises DataError where it is cut off or damaged.
+
+    size: of the tar, where it is known: no member that claims more is waited for.
+    """
     xxh3, sha256, total = xxhash.xxh3_64(), hashlib.sha256(), 0
 
     def hashed() -> Iterator[bytes]:
@@ -250,7 +253,7 @@ def index_tar(pieces: Iterable[bytes], where: str) -> tuple[Index, str]:
 
     offsets, sums, end = list[int](), list[int](), 0
     source = hashed()
-    for start, sample in samples_of(source, where):
+    for start, sample in samples_of(source, where, total=size):
         offsets.append(start // BLOCK)
         sums.append(checksum(sample))
         end = start + len(sample)

@@ -1,10 +1,14 @@
 """Tars, byte for byte: a deterministic ustar writer and a scanner for the headers of any WebDataset tar.
 
 A sample is a run of neighbouring files with one base name up to the first dot: 000000012.png, .txt, .json.
+Sizes come from outside: none is believed before it was compared with what is there, and every step goes forward.
 """
 
+import io
+import itertools
+import re
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 import xxhash
 
@@ -16,15 +20,40 @@ _MAX_SIZE = 8 * 1024**3
 _END = bytes(2 * BLOCK)
 _REGULAR = ord("0")
 _SUM = (1 << 32) - 1
+_OCTAL = re.compile(rb"[0-7]+")
+_EXTENDED = b"xXgLK"  # PAX for one entry (X: of Solaris) and for all, GNU's long name and long target of a link
+_MAX_EXTENDED = 1 << 20
+_NO_MEMBERS = b"5VDA"  # folders, GNU's volume labels and lists of names, access rights
+_WITHOUT_BODY = b"123456"  # links, devices, folders and pipes: whatever size they give, no contents follow
+
+NEWEST = 2
+"""Version of the rules by which members of a tar make up samples, see `group_samples`."""
+
+_COMPRESSIONS = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
+    b"PK\x03\x04": ("zip", "unzip, then pack with tar"),
+}
+
+
+class NotAFile(str):
+    """What an entry of a tar is instead of a regular file, such as "a hard link to 'a.jpg'"."""
 
 
 class Member(NamedTuple):
-    """A regular file within a tar; positions in bytes. `start` is its first header, `data` where its contents begin."""
+    """An entry of a tar, a regular file unless `instead` says otherwise; positions in bytes.
+
+    start: its first header. data: where its contents begin.
+    """
 
     name: str
     start: int
     data: int
     size: int
+    instead: NotAFile | None = None
 
     @property
     def stop(self) -> int:
@@ -42,6 +71,16 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     key, _, extension = base.partition(".")
     return folder + slash + key, extension.lower()
+
+
+def group_samples(members: Iterable[Member], version: int = NEWEST) -> Iterator[list[Member]]:
+    """Neighbouring members with one key, as samples.
+
+    Version 1, of datasets that were indexed by it: only regular files are seen, and all of them.
+    """
+    seen = (member for member in members if not member.instead)
+    for _, group in itertools.groupby(seen, key=lambda member: split_name(member.name)[0]):
+        yield list(group)
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -106,139 +145,70 @@ class TarWriter:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def parse_files(data: bytes, where: str) -> list[tuple[str, bytes]]:
-    """(name, contents) of the regular files within `data`, which begins at a header.
+def parse_files(data: bytes, where: str) -> list[tuple[str, "bytes | NotAFile"]]:
+    """(name, contents) of every entry within `data`, folders aside; `data` begins at a header.
 
-    The path of every sample that is read: plain headers are taken apart here, whatever else occurs in tars is left to
-    `parse_members`, and header checksums to `scan` and `verify`.
+    Every sample that is read takes this path: plain headers are parsed here, all others by `parse_members`. Header
+    checksums are left to `scan` and `verify`.
     """
-    files: list[tuple[str, bytes]] = []
+    files: list[tuple[str, bytes | NotAFile]] = []
     position, total = 0, len(data)
     while position < total:
         body = position + BLOCK
         name_end = data.find(b"\0", position, position + _MAX_NAME)
-        if name_end <= position or body > total or data[position + 156] != _REGULAR or data[position + 345]:
-            return [(m.name, data[m.data : m.data + m.size]) for m in parse_members(data, where)]
-        try:
-            size = int(data[position + 124 : position + 135], 8)
-        except ValueError:
-            raise DataError(f"{where}: no tar header at byte {position}; the file is damaged or no tar") from None
-        if body + size > total:
-            raise DataError(f"{where}: a file claims {size} bytes, {total - body} are there; the tar was cut off")
+        digits = data[position + 124 : position + 135]
+        if (
+            name_end <= position
+            or body > total
+            or data[position + 156] != _REGULAR
+            or data[position + 345]
+            or data[position + 135]
+            or not digits.isdigit()
+        ):
+            return [(m.name, m.instead or data[m.data : m.data + m.size]) for m in parse_members(data, where)]
         name = data[position:name_end].decode("utf-8", "surrogateescape")
+        try:
+            size = int(digits, 8)
+        except ValueError:
+            raise _no_size(where, position, digits, name) from None
+        if body + size > total:
+            raise _cut_off(where, name, size, total - body)
         files.append((name, data[body : body + size]))
         position = body + padded(size)
     return files
 
 
 def parse_members(data: bytes, where: str) -> Iterator[Member]:
-    """The regular files within `data`, which begins at a header and ends after the last file's padding."""
-    position, start, long_name = 0, 0, ""
-    while position + BLOCK <= len(data):
-        block = data[position : position + BLOCK]
-        if block[0] == 0 and not any(block):
-            return
-        name, size, kind = parse_header(block, where, position, checked=False)
-        body = position + BLOCK
-        if body + size > len(data):
-            raise DataError(f"{where}: {name!r} claims {size} bytes, {len(data) - body} are there; the tar was cut off")
-        position = body + padded(size)
-        if kind in b"xL":
-            long_name = _long_name(data[body : body + size], kind, where) or long_name
-            continue
-        if kind in b"0\0":
-            yield Member(long_name or name, start, body, size)
-        start, long_name = position, ""
+    """The entries within `data`, which begins at a header and may end after any file's padding."""
+    return _entries(_FileTape(io.BytesIO(data), where, closed=False), where, checked=False)
 
 
 def scan(file: BinaryIO, where: str, position: int = 0) -> Iterator[Member]:
-    """The regular files of a tar from the header at `position` on, reading headers only.
+    """The entries of a tar from the header at `position` on, folders aside; reads headers only.
 
-    Raises DataError when the tar ends within a file. A tar without its two closing blocks was cut between files, which
-    nothing else can see: refused too.
+    Raises DataError for a damaged header, for a tar that ends within a file, and for one without its closing blocks:
+    it was cut between two files, which nothing else can tell.
     """
-    total = file.seek(0, 2)
-    start, long_name = position, ""
-    while True:
-        file.seek(position)
-        block = file.read(BLOCK)
-        if len(block) < BLOCK:
-            raise DataError(f"{where}: ends at byte {total} without the closing blocks of a tar; fetch it again")
-        if not any(block):
-            return
-        name, size, kind = parse_header(block, where, position)
-        body = position + BLOCK
-        if body + size > total:
-            raise DataError(f"{where}: {name!r} claims {size} bytes, {total - body} are there; the tar was cut off")
-        position = body + padded(size)
-        if kind in b"xL":
-            long_name = _long_name(file.read(size), kind, where) or long_name
-            continue
-        if kind in b"0\0":
-            yield Member(long_name or name, start, body, size)
-        start, long_name = position, ""
+    return _entries(_FileTape(file, where, position), where)
 
 
-def samples_of(pieces: Iterable[bytes], where: str) -> Iterator[tuple[int, bytes]]:
+def samples_of(
+    pieces: Iterable[bytes], where: str, version: int = NEWEST, total: int | None = None
+) -> Iterator[tuple[int, bytes]]:
     """The samples of a tar that comes piece by piece -> (first byte, the bytes from it to the next sample).
 
-    Holds one sample at a time. Raises DataError where the tar is cut off, also between files, or damaged.
+    version: of the rules in `group_samples`. total: size of the tar where it is known. Holds two samples in memory.
+    Raises DataError where the tar is cut off, also between files, or damaged.
     """
-    source = _Pieces(pieces)
-    start, key, sample = 0, "", list[bytes]()
-    ahead_start, long_name, ahead = 0, "", list[bytes]()  # headers that belong to the next file
-    while True:
-        position = source.taken
-        block = source.take(BLOCK)
-        if len(block) < BLOCK:
-            raise DataError(f"{where}: ends at byte {source.taken} without the closing blocks of a tar; fetch it again")
-        if block[0] == 0 and not any(block):
-            break
-        name, size, kind = parse_header(block, where, position)
-        body = source.take(padded(size))
-        if len(body) < padded(size):
-            raise DataError(f"{where}: {name!r} claims {size} bytes, {len(body)} are there; the tar was cut off")
-        ahead_start = ahead_start if ahead else position
-        ahead += (block, body)
-        if kind in b"xL":
-            long_name = _long_name(body[:size], kind, where) or long_name
-            continue
-        if kind in b"0\0":
-            found = split_name(long_name or name)[0]
-            if sample and found != key:
-                yield start, b"".join(sample)
-                sample = []
-            start, key = (start, key) if sample else (ahead_start, found)
-            sample += ahead
-        elif sample:
-            sample += ahead  # a folder or the like lies within the sample before it
-        ahead, long_name = [], ""
-    if sample:
-        yield start, b"".join(sample)
-
-
-class _Pieces:
-    """Bytes in the sizes asked for, out of pieces of any size."""
-
-    def __init__(self, pieces: Iterable[bytes]) -> None:
-        self._pieces = iter(pieces)
-        self._rest = memoryview(b"")
-        self.taken = 0
-
-    def take(self, count: int) -> bytes:
-        """The next `count` bytes; fewer at the end."""
-        parts = []
-        wanted = count
-        while wanted:
-            if not self._rest:
-                self._rest = memoryview(next(self._pieces, b""))
-                if not self._rest:
-                    break
-            parts.append(self._rest[:wanted])
-            self._rest = self._rest[len(parts[-1]) :]
-            wanted -= len(parts[-1])
-        self.taken += count - wanted
-        return b"".join(parts)
+    tape = _PieceTape(pieces, where, total)
+    first: int | None = None
+    for group in group_samples(_entries(tape, where), version):
+        before = tape.cut(group[0].start)
+        if first is not None:
+            yield first, before
+        first = group[0].start
+    if first is not None:
+        yield first, tape.cut(tape.complete)
 
 
 def checksum(sample: bytes) -> int:
@@ -246,42 +216,267 @@ def checksum(sample: bytes) -> int:
     return xxhash.xxh3_64_intdigest(sample) & _SUM
 
 
-def parse_header(block: bytes, where: str, position: int, checked: bool = True) -> tuple[str, int, bytes]:
-    """One header -> (name, size, type). Raises DataError where there is none, `checked` by its checksum too."""
-    try:
-        size = _number(block[124:136])
-        whole = not checked or int(block[148:156].split(b"\0")[0], 8) == sum(block) - sum(block[148:156]) + 256
-    except ValueError:
-        whole = False
-    if not whole:
-        raise DataError(f"{where}: no tar header at byte {position}; the file is damaged or no tar")
+# ---------------------------------------------------------------------------------------------- headers
+
+
+def _entries(tape: "_Tape", where: str, checked: bool = True) -> Iterator[Member]:
+    """Every entry but folders, each with the extended headers before it. Every step goes forward by a block or more."""
+    start, extended = tape.at, _Extended()
+    while block := tape.header():
+        name, size, kind, target = parse_header(block, where, tape.at - BLOCK, checked)
+        if kind in _EXTENDED:
+            if size > _MAX_EXTENDED:
+                raise DataError(f"{where}: a name of {size} bytes at byte {tape.at - BLOCK}; the tar is damaged")
+            extended = extended.with_header(kind, tape.take(size), where)
+            continue
+        name = name if extended.name is None else extended.name
+        while kind == b"S" and block[482 if block[156:157] == b"S" else 504]:  # GNU's map of a sparse file goes on
+            block = tape.take(BLOCK)
+        if kind in _WITHOUT_BODY:
+            size = 0
+        elif extended.size is not None:
+            size = extended.size
+        data = tape.at
+        tape.skip(size, name)
+        if kind not in _NO_MEMBERS and not (kind == b"\0" and name.endswith("/")):
+            yield Member(name, start, data, size, _instead(kind, extended, target))
+        tape.complete = start = tape.at
+        extended = _Extended()
+
+
+def _instead(kind: bytes, extended: "_Extended", target: str) -> NotAFile | None:
+    if kind in b"12":
+        return NotAFile(f"a {'hard' if kind == b'1' else 'symbolic'} link to {extended.target or target!r}")
+    if kind == b"S" or extended.sparse:
+        return NotAFile("a sparse file")
+    if kind in b"346":
+        return NotAFile("a device or a pipe")
+    return None if kind in b"0\0" + b"7" else NotAFile(f"an entry of the unknown type {kind!r}")
+
+
+def parse_header(block: bytes, where: str, position: int, checked: bool = True) -> tuple[str, int, bytes, str]:
+    """One header -> (name, size, type, target of a link). Raises DataError where there is none, or a wrong size.
+
+    checked: compares its checksum, too, of unsigned bytes or, as some old programs wrote it, of signed ones.
+    """
+    if checked and not _fits_checksum(block):
+        raise DataError(f"{where}: no tar header at byte {position}; {_compression(block, position)}")
     name = block[:100].split(b"\0", 1)[0]
     if block[345] and block[257:263] == b"ustar\0":
         name = block[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name.decode("utf-8", "surrogateescape"), size, block[156:157]
+    size = _size(block[124:136])
+    if size is None:
+        raise _no_size(where, position, block[124:136], _text(name))
+    return _text(name), size, block[156:157], _text(block[157:257].split(b"\0", 1)[0])
 
 
-def _number(field: bytes) -> int:
-    """Octal, or GNU's base 256 for large files."""
+def _fits_checksum(block: bytes) -> bool:
+    written = block[148:156].split(b"\0", 1)[0].strip(b" ")
+    if not _OCTAL.fullmatch(written):
+        return False
+    missing = sum(block) - sum(block[148:156]) + 8 * ord(" ") - int(written, 8)
+    return not missing or missing == 256 * sum(byte > 127 for byte in block[:148] + block[156:])
+
+
+def _size(field: bytes) -> int | None:
+    """Octal, or GNU's base 256 for large files; None for anything else, negative numbers among them."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+    digits = field.split(b"\0", 1)[0].strip(b" ") or b"0"
+    return int(digits, 8) if _OCTAL.fullmatch(digits) else None
 
 
-def _long_name(body: bytes, kind: bytes, where: str) -> str:
-    """The name that a GNU (L) or PAX (x) header gives to the next file; empty where PAX says other things.
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
 
-    Raises DataError for a PAX header whose records ("length key=value" and a line break) are none.
+
+def _compression(block: bytes, position: int) -> str:
+    """What is wrong with a file that has no header, and what to do."""
+    for magic, (name, command) in _COMPRESSIONS.items():
+        if position == 0 and block.startswith(magic):
+            return f"it is compressed ({name}), and samples are read by their place in the tar: unpack it ({command})"
+    return "the file is damaged or no tar"
+
+
+def _no_size(where: str, position: int, field: bytes, name: str) -> DataError:
+    return DataError(
+        f"{where}: the header at byte {position} gives {field!r} as the size of {name!r}; a size is octal or GNU's "
+        "base 256, and not negative; the tar is damaged, fetch it again"
+    )
+
+
+def _cut_off(where: str, name: str, size: int, there: int) -> DataError:
+    return DataError(f"{where}: {name!r} claims {size} bytes, {there} are there; the tar was cut off")
+
+
+class _Extended(NamedTuple):
+    """What GNU and PAX headers say about the entry after them."""
+
+    name: str | None = None
+    size: int | None = None
+    target: str | None = None
+    sparse: bool = False
+
+    def with_header(self, kind: bytes, body: bytes, where: str) -> "_Extended":
+        """What holds after one more such header: of two names the first counts, as in tarfile.
+
+        Raises DataError for a header that is damaged.
+        """
+        if kind in b"LK":
+            text = _text(body.split(b"\0", 1)[0])
+            return self._or(_Extended(name=text) if kind == b"L" else _Extended(target=text))
+        records = dict(_pax_records(body, where))
+        if kind == b"g":  # of all entries that follow, which a sample that is read alone cannot know
+            if named := sorted({b"path", b"size"} & records.keys()):
+                raise DataError(f"{where}: a global PAX header gives {named[0].decode()!r} to every entry; damaged")
+            return self
+        size = records.get(b"size")
+        if size is not None and not (size.isdigit() and len(size) < 20):
+            raise DataError(f"{where}: a PAX header gives {size[:40]!r} as a size; the tar is damaged, fetch it again")
+        name, target = records.get(b"GNU.sparse.name", records.get(b"path")), records.get(b"linkpath")
+        return self._or(
+            _Extended(
+                None if name is None else _text(name),
+                None if size is None else int(size),
+                None if target is None else _text(target),
+                any(key.startswith(b"GNU.sparse.") for key in records),
+            )
+        )
+
+    def _or(self, later: "_Extended") -> "_Extended":
+        return _Extended(
+            later.name if self.name is None else self.name,
+            later.size if self.size is None else self.size,
+            later.target if self.target is None else self.target,
+            self.sparse or later.sparse,
+        )
+
+
+def _pax_records(body: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:
+    """The (key, value) pairs of a PAX header, whose records are "length key=value" and a line break.
+
+    Raises DataError for anything else.
     """
-    if kind == b"L":
-        return body.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-    while body:
-        digits, _, rest = body.partition(b" ")
-        length = int(digits) if digits.isdigit() else 0
-        if not len(digits) < length <= len(body):
-            raise DataError(f"{where}: a PAX header says {body[:40]!r}; the tar is damaged, fetch it again")
-        key, _, value = rest[: length - len(digits) - 1].partition(b"=")
-        if key == b"path":
-            return value.rstrip(b"\n").decode("utf-8", "surrogateescape")
-        body = body[length:]
-    return ""
+    at = 0
+    while at < len(body):
+        space = body.find(b" ", at, at + 20)
+        digits = body[at:space] if space > at else b""
+        end = at + (int(digits) if digits.isdigit() else 0)
+        key, equals, value = body[space + 1 : end - 1].partition(b"=")
+        if not space < end <= len(body) or not equals or body[end - 1 : end] != b"\n":
+            raise DataError(f"{where}: a PAX header says {body[at : at + 40]!r}; the tar is damaged, fetch it again")
+        yield key, value
+        at = end
+
+
+# ------------------------------------------------------------------------------------------------ tapes
+
+
+class _Tape(Protocol):
+    """A tar read forward. at: the next byte; complete: where the last whole entry ended."""
+
+    at: int
+    complete: int
+
+    def header(self) -> bytes:
+        """The next block; empty where the tar ends. Raises DataError where it has no end."""
+        ...
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes; goes on behind their padding. Raises DataError where they are not there."""
+        ...
+
+    def skip(self, size: int, name: str) -> None:
+        """Go on behind the contents of `name`. Raises DataError where they are not there."""
+        ...
+
+
+class _FileTape:
+    """A tape over an open file. closed: whether it must end with a closing block."""
+
+    def __init__(self, file: BinaryIO, where: str, position: int = 0, closed: bool = True) -> None:
+        self._file, self._where, self._closed = file, where, closed
+        self._total = file.seek(0, io.SEEK_END)
+        self.at = self.complete = position
+
+    def header(self) -> bytes:
+        self._file.seek(self.at)
+        block = self._file.read(BLOCK)
+        if len(block) < BLOCK and self._closed:
+            raise _no_end(self._where, self._total, block if self.at == 0 else b"")
+        if len(block) < BLOCK or not any(block):
+            return b""
+        self.at += BLOCK
+        return block
+
+    def take(self, size: int) -> bytes:
+        at = self.at
+        self.skip(size, "a long name")
+        self._file.seek(at)
+        return self._file.read(size)
+
+    def skip(self, size: int, name: str) -> None:
+        if self.at + size > self._total:
+            raise _cut_off(self._where, name, size, self._total - self.at)
+        self.at += padded(size)
+
+
+class _PieceTape:
+    """A tape over pieces of any size, which keeps the bytes from the last cut on."""
+
+    def __init__(self, pieces: Iterable[bytes], where: str, total: int | None = None) -> None:
+        self._pieces, self._where, self._total = iter(pieces), where, total
+        self._kept, self._from = bytearray(), 0
+        self.at = self.complete = 0
+
+    def header(self) -> bytes:
+        block = self._peek(BLOCK)
+        if len(block) < BLOCK:
+            raise _no_end(self._where, self.at + len(block), block if self.at == 0 else b"")
+        if not any(block):
+            return b""
+        self.at += BLOCK
+        return block
+
+    def take(self, size: int) -> bytes:
+        at = self.at
+        self.skip(size, "a long name")
+        return bytes(self._kept[at - self._from : at - self._from + size])
+
+    def skip(self, size: int, name: str) -> None:
+        if self._total is not None and self.at + size > self._total:
+            raise _cut_off(self._where, name, size, self._total - self.at)
+        there = self._fill(padded(size))
+        if there < padded(size):
+            raise _cut_off(self._where, name, size, there)
+        self.at += padded(size)
+
+    def cut(self, stop: int) -> bytes:
+        """The bytes from the last cut to `stop`, which are forgotten here."""
+        count = stop - self._from
+        part = bytes(self._kept[:count])
+        del self._kept[:count]  # moves the start of the buffer, not its bytes
+        self._from = stop
+        return part
+
+    def _peek(self, count: int) -> bytes:
+        self._fill(count)
+        return bytes(self._kept[self.at - self._from : self.at - self._from + count])
+
+    def _fill(self, count: int) -> int:
+        """Read on until `count` bytes behind `at` are kept -> how many are, at most `count`."""
+        wanted = self.at - self._from + count
+        while len(self._kept) < wanted:
+            piece = next(self._pieces, b"")
+            if not piece:
+                break
+            self._kept += piece
+        return min(count, len(self._kept) - (self.at - self._from))
+
+
+def _no_end(where: str, total: int, start: bytes) -> DataError:
+    why = _compression(start, 0)
+    return DataError(
+        f"{where}: ends at byte {total} without the closing blocks of a tar; "
+        + (why if "compressed" in why else "fetch it again")
+    )

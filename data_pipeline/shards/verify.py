@@ -174,7 +174,7 @@ def _tars(patterns: list[str]) -> tuple[Storage, list[str]]:
 def _index_one(folder: str, name: str) -> Shard:
     gate.check(gate.TarName, name, folder, "rename the tar")
     storage = open_storage(folder)
-    found, digest = index_tar(storage.stream(name), f"{folder}/{name}")
+    found, digest = index_tar(storage.stream(name), f"{folder}/{name}", storage.stat(name)[0])
     publish_index(storage, name, found)
     return Shard(name, found.samples, found.tar_bytes, digest)
 
@@ -194,7 +194,7 @@ def _check_shard(storage: Storage, shard: Shard) -> None:
         raise DataError(f"{where}: {size} bytes, the manifest says {shard.bytes}")
     stored = read_index(storage, shard)
     try:
-        found, digest = index_tar(storage.stream(shard.name), where)
+        found, digest = index_tar(storage.stream(shard.name), where, size)
     except DataError as error:
         raise DataError(f"{error} (its sha256 is not the {shard.digest[:12]} of the manifest)") from None
     if digest != shard.digest:

@@ -16,7 +16,7 @@ from data_pipeline.remote import CONNECTIONS, RemoteStorage
 from data_pipeline.schema import Sample
 from data_pipeline.shards.codes import CodesFile, open_codes
 from data_pipeline.shards.manifest import Index, open_dataset, read_index
-from data_pipeline.shards.tar import BLOCK, checksum, parse_files, split_name
+from data_pipeline.shards.tar import BLOCK, NotAFile, checksum, parse_files, split_name
 from data_pipeline.storage import LocalStorage
 from data_pipeline.stream.cache import BlockCache, Range
 from data_pipeline.stream.order import DEFAULT, ORDER, ORDER_VERSION, Geometry, Windows, lanes_of, order, share
@@ -298,6 +298,8 @@ def parse_sample(data: bytes, where: str) -> tuple[str, bytes, tuple[str, ...], 
     key = ""
     for name, contents in parse_files(data, where):
         key, extension = split_name(name)
+        if isinstance(contents, NotAFile):
+            continue
         if extension == "json":
             tree = parse_json(contents, where, name)
         elif extension == "txt":

@@ -2,9 +2,12 @@ import hashlib
 import io
 import itertools
 import tarfile
+import time
 
 import pytest
 import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards.manifest import index_tar
@@ -140,3 +143,239 @@ def test_a_flipped_bit_in_a_header_is_refused(tmp_path):
 def test_a_name_that_ustar_cannot_hold_is_refused(name):
     with pytest.raises(DataError, match="1 to 100 bytes"):
         header(name, 1)
+
+
+# ----------------------------------------------------------------------------------- sizes that are not believed
+
+
+def field(number):
+    """A size in GNU's base 256."""
+    return b"\x80" + number.to_bytes(11, "big")
+
+
+def entry(name="a.png", size=b"00000000003\0", body=b"abc", kind=b"0"):
+    """A header with any 12 bytes as its size and a right checksum, and a body with its padding."""
+    block = bytearray(header(name, 0))
+    block[124:136] = size
+    block[156:157] = kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + body + bytes(-len(body) % BLOCK)
+
+
+def pax(*records, kind=b"x"):
+    lines = b""
+    for key, value in records:
+        length = len(key) + len(value) + 3
+        length += len(str(length + len(str(length))))
+        lines += b"%d %s=%s\n" % (length, key, value)
+    return entry("PaxHeader", b"%011o\0" % len(lines), lines, kind)
+
+
+END = bytes(2 * BLOCK)
+READERS = {
+    "scan": lambda data: [(m.name, data[m.data : m.data + m.size]) for m in scan(io.BytesIO(data), "x")],
+    "parse_members": lambda data: [(m.name, data[m.data : m.data + m.size]) for m in parse_members(data, "x")],
+    "parse_files": lambda data: parse_files(data.removesuffix(END), "x"),
+    "samples_of": lambda data: [file for _, one in samples_of([data], "x") for file in parse_files(one, "x")],
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize(
+    "size",
+    [
+        *(b"-0000001000\0", b"-0000000001\0", b"+0000000003\0", b"0o000000003\0", b"0_000000003\0", b"00000000009\0"),
+        *(b"\xff" * 12, b"\xff" * 11 + b"\0", field(1 << 40), field((1 << 88) - 1), b"77777777777\0", b"x" * 12),
+        *(b"\xc0" + bytes(11), b"3 3        \0", b"3\n         \0"),
+    ],
+)
+def test_a_size_that_is_negative_beyond_the_file_or_no_number_is_refused_by_every_reader(read, size):
+    with pytest.raises(DataError, match="as the size of 'a.png'|claims"):
+        read(entry(size=size) + entry("b.png") + END)
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize(
+    "size", [b"00000000003\0", b"000000000003", b"3\0" + b"x" * 10, b"          3 ", b"3           ", field(3)]
+)
+def test_every_spelling_of_a_size_that_tarfile_reads_is_read(read, size):
+    data = entry(size=size) + entry("b.png") + END
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert (
+            [(m.name, tar.extractfile(m).read()) for m in tar] == [("a.png", b"abc"), ("b.png", b"abc")] == read(data)
+        )
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("size", [b"-1000", b"", b"0x3", b"1e3", b" 3", b"9" * 30, b"9" * 5000, b"99999999", b"3\0"])
+def test_a_size_in_a_pax_record_is_refused_in_the_same_way(read, size):
+    with pytest.raises(DataError, match="as a size|claims"):
+        read(pax((b"size", size)) + entry() + END)
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_the_size_in_a_pax_record_counts_instead_of_the_headers(read):
+    data = pax((b"mtime", b"1.5"), (b"size", b"700"), (b"path", b"b.png")) + entry(
+        "a.png", b"0" * 11 + b"\0", b"x" * 700
+    )
+    data += entry() + END
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert [(m.name, tar.extractfile(m).read()) for m in tar] == read(data)
+    assert [(name, len(body)) for name, body in read(data)] == [("b.png", 700), ("a.png", 3)]
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("name", [b"path", b"size"])
+def test_a_global_pax_header_that_names_or_measures_every_entry_is_refused(read, name):
+    assert read(pax((b"comment", b"a commit"), kind=b"g") + entry() + END) == [("a.png", b"abc")]
+    with pytest.raises(DataError, match=f"global PAX header gives '{name.decode()}'"):
+        read(pax((name, b"3"), kind=b"g") + entry() + END)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_a_name_of_gigabytes_is_not_read(kind):
+    class Endless(io.RawIOBase):
+        """16 GB of names behind one header."""
+
+        def __init__(self):
+            self.head, self.at, self.read_bytes = entry("n", b"%011o\0" % (1 << 32), b"", kind), 0, 0
+
+        def seek(self, offset, whence=0):
+            self.at = offset if whence == 0 else 1 << 34
+            return self.at
+
+        def read(self, size=-1):
+            self.read_bytes += size
+            assert 0 <= size < 1 << 20
+            data = self.head[self.at : self.at + size]
+            self.at += size
+            return data.ljust(size, b"n")
+
+    with pytest.raises(DataError, match="a name of 4294967296 bytes"):
+        list(scan(Endless(), "x"))
+    pieces = itertools.chain([entry("n", b"%011o\0" % (1 << 32), b"", kind)], itertools.repeat(bytes(BLOCK), 4))
+    with pytest.raises(DataError, match="a name of 4294967296 bytes"):
+        list(samples_of(pieces, "x"))
+
+
+def test_a_member_that_claims_more_than_the_tar_is_not_waited_for():
+    def pieces():
+        yield entry(size=field(1 << 50))
+        raise AssertionError("read on")
+
+    with pytest.raises(DataError, match="claims 1125899906842624 bytes"):
+        index_tar(pieces(), "x", size=10 * BLOCK)
+
+
+def test_a_signed_checksum_of_old_programs_is_read_as_tarfile_reads_it():
+    block = bytearray(entry("é.png")[:BLOCK])
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % (sum(block) - 2 * 256)
+    data = bytes(block) + b"abc".ljust(BLOCK, b"\0") + END
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert tar.getnames() == [member.name for member in scan(io.BytesIO(data), "x")] == ["é.png"]
+
+
+# ------------------------------------------------------------------------------------------------------ fuzzing
+
+SIZES = st.one_of(
+    st.integers(0, 3 * BLOCK).map(lambda number: b"%011o\0" % number),
+    st.integers(-(1 << 33), 1 << 33).map(lambda number: (b"%011o\0" % number)[:12].ljust(12, b"\0")),
+    st.integers(0, (1 << 88) - 1).map(field),
+    st.integers(0, 5000).map(field),
+    st.binary(min_size=12, max_size=12),
+)
+NAMES = st.sampled_from(["a.png", "a.txt", "b.png", "./c/d.json", "._a.png", "n" * 100, "no", "é.jpg"])
+KINDS = st.sampled_from(
+    [b"0", b"0", b"0", b"\0", b"5", b"1", b"2", b"3", b"6", b"7", b"S", b"L", b"K", b"x", b"g", b"Z"]
+)
+RECORDS = st.lists(
+    st.tuples(
+        st.sampled_from([b"path", b"size", b"mtime", b"linkpath", b"GNU.sparse.size"]),
+        st.one_of(st.integers(-600, 2000).map(lambda number: b"%d" % number), st.binary(min_size=1, max_size=12)),
+    ),
+    max_size=3,
+)
+ENTRIES = st.one_of(
+    st.builds(entry, NAMES, SIZES, st.binary(max_size=40).map(lambda body: body * 30), KINDS),
+    st.builds(lambda name, body: entry(name, b"%011o\0" % len(body), body), NAMES, st.binary(max_size=20)),
+    st.builds(
+        lambda kind, name: entry("long", b"%011o\0" % (len(name) + 1), name + b"\0", kind),
+        st.sampled_from([b"L", b"L", b"K"]),
+        st.binary(max_size=150),
+    ),
+    st.builds(lambda records, kind: pax(*records, kind=kind), RECORDS, st.sampled_from([b"x", b"x", b"g"])),
+    st.binary(max_size=600),
+)
+
+
+@st.composite
+def damaged_tars(draw):
+    data = bytearray(b"".join(draw(st.lists(ENTRIES, max_size=6))) + draw(st.sampled_from([END, b"", END * 3])))
+    for _ in range(draw(st.integers(0, 2)) if data else 0):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    return bytes(data)
+
+
+class Counted(io.BytesIO):
+    """A file that counts what is read from it."""
+
+    reads = taken = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.reads, self.taken = self.reads + 1, self.taken + len(data)
+        return data
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(damaged_tars(), st.integers(1, 2000))
+def test_any_bytes_are_read_or_refused_within_their_own_length_by_every_reader_alike(data, piece):
+    file = Counted(data)
+    members, refused = [], None
+    try:
+        members.extend(scan(file, "x"))
+    except DataError as error:
+        refused = error
+    assert file.reads <= 2 * (len(data) // BLOCK + 2) and file.taken <= len(data) + BLOCK
+    starts = [member.start for member in members]
+    assert starts == sorted(set(starts)) and all(m.start < m.data <= m.data + m.size <= len(data) for m in members)
+    pieces = [data[at : at + piece] for at in range(0, len(data), piece)]
+    try:
+        index, _ = index_tar(pieces, "x", len(data))
+    except DataError:
+        assert refused is not None or members and members[-1].stop > len(data)
+        return
+    assert refused is None
+    offsets = [offset * BLOCK for offset in index.offsets.tolist()]
+    assert offsets == sorted(offsets) and offsets[-1] <= len(data)
+    found = [file for start, stop in itertools.pairwise(offsets) for file in parse_files(data[start:stop], "x")]
+    if members:
+        expected = [(m.name, m.instead or data[m.data : m.data + m.size]) for m in members if m.start >= offsets[0]]
+        assert found == expected or index.samples == 0
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(damaged_tars())
+def test_what_is_read_is_what_tarfile_reads(data):
+    try:
+        members = list(scan(io.BytesIO(data), "x"))
+    except DataError:
+        return
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            files = [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
+    except (tarfile.TarError, ValueError, OverflowError):
+        return  # refused there for what does not concern us, such as a time that is no number
+    found = [(m.name, m.data, m.size) for m in members if not m.instead]
+    assert [place for _, *place in found] == [place for _, *place in files]
+    for (ours, *_), (theirs, *_) in zip(found, files, strict=True):
+        assert ours == theirs or theirs.startswith(ours)  # tarfile reads a GNU long name beyond its size, to a NUL
+
+
+def test_a_long_run_of_small_pax_records_takes_no_longer_than_its_length():
+    body = b"4 =\n" * (1 << 17)
+    began = time.process_time()
+    assert READERS["scan"](entry("p", b"%011o\0" % len(body), body, b"x") + entry() + END) == [("a.png", b"abc")]
+    assert time.process_time() - began < 5
