@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_pipeline.settings import Location, OptionalLocation, Settings, expand_home
+from pretrain.best import check_best
 
 # ---------------------------------------------------------------------------------------------- models
 
@@ -283,8 +284,9 @@ class TrainConfig(Settings):
     `recompute`: the blocks of the model keep their inputs alone and are computed again in the backward: less memory, a
     forward more, the same numbers.
     Of the checkpoints stay the last `keep_checkpoints` regular ones (and a newer one that a stop signal asked for),
-    every one whose step `keep_every_steps` divides, the one with the lowest mean of the metric `keep_best` since the
-    save before, and named ones. `checkpoints`: a folder or s3:// prefix for them, instead of the run's own.
+    every one whose step `keep_every_steps` divides, the one with the best mean of the metric `keep_best` since the save
+    before (the lowest of a loss, the highest of an accuracy; "min:NAME" and "max:NAME" say which), and named ones.
+    `checkpoints`: a folder or s3:// prefix for them, instead of the run's own.
     """
 
     steps: PositiveInt
@@ -424,6 +426,7 @@ def check_sections(config: RunConfig) -> None:
             f"train.zero_stage={config.train.zero_stage}: a vqgan trains replicated, its codebook is revived in place; "
             "use 0"
         )
+    check_best(config.train.keep_best, config.objective.model_dump(), config.train.steps)
     _check_optimizers(config)
 
 

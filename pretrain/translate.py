@@ -3,10 +3,26 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pretrain.best import METRICS, parsed
+
 
 def saved_run(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The saved configuration, or identity, of a run."""
-    return {**tree, "model": saved_model(tree["model"])} if "model" in tree else dict(tree)
+    model = {"model": saved_model(tree["model"])} if "model" in tree else {}
+    return {**tree, **model, **_with_known_best(tree)}
+
+
+def _with_known_best(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A `train.keep_best` of no metric was accepted once, and kept nothing."""
+    train, objective = tree.get("train"), tree.get("objective")
+    if (
+        not isinstance(train, Mapping)
+        or not isinstance(objective, Mapping)
+        or not isinstance(train.get("keep_best"), str)
+    ):
+        return {}
+    known = METRICS.get(str(objective.get("kind")), {})
+    return {} if parsed(train["keep_best"])[0] in known else {"train": {**train, "keep_best": ""}}
 
 
 def saved_model(tree: Any) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing_extensions import TypedDict
 from data_pipeline import gate
 from data_pipeline.errors import DataError, Overtaken
 from data_pipeline.storage import Storage, open_storage
+from pretrain.best import parsed
 
 if TYPE_CHECKING:
     from pretrain.config import TrainConfig
@@ -231,7 +233,9 @@ def refuse_overtaken(root: str | Path, attempt: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the last ones, every M-th step, the one with the lowest `best`, and named ones.
+    """Which checkpoints stay: the last ones, every M-th step, the best by the metric `best`, and named ones.
+
+    best: as `train.keep_best`, a name or min:NAME or max:NAME; the least where no direction is known.
 
     The last are counted among the regular ones, whose step `regular` divides: a roll back needs them, and a save that a
     stop signal asked for must not push them out. Of the others the newest stays. None is counted that a later attempt
@@ -262,20 +266,24 @@ class Retention:
         for saved in rows:
             if self.every_steps and saved.step % self.every_steps == 0:
                 kept[saved.name].append(f"every {self.every_steps}")
-        scores = {saved.name: score for saved in rows if (score := self._score(saved)) is not None}
+        metric, direction = parsed(self.best)
+        scores = {saved.name: score for saved in rows if (score := _mean(saved, metric)) is not None}
         if scores:
-            winner = min(scores, key=lambda name: (scores[name], name))
-            kept[winner].append(f"best {self.best}={scores[winner]:.6g}")
+            sign = -1 if direction == "max" else 1
+            winner = min(scores, key=lambda name: (sign * scores[name], name))
+            kept[winner].append(f"best {metric}={scores[winner]:.6g}")
         for name, label in names(root):
             kept.get(name, []).append(f"named {label}")
         return kept
 
-    def _score(self, saved: Saved) -> float | None:
-        """Mean of the metric over the steps before the save; a checkpoint without one cannot be the best."""
-        try:
-            return saved.state.get("means", {}).get(self.best) if self.best else None
-        except DataError:
-            return None
+
+def _mean(saved: Saved, metric: str) -> float | None:
+    """Mean of the metric over the steps before the save; without a finite one a checkpoint cannot be the best."""
+    try:
+        mean = saved.state.get("means", {}).get(metric) if metric else None
+    except DataError:
+        return None
+    return mean if mean is not None and math.isfinite(mean) else None
 
 
 def names(root: str | Path) -> Iterator[tuple[str, str]]:

@@ -83,6 +83,12 @@ def built(family: str) -> nn.Module:
     return objective
 
 
+def outputs(family: str, number: int) -> dict[str, Tensor]:
+    """What the objective yields for the whole batch in the turn of that number."""
+    told = {"step": torch.tensor(STEP), "turn": torch.tensor(number)}
+    return Plain(built(family), "fp32").forward(global_batch() | told)
+
+
 def turn_of(objective: nn.Module, precision: str, accumulation: int, number: int) -> tuple[float, dict[str, Tensor]]:
     """One turn of a step -> its loss and the gradient of every parameter."""
     run: Any = object.__new__(Run)

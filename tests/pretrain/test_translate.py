@@ -45,9 +45,9 @@ def test_a_saved_vqgan_has_the_groups_that_it_was_trained_with(channels: int, gr
     config = run_of(channels, norm_groups=groups)
     (tmp_path / "config.json").write_text(json.dumps(of_before(config.model_dump(mode="json"))))
     assert run_config(tmp_path).model == config.model
-    export_model(tmp_path, config.model, Vqgan(config.model).state_dict())
-    (tmp_path / "config.json").write_text(json.dumps(of_before({"model": config.model.model_dump(mode="json")})))
-    model, read = load_model(tmp_path)
+    folder = export_model(tmp_path / "exported", config.model, Vqgan(config.model).state_dict())
+    (folder / "config.json").write_text(json.dumps(of_before({"model": config.model.model_dump(mode="json")})))
+    model, read = load_model(folder)
     assert read == config.model
     counts = {m.num_channels: m.num_groups for m in model.modules() if isinstance(m, torch.nn.GroupNorm)}
     assert counts and all(count == min(32, width // 4) for width, count in counts.items())

@@ -76,6 +76,25 @@ def test_the_last_the_regular_and_the_best_stay(retention: Retention, left: list
     assert steps_in(tmp_path) == left
 
 
+@pytest.mark.parametrize(
+    ("best", "kept"),
+    [("mlm_accuracy", 20), ("max:mlm_accuracy", 20), ("min:mlm_accuracy", 8), ("max:loss", 20), ("min:loss", 8)],
+)
+def test_the_best_is_the_highest_of_an_accuracy_and_what_is_not_finite_is_none(
+    best: str, kept: int, tmp_path: Path
+) -> None:
+    keep = Retention(1, best=best)
+    ranks = ranks_of(tmp_path / "checkpoints", 1, retention=keep)
+    for step, value in ({2: float("nan"), 3: float("inf"), 6: float("-inf")} | LOSSES).items():
+        ranks[0].note({"loss": value, "mlm_accuracy": value})
+        save(ranks, step, model_of(0))
+    ranks[0].note({"loss": 2.5, "mlm_accuracy": 2.5})
+    save(ranks, 24, model_of(0))
+    assert steps_in(tmp_path) == [kept, 24]
+    why = keep.reasons(tmp_path / "checkpoints", committed(tmp_path / "checkpoints"))
+    assert f"best {best.removeprefix('max:').removeprefix('min:')}={LOSSES[kept]:g}" in sum(why.values(), [])
+
+
 def test_a_named_checkpoint_stays_until_its_name_is_taken_away(tmp_path: Path) -> None:
     write(tmp_path, 4)
     write(tmp_path, 8)
