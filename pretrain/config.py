@@ -3,6 +3,7 @@
 Sections: what is learnt (`model`, `objective`), from what (`data`), how (`train`, `optim`), and where it is written.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -311,7 +312,11 @@ MAIN = "main"
 
 
 class AdamWConfig(Settings):
-    """AdamW with decay and no-decay groups, and the learning-rate schedule over the steps of the run."""
+    """AdamW with decay and no-decay groups, and the learning-rate schedule over the steps of the run.
+
+    Matrices decay, vectors (biases, gains) do not; nor does a parameter in whose name a regular expression of
+    `no_decay` is found.
+    """
 
     lr: PositiveFloat
     betas: tuple[float, float] = (0.9, 0.95)
@@ -322,6 +327,17 @@ class AdamWConfig(Settings):
     warmup_steps: NonNegativeInt = 0
     final_lr_fraction: NonNegativeFloat = Field(0.0, le=1.0)
     power: PositiveFloat = 1.0
+
+    @pydantic.field_validator("no_decay")
+    @classmethod
+    def _are_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                message = f"{pattern!r} is no regular expression ({error}); escape what is meant as it stands"
+                raise ValueError(message) from None
+        return patterns
 
 
 class OptimConfig(AdamWConfig):
