@@ -23,6 +23,7 @@ from pretrain.config import RunConfig
 from pretrain.inputs import INPUTS
 from pretrain.inputs.bad import FOLDER as BAD_SAMPLES
 from pretrain.inputs.bad import Ledger, Usable
+from pretrain.inputs.lethal import looking_decoder, remembered, screened
 from pretrain.inputs.text import ContrastiveInputs, captions_of, normalise
 from pretrain.metrics import retrieval_recall_at_1, save_grid
 from pretrain.objectives import OBJECTIVES
@@ -36,6 +37,9 @@ CANDIDATES = 64
 PROMPTS = 200
 TEMPERATURE = 0.5
 CANDIDATES_PER_PROMPT = 8
+
+DECODE_S = 60.0
+"""Processor time that an image may take."""
 
 Figures = dict[str, float]
 
@@ -90,9 +94,13 @@ def _objective_means(
 
 @contextlib.contextmanager
 def _reading(stream: Source, inputs: Callable[[list[Sample]], Any], folder: Path) -> Iterator[Usable]:
-    """Read samples as training does: unusable ones are replaced, and listed in FOLDER/bad_samples/evaluation.jsonl."""
-    usable = Usable(stream, inputs)
-    yield usable
+    """Read samples as training does: unusable ones are replaced, and listed in FOLDER/bad_samples/evaluation.jsonl.
+
+    Images are decoded in the sandbox first: one that kills its decoder is such a sample too.
+    """
+    with contextlib.closing(looking_decoder(DECODE_S)) as decoder:
+        usable = Usable(stream, screened(inputs, remembered(folder), decoder))
+        yield usable
     if usable.replaced:
         path = folder / BAD_SAMPLES / "evaluation.jsonl"
         told = f"{len(usable.replaced)} samples of {stream.dataset} cannot be used, others stood in for them"

@@ -9,6 +9,7 @@ import contextlib
 import json
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from data_pipeline.errors import (
     Requeue,
     TesseraError,
 )
-from pretrain.goodput import append_line, whole
+from pretrain.goodput import ATTEMPTS, append_line, lines_of, whole
 
 FAULTS = "faults.jsonl"
 ENDED = "ended.json"
@@ -65,6 +66,14 @@ def faults_size(run: Path) -> int:
     """Where the next line will start."""
     path = run / FAULTS
     return path.stat().st_size if path.is_file() else 0
+
+
+def may_have_been_killed(run: Path) -> bool:
+    """Whether the newest attempt ended neither by itself nor for a cause that another attempt would not change."""
+    newest = next(iter(deque(lines_of(run / ATTEMPTS), maxlen=1)), None)
+    if newest is None or (run / ENDED).is_file():
+        return False
+    return all(fault["cause"] == "node" for fault in read_faults(run) if fault["time"] >= newest["time"])
 
 
 @contextlib.contextmanager

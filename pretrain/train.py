@@ -28,12 +28,13 @@ from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.saver import Checkpoints, start_attempt
 from pretrain.config import MAIN, RunConfig, micro_batch_of
 from pretrain.engine import Engine
-from pretrain.faults import faults_noted
-from pretrain.goodput import PhaseClock
+from pretrain.faults import faults_noted, may_have_been_killed
+from pretrain.goodput import METRICS, PhaseClock, lines_of
 from pretrain.guards import Guards
 from pretrain.inputs import INPUTS
 from pretrain.inputs.bad import FOLDER, Ledger
 from pretrain.inputs.feed import Batch, Feed
+from pretrain.inputs.lethal import Screened, known_to_all, remember, remembered, screened, search
 from pretrain.inputs.source import open_stream
 from pretrain.interchange.folder import load_config
 from pretrain.mesh import Mesh, own_rank, peer_lost
@@ -54,11 +55,12 @@ PREVIEWED = 16
 
 def main(config: RunConfig) -> None:
     """Train to the end, or until asked to stop (then raises Requeue, after a save)."""
+    killed = may_have_been_killed(Path(config.run))  # before this attempt leaves traces of its own
     noted = faults_noted(Path(config.run), own_rank(), peer_lost)
     with StopSignals(leave_at_once) as stop, contextlib.ExitStack() as leaving, noted:
         mesh = Mesh.start(config.train.collective_timeout_s)
         leaving.callback(mesh.stop)
-        run = Run.start(config, mesh)
+        run = Run.start(config, mesh, killed)
         try:
             train(run, stop)
         finally:
@@ -119,10 +121,11 @@ class Run:
     position: int = 0
 
     @classmethod
-    def start(cls, config: RunConfig, mesh: Mesh) -> "Run":
+    def start(cls, config: RunConfig, mesh: Mesh, killed: bool = False) -> "Run":
         """Build the run and put it where its newest checkpoint stands.
 
-        Bad input is refused before anything is written.
+        killed: the attempt before may have been ended by an image; rank 0's word counts. Bad input is refused before
+        anything is written.
         """
         micro_batch, accumulation = check_batch(config, mesh.world)
         stream, vocabulary = open_data(config)
@@ -133,7 +136,7 @@ class Run:
         saved = checkpoints.newest()
         if saved is None and config.initial:
             start_from_initial(config.initial, objective, mesh)
-        inputs = INPUTS[config.objective.kind](config, stream, vocabulary)
+        inputs = screened(INPUTS[config.objective.kind](config, stream, vocabulary))
         shard = (mesh.rank, mesh.world)
         bad = Path(config.run) / FOLDER
         ledgers = Ledger(bad / f"rank-{mesh.rank:05d}.jsonl", config.data.max_bad_rate), Ledger(bad / "preview.jsonl")
@@ -145,6 +148,7 @@ class Run:
         run = cls(config, mesh, stream, feed, objective, engine, checkpoints, guards, clock, watchdog)
         if saved is not None:
             run.resume(saved)
+        run.refuse_lethal_images(killed)
         if mesh.rank == 0:
             run.writer = Writer(config, attempt, run.step, mesh.world)
         if mesh.place.local_rank == 0:
@@ -161,6 +165,19 @@ class Run:
         restore(saved, self.engine)
         self.guards.load(saved.state["guards"])
         self.step, self.position = saved.step, saved.state["stream"]["position"]
+
+    def refuse_lethal_images(self, killed: bool) -> None:
+        """Tell the inputs which images kill their decoder; look for new ones where the attempt before was killed."""
+        inputs, folder = self.feed.preparer.inputs, Path(self.config.run)
+        if not isinstance(inputs, Screened):
+            return
+        inputs.known = known_to_all(remembered(folder), self.mesh.maximum)
+        made = max(self.position, last_position(folder)) if killed and self.mesh.rank == 0 else -1
+        [made] = self.mesh.maximum([made])
+        if made >= 0:
+            suspects, patience_s = self.feed.prepared_by(made, PREVIEWED), self.config.train.collective_timeout_s
+            search(self.stream, inputs, suspects, patience_s, self.mesh.maximum)
+            remember(folder, inputs.found)
 
     def warn_of_deadline(self) -> None:
         """Say it now when a stop signal would leave no time for a save. All ranks try the disk together."""
@@ -364,6 +381,11 @@ def attempts_noted(run: Path) -> int:
     """How many attempts RUN/attempts.jsonl knows of: the next one's number is not below it."""
     path = run / "attempts.jsonl"
     return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def last_position(run: Path) -> int:
+    """Where the furthest of the newest lines in RUN/metrics.jsonl ends; 0 where no step was made."""
+    return max((int(row["positions"][1]) for row in lines_of(run / METRICS, deadline.RECENT_BYTES)), default=0)
 
 
 def start_from_initial(source: str, objective: nn.Module, mesh: Mesh) -> None:

@@ -102,7 +102,7 @@ class Feed:
         Raises DataError when too many samples cannot be used, NodeFault when a worker dies.
         """
         position = start * self.global_batch if position is None else position
-        with self._pool() as pool:
+        with self._pool() as pool, _worker_death_told():
             ahead: collections.deque[Future[Prepared]] = collections.deque()
             try:
                 for step in range(start, stop):
@@ -116,6 +116,15 @@ class Feed:
                 for future in ahead:
                     future.cancel()
 
+    def prepared_by(self, position: int, least: int) -> np.ndarray:
+        """This rank's share of what may be in preparation once the steps up to `position` are made, int64 [n].
+
+        The position itself counts; at least those before `least`; each rank has as many.
+        """
+        rank, world = self.preparer.shard
+        count = max((self.ahead + 2) * self.global_batch, least - position)
+        return position + rank + world * np.arange(-(-count // world), dtype=np.int64)
+
     def preview(self, samples: int) -> Batch:
         """The first samples of the stream, the same at every call; each replaced one is noted once."""
         usable = Usable(self.preparer.stream, self.preparer.inputs)
@@ -127,11 +136,6 @@ class Feed:
         began = time.monotonic()
         try:
             return tensors(future.result()) if self.workers else future.result()
-        except BrokenProcessPool as fault:
-            raise NodeFault(
-                f"a data worker died ({fault}); the same command goes on from the last checkpoint, with fewer "
-                "data.workers where memory ran out"
-            ) from None
         finally:
             self.waited_s += time.monotonic() - began
 
@@ -144,6 +148,18 @@ class Feed:
             return ThreadPoolExecutor(1, thread_name_prefix="feed")
         context = multiprocessing.get_context("spawn")  # a fork would take threads' locks and s3 clients along
         return ProcessPoolExecutor(self.workers, context, _start_worker, (self.preparer,))
+
+
+@contextlib.contextmanager
+def _worker_death_told() -> Iterator[None]:
+    """A worker that died breaks the pool, which says so where a result is waited for or the next step is handed in."""
+    try:
+        yield
+    except BrokenProcessPool as fault:
+        raise NodeFault(
+            f"a data worker died ({fault}); the same command goes on from the last checkpoint and looks for an image "
+            "that kills its decoder; set fewer data.workers where memory ran out"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------- workers

@@ -1,0 +1,129 @@
+"""Images that end the process which decodes them: found in the sandbox, remembered by their contents, replaced.
+
+Training decodes in the rank's own process, or in its data workers: an image that kills its decoder would kill every
+attempt at the same step. After an attempt that ended without a cause of its own, the next one decodes in the sandbox
+what that one may have been preparing. An image that kills its decoder there is a bad sample from then on, for every
+rank, attempt and world size: no run ever got past it, so replacing it changes no step that was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import xxhash
+
+from data_pipeline.config import ImageRules
+from data_pipeline.errors import BadSample
+from data_pipeline.images import MAX_PIXELS, Reject
+from data_pipeline.sandbox import Decoder
+from data_pipeline.schema import Sample
+from pretrain.goodput import append_line, lines_of
+from pretrain.inputs.bad import Usable
+
+if TYPE_CHECKING:
+    from data_pipeline.stream.mixture import Source
+
+LETHAL_IMAGES = "lethal_images.jsonl"
+LETHAL = ("decoder_crash", "decoder_timeout")
+"""Reasons of the sandbox that would have ended a rank; of the others its own decoder says the same."""
+AT_ONCE = 64
+
+Maximum = Callable[[list[int]], list[int]]
+"""Element-wise over ranks."""
+
+
+@runtime_checkable
+class DecodesImages(Protocol):
+    """Inputs that decode the samples' images, to this side in pixels."""
+
+    image_size: int
+
+
+class Screened:
+    """Inputs that refuse images which kill their decoder: the `known` ones, and with a `decoder` those that it finds.
+
+    known: numbers of images, see `image_number`. found: what to remember of those found here.
+    """
+
+    def __init__(
+        self, inputs: Callable[[list[Sample]], Any], known: Iterable[int] = (), decoder: Decoder | None = None
+    ) -> None:
+        self.inputs = inputs
+        self.known = set(known)
+        self.decoder = decoder
+        self.found: list[dict[str, Any]] = []
+
+    def __call__(self, samples: list[Sample]) -> Any:
+        """What the inputs make of the samples. Raises BadSample where they do, and for a lethal image."""
+        if self.known or self.decoder:
+            for sample in samples:
+                self._refuse_lethal(sample)
+        return self.inputs(samples)
+
+    def _refuse_lethal(self, sample: Sample) -> None:
+        number = image_number(sample.image)
+        if number not in self.known and self.decoder is not None:
+            try:
+                self.decoder.look(sample.image)
+            except Reject as reject:
+                if reject.reason in LETHAL:
+                    self.known.add(number)
+                    self.found.append({"image": number, "key": sample.key, "reason": str(reject)})
+        if number in self.known:
+            raise BadSample(f"sample {sample.key!r}: its image ends the process that decodes it")
+
+
+def screened(inputs: Callable[[list[Sample]], Any], known: Iterable[int] = (), decoder: Decoder | None = None) -> Any:
+    """The inputs, screened where they decode images."""
+    return Screened(inputs, known, decoder) if isinstance(inputs, DecodesImages) else inputs
+
+
+def image_number(data: bytes) -> int:
+    """63 bits of the hash of an image's bytes: by it a lethal image is known in any dataset, order or world."""
+    return xxhash.xxh3_64_intdigest(data) >> 1
+
+
+def looking_decoder(cpu_s: float) -> Decoder:
+    """A sandbox that decodes as training does and gives an image so many seconds of processor time."""
+    return Decoder(ImageRules(max_pixels=MAX_PIXELS), stored=False, cpu_s=cpu_s)
+
+
+def search(stream: Source, inputs: Screened, positions: np.ndarray, cpu_s: float, maximum: Maximum) -> None:
+    """Decode the images of this rank's positions, int64 [n], in the sandbox, and those drawn in the place of bad ones.
+
+    All ranks call it with as many positions each; afterwards `inputs` of all of them know the lethal ones of all.
+    """
+    looking = looking_decoder(cpu_s)
+    sandboxed = Screened(inputs.inputs, inputs.known, looking)
+    usable = Usable(stream, sandboxed)
+    try:
+        for at in range(0, len(positions), AT_ONCE):
+            usable.checked(usable.take(positions[at : at + AT_ONCE]))
+            sandboxed.known = known_to_all(sandboxed.known, maximum)  # often: a rank that is slow is waited for
+    finally:
+        looking.close()
+    inputs.known, inputs.found = sandboxed.known, sandboxed.found
+
+
+def remember(run: Path, found: Iterable[dict[str, Any]]) -> None:
+    """Append lines to RUN/lethal_images.jsonl, and say so."""
+    for line in found:
+        append_line(run / LETHAL_IMAGES, line)
+        told = f"sample {line['key']!r} ends the process that decodes its image ({line['reason']})"
+        print(f"{told}; another stands in for it from now on", flush=True)
+
+
+def remembered(run: Path) -> set[int]:
+    """The numbers of the images that RUN/lethal_images.jsonl names."""
+    return {int(line["image"]) for line in lines_of(run / LETHAL_IMAGES)}
+
+
+def known_to_all(mine: set[int], maximum: Maximum) -> set[int]:
+    """The union over ranks of numbers from 0 on."""
+    union: set[int] = set()
+    while (highest := maximum([max(mine - union, default=-1)])[0]) >= 0:
+        union.add(highest)
+    return union
