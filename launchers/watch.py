@@ -13,8 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, NotRequired, TextIO
 
+from pydantic import Field, StringConstraints, with_config
+from typing_extensions import TypedDict
+
+from data_pipeline import gate
 from data_pipeline.errors import ConfigError, DataError, NodeFault
 from pretrain.deadline import RECENT_BYTES
 from pretrain.goodput import METRICS, goodput, lines_of
@@ -57,6 +61,40 @@ PLACES: dict[str, Callable[[], Place]] = {"slurm": _slurm, "kubernetes": _kubern
 
 # ---------------------------------------------------------------------------- the launcher's record of itself
 
+Label = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$", max_length=253)]
+"""What identifies a job or an object: it becomes an argument of a command or a part of an address."""
+
+
+@with_config(gate.OPEN)
+class _Launcher(TypedDict):
+    """What launcher.json holds. `pid` is sent signals: 0 and below would mean groups of processes."""
+
+    pid: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    start_ticks: int | None
+    host: str
+    attempt: NotRequired[gate.Count]
+    world_size: NotRequired[gate.Count]
+    exit_code: NotRequired[int]
+    cause: NotRequired[str]
+    why: NotRequired[str]
+
+
+@with_config(gate.OPEN)
+class _Job(TypedDict):
+    """What job.json holds: of Slurm `name`, `saves` and `output`, of Kubernetes `kind`, `namespace` and `uid`."""
+
+    place: str
+    job: Label
+    name: NotRequired[str]
+    saves: NotRequired[bool]
+    output: NotRequired[str]
+    kind: NotRequired[Label]
+    namespace: NotRequired[Label]
+    uid: NotRequired[Label]
+
+
+_OF_PLACES = {"slurm": ("name", "output"), "kubernetes": ("kind", "namespace", "uid")}
+
 
 def write_record(run: Path, record: dict[str, Any], name: str = RECORD) -> None:
     """Replace RUN/launcher.json (or job.json) as a whole: a reader sees the old or the new one."""
@@ -71,11 +109,9 @@ def read_record(run: Path, name: str = RECORD) -> dict[str, Any]:
     path = run / name
     if not path.is_file():
         return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); remove the file if no launcher is running") from None
-    return record if isinstance(record, dict) else {}
+    kind = _Launcher if name == RECORD else _Job
+    record: dict[str, Any] = gate.parse(kind, path.read_bytes(), str(path), "remove the file if nothing of it runs")
+    return record
 
 
 def start_ticks(pid: int) -> int | None:
@@ -95,7 +131,8 @@ def is_running(record: dict[str, Any]) -> bool:
     """Whether the launcher that wrote `record` still runs on this machine."""
     if record.get("host") != socket.gethostname() or "pid" not in record:
         return False
-    return start_ticks(int(record["pid"])) == record.get("start_ticks")
+    ticks = start_ticks(int(record["pid"]))
+    return ticks is not None and ticks == record.get("start_ticks")
 
 
 def metrics_size(run: Path) -> int:
@@ -112,6 +149,8 @@ def job_of(run: Path) -> dict[str, Any]:
     record = read_record(run, JOB)
     if record and record.get("place") not in PLACES:
         raise ConfigError(f"{run / JOB}: place={record.get('place')!r} is none of {sorted(PLACES)}")
+    if record and (missing := [key for key in _OF_PLACES[record["place"]] if key not in record]):
+        raise DataError(f"{run / JOB}: no {', '.join(missing)}; remove the file if nothing of it runs")
     return record
 
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from data_pipeline.errors import (
     FILE_SYSTEM_ERRORS,
@@ -59,7 +59,16 @@ def _note_end(run: Path, rank: int, exit_code: int, why: str) -> None:
 def read_faults(run: Path, start: int = 0) -> list[dict[str, Any]]:
     """The lines from byte `start` on, oldest first."""
     path = run / FAULTS
-    return list(whole(path.read_bytes()[start:].splitlines(keepends=True))) if path.is_file() else []
+    if not path.is_file():
+        return []
+    lines = path.read_bytes()[start:].splitlines(keepends=True)
+    found = ({"time": 0.0, "why": ""} | line for line in whole(lines, {"cause", "rank"}))
+    return [line for line in found if line["cause"] in get_args(Cause) and _blames_ranks(line)]
+
+
+def _blames_ranks(line: dict[str, Any]) -> bool:
+    blamed = line.get("blamed", [])
+    return isinstance(blamed, list) and all(type(rank) is int and rank >= 0 for rank in blamed)
 
 
 def faults_size(run: Path) -> int:

@@ -9,12 +9,17 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 ATTEMPTS = "attempts.jsonl"
 METRICS = "metrics.jsonl"
+
+
+_COUNTS = ("step", "attempt", "time_ms", "rank")
+_NUMBERS = ("step_s", "save_s", "waited_s", "saved_s", "started", "time")
+_NEEDED = {METRICS: {"step", "attempt"}, ATTEMPTS: {"attempt"}}
 
 
 class PhaseClock:
@@ -38,7 +43,7 @@ class PhaseClock:
 
 def goodput(run: Path) -> dict[str, Any]:
     """-> {"goodput": share, "attempts": [a row for each]}; nothing where no step was logged."""
-    rows = list(lines_of(run / METRICS))
+    rows = [row for row in lines_of(run / METRICS) if "time_ms" in row]
     started = {line["attempt"]: line for line in lines_of(run / ATTEMPTS)}
     owner = {row["step"]: row["attempt"] for row in rows}
     table, end = [], None
@@ -79,15 +84,26 @@ def lines_of(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, An
             if last_bytes is not None and path.stat().st_size > last_bytes:
                 file.seek(-last_bytes, os.SEEK_END)
                 file.readline()
-            yield from whole(file)
+            yield from whole(file, _NEEDED.get(path.name, set()))
 
 
-def whole(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """What the lines say, but for torn ones: not written to their end yet, or by a process that was killed."""
+def whole(lines: Iterable[bytes], needed: Set[str] = frozenset()) -> Iterator[dict[str, Any]]:
+    """What the lines say, but for torn ones: not written to their end yet, or by a process that was killed.
+
+    A line that is no object, lacks a `needed` entry, or has something else where a number stands counts as torn.
+    """
     for line in lines:
         if line.endswith(b"\n"):
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and needed <= row.keys() and _has_numbers(row):
+                    yield row
+
+
+def _has_numbers(row: dict[str, Any]) -> bool:
+    counts = (row[name] for name in _COUNTS if name in row)
+    numbers = (row[name] for name in _NUMBERS if name in row)
+    return all(type(count) is int and count >= 0 for count in counts) and all(type(n) in (int, float) for n in numbers)
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
