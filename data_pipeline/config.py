@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field, IPvAnyNetwork, NonNegativeInt, PositiveFloat, PositiveInt
 
-from data_pipeline.settings import Location, OptionalLocation, Settings
+from data_pipeline.settings import Location, OptionalLocation, Seed, Settings
 
 # --------------------------------------------------------------------------------------------- sources
 
@@ -16,7 +16,7 @@ class ScenesSource(Settings):
     kind: Literal["scenes"] = "scenes"
     count: PositiveInt
     image_size: PositiveInt = 32
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     split: Literal["train", "heldout"] = "train"
 
 

@@ -47,6 +47,10 @@ OptionalLocation = Annotated[Location | None, pydantic.BeforeValidator(lambda gi
 
 S = TypeVar("S", bound=Settings)
 
+MAX_SEED = 2**64 - 1
+Seed = Annotated[int, pydantic.Field(ge=0, le=MAX_SEED)]
+"""Random numbers are drawn with keys of 64 bits."""
+
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: another encoding, a date that is none
 
 
@@ -55,10 +59,14 @@ def load_settings(schema: type[S], path: str | Path, overrides: Sequence[str] = 
 
     Raises ConfigError naming the file, the key, the value, the rule and, for an unknown key, the nearest known one.
     """
-    tree = read_yaml(Path(path))
+    return override_settings(schema, read_yaml(Path(path)), overrides, str(path))
+
+
+def override_settings(schema: type[S], tree: dict[str, Any], overrides: Sequence[str], where: str) -> S:
+    """Apply `key.sub=value` overrides to `tree`, in place, and check it against `schema`; `where` names its origin."""
     for override in overrides:
         _apply_override(schema, tree, override)
-    return check_settings(schema, tree, str(path))
+    return check_settings(schema, tree, where)
 
 
 def check_settings(schema: type[S], tree: Mapping[str, Any], where: str) -> S:

@@ -8,11 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
+from data_pipeline.settings import MAX_SEED
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value ...", help="Dotted overrides, for example optim.lr=3e-4.")
 ]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
+RunOrExport = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of an exported model.")]
+Step = Annotated[int | None, typer.Option(help="Take the checkpoint of this step instead of the newest.")]
+Name = Annotated[str | None, typer.Option(help="Take the checkpoint of this name (`tessera checkpoint name`).")]
 
 
 def as_dict(result: Any) -> dict[str, Any]:

@@ -5,16 +5,14 @@ from typing import Annotated
 
 import typer
 
-from launchers.arguments import AsJson, Run, as_dict, emit
-
-Step = Annotated[int | None, typer.Option(help="Of this step instead of the newest.")]
+from launchers.arguments import AsJson, Name, Overrides, Run, RunOrExport, Step, as_dict, emit
 
 
-def list_checkpoints(run: Run, json: AsJson = False) -> None:
+def list_checkpoints(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
     """The committed checkpoints of a run, oldest first, and why each is kept."""
     from pretrain.checkpoint.verbs import list_
 
-    rows = [as_dict(row) for row in list_(run)]
+    rows = [as_dict(row) for row in list_(run, overrides or [])]
     if json:
         emit({"checkpoints": rows}, json)
         return
@@ -22,31 +20,34 @@ def list_checkpoints(run: Run, json: AsJson = False) -> None:
         typer.echo("  ".join(f"{name}={value}" for name, value in row.items()))
 
 
-def verify(run: Run, json: AsJson = False) -> None:
+def verify(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
     """Sizes and digests of every file; leaves with 74 when something is off."""
     from pretrain.checkpoint.verbs import verify as run_verify
 
-    emit(as_dict(run_verify(run)), json)
+    emit(as_dict(run_verify(run, overrides or [])), json)
 
 
 def export(
-    run: Run,
-    output: Annotated[Path, typer.Argument(help="New folder for the weights.")],
+    run: RunOrExport,
+    output: Annotated[Path, typer.Argument(help="New folder for the weights; a used one is refused.")],
+    overrides: Overrides = None,
     form: Annotated[
         str, typer.Option("--format", help="tessera, deepspeed (universal, with optimizer), or a public layout.")
     ] = "tessera",
     step: Step = None,
+    name: Name = None,
     json: AsJson = False,
 ) -> None:
-    """The newest whole checkpoint as one plain folder: for other commands, other programs, or DeepSpeed."""
+    """Write the newest whole checkpoint as one plain folder: for other commands, other programs, or DeepSpeed."""
     from pretrain.checkpoint.verbs import export as run_export
 
-    emit({"exported": str(run_export(run, output, step, form))}, json)
+    emit({"exported": str(run_export(run, output, step, form, name, overrides or []))}, json)
 
 
 def name(
     run: Run,
     label: Annotated[str, typer.Argument(metavar="NAME", help="Letters, digits, '_', '-' and '.'.")],
+    overrides: Overrides = None,
     step: Step = None,
     remove: Annotated[bool, typer.Option("--remove", help="Take the name away.")] = False,
     json: AsJson = False,
@@ -54,11 +55,11 @@ def name(
     """Keep the newest whole checkpoint from retention under a name."""
     from pretrain.checkpoint.verbs import name as run_name
 
-    emit(run_name(run, label, step, remove), json)
+    emit(run_name(run, label, step, remove, overrides or []), json)
 
 
-def gc(run: Run, json: AsJson = False) -> None:
+def gc(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
     """Remove what no manifest names and what retention no longer keeps."""
     from pretrain.checkpoint.verbs import gc as run_gc
 
-    emit(as_dict(run_gc(run)), json)
+    emit(as_dict(run_gc(run, overrides=overrides or [])), json)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from launchers.arguments import AsJson, Overrides, as_dict, emit
+from data_pipeline.errors import ConfigError
+from launchers.arguments import AsJson, Overrides, Seed, as_dict, emit
 
 if TYPE_CHECKING:
     from data_pipeline.config import BuildConfig
@@ -132,7 +133,7 @@ def verify(
     tokenizer: Annotated[Path | None, typer.Option(help="Encode a sample of every shard again with it.")] = None,
     sample: Annotated[int, typer.Option(min=1, help="Images of a shard that are encoded again.")] = 16,
     min_agreement: Annotated[float, typer.Option(min=0, max=1, help="Share of equal codes in each shard.")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the images.")] = 0,
+    seed: Seed = 0,
     json: AsJson = False,
 ) -> None:
     """Digests, accounting and codes; leaves with 74 when something is off."""
@@ -154,7 +155,8 @@ def _tokenizer_of(dataset: str, directory: Path) -> "ImageTokenizer":
 
 def order(
     dataset: Annotated[str, typer.Argument(help="Folder or address of a dataset, or YAML or config.json of a run.")],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the order; a run has its own.")] = 0,
+    overrides: Overrides = None,
+    seed: Seed = 0,
     start: Annotated[int, typer.Option(min=0, help="First position.")] = 0,
     count: Annotated[int, typer.Option(min=0, help="How many positions.")] = 10,
     json: AsJson = False,
@@ -162,7 +164,12 @@ def order(
     """Sample keys by position, one a line: of a dataset, or of what a run reads, its mixture included."""
     from data_pipeline.stream.reader import Stream
 
-    stream = _stream_of_run(Path(dataset)) if dataset.endswith((".yaml", ".json")) else Stream(dataset, seed)
+    if dataset.endswith((".yaml", ".json")):
+        stream = _stream_of_run(Path(dataset), overrides or [])
+    elif overrides:
+        raise ConfigError(f"override {overrides[0]!r}: {dataset} is a dataset; overrides belong to a run's YAML")
+    else:
+        stream = Stream(dataset, seed)
     samples = stream.read(start, start + count)
     keys = [sample.key for sample in samples]
     if json:
@@ -172,12 +179,12 @@ def order(
         typer.echo("\n".join(keys))
 
 
-def _stream_of_run(path: Path) -> "Source":
+def _stream_of_run(path: Path, overrides: list[str]) -> "Source":
     from data_pipeline.settings import load_settings
     from pretrain.config import RunConfig
     from pretrain.inputs.source import open_stream
 
-    config = load_settings(RunConfig, path)
+    config = load_settings(RunConfig, path, overrides)
     return open_stream(config.data, config.seed)
 
 

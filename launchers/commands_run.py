@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import NodeFault, Requeue
-from launchers.arguments import AsJson, Overrides, Run, as_dict, emit
+from launchers.arguments import AsJson, Name, Overrides, Run, RunOrExport, Seed, Step, emit
 
 trains = False
 """Has this process begun to train? Then it must not leave by the interpreter's orderly end (cli.main)."""
@@ -35,31 +35,40 @@ def train(
 
 
 def generate(
-    run: Run,
+    run: RunOrExport,
     prompt: Annotated[str, typer.Option(help="What the images shall show.")],
+    overrides: Overrides = None,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many images.")] = 4,
     out: Annotated[Path | None, typer.Option(help="Folder for the images; RUN/samples where not given.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest code.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw among the k likeliest codes; 0 among all.")] = 0,
-    guidance: Annotated[float, typer.Option(min=0, help="How much stronger than without a prompt; 1 is plain.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, other images.")] = 0,
+    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale; 1 disables it.")] = 1.0,
+    seed: Seed = 0,
+    step: Step = None,
+    name: Name = None,
 ) -> None:
-    """Images from text; prints the paths, a labelled grid first."""
+    """Draw images from text; prints their paths, a labelled grid first."""
     from pretrain.generate import main
 
-    main(str(run), prompt, count, str(out) if out else None, temperature, top_k, guidance, seed)
+    where = str(out) if out else None
+    main(str(run), prompt, count, where, temperature, top_k, guidance, seed, step, name, overrides or [])
 
 
 def evaluate(
-    run: Run,
-    rerank: Annotated[Path | None, typer.Option(help="Run of a CLIP that picks the best image a prompt.")] = None,
+    run: RunOrExport,
+    overrides: Overrides = None,
+    rerank: Annotated[
+        Path | None, typer.Option(help="Run or export of a CLIP that picks the best image of a prompt.")
+    ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="Images per prompt to pick from.")] = 8,
+    step: Step = None,
+    name: Name = None,
     json: AsJson = False,
 ) -> None:
-    """The figures of a run's newest checkpoint on its held-out data."""
+    """Print the figures of a run's newest checkpoint on its held-out data, then write RUN/evaluation.json."""
     from pretrain.evaluate import main
 
-    emit(as_dict(main(run, rerank, candidates)), json)
+    main(run, rerank, candidates, step, name, overrides or [], lambda told: emit(told, json))
 
 
 def status(run: Run, json: AsJson = False) -> None:
@@ -100,7 +109,7 @@ def chaos(
     config: Annotated[Path, typer.Argument(help="YAML of the run; it is trained in folders of the campaign's own.")],
     overrides: Overrides = None,
     kills: Annotated[int, typer.Option(min=1, help="How many strikes.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, other strikes.")] = 0,
+    seed: Seed = 0,
     procs_per_node: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 2,
     json: AsJson = False,
 ) -> None:

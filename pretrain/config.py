@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from data_pipeline.settings import Location, OptionalLocation, Settings, expand_home
+from data_pipeline.settings import Location, OptionalLocation, Seed, Settings, expand_home
 from pretrain.best import check_best
 
 # ---------------------------------------------------------------------------------------------- models
@@ -395,7 +395,7 @@ class RunConfig(Settings):
 
     run: Location
     initial: OptionalLocation = None
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     model: ModelConfig
     objective: ObjectiveConfig
     data: DataConfig

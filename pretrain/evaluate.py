@@ -1,31 +1,33 @@
-"""The figures of a run's newest checkpoint, on `data.evaluation` (or its training data where none is named)."""
+"""The figures of a trained model, on `data.evaluation` (or its training data where none is named)."""
 
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from data_pipeline.build.scenes import check_scene
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, storage_errors
 from data_pipeline.images import resize
+from data_pipeline.outputs import write_whole
 from data_pipeline.schema import Sample
-from data_pipeline.stream.mixture import Source
+from data_pipeline.stream.mixture import Mixture, Source
 from data_pipeline.stream.reader import Stream
 from data_pipeline.vocabulary import Vocabulary
-from pretrain.checkpoint.trained import load_trained
+from pretrain.checkpoint.trained import NOT_SAID, load_trained
 from pretrain.config import RunConfig
 from pretrain.inputs import INPUTS
 from pretrain.inputs.bad import FOLDER as BAD_SAMPLES
 from pretrain.inputs.bad import Ledger, Usable
 from pretrain.inputs.lethal import looking_decoder, remembered, screened
 from pretrain.inputs.text import ContrastiveInputs, captions_of, normalise
-from pretrain.metrics import retrieval_recall_at_1, save_grid
+from pretrain.metrics import grid, png, retrieval_recall_at_1
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.collectives import ONE_DEVICE
 from pretrain.tracking import send
@@ -42,40 +44,80 @@ DECODE_S = 60.0
 """Processor time that an image may take."""
 
 Figures = dict[str, float]
+Pictures = dict[str, Image.Image]
+"""By the name of their file."""
 
 
-def main(run: str | Path, rerank: str | Path | None = None, candidates: int = CANDIDATES_PER_PROMPT) -> Figures:
-    """-> figures by name; also in RUN/evaluation.json, pictures in RUN/samples, all of it in MLflow.
+def main(
+    run: str | Path,
+    rerank: str | Path | None = None,
+    candidates: int = CANDIDATES_PER_PROMPT,
+    step: int | None = None,
+    label: str | None = None,
+    overrides: Sequence[str] = (),
+    say: Callable[[dict[str, Any]], None] = lambda told: None,
+) -> dict[str, Any]:
+    """Evaluate a run's newest checkpoint (of a step; named `label`) or an exported model -> step, data and figures.
 
-    rerank: for a gpt, the run of a CLIP that picks the best of `candidates` images per prompt, as in DALL-E
+    These are handed to `say` before anything is written: RUN/evaluation.json, pictures in RUN/samples, MLflow.
+    rerank: for a gpt, the run or export of a CLIP that picks the best of `candidates` images per prompt, as in DALL-E
     (Ramesh et al. 2021, arXiv:2102.12092).
     """
     folder = Path(run)
-    model, config = load_trained(folder)
-    stream: Source
-    readable = config.model_copy(update={"data": config.data.without_augmentation()})
-    vocabulary: Vocabulary | None
-    if config.model.kind == "gpt" and config.data.evaluation:
-        stream = Stream(config.data.evaluation, config.seed)
-        vocabulary = Vocabulary(str(config.data.vocabulary))
-    else:
-        stream, vocabulary = open_data(readable, config.data.evaluation)
+    model, config, at = load_trained(folder, step, label, overrides)
     if rerank and config.model.kind != "gpt":
         raise ConfigError(
             f"--rerank {rerank}: a {config.model.kind} draws no images; name the run of a gpt to evaluate"
         )
+    stream, vocabulary = _open_data(config, folder)
+    readable = config.model_copy(update={"data": config.data.without_augmentation()})
+    pictures: Pictures = {}
     if config.model.kind == "gpt":
         ranker = Ranker(rerank, stream) if rerank else None
-        figures = _gpt(model, readable, stream, vocabulary, folder, ranker, candidates)
+        figures = _gpt(model, readable, stream, vocabulary, folder, pictures, ranker, candidates)
     else:
-        figures = EVALUATIONS[config.model.kind](model, readable, stream, vocabulary, folder)
-    (folder / "evaluation.json").write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        figures = EVALUATIONS[config.model.kind](model, readable, stream, vocabulary, folder, pictures)
+    about = {"step": at, **_data_of(config, stream)} | ({"reranked_by": str(rerank)} if rerank else {})
+    told = {key: value for key, value in about.items() if value is not None} | figures
+    say(told)
+    _write(folder, told, pictures)
     if config.tracking.uri:
         try:
             send(folder, config, figures)
         except Exception as error:  # tracking must not cost the figures
-            print(f"MLflow at {config.tracking.uri} did not take the figures ({error}); they are in {folder}")
-    return figures
+            told_why = f"MLflow at {config.tracking.uri} did not take the figures ({error}); they are in {folder}"
+            print(told_why, file=sys.stderr)
+    return told
+
+
+def _open_data(config: RunConfig, folder: Path) -> tuple[Source, Vocabulary | None]:
+    """The data to evaluate on, and the vocabulary. A gpt needs no image codes there: it draws from the captions."""
+    if not config.data.evaluation and config.data.dataset == NOT_SAID:
+        raise ConfigError(f"{folder} does not say what to evaluate it on; give data.evaluation=DATASET")
+    if config.model.kind == "gpt" and config.data.evaluation:
+        return Stream(config.data.evaluation, config.seed), Vocabulary(str(config.data.vocabulary))
+    return open_data(config, config.data.evaluation)
+
+
+def _data_of(config: RunConfig, stream: Source) -> dict[str, Any]:
+    """Which data the figures are of. held_out: is it other data than what was trained on?"""
+    streams = stream.streams if isinstance(stream, Mixture) else [stream]
+    return {
+        "data": stream.dataset,
+        "data_fingerprint": " + ".join(one.fingerprint[:12] for one in streams),
+        "held_out": bool(config.data.evaluation),
+    }
+
+
+def _write(folder: Path, told: dict[str, Any], pictures: Pictures) -> None:
+    """Raises DataError where the folder does not take it."""
+    samples = folder / "samples"
+    if pictures:
+        with storage_errors(samples):
+            samples.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "evaluation.json", (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
+    for name, picture in pictures.items():
+        write_whole(samples / name, png(picture))
 
 
 def _objective_means(
@@ -119,7 +161,9 @@ def _batches(usable: Usable) -> Iterator[dict[str, Tensor]]:
         yield usable.batch(usable.take(np.arange(start, start + size)))
 
 
-def _clip(model: Any, config: RunConfig, stream: Source, vocabulary: Vocabulary | None, folder: Path) -> Figures:
+def _clip(
+    model: Any, config: RunConfig, stream: Source, vocabulary: Vocabulary | None, folder: Path, pictures: Pictures
+) -> Figures:
     """Retrieval both ways among CANDIDATES pairs of distinct captions, over several groups of them."""
     inputs = INPUTS["contrastive"](config, stream, vocabulary)
     scores = []
@@ -155,7 +199,9 @@ def _distinct_groups(usable: Usable, groups: int = 4) -> list[list[Sample]]:
     return whole
 
 
-def _vqgan(model: Any, config: RunConfig, stream: Source, vocabulary: Vocabulary | None, folder: Path) -> Figures:
+def _vqgan(
+    model: Any, config: RunConfig, stream: Source, vocabulary: Vocabulary | None, folder: Path, pictures: Pictures
+) -> Figures:
     """PSNR in dB over all samples' pixels, and how many codes are in use."""
     inputs = INPUTS["reconstruction"](config, stream, None)
     errors: list[Tensor] = []
@@ -168,7 +214,7 @@ def _vqgan(model: Any, config: RunConfig, stream: Source, vocabulary: Vocabulary
             errors.append((pixels - drawn).square().mean((1, 2, 3)) / 4)
             used.update(codes.flatten().tolist())
             shown = shown or [pixels[:16], drawn[:16]]
-    save_grid(torch.cat(shown), folder / "samples" / "evaluation-reconstructions.png")
+    pictures["evaluation-reconstructions.png"] = grid(torch.cat(shown))
     per_image = -10 * torch.log10(torch.cat(errors).clamp(min=1e-10))
     return {"reconstruction_psnr": float(per_image.mean()), "codes_used": len(used)}
 
@@ -178,7 +224,7 @@ class Ranker:
 
     def __init__(self, run: str | Path, stream: Source) -> None:
         self.model: Any
-        self.model, config = load_trained(run)
+        self.model, config, _ = load_trained(run)
         if config.model.kind != "clip":
             raise ConfigError(
                 f"{run} trained a {config.model.kind}, which compares no images with text; name a clip's run"
@@ -202,6 +248,7 @@ def _gpt(
     stream: Source,
     vocabulary: Vocabulary | None,
     folder: Path,
+    pictures: Pictures,
     ranker: Ranker | None,
     candidates: int,
 ) -> Figures:
@@ -223,9 +270,8 @@ def _gpt(
         many = many.reshape(len(prompts), candidates, *single.shape[1:])
         images = np.stack([some[ranker.best(some, prompt)] for some, prompt in zip(many, prompts, strict=True)])
         figures["candidates"] = float(candidates)
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
     labels = [_label(prompt, sample) for prompt, sample in zip(prompts[:24], samples, strict=False)]
-    labelled_grid(images[:24], labels, columns=6).save(folder / "samples" / "evaluation-prompts.png")
+    pictures["evaluation-prompts.png"] = labelled_grid(images[:24], labels, columns=6)
     return figures | _scene_figures(images, samples, "")
 
 
@@ -251,11 +297,13 @@ def _scene_figures(images: np.ndarray, samples: list[Sample], prefix: str) -> Fi
     }
 
 
-def _text(model: nn.Module, config: RunConfig, stream: Source, vocabulary: Vocabulary | None, folder: Path) -> Figures:
+def _text(
+    model: Any, config: RunConfig, stream: Source, vocabulary: Vocabulary | None, folder: Path, pictures: Pictures
+) -> Figures:
     return _objective_means(model, config, stream, vocabulary, folder)
 
 
-EVALUATIONS: dict[str, Callable[[Any, RunConfig, Source, Vocabulary | None, Path], Figures]] = {
+EVALUATIONS: dict[str, Callable[[Any, RunConfig, Source, Vocabulary | None, Path, Pictures], Figures]] = {
     "clip": _clip,
     "bert": _text,
     "electra": _text,

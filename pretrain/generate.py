@@ -1,26 +1,56 @@
 """Images from text: a trained GPT writes codes, the image tokenizer draws them."""
 
+import dataclasses
+import hashlib
+import json
 import math
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, storage_errors
+from data_pipeline.outputs import write_whole
+from data_pipeline.settings import MAX_SEED
 from data_pipeline.shards.codes import ImageTokenizer
 from data_pipeline.vocabulary import Vocabulary
 from pretrain.checkpoint.trained import load_trained
 from pretrain.inputs.codes import text_ids
 from pretrain.interchange.tokenizer import load_tokenizer
+from pretrain.metrics import png
 from pretrain.models.gpt import Gpt
 
 BATCH = 64  # prompts decoded side by side; guidance doubles the rows
 LABEL_LINES, LINE_HEIGHT = 2, 12
 LABEL_HEIGHT = LABEL_LINES * LINE_HEIGHT + 6
 CELL = 160  # pixels of a picture in the grid
+WORDS_IN_NAME = 40  # characters of the prompt in a file's name: of four bytes each they leave room for the rest
 FONT = ImageFont.load_default(10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How codes are drawn. temperature 0 takes the likeliest; top_k 0 keeps all; guidance 1 is without guidance.
+
+    Raises ConfigError for what is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    guidance: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not math.isfinite(value) or value < 0:
+                raise ConfigError(f"{name}={value} is not usable; give a number from 0")
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"seed={self.seed} has more than 64 bits; use 0 to {MAX_SEED}")
 
 
 def main(
@@ -32,28 +62,86 @@ def main(
     top_k: int = 0,
     guidance: float = 1.0,
     seed: int = 0,
+    step: int | None = None,
+    label: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> list[Path]:
-    """Write `count` images of `prompt` and a labelled grid into `out` (default: RUN/samples); -> paths, grid first."""
-    if count < 1 or temperature < 0 or top_k < 0:
-        raise ConfigError(f"count={count}, temperature={temperature}, top_k={top_k}: count from 1, the others from 0")
-    model, config = load_trained(run)
-    if not isinstance(model, Gpt) or config.data.tokenizer is None or config.data.vocabulary is None:
+    """Write `count` images of `prompt` and a labelled grid into `out` (default: RUN/samples) -> paths, grid first.
+
+    run: folder of a run, of which step and label choose the checkpoint, or of an exported model. What the prompt or the
+    settings cannot do is said on stderr.
+    """
+    if count < 1:
+        raise ConfigError(f"count={count}: give a number from 1")
+    sampling = Sampling(temperature, top_k, guidance, seed)
+    check_text(prompt)
+    model, config, at = load_trained(run, step, label, overrides)
+    if not isinstance(model, Gpt) or config.objective.kind != "autoregressive":
         raise ConfigError(f"{run} trained a {config.model.kind}, which draws nothing; name the run of a gpt")
-    tokenizer, vocabulary = load_tokenizer(config.data.tokenizer), Vocabulary(config.data.vocabulary)
+    tokenizer, vocabulary = load_tokenizer(str(config.data.tokenizer)), Vocabulary(str(config.data.vocabulary))
     check_fit(model, tokenizer, vocabulary)
-    images = generate_images(model, tokenizer, vocabulary, [prompt] * count, temperature, top_k, guidance, seed)
+    for sentence in notes(prompt, vocabulary, model.config.text_tokens, guidance, config.objective.caption_drop):
+        print(f"note: {sentence}", file=sys.stderr)
     folder = Path(out) if out else Path(run) / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "prompt"
-    paths = [folder / f"{name}-seed{seed}-grid.png"]
-    paths += [folder / f"{name}-seed{seed}-{index}.png" for index in range(count)]
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    images = generate_images(model, tokenizer, vocabulary, [prompt] * count, temperature, top_k, guidance, seed)
+    pictures = [labelled_grid(images, [prompt] * count), *(Image.fromarray(image) for image in images)]
+    made_by = [model_digest(model), tokenizer.id, vocabulary.fingerprint]
+    names = file_names(prompt, sampling, made_by, count)
     note = PngImagePlugin.PngInfo()
     note.add_itxt("prompt", prompt)
-    pictures = [labelled_grid(images, [prompt] * count), *(Image.fromarray(image) for image in images)]
-    for path, picture in zip(paths, pictures, strict=True):
-        picture.save(path, pnginfo=note)
-        print(path)
-    return paths
+    note.add_text("settings", json.dumps(dataclasses.asdict(sampling) | {"model": str(run), "step": at}))
+    for name, picture in zip(names, pictures, strict=True):
+        write_whole(folder / name, png(picture, note))
+        print(folder / name)
+    return [folder / name for name in names]
+
+
+def check_text(prompt: str) -> None:
+    """Raises ConfigError for a prompt whose bytes on the command line were no UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"the prompt {ascii(prompt)} is not UTF-8; give it in UTF-8") from None
+
+
+def notes(prompt: str, vocabulary: Vocabulary, room: int, guidance: float, caption_drop: float) -> list[str]:
+    """What of the request the model cannot do, a sentence each. room: text tokens that it reads."""
+    ids, found = vocabulary.encode(prompt), []
+    unknown = sum(number == vocabulary.unk for number in ids)
+    if not vocabulary.decode(ids).strip():
+        what = "is empty" if not ids else "has no piece that the vocabulary knows, all of it is [UNK]"
+        found.append(f"the prompt {what}: the images do not depend on what it says")
+    elif unknown:
+        found.append(f"{unknown} of the prompt's pieces are [UNK]; the model reads {vocabulary.decode(ids)!r}")
+    if len(ids) > room:
+        read = vocabulary.decode(ids[:room])
+        found.append(f"the prompt has {len(ids)} tokens and the model reads {room}: it is cut to {read!r}")
+    if guidance != 1.0 and not caption_drop:
+        found.append(
+            f"guidance={guidance:g} needs a model trained with objective.caption_drop, which was 0: what it draws "
+            "without a prompt was never learnt"
+        )
+    return found
+
+
+def file_names(prompt: str, sampling: Sampling, made_by: Sequence[str], count: int) -> list[str]:
+    """The grid's name and one an image: the prompt for people, and a digest of all that decides the picture."""
+    decides = [prompt, dataclasses.asdict(sampling), *made_by]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    words = re.sub(r"\W+", "-", prompt).strip("-")[:WORDS_IN_NAME] or "prompt"
+    stem = f"{words}-seed{sampling.seed}-{digest}"
+    return [f"{stem}-grid{count}.png", *(f"{stem}-{index}.png" for index in range(count))]
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """32 hex digits over the weights."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_fit(model: Gpt, tokenizer: ImageTokenizer, vocabulary: Vocabulary) -> None:
@@ -87,7 +175,8 @@ def generate_images(
     """-> uint8 [n, S, S, 3], one image per prompt; image i is drawn with the random numbers of (seed, i)."""
     config = model.config
     text = torch.from_numpy(np.stack([text_ids(prompt, vocabulary, config.text_tokens) for prompt in prompts]))
-    streams = (np.random.Generator(np.random.Philox(key=[seed, index])) for index in range(len(prompts)))
+    keys = (np.array([seed, index], np.uint64) for index in range(len(prompts)))
+    streams = (np.random.Generator(np.random.Philox(key=key)) for key in keys)
     uniforms = torch.from_numpy(np.stack([stream.random(config.image_tokens) for stream in streams]))
     was_training = model.training
     model.eval()

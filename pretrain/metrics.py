@@ -1,11 +1,12 @@
 """Small measures and the pictures and lines that people look at."""
 
+import io
 import math
 import time
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 BAR = 24
@@ -33,16 +34,21 @@ class ProgressLine:
 
 
 def save_grid(pixels: Tensor, path: Path, columns: int = 8, scale: int = 3) -> None:
-    """pixels float32 [n, 3, S, S] in [-1, 1] -> one PNG of about n / columns rows."""
+    """Write `grid` as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(pixels, columns, scale).save(path)
+
+
+def grid(pixels: Tensor, columns: int = 8, scale: int = 3) -> Image.Image:
+    """pixels float32 [n, 3, S, S] in [-1, 1] -> one picture of about n / columns rows."""
     images = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     rows = math.ceil(len(images) / columns)
     side = images.shape[-1]
     sheet = torch.full((rows * columns, 3, side, side), 255, dtype=torch.uint8)
     sheet[: len(images)] = images
-    grid = sheet.view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(grid.contiguous().numpy())
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
+    whole = sheet.view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3)
+    picture = Image.fromarray(whole.contiguous().numpy())
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 def retrieval_recall_at_1(images: Tensor, texts: Tensor) -> float:
@@ -50,3 +56,10 @@ def retrieval_recall_at_1(images: Tensor, texts: Tensor) -> float:
     similarity = images @ texts.T
     right = torch.arange(len(images))
     return float(((similarity.argmax(0) == right).float().mean() + (similarity.argmax(1) == right).float().mean()) / 2)
+
+
+def png(picture: Image.Image, note: PngImagePlugin.PngInfo | None = None) -> bytes:
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=note)
+    return buffer.getvalue()

@@ -127,7 +127,7 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
     """The scene number `index` of a split: a pure function of the arguments."""
     if split not in ("train", "heldout"):
         raise ConfigError(f"split={split!r} is not a split of the scenes; use 'train' or 'heldout'")
-    generator = np.random.Generator(np.random.Philox(key=[seed, index]))
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
     choices = HELD_OUT if split == "heldout" else TRAINED
     shape, colour, size, position, background = choices[generator.integers(len(choices))]
     _, radius, distances = SIZES[size]

@@ -1,37 +1,92 @@
 """A checkpoint -> a model on one device: to evaluate, to export, to start another run from."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.settings import check_settings
+from data_pipeline.settings import override_settings
 from data_pipeline.storage import open_storage
-from pretrain.checkpoint.catalog import Saved, checkpoint_root, committed, read_json
+from pretrain.checkpoint.catalog import Saved, checkpoint_root, committed, names, read_json
 from pretrain.checkpoint.layout import Slices
-from pretrain.config import RunConfig
-from pretrain.interchange.folder import WEIGHTS_FILE
+from pretrain.config import OBJECTIVE_OF, ModelConfig, RunConfig
+from pretrain.interchange.folder import CONFIG_FILE, WEIGHTS_FILE, load_config, load_model
 from pretrain.models import MODELS
 from pretrain.translate import saved_run
 
 PREFIX = "model."
 """Objectives hold their model under this name."""
+NOT_SAID = "(the export does not say it)"
+"""Stands for a dataset that an exported model does not name."""
 
 
-def run_config(run: str | Path) -> RunConfig:
-    """The configuration that a run folder was trained with. Raises ConfigError where there is none."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise no_run(run)
-    return check_settings(RunConfig, saved_run(read_json(open_storage(run), path.name)), str(path))
+class Trained(NamedTuple):
+    """A model in evaluation mode on the CPU, the settings to use it with, and the step that its weights are of.
+
+    step: None for an exported model that does not say it.
+    """
+
+    model: nn.Module
+    config: RunConfig
+    step: int | None
 
 
-def root_of(run: str | Path) -> str:
-    """Where the checkpoints of a run lie."""
-    known = (Path(run) / "config.json").is_file()
-    return checkpoint_root(run, run_config(run).train.checkpoints if known else None)
+# ------------------------------------------------------------------------------------------------- settings
+
+
+def run_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run, or of an exported model as far as it says it, with `key=value` overrides.
+
+    Raises ConfigError where there is none, DataError where it is damaged.
+    """
+    if fixed := next((text for text in overrides if text.partition("=")[0].split(".")[0] == "model"), None):
+        raise ConfigError(f"override {fixed!r}: the weights in {source} decide the model; leave it out")
+    tree = saved_tree(source)
+    tree = _of_export(source, tree) if is_export(tree) else tree
+    return override_settings(RunConfig, tree, overrides, f"{source}/{CONFIG_FILE}")
+
+
+def saved_tree(source: str | Path) -> dict[str, Any]:
+    """What config.json of a run or an exported model holds. Raises ConfigError where there is none."""
+    if not (Path(source) / CONFIG_FILE).is_file():
+        raise no_run(source)
+    return saved_run(read_json(open_storage(source), CONFIG_FILE))
+
+
+def is_export(tree: Mapping[str, Any]) -> bool:
+    """Is it the config.json of an exported model? That of a run says how it is trained."""
+    return "train" not in tree
+
+
+def _of_export(source: str | Path, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run that would use the model: what the export does not say is filled in."""
+    kind = load_config(source).kind
+    known = {key: value for key, value in tree.items() if key in RunConfig.model_fields}
+    unsaid = {
+        "run": str(source),
+        "objective": {"kind": OBJECTIVE_OF[kind]},
+        "data": {"dataset": NOT_SAID},
+        "train": {"steps": 1, "global_batch": 1, "zero_stage": 0},
+        "optim": {"lr": 1.0},
+        "tracking": {"uri": ""},
+    }
+    return unsaid | known
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def root_of(run: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Where the checkpoints of a run lie. Raises ConfigError for an exported model, which has none."""
+    if not (Path(run) / CONFIG_FILE).is_file():
+        return checkpoint_root(run, None)
+    if is_export(saved_tree(run)):
+        raise ConfigError(f"{run} is an exported model and has no checkpoints; name the run that it was exported from")
+    return checkpoint_root(run, run_config(run, overrides).train.checkpoints)
 
 
 def no_run(run: str | Path) -> ConfigError:
@@ -40,27 +95,60 @@ def no_run(run: str | Path) -> ConfigError:
     return ConfigError(f"{run} {what}; give the folder that a configuration names as `run:`")
 
 
-def newest_whole(run: str | Path, step: int | None = None) -> Saved:
-    """The newest checkpoint of a run (or of a step) whose files are whole. Raises DataError when there is none."""
-    rows = [saved for saved in committed(root_of(run)) if step in (None, saved.step)]
+def newest_whole(
+    run: str | Path, step: int | None = None, label: str | None = None, overrides: Sequence[str] = ()
+) -> Saved:
+    """The newest checkpoint of a run whose files are whole, or that of a step, or the one named `label`.
+
+    Raises ConfigError for a name that is not there, DataError when there is no such checkpoint.
+    """
+    root = root_of(run, overrides)
+    rows = [saved for saved in committed(root) if step in (None, saved.step)]
+    if label is not None:
+        labels = {known: folder for folder, known in names(root)}
+        if label not in labels:
+            raise ConfigError(
+                f"{run}: no checkpoint is named {label!r}; there are {', '.join(sorted(labels)) or 'none'}"
+            )
+        rows = [saved for saved in rows if saved.name == labels[label]]
     for saved in reversed(rows):
         if not saved.faults():
             return saved
-    what = f"{run}: no whole checkpoint" + ("" if step is None else f" of step {step}")
-    raise DataError(f"{what}; train it first, or look with `tessera checkpoint verify {run}`")
+    asked = ("" if step is None else f" of step {step}") + ("" if label is None else f" named {label!r}")
+    raise DataError(
+        f"{run}: no whole checkpoint{asked}; see `tessera checkpoint list {run}` and `tessera checkpoint verify {run}`"
+    )
 
 
-def load_trained(run: str | Path, step: int | None = None) -> tuple[nn.Module, RunConfig]:
-    """The model of a run's newest whole checkpoint, in evaluation mode on the CPU, and the run's configuration."""
-    config = run_config(run)
-    saved = newest_whole(run, step)
-    state = weights_of(saved)
-    model = MODELS[config.model.kind](config.model)
-    model.load_state_dict(state, strict=False)
+def load_trained(
+    source: str | Path, step: int | None = None, label: str | None = None, overrides: Sequence[str] = ()
+) -> Trained:
+    """The model of an exported folder, or of a run's newest whole checkpoint (of a step; named `label`)."""
+    config = run_config(source, overrides)
+    model, _, at = load_weights(source, step, label, overrides)
+    return Trained(model, config, at)
+
+
+def load_weights(
+    source: str | Path, step: int | None = None, label: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[nn.Module, ModelConfig, int | None]:
+    """The same without settings, which an exported model may lack -> model, its configuration, step."""
+    tree = saved_tree(source)
+    if is_export(tree):
+        if step is not None or label is not None:
+            raise ConfigError(f"{source} is an exported model, of one checkpoint; leave --step and --name out")
+        return *load_model(source), tree.get("step")
+    saved = newest_whole(source, step, label, overrides)
+    config = run_config(source, overrides).model
+    model, state = MODELS[config.kind](config), weights_of(saved)
     absent = {name for name, _ in model.named_parameters()} - set(state)
     if absent:
         raise DataError(f"{saved.folder} lacks {len(absent)} tensors of the model, first {sorted(absent)[0]}")
-    return model.eval(), config
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise DataError(f"{saved.folder} does not fit the model of {source}/{CONFIG_FILE} ({error})") from None
+    return model.eval(), config, saved.step
 
 
 def weights_of(saved: Saved) -> dict[str, Tensor]:

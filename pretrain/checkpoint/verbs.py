@@ -1,6 +1,7 @@
 """What `tessera checkpoint` does: what is saved and why it stays, is it whole, name it, take it elsewhere, tidy up."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,26 @@ from pretrain.checkpoint.catalog import (
     put_once,
     tidy,
 )
-from pretrain.checkpoint.trained import load_trained, newest_whole, no_run, root_of, run_config
+from pretrain.checkpoint.trained import (
+    is_export,
+    load_weights,
+    newest_whole,
+    no_run,
+    root_of,
+    run_config,
+    saved_tree,
+)
 from pretrain.checkpoint.universal import export_universal
 from pretrain.interchange.folder import export_model
 from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import LAYOUTS
 
 
-def list_(run: str | Path) -> list[dict[str, Any]]:
+def list_(run: str | Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The committed checkpoints of a run, oldest first, and why each stays."""
-    root = _root(run)
+    root = _root(run, overrides)
     rows = committed(root)
-    kept = _retention(run).reasons(root, rows)
+    kept = _retention(run, overrides).reasons(root, rows)
     return [
         {"step": saved.step, "attempt": saved.attempt, "folder": saved.folder, "kept": ", ".join(kept[saved.name])}
         | _told_by(saved)
@@ -46,9 +55,9 @@ def _told_by(saved: Saved) -> dict[str, Any]:
         return {"world": None, "bytes": None}
 
 
-def verify(run: str | Path) -> dict[str, Any]:
+def verify(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Sizes and digests of all checkpoints. Raises DataError naming each file that is off, or when there is none."""
-    rows = committed(_root(run))
+    rows = committed(_root(run, overrides))
     if not rows:
         raise DataError(f"{run}: no committed checkpoint; train the run first")
     faults = [f"{saved.name}/{line}" for saved in rows for line in saved.faults()]
@@ -57,27 +66,46 @@ def verify(run: str | Path) -> dict[str, Any]:
     return {"checkpoints": len(rows), "newest_step": rows[-1].step, "whole": True}
 
 
-def export(run: str | Path, output: str | Path, step: int | None = None, form: str = "tessera") -> Path:
-    """The newest whole checkpoint (or that of a step) as `form`: tessera, deepspeed, or one of LAYOUTS.
+def export(
+    run: str | Path,
+    output: str | Path,
+    step: int | None = None,
+    form: str = "tessera",
+    label: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """The newest whole checkpoint (that of a step, the one named `label`), or an exported model, as `form`.
 
-    tessera: config.json and model.safetensors, which every other command reads. deepspeed: a universal checkpoint with
-    the optimizer's state. A layout: model.safetensors under the names of that public model; those of transformers with
-    its config.json, so that `from_pretrained` takes the folder.
+    tessera: config.json and model.safetensors, which every other command reads; `overrides` change the settings that
+    are noted in it. deepspeed: a universal checkpoint with the optimizer's state. One of LAYOUTS: model.safetensors
+    under the names of that public model; those of transformers with its config.json, so that `from_pretrained` takes
+    the folder. Raises ConfigError for a used folder.
     """
     if form not in ("tessera", "deepspeed", *LAYOUTS):
         raise ConfigError(f"--format {form} is not known; use tessera, deepspeed, {', '.join(sorted(LAYOUTS))}")
     refuse_used(output)
     if form == "deepspeed":
-        return export_universal(newest_whole(run, step), output)
-    model, config = load_trained(run, step)
+        return export_universal(newest_whole(run, step, label, overrides), output)
+    model, config, at = load_weights(run, step, label, overrides)
     if form == "tessera":
-        return export_model(output, config.model, model.state_dict())
-    return export_layout(output, form, config.model, model.state_dict())
+        return export_model(output, config, model.state_dict(), _settings_of(run, overrides) | {"step": at})
+    return export_layout(output, form, config, model.state_dict())
 
 
-def name(run: str | Path, label: str, step: int | None = None, remove: bool = False) -> dict[str, Any]:
+def _settings_of(source: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """What an export says beside its model; nothing where its source does not say it either."""
+    tree = saved_tree(source)
+    if is_export(tree) and "data" not in tree and not overrides:
+        return {}
+    settings = run_config(source, overrides).model_dump(mode="json")
+    return {key: settings[key] for key in ("objective", "data", "seed")}
+
+
+def name(
+    run: str | Path, label: str, step: int | None = None, remove: bool = False, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Keep a checkpoint from retention under a name, or (`remove`) no longer."""
-    root, entry = _root(run), f"name-{label}.json"
+    root, entry = _root(run, overrides), f"name-{label}.json"
     if not NAME.fullmatch(entry):
         raise ConfigError(f"name {label!r}: use letters, digits, '_', '-' and '.' only")
     taken = {label for _, label in names(root)}
@@ -87,20 +115,20 @@ def name(run: str | Path, label: str, step: int | None = None, remove: bool = Fa
             raise ConfigError(f"{run}: no checkpoint is named {label!r}; there are {there}")
         open_storage(root).remove(entry)
         return {"removed": label}
-    saved = newest_whole(run, step)
+    saved = newest_whole(run, step, overrides=overrides)
     if label in taken:
         raise ConfigError(f"{run}: a checkpoint is named {label!r} already; remove that name first with --remove")
     put_once(open_storage(root), entry, as_json({"checkpoint": saved.name}))
     return {"named": label, "folder": saved.folder}
 
 
-def gc(run: str | Path, keep: int | None = None) -> dict[str, Any]:
+def gc(run: str | Path, keep: int | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Remove checkpoints that nothing keeps (`keep` of the newest instead of the run's own number) and orphans.
 
     An orphan, a folder that was never committed, goes when its attempt was overtaken or a later step was committed: a
     newer one may be one that a live run is writing.
     """
-    root, kept = _root(run), _retention(run)
+    root, kept = _root(run, overrides), _retention(run, overrides)
     rows = committed(root)
     newest = numbers(rows[-1].name) if rows else (-1, -1)
     owner = newest_claim(root)
@@ -111,14 +139,14 @@ def gc(run: str | Path, keep: int | None = None) -> dict[str, Any]:
     return {"removed": tidy(root, dataclasses.replace(kept, last=keep or kept.last), may_go)}
 
 
-def _root(run: str | Path) -> str:
+def _root(run: str | Path, overrides: Sequence[str]) -> str:
     """Where its checkpoints lie, also if it lost its configuration. Raises ConfigError for what is no run."""
-    root = root_of(run)
+    root = root_of(run, overrides)
     if not (Path(run) / "config.json").is_file() and not Path(root).is_dir():
         raise no_run(run)
     return root
 
 
-def _retention(run: str | Path) -> Retention:
+def _retention(run: str | Path, overrides: Sequence[str]) -> Retention:
     known = (Path(run) / "config.json").is_file()
-    return Retention.of(run_config(run).train) if known else Retention(1)
+    return Retention.of(run_config(run, overrides).train) if known else Retention(1)

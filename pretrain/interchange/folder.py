@@ -1,8 +1,12 @@
-"""An exported model: a folder with config.json ({"model": ...}) and model.safetensors. Nothing in it executes."""
+"""An exported model: a folder with config.json and model.safetensors. Nothing in it executes.
+
+config.json holds "model", and of the run that it comes from "objective", "data", "seed" and "step".
+"""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import torch
@@ -21,11 +25,20 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def export_model(directory: str | Path, model_config: Settings, state_dict: Mapping[str, Tensor]) -> Path:
-    """Write a new folder -> its path. Raises ConfigError for a used one, DataError where it cannot be written."""
+def export_model(
+    directory: str | Path,
+    model_config: Settings,
+    state_dict: Mapping[str, Tensor],
+    more: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a new folder -> its path. Raises ConfigError for a used one, DataError where it cannot be written.
+
+    more: what config.json says beside the model: "objective", "data" and "seed" as a run's does, and the "step".
+    """
     with new_folder(directory) as folder:
         save_weights(folder, state_dict)
-        text = json.dumps({"model": model_config.model_dump(mode="json")}, indent=2, ensure_ascii=False)
+        tree = {"model": model_config.model_dump(mode="json"), **(more or {})}
+        text = json.dumps(tree, indent=2, ensure_ascii=False)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     return Path(directory)
 
@@ -63,5 +76,5 @@ def load_config(directory: str | Path) -> ModelConfig:
         return pydantic.TypeAdapter(ModelConfig).validate_python(saved_model(tree["model"]))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; give a folder that `tessera checkpoint export` wrote") from None
-    except (json.JSONDecodeError, KeyError, TypeError, pydantic.ValidationError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:  # pydantic's is a ValueError
         raise DataError(f"{path} does not describe a model ({error}); export the model again") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.settings import read_yaml
 from tests.architecture.source import PACKAGES
 
 MAP = re.compile(r"<!-- map -->\n+```\n(.*?)```", re.S)
@@ -76,3 +77,20 @@ def test_links_of_the_documents_lead_somewhere(repository: Path) -> None:
         for target in LINK.findall((repository / document).read_text(encoding="utf-8")):
             there = (repository / document).parent.joinpath(target).exists()
             assert there or target in MADE_LATER, f"{document}: {target}"
+
+
+def test_commands_on_own_data_do_not_evaluate_on_the_recipe_s(repository: Path) -> None:
+    """A recipe's data.evaluation belongs to its data.dataset: a command that overrides the one gives the other too."""
+    documents = [
+        repository / "README.md",
+        *(repository / "docs").glob("*.md"),
+        *(repository / "configs").rglob("*.yaml"),
+    ]
+    commands = re.compile(r"(configs/[\w/.-]+\.yaml)((?:[^\n`]|\\\n)*data\.dataset=[^\n`]*)")
+    seen = 0
+    for document in documents:
+        for recipe, rest in commands.findall(document.read_text(encoding="utf-8")):
+            tree = read_yaml(repository / recipe)
+            seen += 1
+            assert "data.evaluation=" in rest or not tree["data"].get("evaluation"), f"{document}: {recipe} {rest}"
+    assert seen

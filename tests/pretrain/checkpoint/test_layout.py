@@ -143,7 +143,7 @@ def test_staged_tensors_do_not_follow_the_originals_and_memory_is_taken_once() -
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_the_weights_are_the_same_whatever_world_wrote_them(world: int, tmp_path: Path) -> None:
     model = write(tmp_path, 3, world=world)
-    loaded, config = load_trained(tmp_path)
+    loaded, config, _ = load_trained(tmp_path)
     assert config == config_of(tmp_path)
     assert not loaded.training
     for name, tensor in model.state_dict().items():
