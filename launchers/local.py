@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue
-from launchers.causes import USER_CODE_EXIT, Failure, diagnose, pause_s, worth_another_attempt
+from launchers.causes import DECODING, USER_CODE_EXIT, Failure, diagnose, pause_s, worth_another_attempt
 from launchers.children import die_with
 from launchers.quoting import command_line
 from launchers.watch import JOB, metrics_size, read_record, refuse_second_launch, start_ticks, write_record
 from pretrain.deadline import LEAD_VARIABLE, lead_s
-from pretrain.faults import faults_size, read_faults
+from pretrain.faults import crashed_while_decoding, faults_size, read_faults
 from pretrain.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -138,6 +138,8 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
             faults, steps = faults_size(run), metrics_size(run)
             end = attend(group, stops, patience, run)
             diagnosis = diagnose(end.failures, read_faults(run, faults), end.exit_code) if end.exit_code else None
+            if diagnosis and any(crashed_while_decoding(run, failure.rank) for failure in end.failures):
+                diagnosis = replace(diagnosis, why=diagnosis.why + DECODING)
             if node_rank == 0:
                 told = {"cause": diagnosis.cause, "why": diagnosis.why} if diagnosis else {}
                 write_record(run, _record(group) | {"exit_code": end.exit_code} | told)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import NodeFault, Requeue
-from launchers.causes import Diagnosis, Failure, diagnose, worth_another_attempt
+from launchers.causes import DECODING, Diagnosis, Failure, diagnose, worth_another_attempt
 from launchers.watch import metrics_size
-from pretrain.faults import read_faults
+from pretrain.faults import crashed_while_decoding, read_faults
 from pretrain.goodput import append_line, lines_of
 
 EXCLUDED = "excluded.jsonl"
@@ -60,12 +60,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     faults, nodes, out = read_faults(args.run, args.faults_from), args.nodes.split(), args.out.replace("(null)", "")
     ranks = blamed_ranks(faults, len(nodes) * args.procs_per_node)
     diagnosis = diagnosis_of(args.status, faults, ranks)
-    blamed = list(dict.fromkeys(nodes[rank // args.procs_per_node] for rank in ranks))
+    guilty = [rank for rank in ranks if not crashed_while_decoding(args.run, rank)]
+    blamed = list(dict.fromkeys(nodes[rank // args.procs_per_node] for rank in guilty))
     gone = sum(len(line["nodes"]) for line in lines_of(args.run / EXCLUDED) if line["job"] == args.job)
     made_steps = metrics_size(args.run) > args.metrics_before
     goes_on, left_out = verdict(diagnosis, made_steps, blamed, gone, args.may_exclude)
     then = ("back into the queue" + (f" without {', '.join(left_out)}" if left_out else "")) if goes_on else "the end"
-    print(f"tessera: exit code {args.status}, cause {diagnosis.cause}: {diagnosis.why}; {then}", file=sys.stderr)
+    why = diagnosis.why + DECODING * (guilty != ranks)
+    print(f"tessera: exit code {args.status}, cause {diagnosis.cause}: {why}; {then}", file=sys.stderr)
     if left_out:
         append_line(args.run / EXCLUDED, {"job": args.job, "nodes": left_out, "why": diagnosis.why})
         left_out += [out] if out else []

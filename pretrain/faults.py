@@ -27,6 +27,8 @@ from pretrain.goodput import ATTEMPTS, append_line, lines_of, whole
 
 FAULTS = "faults.jsonl"
 ENDED = "ended.json"
+STACKS = "faults"
+DECODES = "data_pipeline/images.py"
 Cause = Literal["configuration", "node", "storage", "preemption", "user code"]
 CAUSES: tuple[tuple[type[TesseraError], Cause], ...] = (
     (ConfigError, "configuration"),
@@ -83,6 +85,20 @@ def may_have_been_killed(run: Path) -> bool:
     if newest is None or (run / ENDED).is_file():
         return False
     return all(fault["cause"] == "node" for fault in read_faults(run) if fault["time"] >= newest["time"])
+
+
+def stacks_of(run: Path, attempt: int, rank: int) -> Path:
+    """Where a rank's stacks are written when it crashes or hangs."""
+    return run / STACKS / f"attempt-{attempt:05d}.rank-{rank:05d}.txt"
+
+
+def crashed_while_decoding(run: Path, rank: int) -> bool:
+    """Whether this rank crashed in the newest attempt in the thread that decoded an image: no fault of its node."""
+    newest = next(iter(deque(lines_of(run / ATTEMPTS), maxlen=1)), {"attempt": 0})
+    path = stacks_of(run, newest["attempt"], rank)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    crashed = text.partition("Current thread")[2].partition("\n\n")[0]  # faulthandler's words
+    return "Fatal Python error" in text and DECODES in crashed
 
 
 @contextlib.contextmanager

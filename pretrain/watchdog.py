@@ -24,11 +24,10 @@ from types import FrameType
 from typing import Any
 
 from data_pipeline.errors import NodeFault
-from pretrain.faults import record_fault
+from pretrain.faults import record_fault, stacks_of
 from pretrain.goodput import PhaseClock
 from pretrain.mesh import Mesh, read_all
 
-FOLDER = "faults"
 DUMP_SIGNAL = signal.SIGUSR2
 WAITS_FOR_PEERS = ("torch/distributed/distributed_c10d.py", "pretrain/mesh.py")
 INTERVAL_S = (0.1, 5.0)
@@ -120,7 +119,7 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
 
     def _stacks_of(self, rank: int) -> Path:
-        return self.run / FOLDER / f"attempt-{self.attempt:05d}.rank-{rank:05d}.txt"
+        return stacks_of(self.run, self.attempt, rank)
 
     def start(self) -> None:
         """Begin to watch; the run folder exists by now."""
@@ -128,6 +127,7 @@ class Watchdog:
         self._file = self.stacks.open("w", encoding="utf-8")
         # Works even where a thread holds the interpreter's lock and never gives it back.
         faulthandler.register(DUMP_SIGNAL, file=self._file, all_threads=True)
+        faulthandler.enable(file=self._file, all_threads=True)  # what crashes the process is told by its stack
         self.store = self.mesh.side_store()
         self._meet()
         for target in (self._exchange, self._watch):
@@ -140,6 +140,7 @@ class Watchdog:
         for thread in self._threads:
             thread.join(STOP_S)
         faulthandler.unregister(DUMP_SIGNAL)
+        faulthandler.disable()
         if self._file.tell() == 0:
             with contextlib.suppress(OSError):
                 self.stacks.unlink()

@@ -85,3 +85,37 @@ def test_silence_is_blamed_only_where_most_spoke() -> None:
     assert blamed_ranks([LOST], 2) == [1]
     assert blamed_ranks([LOST], 4) == [] == blamed_ranks([], 2)
     assert blamed_ranks([LOST, HANG], 8) == [2]
+
+
+CRASH = """Fatal Python error: Aborted
+
+Thread 0x00007f0000000001 (most recent call first):
+  File "/site/threading.py", line 331 in wait
+
+Current thread 0x00007f0000000002 (most recent call first):
+  File "{where}", line 190 in decode
+  File "/site/pretrain/inputs/feed.py", line 70 in at
+
+Thread 0x00007f0000000003 (most recent call first):
+  File "/site/data_pipeline/images.py", line 190 in decode
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "attempt", "verdict"),
+    [
+        ("/site/data_pipeline/images.py", 3, "requeue"),
+        ("/site/torch/autograd/graph.py", 3, "requeue blue"),  # an image was decoded meanwhile, elsewhere
+        ("/site/data_pipeline/images.py", 2, "requeue blue"),  # of an attempt before
+    ],
+)
+def test_the_node_of_a_rank_that_an_image_killed_stays(
+    where: str, attempt: int, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "attempts.jsonl").write_text('{"attempt": 3, "time": 1.0}\n')
+    (tmp_path / "faults").mkdir()
+    for rank in (2, 3):
+        (tmp_path / f"faults/attempt-{attempt:05d}.rank-{rank:05d}.txt").write_text(CRASH.format(where=where))
+    found, said = ask(tmp_path, 134, [LOST, LOST | {"rank": 1}], capsys)
+    assert found == verdict and "rank 2 was killed by SIGABRT" in said
+    assert ("while it decoded an image" in said) == (verdict == "requeue")
