@@ -174,13 +174,13 @@ def captions_of_json(tree: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 
 def as_captions(value: Any) -> tuple[str, ...]:
-    """Text or a list of texts -> captions; None counts as none. Raises TypeError for anything else."""
+    """Text or a list of texts -> captions; null, also within the list, counts as none. Raises TypeError otherwise."""
     if value is None:
         return ()
     if isinstance(value, str):
         return (value,)
-    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return tuple(value)
+    if isinstance(value, list | tuple) and all(item is None or isinstance(item, str) for item in value):
+        return tuple(item for item in value if item is not None)
     raise TypeError(f"a caption is text or a list of texts, not {value!r:.80}")
 
 

@@ -18,6 +18,7 @@ from data_pipeline.build.records import NESTED_AT_MOST
 from data_pipeline.build.sources import open_source
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.settings import read_yaml
+from data_pipeline.stream.reader import Stream
 from tests.data_pipeline.conftest import png
 
 LINES = {
@@ -284,3 +285,18 @@ def test_a_coco_image_and_a_tar_with_such_names_are_rows_and_a_file_is_refused_b
     (tmp_path / "folder").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path / "folder") + b"/caf\xe9.png")).write_bytes(png())
     refused(build_here, tmp_path, r"caf\\udce9.png: the name is no UTF-8", kind="folder", path=f"{tmp_path}/folder")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_null_among_captions_costs_neither_the_row_nor_the_others(kind, tmp_path, build_here, make_png):
+    (tmp_path / "0.png").write_bytes(make_png())
+    rows = [{"image": "0.png", "caption": captions} for captions in (["a cat", None], [None], None, ["a dog"])]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    else:
+        text = json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"x.{kind}").write_text(text)
+    stats = build_here(source={"kind": kind, "path": f"{tmp_path}/x.{kind}"}, output=f"{tmp_path}/out")
+    assert (stats["in"], stats["out"], stats["rejected"]) == (4, 2, {"empty_caption": 2})
+    stream = Stream(tmp_path / "out", seed=0)
+    assert [stream.fetch(number).captions for number in range(2)] == [("a cat",), ("a dog",)]
