@@ -6,8 +6,22 @@ import pydantic
 from pydantic import Field, IPvAnyNetwork, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_pipeline.settings import Location, OptionalLocation, Seed, Settings
+from data_pipeline.text_files import encoding_of, newline_of
 
 # --------------------------------------------------------------------------------------------- sources
+
+
+def _checked_encoding(name: str) -> str:
+    try:
+        newline_of(encoding_of(b"", name)[0])
+    except (LookupError, UnicodeError):
+        raise ValueError(
+            f"{name!r}: not an encoding of text files; for example utf-8, latin-1, cp1252, gb18030"
+        ) from None
+    return name
+
+
+TextEncoding = Annotated[str, pydantic.AfterValidator(_checked_encoding)]
 
 
 class ScenesSource(Settings):
@@ -24,10 +38,12 @@ class FolderSource(Settings):
     """Images anywhere below `path`, each with its captions beside it: NAME.txt (one a line) or NAME.json.
 
     `path`: a folder here or on s3://, or several, with {00..99} and `::`; keys then begin with the folder's name.
+    encoding: of text without a byte order mark, as latin-1; UTF-8 by default.
     """
 
     kind: Literal["folder"] = "folder"
     path: Location
+    encoding: TextEncoding | None = None
 
 
 class TarsSource(Settings):
@@ -48,8 +64,12 @@ class TableSource(Settings):
     image: column of http(s) addresses, of file names within `images` (a folder or a tar, beside the table), or, in
     parquet, of bytes; with `base64` the column holds the file itself, in either alphabet.
     captions: columns, each of text or of a list of texts.
-    columns: names of the columns of csv or tsv files without a header line. quotes: False where a quotation mark is a
-    letter like any other, as in CC3M. sha256, md5: columns that what is fetched is compared with.
+    columns: names of the columns of csv or tsv files without a header line.
+    quotes: whether a field that begins with a quotation mark ends with one, and may hold delimiters and line ends;
+    where it is false the mark is a letter like any other. By default true for csv, false for tsv.
+    encoding: of text files without a byte order mark, as latin-1; UTF-8 by default. Other bytes reject their row.
+    sha256, md5: columns that what is fetched is compared with.
+    parse_rule: how text is taken apart; a dataset that was begun by rule 1 keeps it.
     """
 
     kind: Literal["csv", "tsv", "json", "jsonl", "parquet"]
@@ -60,17 +80,28 @@ class TableSource(Settings):
     image: str = "image"
     captions: tuple[str, ...] = Field(("caption",), min_length=1)
     columns: tuple[str, ...] | None = None
-    quotes: bool = True
+    quotes: bool | None = None
+    encoding: TextEncoding | None = None
     base64: bool = False
     sha256: str | None = None
     md5: str | None = None
+    parse_rule: Literal[1, 2] = 2
+
+    @property
+    def quoted(self) -> bool:
+        """Do quotation marks enclose fields?"""
+        return self.quotes if self.quotes is not None else self.kind != "tsv" or self.parse_rule == 1
 
 
 class PairsSource(Settings):
-    """Published tables whose columns are known: cc3m (caption TAB address), muge (id TAB caption TAB base64 image)."""
+    """Published tables whose columns are known: cc3m (caption TAB address), muge (id TAB caption TAB base64 image).
+
+    parse_rule: as of other tables.
+    """
 
     kind: Literal["cc3m", "muge"]
     path: Location
+    parse_rule: Literal[1, 2] = 2
 
 
 class CocoSource(Settings):

@@ -6,7 +6,7 @@ array, which Ray hands to the workers of a node without a copy.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ Row = Pair | Link | Drop
 class Part:
     """One input file. offsets: int64, where its rows 0, STRIDE, 2 * STRIDE ... begin, in bytes; empty where a row is
     found otherwise. digest: of its contents, or of what describes them; bytes: how many of them the digest is over,
-    0 where it is over something else.
+    0 where it is over something else. numbers: int64, of text, the number of the line at each of `offsets`.
     """
 
     path: str
@@ -32,6 +32,7 @@ class Part:
     digest: str
     offsets: np.ndarray
     bytes: int = 0
+    numbers: np.ndarray = field(default_factory=lambda: np.array([], np.int64))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 import PIL
 import simplejpeg
 import xxhash
-from pydantic import with_config
+from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from data_pipeline import gate
@@ -32,16 +32,25 @@ from data_pipeline.build.inputs import is_remote, open_input
 from data_pipeline.build.layout import Layout, Row
 from data_pipeline.build.records import as_unicode
 from data_pipeline.build.sources import Source, open_source
-from data_pipeline.config import BuildConfig
+from data_pipeline.config import BuildConfig, PairsSource, SourceConfig, TableSource
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.schema import Drop
-from data_pipeline.shards.manifest import Manifest, canonical_json, read_rows, read_shard_stats, side_name
+from data_pipeline.shards.manifest import (
+    Manifest,
+    canonical_json,
+    read_manifest,
+    read_rows,
+    read_shard_stats,
+    side_name,
+)
 from data_pipeline.storage import Storage
 
 BUILD = "build.json"
 FINAL_REASONS = frozenset({"duplicate_key", "duplicate_image", "near_duplicate"})  # trying again changes nothing
 
 _WITH_COLUMNS = ("csv", "tsv", "parquet", "cc3m", "muge")
+_WITH_PARSE_RULE = ("csv", "tsv", "json", "jsonl", "parquet", "cc3m", "muge")
+_SOURCE: TypeAdapter[SourceConfig] = TypeAdapter(SourceConfig)
 _AT_ONCE = 1 << 16
 
 
@@ -161,14 +170,18 @@ def grown_plan(whole: Plan, storage: Storage, manifest: Manifest, pinned: dict[s
     return Plan(whole.config, whole.layout, len(selected), _none(), len(manifest.shards), selected, ids)
 
 
-def retry_plan(config: BuildConfig, manifest: Manifest, rejects: list[dict[str, Any]]) -> Plan:
-    """The rejected rows that the source still has, duplicates aside, as the next generation."""
+def retry_plan(config: BuildConfig, storage: Storage, rejects: list[dict[str, Any]], pinned: dict[str, Any]) -> Plan:
+    """The rejected rows that the source still has, duplicates aside, as the next generation.
+
+    Raises DataError where rows without keys are no longer those that were built.
+    """
     check_rules(config)
     source = open_source(config.source)
     rows = source.count()
     again = [reject for reject in rejects if reject["reason"] not in FINAL_REASONS]
     keys = source.keys()
     if keys is None:
+        _check_prefix(source.layout, pinned["parts"], storage)
         places = {reject["key"]: int(reject["row"]) for reject in again if reject["row"] < rows}
     else:
         wanted = {reject["key"] for reject in again}
@@ -177,7 +190,8 @@ def retry_plan(config: BuildConfig, manifest: Manifest, rejects: list[dict[str, 
     selected = np.array([places[reject["key"]] for reject in again], np.int64)
     ids = np.array([reject["row"] for reject in again], np.int64)
     reasons = tuple(reject["reason"] for reject in again)
-    return Plan(config, source.layout, len(again), _none(), len(manifest.shards), selected, ids, reasons=reasons)
+    first_shard = len(read_manifest(storage).shards)
+    return Plan(config, source.layout, len(again), _none(), first_shard, selected, ids, reasons=reasons)
 
 
 def _relative_paths(config: BuildConfig) -> list[str]:
@@ -203,13 +217,21 @@ def _check_filter_names(config: BuildConfig, source: Source) -> None:
 
 
 def _check_prefix(layout: Layout, pinned: list[dict[str, Any]], storage: Storage) -> None:
-    """The files that were built come first and are the same; the last of them may have become longer."""
+    """Raises DataError unless the files that were built come first and are the same; the last may have become longer.
+
+    A row without a key is named by its number, so that another row in its place would be stored under its name.
+    """
+    if len(layout.parts) < len(pinned):
+        raise DataError(
+            f"source.path: {len(layout.parts)} files, {storage.root} was built from {len(pinned)}; rows without a key "
+            "are known by their number, so give all files again, name a source.key or build into a new output"
+        )
     for number, (old, part) in enumerate(zip(pinned, layout.parts, strict=False)):
         longer = number == len(pinned) - 1 and part.rows > old["rows"] and _begins_with(part.path, old)
         if (part.rows, part.digest) != (old["rows"], old["digest"]) and not longer:
             raise DataError(
-                f"{part.path}: not what {storage.root} was built from; rows without a key can only be added after the "
-                "others, name a source.key or build into a new output"
+                f"{part.path}: not what {storage.root} was built from; rows without a key are known by their number, "
+                "so they can only be added after the others; restore it, or build by a source.key into a new output"
             )
 
 
@@ -278,6 +300,7 @@ class _Pin(TypedDict):
     base: NotRequired[gate.Sha256]
     rows: NotRequired[gate.Count]
     parts: NotRequired[list[_Part]]
+    source: NotRequired[dict[str, Any]]
 
 
 def pin_name(generation: int) -> str:
@@ -302,7 +325,7 @@ def source_pin(plan: Plan) -> dict[str, Any]:
     """What a generation reads."""
     parts = [{"rows": part.rows, "digest": part.digest, "bytes": int(part.bytes)} for part in plan.layout.parts]
     return {
-        "source": plan.config.source.model_dump(mode="json"),
+        "source": _source_tree(plan.config.source),
         "parts": parts,
         "rows": plan.rows,
         "duplicates": hashlib.sha256(plan.duplicates.astype("<i8").tobytes()).hexdigest(),
@@ -324,7 +347,34 @@ def read_pin(storage: Storage, generation: int) -> dict[str, Any]:
     pin: dict[str, Any] = gate.parse(
         _Pin, storage.get(name), f"{storage.root}/{name}", "build the dataset again into a new output"
     )
+    if "source" in pin:
+        pin["source"] = _with_defaults(pin["source"])
     return pin
+
+
+def _source_tree(source: SourceConfig) -> dict[str, Any]:
+    """A source as JSON, with what its defaults mean."""
+    quotes = {"quotes": source.quoted} if isinstance(source, TableSource) else {}
+    return source.model_dump(mode="json") | quotes
+
+
+def _with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """The source of a pin, with the defaults of fields that are new since; before it had a parse rule that was 1."""
+    rule = {"parse_rule": 1} if tree.get("kind") in _WITH_PARSE_RULE else {}
+    try:
+        return _source_tree(_SOURCE.validate_python(rule | tree))
+    except ValueError:  # of another version: it differs from every source
+        return tree
+
+
+def as_begun(storage: Storage, config: BuildConfig) -> BuildConfig:
+    """The configuration, with the parse rule of the dataset that was begun in its output, unless it states one."""
+    source = config.source
+    stated = not isinstance(source, TableSource | PairsSource) or "parse_rule" in source.model_fields_set
+    if stated or not storage.exists(BUILD):
+        return config
+    rule = read_pin(storage, 0).get("source", {}).get("parse_rule", 2)
+    return config.model_copy(update={"source": source.model_copy(update={"parse_rule": rule})})
 
 
 def compare_pins(storage: Storage, there: dict[str, Any], now: dict[str, Any], names: tuple[str, ...]) -> None:

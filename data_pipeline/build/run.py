@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from data_pipeline.build.dedup import duplicates
 from data_pipeline.build.plan import (
     Plan,
+    as_begun,
     compare_pins,
     grown_plan,
     make_plan,
@@ -81,6 +82,7 @@ def build(config: BuildConfig, progress: bool = True) -> dict[str, Any]:
     missing or empty source or storage that refuses.
     """
     storage = open_storage(config.output)
+    config = as_begun(storage, config)
     plan = make_plan(config)
     if config.grow and storage.exists(MANIFEST):
         return _grow(storage, plan, progress)
@@ -99,8 +101,9 @@ def retry(config: BuildConfig, progress: bool = True) -> dict[str, Any]:
     storage = open_storage(config.output)
     manifest = read_manifest(storage)
     _check_rules(storage, config)
+    config = as_begun(storage, config)
     rejects = (table.to_pylist() for table in _rejects(storage, _all_stats(storage, manifest)))
-    plan = retry_plan(config, manifest, list(itertools.chain.from_iterable(rejects)))
+    plan = retry_plan(config, storage, list(itertools.chain.from_iterable(rejects)), _newest_source(storage))
     if plan.rows:
         assert plan.ids is not None
         _pin_later(storage, manifest, {"kind": "retry", "ids": plan.ids.tolist()})

@@ -117,7 +117,7 @@ class Folder:
     """
 
     def __init__(self, config: FolderSource, layout: Layout | None = None) -> None:
-        self._path = config.path
+        self._path, self._encoding = config.path, config.encoding
         self._roots = [root for part in config.path.split("::") for root in expand_braces(part)]
         self._given = layout
 
@@ -140,7 +140,7 @@ class Folder:
         for root, name in self._names(start, stop):
             key = self._key(root, name)
             try:
-                captions, meta = _beside(f"{root}/{name}")
+                captions, meta = _beside(f"{root}/{name}", self._encoding)
                 yield Pair(key, read_input(f"{root}/{name}"), captions, meta)
             except OSError as error:
                 yield Drop(key, "unreadable_file", str(error))
@@ -196,13 +196,13 @@ def _files_below(root: str) -> list[str]:
     return names
 
 
-def _beside(image: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _beside(image: str, encoding: str | None) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Captions and attributes of the .json or .txt file beside an image; none where there is no such file."""
     stem = image.rpartition(".")[0]
     with contextlib.suppress(FileNotFoundError):
-        return captions_of_json(parse_json(decode_text(read_input(f"{stem}.json"))))
+        return captions_of_json(parse_json(decode_text(read_input(f"{stem}.json"), encoding)))
     with contextlib.suppress(FileNotFoundError):
-        return tuple(decode_text(read_input(f"{stem}.txt")).splitlines()), {}
+        return tuple(decode_text(read_input(f"{stem}.txt"), encoding).splitlines()), {}
     return (), {}
 
 

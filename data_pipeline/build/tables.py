@@ -1,16 +1,15 @@
 """csv, tsv, jsonl, json and parquet, read from any row on.
 
 Text is read once when the build is planned, which notes where every STRIDE-th record begins; later a task opens the
-file there. Records are found by the same code both times, so a quotation mark that never closes cannot shift them.
+file there.
 """
 
 import contextlib
-import csv
 import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from typing import Any, BinaryIO
 
@@ -21,6 +20,7 @@ import pyarrow.parquet
 from data_pipeline.build.inputs import beside, input_digest, input_paths, open_input
 from data_pipeline.build.layout import STRIDE, Layout, Part, Row, lines_layout
 from data_pipeline.build.records import UNREADABLE, RecordReader, json_line, key_of, parse_object
+from data_pipeline.build.text_records import Place, Record, TextRecords
 from data_pipeline.config import PairsSource, TableSource
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.text_files import decode_text
@@ -32,9 +32,8 @@ SUFFIXES = {
     "jsonl": (".jsonl", ".jsonl.gz"),
     "parquet": (".parquet",),
 }
-MAX_FIELD_BYTES = 64 * 1024**2
 
-Record = dict[str, Any]
+_NAMES_SHOWN = 50
 
 
 class Table:
@@ -43,6 +42,8 @@ class Table:
     def __init__(self, config: TableSource, layout: Layout | None = None) -> None:
         self._config = config
         self._given = layout
+        self._asked_columns = {column for _, column in self._asked()}
+        self._columns: dict[str, None] = {}  # of jsonl and json, as far as they were looked for
 
     @cached_property
     def layout(self) -> Layout:
@@ -78,51 +79,71 @@ class Table:
             raise ConfigError(f"{path}: a folder; name the {config.kind} file in it as source.table")
         if config.kind == "json":
             return self._plan_json(paths)
-        return Layout(tuple(self._plan_part(path) for path in paths))
+        layout = Layout(tuple(self._plan_part(path) for path in paths))
+        self._check_found(paths)
+        return layout
 
     def _plan_part(self, path: str) -> Part:
         if self._config.kind == "parquet":
             return self._plan_parquet(path)
-        offsets, rows, names = [], 0, list(self._config.columns or ())
+        places, rows = [], 0
         with open_input(path) as file:
-            text = TextRecords(file, self._config)
-            names = text.names
-            for rows, (offset, record) in enumerate(text, 1):
-                if rows == 1 and isinstance(record, dict):  # a jsonl file's columns are those of its first row
-                    names = [name for name in record if name != UNREADABLE]
+            text = TextRecords(file, path, self._config)
+            for rows, (place, record) in enumerate(text, 1):
+                if rows == 1 and text.names:
+                    self._check_columns(path, text.names)
+                if isinstance(record, dict):
+                    self._found(record)
                 if (rows - 1) % STRIDE == 0:
-                    offsets.append(offset)
-        if rows and names:
-            self._check_columns(path, names)
+                    places.append(place)
         digest, size = input_digest(path)
-        return Part(path, rows, digest, np.array(offsets, np.int64), size)
+        offsets, numbers = np.array(places, np.int64).reshape(-1, 2).T
+        return Part(path, rows, digest, offsets, size, numbers)
 
     def _plan_parquet(self, path: str) -> Part:
         with open_input(path) as source, parquet_errors(path):
             file = pyarrow.parquet.ParquetFile(source)
             self._check_columns(path, list(file.schema_arrow.names))
-            digest = hashlib.sha256(_described(file.metadata, source)).hexdigest()
-            return Part(path, file.metadata.num_rows, digest, np.array([], np.int64))
+            digest = hashlib.sha256(_described(file.metadata, source))
+            if self._config.parse_rule > 1:
+                _add_columns(digest, file, source, self._config.image)
+            return Part(path, file.metadata.num_rows, digest.hexdigest(), np.array([], np.int64))
 
     def _plan_json(self, paths: list[str]) -> Layout:
         """A JSON list has no rows that could be found again: each is kept as one line."""
         lines: list[str] = []
         for path in paths:
-            tree = load_json(path)
+            tree = load_json(path, self._config.encoding)
             if not isinstance(tree, list):
                 raise DataError(f"{path}: holds {type(tree).__name__}; kind json is a list of objects, else use jsonl")
             lines += [json_line(item) for item in tree]
-        first = parse_object(lines[0]) if lines else {UNREADABLE: ""}
-        if UNREADABLE not in first:
-            self._check_columns(paths[0], list(first))
+        for line in lines:
+            self._found(parse_object(line))
+        self._check_found(paths)
         return lines_layout(paths[0], lines)
 
-    def _check_columns(self, path: str, there: list[str]) -> None:
+    def _asked(self) -> list[tuple[str, str]]:
+        """(setting, column) of the columns that the configuration names."""
         config = self._config
         asked = [("key", config.key), ("image", config.image), *(("captions", column) for column in config.captions)]
-        for name, column in [*asked, ("sha256", config.sha256), ("md5", config.md5)]:
-            if column is not None and column not in there:
-                raise ConfigError(f"source.{name}={column!r}: not a column of {path}, it has {', '.join(there)}")
+        asked += [("sha256", config.sha256), ("md5", config.md5)]
+        return [(setting, column) for setting, column in asked if column is not None]
+
+    def _check_columns(self, path: str, there: Collection[str]) -> None:
+        for setting, column in self._asked():
+            if column not in there:
+                hint = "; source.quotes=true takes the quotation marks off" if f'"{column}"' in there else ""
+                listed = ", ".join(itertools.islice(there, _NAMES_SHOWN))
+                raise ConfigError(f"source.{setting}={column!r}: not a column of {path}, it has {listed}{hint}")
+
+    def _found(self, record: Record) -> None:
+        """Note the columns of a jsonl or json record: a column is one that any row has."""
+        if UNREADABLE not in record and not self._asked_columns <= self._columns.keys():
+            self._columns |= dict.fromkeys(record)
+
+    def _check_found(self, paths: list[str]) -> None:
+        if self._columns:
+            self._check_columns(paths[0] if len(paths) == 1 else f"these {len(paths)} files", self._columns)
 
     # ------------------------------------------------------------------------------------------- reading
 
@@ -138,93 +159,18 @@ class Table:
             yield from parquet_records(part, first, last, columns)
         elif len(part.offsets):
             with open_input(part.path) as file:
-                text = TextRecords(file, self._config, int(part.offsets[first // STRIDE]))
+                place = Place(int(part.offsets[first // STRIDE]), int(part.numbers[first // STRIDE]))
+                text = TextRecords(file, part.path, self._config, place)
                 skipped = first % STRIDE
-                for _, record in itertools.islice(text, skipped, skipped + last - first):
-                    yield record if isinstance(record, dict) else text.named(record)
+                for where, record in itertools.islice(text, skipped, skipped + last - first):
+                    yield record if isinstance(record, dict) else text.named(where, record)
 
 
-class TextRecords:
-    """(offset, record) of a text table from its first record, or from the one at `offset`, on.
-
-    A jsonl record is a mapping, a csv or tsv record a list of fields, as `named` takes it; a record that cannot be
-    read is {UNREADABLE: why}. names: the columns of a csv or tsv.
-    """
-
-    def __init__(self, file: BinaryIO, config: TableSource, offset: int | None = None) -> None:
-        self._lines = _Lines(file)
-        self._jsonl = config.kind == "jsonl"
-        self._delimiter = "\t" if config.kind == "tsv" else ","
-        self._quotes = config.quotes
-        self.names: list[str] = list(config.columns or ())
-        if not self._jsonl and not self.names:
-            self.names = next((fields for _, fields in self._fields() if isinstance(fields, list)), [])
-        if offset is not None:
-            self._lines.seek(offset)
-
-    def __iter__(self) -> Iterator[tuple[int, Record | list[str]]]:
-        return self._objects() if self._jsonl else self._fields()
-
-    def named(self, fields: list[str]) -> Record:
-        """A line's fields under the names of the columns."""
-        if len(fields) > len(self.names):
-            return {UNREADABLE: f"{len(fields)} fields, {len(self.names)} columns: {self._delimiter.join(fields):.80}"}
-        return dict(zip(self.names, fields, strict=False))
-
-    def _objects(self) -> Iterator[tuple[int, Record]]:
-        for line in self._lines:
-            if line.strip():
-                yield self._lines.start, parse_object(line)
-
-    def _fields(self) -> Iterator[tuple[int, Record | list[str]]]:
-        if not self._quotes:
-            for line in self._lines:
-                if line.strip("\r\n"):
-                    yield self._lines.start, line.rstrip("\r\n").split(self._delimiter)
-            return
-        csv.field_size_limit(MAX_FIELD_BYTES)
-        reader = csv.reader(self._lines, delimiter=self._delimiter)
-        while True:
-            start = self._lines.stop
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield start, {UNREADABLE: f"{error}, at byte {start}"}
-                continue
-            if fields:
-                yield start, fields
-
-
-class _Lines:
-    """Text lines of a binary file, one at a time, with the byte where the newest begins and ends."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.start = self.stop = 0
-
-    def seek(self, offset: int) -> None:
-        self._file.seek(offset)
-        self.start = self.stop = offset
-
-    def __iter__(self) -> "_Lines":
-        return self
-
-    def __next__(self) -> str:
-        line = self._file.readline()
-        if not line:
-            raise StopIteration
-        self.start = self.stop
-        self.stop += len(line)
-        return line.decode("utf-8-sig" if self.start == 0 else "utf-8", "replace")
-
-
-def load_json(path: str) -> Any:
+def load_json(path: str, encoding: str | None = None) -> Any:
     """A whole JSON file. Raises DataError where it is none."""
     with open_input(path) as file:
         try:
-            return json.loads(decode_text(file.read()))
+            return json.loads(decode_text(file.read(), encoding))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON ({error}); check source.path and source.kind") from None
 
@@ -320,6 +266,22 @@ def _described(metadata: Any, source: BinaryIO) -> bytes:
         return source.read(size)
 
 
+def _add_columns(digest: Any, file: Any, source: BinaryIO, image: str) -> None:
+    """Update a digest by the stored bytes of every column but that of embedded images, whose sizes the footer has."""
+    kind = file.schema_arrow.field(image).type
+    inside = not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+    for group in range(file.metadata.num_row_groups):
+        columns = [file.metadata.row_group(group).column(number) for number in range(file.metadata.num_columns)]
+        for column in columns:
+            if inside and column.path_in_schema.partition(".")[0] == image:
+                continue
+            source.seek(min(filter(None, (column.dictionary_page_offset, column.data_page_offset)), default=0))
+            left = column.total_compressed_size
+            while left and (chunk := source.read(min(left, 1 << 22))):
+                digest.update(chunk)
+                left -= len(chunk)
+
+
 def _records_of(batch: Any) -> list[Record]:
     """The records of a batch; one with a value that Python cannot hold, such as text that is not UTF-8, says so."""
     try:
@@ -359,5 +321,6 @@ def published_table(config: PairsSource, layout: Layout | None = None) -> Table:
         columns=columns,
         quotes=False,
         base64=config.kind == "muge",
+        parse_rule=config.parse_rule,
     )
     return Table(settings, layout)

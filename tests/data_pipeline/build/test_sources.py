@@ -86,7 +86,7 @@ def test_every_kind_of_source_is_in_the_table():
 @pytest.mark.parametrize("in_tar", [False, True])
 @pytest.mark.parametrize("kind", ["csv", "csv.gz", "tsv", "tsv.gz", "jsonl", "jsonl.gz", "parquet"])
 def test_a_table_yields_every_row_as_a_pair_or_a_drop(table, make_png, kind, in_tar):
-    source = table(kind, in_tar)
+    source = table(kind, in_tar, **({"quotes": True} if "tsv" in kind else {}))
     assert source.count() == 4 and list(source.keys()) == ["k0", "k1", "k2", "k3"]
     first, second, gone, empty = source.rows(0, 4)
     assert first == Pair("k0", make_png(0), ("zero", "零"), {"score": "1"})
@@ -466,7 +466,7 @@ def test_every_range_of_a_dirty_csv_is_what_the_standard_library_reads(tmp_path,
     monkeypatch.setattr(tables, "STRIDE", 4)
     rows = [{"image": f"http://h/{number}", "caption": DIRTY[number % len(DIRTY)]} for number in range(57)]
     write_table(tmp_path / f"x.{kind}", kind, rows)
-    source = opened(make_config, kind=kind, path=f"{tmp_path}/x.{kind}")
+    source = opened(make_config, kind=kind, path=f"{tmp_path}/x.{kind}", quotes=True)
     assert source.count() == 57
     for start, stop in itertools.combinations(range(0, 58, 3), 2):
         found = [(row.url, row.captions[0] if row.captions else "") for row in source.rows(start, stop)]
@@ -524,10 +524,12 @@ def test_a_file_address_in_a_table_is_never_opened(tmp_path, make_config):
     assert (row.reason, "No such file" in row.detail) == ("unreadable_file", True)
 
 
-def test_a_quotation_mark_that_never_closes_costs_rows_that_are_named(tmp_path, make_config):
+def test_a_quotation_mark_that_never_closes_costs_its_line_and_is_a_letter_without_quotes(tmp_path, make_config):
     (tmp_path / "x.csv").write_text('image,caption\nhttp://h/0,a\nhttp://h/1,"open\nhttp://h/2,c\n')
     source = opened(make_config, kind="csv", path=f"{tmp_path}/x.csv")
-    assert [row.captions for row in source.rows(0, source.count())] == [("a",), ("open\nhttp://h/2,c\n",)]
+    first, unclosed, last = source.rows(0, source.count())
+    assert (first.captions, unclosed.reason, last.captions) == (("a",), "unclosed_quote", ("c",))
+    assert unclosed.detail.startswith("line 3: ")
     plain = opened(make_config, kind="csv", path=f"{tmp_path}/x.csv", quotes=False)
     assert [row.captions for row in plain.rows(0, plain.count())] == [("a",), ('"open',), ("c",)]
 
