@@ -9,12 +9,10 @@ from typing import Any
 
 from data_pipeline.build.inputs import beside, is_remote, must_exist, open_input, read_input
 from data_pipeline.build.layout import Row
+from data_pipeline.build.unreadable import REASON, UNREADABLE
 from data_pipeline.config import TableSource
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.tar import Member, scan
-
-UNREADABLE = "\0unreadable"  # column of a record that could not be read: why
-_REASON = "\0reason"  # its other column, where the reason is not unreadable_row
 
 NESTED_AT_MOST = 100  # levels of JSON: Python's own limit depends on who calls, and this must not
 
@@ -83,15 +81,10 @@ def as_unicode(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def unreadable(detail: str, reason: str = "unreadable_row") -> dict[str, Any]:
-    """The record of a row that cannot be read."""
-    return {UNREADABLE: detail, _REASON: reason}
-
-
 def unnamed(record: Mapping[str, Any], column: str | None, key: str) -> Drop | None:
     """Why nothing can be made of a record before it is looked at further; None where something may."""
     if UNREADABLE in record:
-        return Drop(key, str(record.get(_REASON, "unreadable_row")), str(record[UNREADABLE]))
+        return Drop(key, str(record.get(REASON, "unreadable_row")), str(record[UNREADABLE]))
     if column is not None and record.get(column) in _NO_KEY:
         return Drop(key, "no_key", f"column {column!r} is empty")
     return None

@@ -31,7 +31,6 @@ from data_pipeline.build.inputs import (
 )
 from data_pipeline.build.layout import Layout, Part, Row, lines_layout
 from data_pipeline.build.records import (
-    UNREADABLE,
     ImageStore,
     as_captions,
     as_unicode,
@@ -44,6 +43,7 @@ from data_pipeline.build.records import (
     unnamed,
 )
 from data_pipeline.build.tables import Table, load_json, parquet_errors, published_table
+from data_pipeline.build.unreadable import UNREADABLE
 from data_pipeline.config import CocoSource, FolderSource, ScenesSource, SourceConfig, TarsSource
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.remote import Forbidden, S3Storage

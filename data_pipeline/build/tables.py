@@ -19,8 +19,9 @@ import pyarrow.parquet
 
 from data_pipeline.build.inputs import beside, input_digest, input_paths, open_input
 from data_pipeline.build.layout import STRIDE, Layout, Part, Row, lines_layout
-from data_pipeline.build.records import UNREADABLE, RecordReader, json_line, key_of, parse_object
+from data_pipeline.build.records import RecordReader, json_line, key_of, parse_object
 from data_pipeline.build.text_records import Place, Record, TextRecords
+from data_pipeline.build.unreadable import UNREADABLE
 from data_pipeline.config import PairsSource, TableSource
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.text_files import decode_text
@@ -92,8 +93,8 @@ class Table:
             for rows, (place, record) in enumerate(text, 1):
                 if rows == 1 and text.names:
                     self._check_columns(path, text.names)
-                if isinstance(record, dict):
-                    self._found(record)
+                if isinstance(record, str):
+                    self._look_for_columns(record)
                 if (rows - 1) % STRIDE == 0:
                     places.append(place)
         digest, size = input_digest(path)
@@ -118,7 +119,7 @@ class Table:
                 raise DataError(f"{path}: holds {type(tree).__name__}; kind json is a list of objects, else use jsonl")
             lines += [json_line(item) for item in tree]
         for line in lines:
-            self._found(parse_object(line))
+            self._look_for_columns(line)
         self._check_found(paths)
         return lines_layout(paths[0], lines)
 
@@ -136,10 +137,11 @@ class Table:
                 listed = ", ".join(itertools.islice(there, _NAMES_SHOWN))
                 raise ConfigError(f"source.{setting}={column!r}: not a column of {path}, it has {listed}{hint}")
 
-    def _found(self, record: Record) -> None:
+    def _look_for_columns(self, line: str) -> None:
         """Note the columns of a jsonl or json record: a column is one that any row has."""
-        if UNREADABLE not in record and not self._asked_columns <= self._columns.keys():
-            self._columns |= dict.fromkeys(record)
+        if not self._asked_columns <= self._columns.keys():
+            record = parse_object(line)
+            self._columns |= {} if UNREADABLE in record else dict.fromkeys(record)
 
     def _check_found(self, paths: list[str]) -> None:
         if self._columns:
@@ -163,7 +165,10 @@ class Table:
                 text = TextRecords(file, part.path, self._config, place)
                 skipped = first % STRIDE
                 for where, record in itertools.islice(text, skipped, skipped + last - first):
-                    yield record if isinstance(record, dict) else text.named(where, record)
+                    if isinstance(record, str):
+                        yield parse_object(record)
+                    else:
+                        yield record if isinstance(record, dict) else text.named(where, record)
 
 
 def load_json(path: str, encoding: str | None = None) -> Any:

@@ -9,7 +9,7 @@ import csv
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from data_pipeline.build.records import parse_object, unreadable
+from data_pipeline.build.unreadable import unreadable
 from data_pipeline.config import TableSource
 from data_pipeline.errors import DataError
 from data_pipeline.text_files import encoding_of, newline_of, undecodable
@@ -139,8 +139,8 @@ class _Feed:
 class TextRecords:
     """(place, record) of a text table from its first record, or from the one at `place`, on.
 
-    A jsonl record is a mapping, a csv or tsv record a list of fields, as `named` takes it; a record that cannot be
-    read is what `unreadable` makes. names: the columns of a csv or tsv. Raises DataError for an unreadable header.
+    A record of jsonl is its line, one of csv and tsv a list of fields, as `named` takes it; one that cannot be read is
+    what `unreadable` makes. names: the columns of a csv or tsv. Raises DataError for an unreadable header.
     """
 
     def __init__(self, file: BinaryIO, path: str, config: TableSource, place: Place | None = None) -> None:
@@ -158,9 +158,9 @@ class TextRecords:
         if place is not None:
             self._lines.seek(place)
 
-    def __iter__(self) -> Iterator[tuple[Place, Record | list[str]]]:
+    def __iter__(self) -> Iterator[tuple[Place, Record | list[str] | str]]:
         if self._jsonl:
-            return self._objects()
+            return self._texts()
         return self._loosely_quoted() if self._old and self._quoted else self._fields()
 
     def named(self, place: Place, fields: list[str]) -> Record:
@@ -171,21 +171,20 @@ class TextRecords:
         return dict(zip(self.names, fields, strict=False))
 
     def _header(self, path: str) -> list[str]:
-        fields: Record | list[str] = []
         for _, fields in self:
             if isinstance(fields, list):
                 return fields
-            if not self._old:
+            if isinstance(fields, dict) and not self._old:
                 raise DataError(
                     f"{path}: the line of column names cannot be read ({'; '.join(map(str, fields.values()))}); mend "
                     "it, or say source.encoding, source.quotes or source.columns"
                 )
         return []
 
-    def _objects(self) -> Iterator[tuple[Place, Record]]:
+    def _texts(self) -> Iterator[tuple[Place, Record | str]]:
         for place, text, fault in self._lines:
             if text.strip():
-                yield place, unreadable(fault, "wrong_encoding") if fault else parse_object(text)
+                yield place, unreadable(fault, "wrong_encoding") if fault else text
 
     def _fields(self) -> Iterator[tuple[Place, Record | list[str]]]:
         for line in self._lines:
