@@ -43,6 +43,11 @@ class ClipConfig(Settings):
     text: TextTower = TextTower()
     embed_dim: PositiveInt = 512
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    norm_eps: PositiveFloat = 1e-5
+
+
+Activation = Literal["gelu", "gelu_new", "relu"]
+"""gelu is exact; gelu_new its approximation by tanh, as in GPT-2 and Google's BERT."""
 
 
 class EncoderConfig(Settings):
@@ -55,6 +60,8 @@ class EncoderConfig(Settings):
     heads: PositiveInt = 12
     embedding_width: PositiveInt = 768
     type_vocab: PositiveInt = 2
+    activation: Activation = "gelu"
+    norm_eps: PositiveFloat = 1e-12
     dropout: NonNegativeFloat = Field(0.1, lt=1.0)
 
 
@@ -82,6 +89,8 @@ class GptConfig(Settings):
     layers: PositiveInt = 12
     width: PositiveInt = 768
     heads: PositiveInt = 12
+    activation: Activation = "gelu"
+    norm_eps: PositiveFloat = 1e-5
     dropout: NonNegativeFloat = Field(0.0, lt=1.0)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipeline.outputs import new_folder
 from data_pipeline.vocabulary import Vocabulary
-from pretrain.config import BertConfig, ClipConfig, ElectraConfig, EncoderConfig, GptConfig
+from pretrain.config import BertConfig, ClipConfig, ElectraConfig, EncoderConfig, GptConfig, TextTower, VisionTower
 from pretrain.interchange.folder import CONFIG_FILE, save_weights
 from pretrain.interchange.layouts import State, export_state
 from pretrain.models.electra import generator_size
@@ -61,8 +61,8 @@ def _text(config: EncoderConfig, architecture: str, width: int, heads: int) -> d
         "hidden_size": width,
         "intermediate_size": 4 * width,
         "num_attention_heads": heads,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.norm_eps,
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout,
         "pad_token_id": Vocabulary.pad,
@@ -82,23 +82,24 @@ def _electra(config: ElectraConfig) -> dict[str, Any]:
     }
 
 
-def _tower(width: int, layers: int, heads: int, activation: str) -> dict[str, Any]:
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width}
-    return sizes | {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_act": activation}
+def _tower(tower: VisionTower | TextTower, config: ClipConfig) -> dict[str, Any]:
+    sizes = {"hidden_size": tower.width, "intermediate_size": 4 * tower.width, "projection_dim": config.embed_dim}
+    sizes |= {"num_hidden_layers": tower.layers, "num_attention_heads": tower.heads}
+    return sizes | {"hidden_act": config.activation, "layer_norm_eps": config.norm_eps}
 
 
 def _clip(config: ClipConfig) -> dict[str, Any]:
     vision, text = config.vision, config.text
-    pictures = {"image_size": vision.image_size, "patch_size": vision.patch_size, "projection_dim": config.embed_dim}
-    words = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context, "projection_dim": config.embed_dim}
+    pictures = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    words = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context}
     words |= {"pad_token_id": Vocabulary.pad, "bos_token_id": Vocabulary.cls, "eos_token_id": Vocabulary.sep}
     return {
         "": {
             "model_type": "clip",
             "architectures": ["CLIPModel"],
             "projection_dim": config.embed_dim,
-            "vision_config": pictures | _tower(vision.width, vision.layers, vision.heads, config.activation),
-            "text_config": words | _tower(text.width, text.layers, text.heads, config.activation),
+            "vision_config": pictures | _tower(vision, config),
+            "text_config": words | _tower(text, config),
         }
     }
 
@@ -113,7 +114,8 @@ def _gpt2(config: GptConfig) -> dict[str, Any]:
             "n_embd": config.width,
             "n_layer": config.layers,
             "n_head": config.heads,
-            "activation_function": "gelu",
+            "activation_function": config.activation,
+            "layer_norm_epsilon": config.norm_eps,
             **{name: config.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
             "tie_word_embeddings": False,
             "bos_token_id": None,

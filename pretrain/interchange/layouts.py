@@ -39,6 +39,7 @@ def _as_is(config: Any, state: State) -> State:
 class Layout:
     """kind: of the model configuration; rules: configuration -> every rule; ignored: endings of weightless keys.
 
+    fixed: settings that no file of this layout says, as its programs have them built in.
     unpack and pack: what no rule can say, done to their state before import and after export.
     """
 
@@ -47,6 +48,7 @@ class Layout:
     ignored: tuple[str, ...] = ()
     unpack: Callable[[Any, State], State] = _as_is
     pack: Callable[[Any, State], State] = _as_is
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def import_state(layout: str, config: Any, state: Mapping[str, Tensor]) -> State:
@@ -78,6 +80,12 @@ def _rules(layout: str, config: Any) -> list[Rule]:
         raise DataError(
             f"layout {layout!r} holds a {LAYOUTS[layout].kind}, the configuration describes a {config.kind}"
         )
+    for name, value in LAYOUTS[layout].fixed.items():
+        if getattr(config, name) != value:
+            raise DataError(
+                f"programs of layout {layout!r} have {name}={value}, the configuration has "
+                f"{name}={getattr(config, name)}: the same weights compute something else there"
+            )
     return LAYOUTS[layout].rules(config)
 
 
@@ -324,12 +332,11 @@ def _pack_gpt2(config: GptConfig, state: State) -> State:
 
 
 def _taming_vqgan(config: VqganConfig) -> list[Rule]:
-    """Our names are theirs. Raises DataError for what that layout fixes otherwise and no tensor's shape shows."""
-    if set(config.group_counts()) != {32} or config.local_encoder:
+    """Our names are theirs. Raises DataError for another number of groups, which no tensor's shape shows."""
+    if set(config.group_counts()) != {32}:
         raise DataError(
-            f"a taming-vqgan has 32 groups in every GroupNorm and no local encoder, the configuration has "
-            f"norm_groups={config.norm_groups} over {config.channels} channels, "
-            f"local_encoder={str(config.local_encoder).lower()}: its weights compute something else there"
+            f"programs of layout 'taming-vqgan' have 32 groups in every GroupNorm, the configuration has "
+            f"norm_groups={config.norm_groups} over {config.channels} channels: the same weights compute something else"
         )
     with torch.device("meta"):
         return [Rule(name, (name,)) for name in Vqgan(config).state_dict()]
@@ -340,16 +347,21 @@ def _without(prefix: str) -> Callable[[Any, State], State]:
     return lambda config, state: {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
 
 
+MINGPT = {"activation": "gelu", "norm_eps": 1e-5}
 # open_clip writes the same names as OpenAI, whose files carry three numbers besides the weights
 LAYOUTS: dict[str, Layout] = {
     "transformers-clip": Layout("clip", _transformers_clip, ignored=("embeddings.position_ids",)),
-    "openai-clip": Layout("clip", _openai_clip, ignored=("input_resolution", "context_length", "vocab_size")),
+    "openai-clip": Layout(
+        "clip", _openai_clip, ignored=("input_resolution", "context_length", "vocab_size"), fixed={"norm_eps": 1e-5}
+    ),
     "transformers-bert": Layout("bert", _transformers_bert, ignored=("embeddings.position_ids",)),
     "transformers-electra": Layout("electra", _transformers_electra, ignored=("embeddings.position_ids",)),
-    "mingpt": Layout("gpt", _mingpt, ignored=("attn.mask",)),
-    "easynlp-gpt": Layout("gpt", _easynlp_gpt, ignored=("attn.mask",), unpack=_without("first_stage_model.")),
+    "mingpt": Layout("gpt", _mingpt, ignored=("attn.mask",), fixed=MINGPT),
+    "easynlp-gpt": Layout(
+        "gpt", _easynlp_gpt, ignored=("attn.mask",), unpack=_without("first_stage_model."), fixed=MINGPT
+    ),
     "transformers-gpt2": Layout(
         "gpt", _transformers_gpt2, ignored=("attn.bias", "attn.masked_bias"), unpack=_unpack_gpt2, pack=_pack_gpt2
     ),
-    "taming-vqgan": Layout("vqgan", _taming_vqgan, unpack=_without("loss.")),
+    "taming-vqgan": Layout("vqgan", _taming_vqgan, unpack=_without("loss."), fixed={"local_encoder": False}),
 }

@@ -19,9 +19,9 @@ class Bert(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.embeddings = TextEmbeddings(config)
-        self.encoder = TextEncoder(config.embedding_width, config.width, config.layers, config.heads, config.dropout)
+        self.encoder = TextEncoder.of(config, config.width, config.heads)
         self.pooler = nn.Linear(config.width, config.width)
-        self.mlm = MlmHead(config.width, config.embedding_width, config.vocab_size)
+        self.mlm = MlmHead(config, config.width, config.activation)
         self.nsp = nn.Linear(config.width, 2)
         self.apply(init_bert)
 

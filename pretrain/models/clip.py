@@ -40,7 +40,7 @@ class _Ceiling(torch.autograd.Function):
 class ClipVision(nn.Module):
     """ViT: patches and a class token -> pre-norm blocks -> the class token, projected."""
 
-    def __init__(self, config: VisionTower, embed_dim: int, activation: str) -> None:
+    def __init__(self, config: VisionTower, embed_dim: int, activation: str, eps: float) -> None:
         super().__init__()
         if config.image_size % config.patch_size:
             raise ValueError(
@@ -51,9 +51,11 @@ class ClipVision(nn.Module):
         self.patch = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_token = nn.Parameter(torch.empty(config.width))
         self.positions = nn.Parameter(torch.empty(patches + 1, config.width))
-        self.norm_pre = nn.LayerNorm(config.width)
-        self.blocks = nn.ModuleList(PreNormBlock(config.width, config.heads, activation) for _ in range(config.layers))
-        self.norm_post = nn.LayerNorm(config.width)
+        self.norm_pre = nn.LayerNorm(config.width, eps)
+        self.blocks = nn.ModuleList(
+            PreNormBlock(config.width, config.heads, activation, eps) for _ in range(config.layers)
+        )
+        self.norm_post = nn.LayerNorm(config.width, eps)
         self.project = nn.Linear(config.width, embed_dim, bias=False)
         for parameter in (self.class_token, self.positions, self.project.weight):
             nn.init.normal_(parameter, std=config.width**-0.5)
@@ -72,12 +74,14 @@ class ClipVision(nn.Module):
 class ClipText(nn.Module):
     """Causal transformer, pooled at the end-of-text token, projected."""
 
-    def __init__(self, config: TextTower, embed_dim: int, activation: str) -> None:
+    def __init__(self, config: TextTower, embed_dim: int, activation: str, eps: float) -> None:
         super().__init__()
         self.word = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Parameter(torch.empty(config.context, config.width))
-        self.blocks = nn.ModuleList(PreNormBlock(config.width, config.heads, activation) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.blocks = nn.ModuleList(
+            PreNormBlock(config.width, config.heads, activation, eps) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.width, eps)
         self.project = nn.Linear(config.width, embed_dim, bias=False)
         nn.init.normal_(self.word.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.01)
@@ -101,8 +105,8 @@ class Clip(nn.Module):
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
-        self.vision = ClipVision(config.vision, config.embed_dim, config.activation)
-        self.text = ClipText(config.text, config.embed_dim, config.activation)
+        self.vision = ClipVision(config.vision, config.embed_dim, config.activation, config.norm_eps)
+        self.text = ClipText(config.text, config.embed_dim, config.activation, config.norm_eps)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
 
     def forward(self, pixels: Tensor, tokens: Tensor, eot: Tensor) -> tuple[Tensor, Tensor, Tensor]:

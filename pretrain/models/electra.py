@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.models.layers import MlmHead, TextEmbeddings, TextEncoder, init_bert, own_segment
+from pretrain.models.layers import ACTIVATIONS, MlmHead, TextEmbeddings, TextEncoder, init_bert, own_segment
 
 if TYPE_CHECKING:
     from pretrain.config import ElectraConfig
@@ -28,16 +28,17 @@ class ElectraOutput(NamedTuple):
 
 
 class RtdHead(nn.Module):
-    """Was this token replaced: Linear, GELU, Linear to one logit."""
+    """Was this token replaced: Linear, activation, Linear to one logit."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, activation: str) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.transform = nn.Linear(width, width)
         self.out = nn.Linear(width, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, D] -> float32 [B, S]."""
-        return self.out(F.gelu(self.transform(hidden))).squeeze(-1).float()
+        return self.out(self.activation(self.transform(hidden))).squeeze(-1).float()
 
 
 class Electra(nn.Module):
@@ -49,12 +50,11 @@ class Electra(nn.Module):
     def __init__(self, config: ElectraConfig) -> None:
         super().__init__()
         width, heads = generator_size(config)
-        narrow = config.embedding_width
         self.embeddings = TextEmbeddings(config)
-        self.generator = TextEncoder(narrow, width, config.layers, heads, config.dropout)
-        self.mlm = MlmHead(width, narrow, config.vocab_size)
-        self.discriminator = TextEncoder(narrow, config.width, config.layers, config.heads, config.dropout)
-        self.rtd = RtdHead(config.width)
+        self.generator = TextEncoder.of(config, width, heads)
+        self.mlm = MlmHead(config, width)  # GELU whatever the towers have, as published
+        self.discriminator = TextEncoder.of(config, config.width, config.heads)
+        self.rtd = RtdHead(config.width, config.activation)
         self.apply(init_bert)
 
     def forward(

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pretrain.models.layers import Block, attend
+from pretrain.models.layers import ACTIVATIONS, Block, attend
 from pretrain.models.noise import Dropout
 
 if TYPE_CHECKING:
@@ -41,14 +40,14 @@ class Cache:
 
 
 class Gpt(nn.Module):
-    """Pre-LN transformer, exact GELU, learned positions, untied image head without bias."""
+    """Pre-LN transformer, learned positions, untied image head without bias."""
 
     def __init__(self, config: GptConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = Embed(config)
         self.blocks = nn.ModuleList(GptBlock(config, layer) for layer in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.image_vocab, bias=False)
         self.apply(_init)
 
@@ -173,17 +172,18 @@ class GptBlock(Block):
 
     def __init__(self, config: GptConfig, layer: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width)
+        self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
         self.attention = CausalAttention(config, layer)
-        self.norm2 = nn.LayerNorm(config.width)
+        self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
         self.rise = nn.Linear(config.width, 4 * config.width)
         self.fall = nn.Linear(4 * config.width, config.width)
+        self.activation = ACTIVATIONS[config.activation]
         self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         """[B, n, D] -> [B, n, D]."""
         x = x + self.attention(self.norm1(x), cache)
-        return x + self.drop(self.fall(F.gelu(self.rise(self.norm2(x)))))
+        return x + self.drop(self.fall(self.activation(self.rise(self.norm2(x)))))
 
 
 def _init(module: nn.Module) -> None:

@@ -7,6 +7,7 @@ gathers a module's parameters around its forward, needs no special case.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,12 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+}
 
 
 def attend(
@@ -120,11 +126,11 @@ def recompute(model: nn.Module) -> None:
 class PreNormBlock(Block):
     """x + f(norm(x)), for attention and for the MLP (CLIP)."""
 
-    def __init__(self, width: int, heads: int, activation: str = "gelu") -> None:
+    def __init__(self, width: int, heads: int, activation: str = "gelu", eps: float = 1e-5) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, eps)
         self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = Mlp(width, activation)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
@@ -136,12 +142,12 @@ class PreNormBlock(Block):
 class PostNormBlock(Block):
     """norm(x + f(x)), for attention and for the MLP (BERT)."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, activation: str = "gelu", eps: float = 1e-12) -> None:
         super().__init__()
         self.attention = Attention(width, heads, dropout)
-        self.norm1 = nn.LayerNorm(width, eps=1e-12)
-        self.mlp = Mlp(width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-12)
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.mlp = Mlp(width, activation)
+        self.norm2 = nn.LayerNorm(width, eps)
         self.dropout1 = Dropout(dropout)
         self.dropout2 = Dropout(dropout)
 
@@ -183,7 +189,7 @@ class TextEmbeddings(nn.Module):
         self.word = WordEmbedding(config.vocab_size, width)
         self.position = nn.Embedding(config.context, width)
         self.segment = nn.Embedding(config.type_vocab, width)
-        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.norm = nn.LayerNorm(width, config.norm_eps)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, types: Tensor, places: Tensor | None = None) -> Tensor:
@@ -196,10 +202,25 @@ class TextEmbeddings(nn.Module):
 class TextEncoder(nn.Module):
     """Projection from the embedding width where it differs, then post-norm blocks."""
 
-    def __init__(self, embedding_width: int, width: int, layers: int, heads: int, dropout: float) -> None:
+    def __init__(
+        self,
+        embedding_width: int,
+        width: int,
+        layers: int,
+        heads: int,
+        dropout: float,
+        activation: str = "gelu",
+        eps: float = 1e-12,
+    ) -> None:
         super().__init__()
         self.project = nn.Linear(embedding_width, width) if embedding_width != width else nn.Identity()
-        self.blocks = nn.ModuleList(PostNormBlock(width, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(PostNormBlock(width, heads, dropout, activation, eps) for _ in range(layers))
+
+    @classmethod
+    def of(cls, config: EncoderConfig, width: int, heads: int) -> TextEncoder:
+        """The encoder of a configuration, at this width and with these heads."""
+        own = (config.layers, heads, config.dropout, config.activation, config.norm_eps)
+        return cls(config.embedding_width, width, *own)
 
     def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
         """x: [B, S, embedding width], key_mask: bool [B, S] -> [B, S, D]."""
@@ -212,16 +233,17 @@ class TextEncoder(nn.Module):
 class MlmHead(nn.Module):
     """Transform, then logits over the vocabulary by the word embedding: at masked positions only."""
 
-    def __init__(self, width: int, embedding_width: int, vocab_size: int) -> None:
+    def __init__(self, config: EncoderConfig, width: int, activation: str = "gelu") -> None:
         super().__init__()
-        self.transform = nn.Linear(width, embedding_width)
-        self.norm = nn.LayerNorm(embedding_width, eps=1e-12)
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.transform = nn.Linear(width, config.embedding_width)
+        self.norm = nn.LayerNorm(config.embedding_width, config.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, hidden: Tensor, positions: Tensor, word: WordEmbedding) -> Tensor:
         """hidden: [B, S, D], positions: int64 [B, M] -> float32 logits [B, M, V]."""
         chosen = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        logits = word(self.norm(F.gelu(self.transform(chosen))), decode=True)
+        logits = word(self.norm(self.activation(self.transform(chosen))), decode=True)
         return logits.float() + self.bias.float()
 
 

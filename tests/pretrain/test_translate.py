@@ -85,7 +85,20 @@ def test_the_narrow_recipes_say_their_groups(recipe: str, repository: Path) -> N
     assert "norm_groups" in (repository / "configs" / recipe).read_text()
 
 
-@pytest.mark.parametrize("tree", [None, [], "vqgan", {}, {"kind": "clip"}, {"kind": "vqgan", "channels": "many"}])
+@pytest.mark.parametrize("tree", [None, [], "vqgan", {}, {"kind": "other"}, {"kind": ["vqgan"]}, {"kind": 3}])
 def test_what_is_no_saved_model_is_left_to_the_schema(tree: Any) -> None:
-    found = saved_model(tree)
-    assert found == tree or found == tree | {"norm_groups": 32}
+    assert saved_model(tree) == tree
+    assert saved_model({"kind": "vqgan", "channels": "many"})["channels"] == "many"
+
+
+@pytest.mark.parametrize("recipe", ["demo/clip.yaml", "small/bert.yaml", "demo/electra.yaml", "demo/gpt.yaml"])
+def test_a_checkpoint_of_before_activations_and_epsilons_goes_on(recipe: str, repository: Path) -> None:
+    config = load_settings(RunConfig, repository / "configs" / recipe)
+    saved = identity(config)
+    new = {"norm_eps"} if config.model.kind == "clip" else {"activation", "norm_eps"}
+    before = saved | {"model": {key: value for key, value in saved["model"].items() if key not in new}}
+    assert new < saved["model"].keys()
+    check_identity(before, saved, "there")
+    other = config.model_copy(update={"model": config.model.model_copy(update={"norm_eps": 0.1})})
+    with pytest.raises(ConfigError, match=r"model\.norm_eps: 1e-\d+ saved, 0\.1 now"):
+        check_identity(before, identity(other), "there")

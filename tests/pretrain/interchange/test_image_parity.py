@@ -32,16 +32,17 @@ def randomise(model: nn.Module) -> nn.Module:
     return model
 
 
-def gpt2() -> nn.Module:
+def gpt2(activation: str = "gelu", eps: float = 1e-5) -> nn.Module:
     sizes = {"vocab_size": 24, "n_positions": 10, "n_embd": 16, "n_layer": 2, "n_head": 2}
     dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = transformers.GPT2Config(**sizes, **dropouts, activation_function="gelu", tie_word_embeddings=False)
+    numbers = {"activation_function": activation, "layer_norm_epsilon": eps}
+    config = transformers.GPT2Config(**sizes, **dropouts, **numbers, tie_word_embeddings=False)
     return randomise(transformers.GPT2LMHeadModel(config))
 
 
-def ours_from(reference: nn.Module) -> Gpt:
-    model = Gpt(GPT)
-    model.load_state_dict(import_state("transformers-gpt2", GPT, reference.state_dict()))
+def ours_from(reference: nn.Module, config: GptConfig = GPT) -> Gpt:
+    model = Gpt(config)
+    model.load_state_dict(import_state("transformers-gpt2", config, reference.state_dict()))
     return model
 
 
@@ -72,6 +73,18 @@ def test_gpt_logits_loss_and_every_gradient_equal_gpt2():
     theirs = {name: p.grad for name, p in reference.named_parameters()}
     wanted = import_state("transformers-gpt2", GPT, theirs)
     assert all(close(p.grad, wanted[name]) for name, p in objective.model.named_parameters())
+
+
+@pytest.mark.parametrize(("activation", "eps"), [("gelu_new", 1e-5), ("relu", 0.1), ("gelu", 1e-2)])
+def test_gpt_has_the_activation_and_epsilon_of_its_configuration(activation: str, eps: float) -> None:
+    reference, batch = gpt2(activation, eps), gpt_batch()
+    config = GPT.model_copy(update={"activation": activation, "norm_eps": eps})
+    logits, model = reference_logits(reference, batch), ours_from(reference, config)
+    assert close(model(batch["text"], batch["codes"]), logits)
+    assert not close(ours_from(reference)(batch["text"], batch["codes"]), logits)
+    for layout in ("mingpt", "easynlp-gpt"):
+        with pytest.raises(DataError, match=f"programs of layout '{layout}' have"):
+            export_state(layout, config, model.state_dict())
 
 
 def test_gpt_stays_equal_over_three_optimizer_steps():

@@ -3,6 +3,7 @@
 The reference's gradients go through the same importer as its weights: the layouts are linear in them.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,9 +50,9 @@ class Case(NamedTuple):
 class Pair(nn.Module):
     """ELECTRA's two reference models, with the embeddings shared as in the paper."""
 
-    def __init__(self) -> None:
+    def __init__(self, **other: Any) -> None:
         super().__init__()
-        wide = {**SMALL, "embedding_size": 12, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        wide = {**SMALL, **other, "embedding_size": 12, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         narrow = {**wide, "hidden_size": 8, "intermediate_size": 32, "num_attention_heads": 1}
         self.discriminator = transformers.ElectraForPreTraining(transformers.ElectraConfig(**wide))
         self.generator = transformers.ElectraForMaskedLM(transformers.ElectraConfig(**narrow))
@@ -59,16 +60,16 @@ class Pair(nn.Module):
         self.generator.generator_lm_head.weight = self.discriminator.electra.embeddings.word_embeddings.weight
 
 
-def clip_reference() -> nn.Module:
-    text = {**SMALL, "eos_token_id": 49, "bos_token_id": 1, "pad_token_id": 0}
+def clip_reference(**other: Any) -> nn.Module:
+    text = {**SMALL, **other, "eos_token_id": 49, "bos_token_id": 1, "pad_token_id": 0}
     vision = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"image_size": 8, "patch_size": 4}
+    vision |= {"image_size": 8, "patch_size": 4, **other}
     return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
 
 
-def bert_reference() -> nn.Module:
+def bert_reference(**other: Any) -> nn.Module:
     return transformers.BertForPreTraining(
-        transformers.BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        transformers.BertConfig(**SMALL, **other, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     )
 
 
@@ -148,6 +149,28 @@ CASES = [
     Case("transformers-bert", BERT, bert_reference, text_batch(), bert_logits),
     Case("transformers-electra", ELECTRA, Pair, text_batch(), electra_logits),
 ]
+
+
+def varied(case: Case, activation: str, eps: float) -> Case:
+    """The family with another activation and another epsilon, which no tensor shows."""
+    told = {"hidden_act": activation, "layer_norm_eps": eps}
+    config = case.config.model_copy(update={"activation": activation, "norm_eps": eps})
+    return case._replace(config=config, reference=functools.partial(case.reference, **told))
+
+
+CASES += [
+    varied(CASES[0], "gelu", 0.1),
+    varied(CASES[1], "gelu_new", 1e-5),
+    varied(CASES[1], "relu", 0.1),
+    varied(CASES[2], "gelu_new", 0.1),
+    varied(CASES[2], "relu", 1e-6),
+]
+
+
+def name_of(case: Case) -> str:
+    return f"{case.layout}-{case.config.activation}-{case.config.norm_eps:g}"
+
+
 KINDS = {"clip": C.ContrastiveConfig(), "bert": C.MlmNspConfig(), "electra": C.RtdConfig()}
 
 
@@ -183,7 +206,7 @@ def assert_close(ours: Tensor, theirs: Tensor, what: str = "") -> None:
     assert torch.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE), (what, (ours - theirs).abs().max())
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.layout)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_logits_loss_and_every_gradient_are_those_of_transformers(case: Case) -> None:
     theirs, ours, objective = both(case)
     logits, loss = case.logits(theirs, case.batch)
@@ -200,7 +223,7 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(case: Case) ->
         assert_close(gradient, expected[name], name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.layout)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_three_optimizer_steps_stay_with_transformers(case: Case) -> None:
     theirs, ours, objective = both(case)
     options = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-3, "weight_decay": 0.1}
@@ -217,7 +240,7 @@ def test_three_optimizer_steps_stay_with_transformers(case: Case) -> None:
         assert_close(tensor, expected[name], name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.layout)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_export_loads_into_the_reference_class_and_gives_the_same_logits(case: Case) -> None:
     _, ours, _ = both(case)
     theirs = case.reference().train()
@@ -244,7 +267,7 @@ def from_pretrained(layout: str, folder: Path) -> nn.Module:
     return models[""] if "" in models else nn.ModuleDict(models)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.layout)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_an_exported_folder_is_one_that_from_pretrained_takes(case: Case, tmp_path: Path) -> None:
     _, ours, _ = both(case)
     batch = case.batch
