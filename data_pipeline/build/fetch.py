@@ -1,8 +1,9 @@
 """Addresses -> bytes, bounded and safe.
 
 Every attempt ends within `timeout_s`, and the pauses between them within `attempts * timeout_s`; a body is cut off at
-`max_bytes` while it arrives; redirects are followed one by one, and each address on the way is looked at: only http(s),
-and no private network, checked on the numbers that are connected to, so that a name cannot change its mind in between.
+`max_bytes` while it arrives; redirects are followed one by one. Only http(s) is asked, and no private network: the
+socket itself refuses such a peer, however the host is spelled and whatever its name resolves to. Behind a proxy
+(http_proxy, https_proxy, no_proxy) the peer is the proxy, so the addresses of the target are looked up and checked.
 What may be different next time (a stall, a cut, a busy or broken server) is tried again and, in the end, noted as
 transient: it never counts as bad data, and `tessera data retry` asks once more.
 """
@@ -19,13 +20,16 @@ import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
 
 from data_pipeline.build.cache import RawCache
 from data_pipeline.config import FetchRules
+from data_pipeline.errors import ConfigError
 from data_pipeline.schema import Link
 
 MAX_REDIRECTS = 5
@@ -37,7 +41,9 @@ _CHUNK = 65536
 _REDIRECTS = {301, 302, 303, 307, 308}
 _BUSY = {408, 425, 429}
 _GZIP = 16 + zlib.MAX_WBITS  # as zlib is told that it is gzip
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST = ipaddress.ip_network("2000::/3")  # what of IPv6 is given out
+_EMBEDDING = [ipaddress.ip_network(text) for text in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96")]
+"""IPv6 networks whose last 32 bits are an IPv4 address: compatible, mapped, translated, NAT64."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class FetchError(Exception):
 
 
 class PrivateAddress(OSError):
-    """A name that leads into a network that must not be asked."""
+    """An address in a network that must not be asked, or a name that leads there."""
 
 
 def fetch_all(links: list[Link], rules: FetchRules, cache: RawCache) -> list[Outcome]:
@@ -90,14 +96,27 @@ class Fetcher:
         self._hosts: dict[str, asyncio.Semaphore] = {}
 
     async def __aenter__(self) -> "Fetcher":
-        connector = aiohttp.TCPConnector(resolver=GuardedResolver(self._rules), limit=0, use_dns_cache=False)
-        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Accept": "image/*,*/*;q=0.5"}
-        options: dict[str, Any] = {"cookie_jar": aiohttp.DummyCookieJar(), "trust_env": False, "auto_decompress": False}
-        self._session = aiohttp.ClientSession(connector=connector, headers=headers, **options)
+        self._resolver = GuardedResolver(self._rules)
+        self._proxies = {scheme: _proxy(url) for scheme, url in getproxies().items() if scheme in ("http", "https")}
+        self._direct = self._session(lambda info: _GuardedSocket(self._rules, *info[:3]))
+        self._proxied = self._session(None)  # its peers are proxies, which a site may have on a private network
         return self
 
+    def _session(self, socket_factory: Callable[[Any], socket.socket] | None) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(
+            resolver=self._resolver if socket_factory else None,
+            limit=0,
+            use_dns_cache=socket_factory is None,
+            socket_factory=socket_factory,
+        )
+        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Accept": "image/*,*/*;q=0.5"}
+        options: dict[str, Any] = {"cookie_jar": aiohttp.DummyCookieJar(), "trust_env": False, "auto_decompress": False}
+        return aiohttp.ClientSession(connector=connector, headers=headers, **options)
+
     async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+        await self._direct.close()
+        await self._proxied.close()
+        await self._resolver.close()
 
     async def fetch_all(self, links: list[Link]) -> list[Outcome]:
         """Outcomes in the order of the links."""
@@ -135,18 +154,42 @@ class Fetcher:
             return Outcome("", "fetch_timeout", f"{timeout_s:.0f} s", 0, attempt, True), 0.0
         except (aiohttp.ClientError, OSError, ValueError) as error:
             reason, transient = _reason_of(error)
-            return Outcome("", reason, type(error).__name__, 0, attempt, transient), 0.0
+            detail = str(_below(error)) if reason == "private_address" else type(error).__name__
+            return Outcome("", reason, detail, 0, attempt, transient), 0.0
 
     async def _get(self, url: str) -> tuple[bytes, int]:
         for _ in range(MAX_REDIRECTS + 1):
-            check_address(url, self._rules)
-            async with self._session.get(url, allow_redirects=False, timeout=_NO_TIMEOUT) as response:
+            target = check_address(url)
+            session, proxy = await self._way_to(target)
+            async with session.get(target, allow_redirects=False, proxy=proxy, timeout=_NO_TIMEOUT) as response:
                 if response.status in _REDIRECTS and "Location" in response.headers:
                     url = urljoin(url, response.headers["Location"])
                     continue
                 check_answer(response, self._rules)
                 return await _body(response, self._rules.max_bytes), response.status
         raise FetchError("too_many_redirects", f"more than {MAX_REDIRECTS}, the last to {url:.100}")
+
+    async def _way_to(self, target: URL) -> tuple[aiohttp.ClientSession, URL | None]:
+        """-> (session, proxy; None where the target is asked directly, as networks in `allow_networks` always are)."""
+        proxy = self._proxies.get(target.scheme)
+        host = target.raw_host or ""
+        if proxy is None or proxy_bypass(f"{target.host_subcomponent}:{target.port}"):
+            return self._direct, None
+        found = await self._resolver.resolve(host, target.port or 0, socket.AF_UNSPEC)
+        if all(is_named(entry["host"], self._rules) for entry in found):
+            return self._direct, None
+        return self._proxied, proxy
+
+
+def _proxy(url: str) -> URL:
+    """Raises ConfigError for a proxy that is not spoken to by http."""
+    try:
+        proxy = URL(url if "://" in url else f"http://{url}")
+    except ValueError:
+        proxy = URL()
+    if proxy.scheme not in ("http", "https") or not proxy.host:
+        raise ConfigError(f"http_proxy or https_proxy is {url!r}; name one as http://HOST:PORT, or unset it")
+    return proxy
 
 
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None, sock_read=None)  # asyncio.timeout holds over all
@@ -206,32 +249,60 @@ class _Unpacker:
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def check_address(url: str, rules: FetchRules) -> None:
-    """Raises FetchError for what is not http(s) and for numbers of a private network."""
+def check_address(url: str) -> URL:
+    """An address as it will be asked. Raises FetchError for what is not http(s)."""
     try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
+        parsed = URL(url)
     except ValueError as error:
         raise FetchError("wrong_url", f"{error}: {url:.100}") from None
-    if parts.scheme not in ("http", "https") or not host:
+    if parsed.scheme not in ("http", "https") or not parsed.raw_host:
         raise FetchError("wrong_url", f"only http and https are fetched: {url:.100}")
-    with contextlib.suppress(ValueError):
-        if not is_allowed(host, rules):
-            raise FetchError("private_address", host)
+    return parsed
 
 
 def is_allowed(address: str, rules: FetchRules) -> bool:
     """May this IP address be asked? Raises ValueError for what is none."""
-    number = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(number, ipaddress.IPv6Address):
-        inner = number.ipv4_mapped or number.sixtofour or (number.teredo[1] if number.teredo else None)
-        if number in _NAT64:
-            inner = ipaddress.IPv4Address(int(number) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_allowed(str(inner), rules)
-    if any(number.version == network.version and number in network for network in rules.allow_networks):
+    number = _number(address)
+    if is_named(address, rules):
         return True
-    return number.is_global and not number.is_multicast
+    return number.is_global and not number.is_multicast and (number.version == 4 or number in _UNICAST)
+
+
+def is_named(address: str, rules: FetchRules) -> bool:
+    """Is this IP address in one of `allow_networks`? Raises ValueError for what is none."""
+    number = _number(address)
+    return any(number.version == network.version and number in network for network in rules.allow_networks)
+
+
+def _number(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An IP address without its scope; of IPv6 that stands for an IPv4 address, that one."""
+    number = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(number, ipaddress.IPv4Address) or number.is_loopback or number.is_unspecified:
+        return number
+    if any(number in network for network in _EMBEDDING):
+        return ipaddress.IPv4Address(int(number) & 0xFFFFFFFF)
+    return number.sixtofour or (number.teredo[1] if number.teredo else number)
+
+
+class _GuardedSocket(socket.socket):
+    """A socket that connects to no private network: what it is told is where the bytes go."""
+
+    def __init__(self, rules: FetchRules, family: int, kind: int, protocol: int) -> None:
+        super().__init__(family, kind, protocol)
+        self._rules = rules
+
+    def connect(self, address: Any) -> None:
+        """Raises PrivateAddress, also for what is no numeric address."""
+        refuse_private([address[0]], "the peer", self._rules)
+        super().connect(address)
+
+
+def refuse_private(addresses: list[str], host: str, rules: FetchRules) -> None:
+    """Raises PrivateAddress where one of the addresses of a host must not be asked, or is no IP address."""
+    with contextlib.suppress(ValueError):
+        if all(is_allowed(address, rules) for address in addresses):
+            return
+    raise PrivateAddress(f"{host} is on a private network; fetch.allow_networks names those that may be asked")
 
 
 def check_answer(response: aiohttp.ClientResponse, rules: FetchRules) -> None:
@@ -266,10 +337,11 @@ def check_digests(data: bytes, link: Link) -> None:
 
 def _reason_of(error: Exception) -> tuple[str, bool]:
     """-> (reason, transient) of what aiohttp or the operating system raised."""
-    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, PrivateAddress):
+    below = _below(error)
+    if isinstance(below, PrivateAddress):
         return "private_address", False
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return ("unknown_host", False) if _is_unknown(error.os_error) else ("fetch_dns", True)
+    if isinstance(below, socket.gaierror) or isinstance(error, aiohttp.ClientConnectorDNSError):
+        return ("unknown_host", False) if _is_unknown(below) else ("fetch_dns", True)
     if isinstance(error, aiohttp.ClientSSLError | ssl.SSLError):
         return "tls_error", False
     if isinstance(error, aiohttp.InvalidURL | ValueError):
@@ -279,13 +351,20 @@ def _reason_of(error: Exception) -> tuple[str, bool]:
     return "fetch_connection", True
 
 
-def _is_unknown(error: OSError) -> bool:
+def _below(error: Exception) -> Exception:
+    """What the operating system or the gate raised where aiohttp raised on."""
+    return error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+
+
+def _is_unknown(error: Exception) -> bool:
     return isinstance(error, socket.gaierror) and error.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
 
 
 def _host(url: str) -> str:
-    with contextlib.suppress(ValueError):
-        return urlsplit(url).netloc.lower()
+    """Whose requests are counted together: the host and port that are asked."""
+    with contextlib.suppress(FetchError):
+        parsed = check_address(url)
+        return f"{parsed.raw_host}:{parsed.port}"
     return ""
 
 
@@ -321,6 +400,5 @@ class GuardedResolver(AbstractResolver):
 
     async def _ask(self, host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
         found = await self._lookup(host, port, family)
-        if refused := [entry["host"] for entry in found if not is_allowed(entry["host"], self._rules)]:
-            raise PrivateAddress(f"{host} is {', '.join(refused)}")
+        refuse_private([entry["host"] for entry in found], host, self._rules)
         return found

@@ -122,7 +122,7 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
         self.answer(status=302, Location=f"/redirect/{left}/{name}" if left else f"/file/{name}")
 
     def way_to(self, url):
-        self.answer(status=301, Location=url)
+        self.answer(status=301, Location=url.encode().decode("latin-1"))  # as UTF-8
 
     def way_robots(self, rest):
         directives, _, name = rest.partition("/")

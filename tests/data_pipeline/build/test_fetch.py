@@ -2,17 +2,30 @@
 
 import asyncio
 import hashlib
+import http.server
+import ipaddress
 import resource
 import socket
 import threading
 import time
+from urllib.parse import unquote
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.build.cache import RawCache
-from data_pipeline.build.fetch import GuardedResolver, PrivateAddress, check_address, fetch_all, is_allowed, opt_outs
+from data_pipeline.build.fetch import (
+    FetchError,
+    GuardedResolver,
+    PrivateAddress,
+    check_address,
+    fetch_all,
+    is_allowed,
+    opt_outs,
+)
 from data_pipeline.config import FetchRules
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.schema import Link
 from tests.data_pipeline.web import Web
 
@@ -166,6 +179,17 @@ def test_no_more_requests_at_once_than_allowed(web, tmp_path):
 # --------------------------------------------------------------------------------------- what is refused
 
 PRIVATE = [
+    "::",
+    "::7f00:1",
+    "::ffff:0:10.0.0.1",
+    "::1%lo",
+    "::ffff:127.0.0.1%lo",
+    "64:ff9b:1::7f00:1",
+    "fec0::1",
+    "ff02::1",
+    "4000::1",
+    "255.255.255.255",
+    "192.168.1.1%eth0",
     "127.0.0.1",
     "10.0.0.1",
     "172.16.3.4",
@@ -199,11 +223,183 @@ def test_a_private_network_is_asked_where_it_is_allowed():
     assert is_allowed("10.1.2.3", rules) and not is_allowed("10.2.0.1", rules) and not is_allowed("::1", rules)
 
 
-@pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f.1", "localhost"])
-def test_names_that_lead_home_are_refused_when_they_are_connected_to(fetch, web, host):
+def test_the_loopback_of_ipv6_is_asked_where_it_is_allowed():
+    assert is_allowed("::1", FetchRules(allow_networks=("::1/128",)))
+
+
+def embedded(number):
+    """The ways in which IPv6 writes an IPv4 address."""
+    text = ipaddress.IPv4Address(number)
+    yield from (f"::ffff:{text}", f"::ffff:0:{text}", f"64:ff9b::{text}", f"::ffff:{text}%eth0")
+    yield str(ipaddress.IPv6Address(0x2002 << 112 | number << 80))
+    yield str(ipaddress.IPv6Address(0x20010000 << 96 | number ^ 0xFFFFFFFF))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2**16, 2**32 - 1) | st.ip_addresses(v=4).map(int).filter(lambda number: number >= 2**16))
+def test_an_ipv4_address_is_judged_alike_however_ipv6_writes_it(number):
+    alone = is_allowed(str(ipaddress.IPv4Address(number)), FetchRules())
+    assert {is_allowed(text, FetchRules()) for text in embedded(number)} == {alone}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.ip_addresses(v=6) | st.ip_addresses(v=6, network="fc00::/6") | st.ip_addresses(v=6, network="2001::/20"))
+def test_what_is_asked_of_ipv6_is_public(address):
+    if is_allowed(str(address), FetchRules()):
+        assert address.is_global and not address.is_multicast or address.ipv4_mapped or int(address) >> 32 in EMBEDDING
+
+
+EMBEDDING = (0, 0xFFFF, 0xFFFF << 16, 0x64FF9B << 64)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=40) | st.text(max_size=30).map("http://{}".format) | st.binary(max_size=20).map(repr))
+def test_any_text_is_an_address_of_a_host_or_refused_as_none(text):
+    try:
+        parsed = check_address(text)
+    except FetchError as error:
+        assert error.reason == "wrong_url" and len(str(error)) < 400
+    else:
+        assert parsed.scheme in ("http", "https") and parsed.raw_host
+
+
+# ------------------------------------------------------------------------------------- spellings of home
+
+WIDE = str.maketrans("0123456789.", "０１２３４５６７８９。")
+CIRCLED = str.maketrans("0123456789", "⓪①②③④⑤⑥⑦⑧⑨")
+NAMED = [
+    *("127.1", "2130706433", "0x7f.1", "0x7f000001", "0177.0.0.1", "017700000001", "127.0.1", "0", "0.0.0.0"),
+    *(
+        "localhost",
+        "LOCALHOST",
+        "localhost.",
+        "ⓛⓞⓒⓐⓛⓗⓞⓢⓣ",
+        "localhost%00",
+        "127.0.0.1.",
+        "127.0.0.1\t",
+        "a:b@127.0.0.1",
+    ),
+    *("%31%32%37.0.0.1", "127%2e0%2e0%2e1", "127.0.0.1".translate(WIDE), "127.0.0.1".translate(CIRCLED)),
+    *("127｡0｡0｡1", "127．0．0．1", "①②⑦。⓪。⓪。①", "[::1]", "[0:0:0:0:0:0:0:1]", "[::1%25lo]", "[::1%lo]", "[::]"),
+    *("[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::127.0.0.1]", "[::ffff:127.0.0.1%lo]", "[64:ff9b::127.0.0.1]"),
+    *("[2002:7f00:1::]", "[::ffff:0:127.0.0.1]"),
+]
+
+
+@st.composite
+def spelled(draw):
+    """127.0.0.1 or a neighbour, each letter in one of its forms."""
+    host = draw(st.sampled_from(["127.0.0.1", "127.0.0.53", "127.255.255.254"]))
+    forms = ({letter, letter.translate(WIDE), letter.translate(CIRCLED), *DOTS.get(letter, "")} for letter in host)
+    return "".join(draw(st.sampled_from(sorted(form))) for form in forms) + draw(st.sampled_from(["", ".", "。"]))
+
+
+DOTS = {".": ".。．｡"}
+REFUSED = ("private_address", "wrong_url", "unknown_host", "fetch_connection", "fetch_dns")
+
+
+def test_no_spelling_of_home_is_asked(fetch, web):
     port = web.server_port
-    (outcome,) = fetch(f"http://{host}:{port}/file/a.png", allow_networks=())
-    assert outcome.reason in ("private_address", "wrong_url", "unknown_host") and not web.asked
+    for host in NAMED:
+        (outcome,) = fetch(f"http://{host}:{port}/file/a.png", allow_networks=(), attempts=1)
+        assert outcome.reason in REFUSED and not web.asked, host
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(spelled())
+def test_no_letters_of_home_are_asked(fetch, web, host):
+    (outcome,) = fetch(f"http://{host}:{web.server_port}/file/a.png", allow_networks=(), attempts=1)
+    assert outcome.reason in ("private_address", "wrong_url") and not web.asked
+
+
+ELSEWHERE = ["127.0.0.53", "127。0。0。53", "①②⑦.0.0.53", "１２７.0.0.53", "[::ffff:127.0.0.53]", "[::1]"]
+
+
+@pytest.mark.parametrize("host", ELSEWHERE)
+def test_a_redirect_is_judged_as_a_first_address_is(fetch, web, host):
+    rules = {"allow_networks": ("127.0.0.1/32",), "attempts": 1}
+    (outcome,) = fetch(f"/to?http://{host}:{web.server_port}/file/a.png", **rules)
+    assert outcome.reason == "private_address" and len(web.asked) == 1
+
+
+def test_the_socket_refuses_a_peer_that_the_look_up_let_through(fetch, web, monkeypatch):
+    async def lying(self, host, port=0, family=socket.AF_INET):
+        entry = {"hostname": host, "host": "127.0.0.1", "port": port, "family": family, "proto": 0, "flags": 0}
+        return [entry, {**entry, "host": "::1"}]
+
+    monkeypatch.setattr(GuardedResolver, "resolve", lying)
+    (outcome,) = fetch(f"http://public.example:{web.server_port}/file/a.png", allow_networks=(), attempts=1)
+    assert outcome.reason == "private_address" and not web.asked
+
+
+# ------------------------------------------------------------------------------------------ behind a proxy
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    """Answers for every host: /to?URL by a redirect, all else by the path; remembers what it was asked for."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), ProxyHandler)
+        self.asked = []
+
+
+class ProxyHandler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        return None
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        _, found, where = unquote(self.path).encode().decode("latin-1").partition("/to?")  # as UTF-8
+        self.send_response(302 if found else 200)
+        self.send_header("Content-Length", "0" if found else "4")
+        if found:
+            self.send_header("Location", where)
+        self.end_headers()
+        self.wfile.write(b"" if found else b"data")
+
+    def do_CONNECT(self):
+        self.server.asked.append(f"CONNECT {self.path}")
+        self.send_error(403)
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    with Proxy() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        yield server
+        server.shutdown()
+
+
+def test_behind_a_proxy_its_own_address_is_exempt_and_the_targets_are_checked(fetch, web, proxy):
+    public, port = "http://93.184.216.34", web.server_port
+    private = [f"http://{host}:{port}/file/a.png" for host in ("127.0.0.1", "10.1.2.3", "[::1]", *NAMED)]
+    outcomes = fetch(f"{public}/a.png", *private, allow_networks=(), attempts=1)
+    assert outcomes[0].sha256 == hashlib.sha256(b"data").hexdigest()
+    assert {outcome.reason for outcome in outcomes[1:]} <= set(REFUSED)
+    assert proxy.asked == [f"{public}/a.png"] and not web.asked
+    (outcome,) = fetch(f"{public}/to?http://127。0。0。1:{port}/file/a.png", allow_networks=(), attempts=1)
+    assert outcome.reason == "private_address" and len(proxy.asked) == 2 and not web.asked
+    fetch("https://93.184.216.34/a.png", "https://127。0。0。1/a.png", allow_networks=(), attempts=1)
+    assert proxy.asked[2:] == ["CONNECT 93.184.216.34:443"]
+
+
+def test_networks_that_are_named_and_hosts_of_no_proxy_are_asked_directly(fetch, web, proxy, monkeypatch):
+    (outcome,) = fetch("/file/a.png")
+    assert outcome.sha256 and not proxy.asked
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (outcome,) = fetch("/file/a.png", allow_networks=())
+    assert outcome.reason == "private_address" and not proxy.asked
+
+
+def test_a_proxy_that_does_not_speak_http_is_an_error_of_configuration(fetch, monkeypatch):
+    for wrong in ("socks5://127.0.0.1:1080", "http://"):
+        monkeypatch.setenv("http_proxy", wrong)
+        with pytest.raises(ConfigError, match="http_proxy"):
+            fetch("/file/a.png")
 
 
 def test_a_name_that_changes_its_mind_is_judged_by_what_is_connected_to():
@@ -246,7 +442,7 @@ def test_a_name_servers_bad_moment_is_not_remembered():
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "gopher://x/", "javascript:1", "//host/x", "http://:80/", "x"])
 def test_only_http_addresses_with_a_host_are_fetched(url):
     with pytest.raises(Exception, match="wrong_url"):
-        check_address(url, FetchRules())
+        check_address(url)
 
 
 @pytest.mark.parametrize(
