@@ -84,7 +84,7 @@ def may_have_been_killed(run: Path) -> bool:
     newest = next(iter(deque(lines_of(run / ATTEMPTS), maxlen=1)), None)
     if newest is None or (run / ENDED).is_file():
         return False
-    return all(fault["cause"] == "node" for fault in read_faults(run) if fault["time"] >= newest["time"])
+    return all(fault["cause"] == "node" for fault in read_faults(run) if fault["time"] >= newest.get("time", 0.0))
 
 
 def stacks_of(run: Path, attempt: int, rank: int) -> Path:

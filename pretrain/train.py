@@ -385,7 +385,8 @@ def attempts_noted(run: Path) -> int:
 
 def last_position(run: Path) -> int:
     """Where the furthest of the newest lines in RUN/metrics.jsonl ends; 0 where no step was made."""
-    return max((int(row["positions"][1]) for row in lines_of(run / METRICS, deadline.RECENT_BYTES)), default=0)
+    spans = (row.get("positions") for row in lines_of(run / METRICS, deadline.RECENT_BYTES))
+    return max((span[1] for span in spans if isinstance(span, list) and [*map(type, span)] == [int, int]), default=0)
 
 
 def start_from_initial(source: str, objective: nn.Module, mesh: Mesh) -> None:

@@ -117,8 +117,9 @@ def remember(run: Path, found: Iterable[dict[str, Any]]) -> None:
 
 
 def remembered(run: Path) -> set[int]:
-    """The numbers of the images that RUN/lethal_images.jsonl names."""
-    return {int(line["image"]) for line in lines_of(run / LETHAL_IMAGES)}
+    """The numbers of the images that RUN/lethal_images.jsonl names; a line that names none counts as torn."""
+    numbers = (line.get("image") for line in lines_of(run / LETHAL_IMAGES))
+    return {number for number in numbers if type(number) is int and 0 <= number < 1 << 63}
 
 
 def known_to_all(mine: set[int], maximum: Maximum) -> set[int]:

@@ -172,6 +172,8 @@ def test_what_is_remembered_is_known_to_all_ranks(tmp_path: Path, capsys: pytest
     assert remembered(tmp_path) == set()
     line = {"image": (1 << 63) - 1, "key": "red", "reason": "decoder_crash: SIGABRT"}
     remember(tmp_path, [line, line | {"image": 0}])
+    for torn in ({"image": "0"}, {"image": 1 << 63}, {"image": -1}, {"image": None}, {}):
+        append_line(tmp_path / "lethal_images.jsonl", torn)
     assert remembered(tmp_path) == {(1 << 63) - 1, 0} and "'red'" in capsys.readouterr().out
     ranks, maximum = [{5, 0}, {9}, set()], Together(3)
     with ThreadPoolExecutor(3) as pool:

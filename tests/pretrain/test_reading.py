@@ -69,13 +69,13 @@ def gpt(material: Material, run: Path) -> dict[str, Any]:
     return tree
 
 
-def evaluated(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+def evaluated(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """`tessera evaluate` of an untrained model of this run."""
     config = RunConfig.model_validate(tree)
     Path(config.run).mkdir(exist_ok=True)
     torch.manual_seed(0)
     model = MODELS[config.model.kind](config.model).eval()
-    monkeypatch.setattr(evaluate, "load_trained", lambda *_: (model, config))
+    monkeypatch.setattr(evaluate, "load_trained", lambda *_: (model, config, 0))
     monkeypatch.setattr(evaluate, "CANDIDATES", 8)
     monkeypatch.setattr(evaluate, "BATCH", 40)
     monkeypatch.setattr("pretrain.interchange.tokenizer.load_tokenizer", lambda *_: None)
