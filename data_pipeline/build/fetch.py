@@ -13,12 +13,15 @@ import contextlib
 import hashlib
 import ipaddress
 import random
+import re
 import socket
 import ssl
 import time
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin
 from urllib.request import getproxies, proxy_bypass
@@ -40,7 +43,9 @@ _BACKOFF_S = 0.5
 _CHUNK = 65536
 _REDIRECTS = {301, 302, 303, 307, 308}
 _BUSY = {408, 425, 429}
+_NOT_UNDONE = {"aes128gcm", "br", "compress", "dcb", "dcz", "exi", "pack200-gzip", "zstd"}  # of IANA's list
 _GZIP = 16 + zlib.MAX_WBITS  # as zlib is told that it is gzip
+_GZIP_MAGIC = b"\x1f\x8b"
 _UNICAST = ipaddress.ip_network("2000::/3")  # what of IPv6 is given out
 _EMBEDDING = [ipaddress.ip_network(text) for text in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96")]
 """IPv6 networks whose last 32 bits are an IPv4 address: compatible, mapped, translated, NAT64."""
@@ -199,51 +204,79 @@ async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     """The body, unpacked where it comes packed all the same; no more than max_bytes are ever held."""
     if (response.content_length or 0) > max_bytes:
         raise FetchError("too_large", f"{response.content_length} bytes, at most {max_bytes}", status=response.status)
-    packing = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if packing not in ("identity", "gzip", "deflate", ""):
-        raise FetchError("unknown_encoding", packing[:40], status=response.status)
-    unpacker = _Unpacker(packing) if packing in ("gzip", "deflate") else None
+    packings = _packings(response)
+    unpackers = [_Unpacker(packing) for packing in packings]
     body = bytearray()
     async for chunk in response.content.iter_chunked(_CHUNK):
         try:
-            body += unpacker.unpack(chunk, max_bytes + 1 - len(body)) if unpacker else chunk
+            body += _unpacked(unpackers, chunk, max_bytes + 1 - len(body))
         except zlib.error as error:
-            raise FetchError("fetch_encoding", f"not {packing}: {error}", status=response.status) from None
-        if len(body) > max_bytes or (unpacker and unpacker.is_full):
+            why = f"not {', '.join(packings)}: {error}"
+            raise FetchError("fetch_encoding", why, status=response.status) from None
+        if len(body) > max_bytes or any(unpacker.is_full for unpacker in unpackers):
             raise FetchError("too_large", f"more than {max_bytes} bytes", status=response.status)
-    if unpacker and not unpacker.is_whole:  # cut off before it was sent: the next one may be whole
-        raise FetchError("fetch_encoding", f"{packing} that ends too early", status=response.status, transient=True)
+    if not all(unpacker.is_whole for unpacker in unpackers):  # cut off before it was sent: the next one may be whole
+        why = f"{', '.join(packings)} that ends too early"
+        raise FetchError("fetch_encoding", why, status=response.status, transient=True)
     return bytes(body)
 
 
+def _packings(response: aiohttp.ClientResponse) -> list[str]:
+    """How the body is packed, outermost first: gzip, x-gzip, deflate. Raises FetchError for one that is not undone.
+
+    Other words in Content-Encoding (utf-8, binary, image/jpeg, aws-chunked) name no packing: the body is as it is.
+    """
+    said = ",".join(response.headers.getall("Content-Encoding", []))
+    words = [word.strip().strip('"').lower() for word in said.split(",")]
+    if unknown := [word for word in words if word.removeprefix("x-") in _NOT_UNDONE]:
+        raise FetchError("unknown_encoding", unknown[0], status=response.status)
+    return [word for word in reversed(words) if word in ("gzip", "x-gzip", "deflate")]
+
+
+def _unpacked(unpackers: "list[_Unpacker]", data: bytes, at_most: int) -> bytes:
+    for unpacker in unpackers:
+        data = unpacker.unpack(data, at_most) if data else data
+    return data
+
+
 class _Unpacker:
-    """A body that is packed as its Content-Encoding says, gzip or deflate, taken apart piece by piece."""
+    """A body that is packed as its Content-Encoding says, taken apart piece by piece.
+
+    x-gzip is what some servers say of how a file is stored: such a body may also come plain, and is then left alone.
+    """
 
     def __init__(self, packing: str) -> None:
         self._packing = packing
         self._stream: Any = None
+        self._is_plain = False
 
     def unpack(self, piece: bytes, at_most: int) -> bytes:
         """The next bytes, up to `at_most`. Raises zlib.error for what is packed otherwise."""
-        if self._stream is None:
-            # deflate means zlib's format, whose first byte ends in 8; some servers send the bare one, which never does
-            bare = piece[0] & 15 != 8
-            wbits = _GZIP if self._packing == "gzip" else -zlib.MAX_WBITS if bare else zlib.MAX_WBITS
-            self._stream = zlib.decompressobj(wbits)
+        if self._stream is None and not self._is_plain:
+            self._begin(piece)
+        if self._is_plain:
+            return piece
         unpacked: bytes = self._stream.decompress(piece, at_most)
         if self._stream.unused_data:
             raise zlib.error("bytes after its end")
         return unpacked
 
+    def _begin(self, piece: bytes) -> None:
+        self._is_plain = self._packing == "x-gzip" and not _GZIP_MAGIC.startswith(piece[:2])
+        # deflate means zlib's format, whose first byte ends in 8; some servers send the bare one, which never does
+        bare = piece[0] & 15 != 8
+        wbits = -zlib.MAX_WBITS if bare else zlib.MAX_WBITS
+        self._stream = zlib.decompressobj(wbits if self._packing == "deflate" else _GZIP)
+
     @property
     def is_full(self) -> bool:
         """Was there more than `at_most`?"""
-        return bool(self._stream.unconsumed_tail)
+        return self._stream is not None and bool(self._stream.unconsumed_tail)
 
     @property
     def is_whole(self) -> bool:
         """Did the body come to its end?"""
-        return self._stream is not None and self._stream.eof
+        return self._is_plain or (self._stream is not None and self._stream.eof)
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -309,14 +342,25 @@ def check_answer(response: aiohttp.ClientResponse, rules: FetchRules) -> None:
     """Raises FetchError for any status but 200 and where the owner opts out."""
     status = response.status
     if status in _BUSY or status >= 500:
-        wait = response.headers.get("Retry-After", "")
-        raise FetchError(f"http_{status}", "", status, True, float(wait) if wait.isdecimal() else 0.0)
+        raise FetchError(f"http_{status}", "", status, True, _wait_s(response.headers))
     if status != 200:
         raise FetchError(f"http_{status}", status=status)
     for value in response.headers.getall("X-Robots-Tag", []):
         for directive in opt_outs(value):
             if directive in rules.opt_out:
                 raise FetchError("opted_out", f"X-Robots-Tag: {value:.80}", status=status)
+
+
+def _wait_s(headers: Mapping[str, str]) -> float:
+    """Seconds that Retry-After asks for: a number, or until a date by the server's clock; 0 where it says neither."""
+    said = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", said, re.ASCII):
+        return float(said)
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        until = parsedate_to_datetime(said)
+        now = parsedate_to_datetime(headers["Date"]) if "Date" in headers else datetime.now(UTC)
+        return max(0.0, (until - now).total_seconds())
+    return 0.0
 
 
 def opt_outs(value: str) -> list[str]:

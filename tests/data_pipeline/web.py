@@ -4,11 +4,13 @@
 
 /file/NAME the file; the rest are its ways to fail, each followed by anything: /status/503/... /once/503/NAME (the first
 time only), /stall/..., /drip/..., /cut/NAME (half of what it announced), /endless/..., /huge/..., /packed-bomb/...,
-/packed/NAME, /deflate/NAME, /bare-deflate/NAME (without zlib's header), /badly-packed/HOW/NAME, /redirect/COUNT/NAME,
+/said/CONTENT-ENCODING/PACKINGS/NAME, /later/RETRY-AFTER/NAME, /packed/NAME, /deflate/NAME, /bare-deflate/NAME (without
+zlib's header), /badly-packed/HOW/NAME, /redirect/COUNT/NAME,
 /to?URL, /robots/DIRECTIVES/NAME, /garbage/..., /closed/....
 """
 
 import contextlib
+import email.utils
 import functools
 import gzip
 import http.server
@@ -18,6 +20,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -99,6 +102,24 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
     def way_bare_deflate(self, name):
         packed = zlib.compress((self.server.folder / name).read_bytes(), wbits=-zlib.MAX_WBITS)
         self.answer(packed, Content_Encoding="deflate")
+
+    def way_said(self, rest):
+        """/said/HEADERS,.../PACKINGS/NAME: Content-Encoding as it is said, and how the file is packed."""
+        said, packings, name = rest.split("/", 2)
+        data = (self.server.folder / name).read_bytes()
+        for packing in packings.split("+"):
+            data = {"gzip": gzip.compress, "deflate": zlib.compress}.get(packing, bytes)(data)
+        self.answer(data, Content_Encoding=said.replace("|", "/"))
+
+    def way_later(self, rest):
+        """/later/HOW/NAME: 503 with a Retry-After the first time, then the file."""
+        how, _, name = rest.partition("/")
+        if self.server.asked[unquote(self.path)] > 1:
+            return self.way_file(name)
+        until = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=3600), usegmt=True)
+        past = "Wed, 21 Oct 2015 07:28:00 GMT"
+        wait = {"date": until, "past": past, "seconds": "3600", "word": "soon", "wrong": "Wed, 99 Oct 2015"}[how]
+        self.answer(status=503, Retry_After=wait)
 
     def way_badly_packed(self, rest):
         how, _, name = rest.partition("/")

@@ -114,6 +114,57 @@ def test_a_body_that_comes_packed_is_unpacked(fetch, way, make_png):
     assert (outcome.sha256, outcome.reason) == (hashlib.sha256(make_png()).hexdigest(), "")
 
 
+SAID = [
+    # Content-Encoding with | for /, how the body is packed
+    *(
+        (said, "plain")
+        for said in ("utf-8", "UTF-8", "none", "binary", "image|jpeg", "aws-chunked", "identity", "", "x-gzip")
+    ),
+    *(
+        (said, "plain")
+        for said in ("utf-8, none", "aws-chunked,binary", "none,x-gzip", "8bit", "base64", "*", ",,", '"utf-8"')
+    ),
+    *(
+        (said, "gzip")
+        for said in ("gzip", "x-gzip", "X-GZIP", "GZip ", "aws-chunked, gzip", "gzip,utf-8", "utf-8,x-gzip,none")
+    ),
+    ("deflate, gzip", "deflate+gzip"),
+    ("gzip, gzip", "gzip+gzip"),
+    ("gzip, deflate, aws-chunked", "gzip+deflate"),
+]
+
+
+def test_words_that_name_no_packing_leave_a_body_as_it_is(fetch, make_png):
+    outcomes = fetch(*(f"/said/{said}/{packing}/a.png" for said, packing in SAID))
+    digest = hashlib.sha256(make_png()).hexdigest()
+    found = {row: (outcome.sha256, outcome.reason) for row, outcome in zip(SAID, outcomes, strict=True)}
+    assert found == dict.fromkeys(SAID, (digest, ""))
+
+
+@pytest.mark.parametrize("said", ["br", "zstd", "compress", "x-compress", "gzip, br", "BR"])
+def test_a_packing_that_is_not_undone_is_named(fetch, said):
+    (outcome,) = fetch(f"/said/{said}/plain/a.png")
+    assert (outcome.reason, outcome.transient) == ("unknown_encoding", False)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.sampled_from('abgzipx-deflt, ;="*'), max_size=20), st.sampled_from(["plain", "gzip", "deflate"]))
+def test_any_words_about_a_body_end_in_its_bytes_or_a_reason(fetch, said, packing):
+    (outcome,) = fetch(f"/said/{said}/{packing}/a.png")
+    assert bool(outcome.sha256) != bool(outcome.reason)
+    assert outcome.reason in ("", "fetch_encoding", "unknown_encoding")
+
+
+def test_a_wait_until_a_date_is_kept_as_one_in_seconds_is(fetch, make_png):
+    digest = hashlib.sha256(make_png()).hexdigest()
+    for how in ("seconds", "date"):  # an hour: longer than all attempts may take together
+        (outcome,) = fetch(f"/later/{how}/a.png")
+        assert (outcome.reason, outcome.attempts, outcome.transient) == ("http_503", 1, True)
+    for how in ("past", "word", "wrong"):
+        (outcome,) = fetch(f"/later/{how}/a.png")
+        assert (outcome.sha256, outcome.attempts) == (digest, 2)
+
+
 BADLY_PACKED = [
     # how, transient, attempts: what was cut off may come whole the next time
     ("plain", False, 1),
