@@ -69,6 +69,8 @@ class TableSource(Settings):
     where it is false the mark is a letter like any other. By default true for csv, false for tsv.
     encoding: of text files without a byte order mark, as latin-1; UTF-8 by default. Other bytes reject their row.
     sha256, md5: columns that what is fetched is compared with.
+    Other columns become attributes of the samples: times as ISO 8601, decimals as text, what JSON lacks (NaN) as null,
+    `key` and `captions` as source_key and source_captions; those of bytes are left out.
     parse_rule: how text is taken apart; a dataset that was begun by rule 1 keeps it.
     """
 
@@ -205,7 +207,7 @@ class BuildConfig(Settings):
     """Raw pairs -> shards. Shard k holds what remains of rows [k * shard_size, (k + 1) * shard_size).
 
     filters: name -> condition that a row must meet, else it is rejected under that name; over the columns of the
-    source and width, height, aspect, area, bytes, caption, chars. grow: add the rows that a finished output lacks.
+    source and width, height, aspect, area, bytes, key, caption, chars. grow: add the rows that a finished output lacks.
     tokenizer: folder of an exported image tokenizer, whose codes are added once the shards stand: one crop, float32, on
     CPUs; `tessera data encode` has the choice.
     """

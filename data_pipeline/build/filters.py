@@ -13,7 +13,7 @@ from typing import Any
 from data_pipeline.errors import ConfigError
 
 IMAGE_NAMES = frozenset({"width", "height", "aspect", "area", "bytes"})
-TEXT_NAMES = frozenset({"caption", "captions", "chars"})
+TEXT_NAMES = frozenset({"caption", "captions", "chars", "key"})
 
 _BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,

@@ -213,7 +213,10 @@ def _check_filter_names(config: BuildConfig, source: Source) -> None:
         return
     known = {*first.meta, *IMAGE_NAMES, *TEXT_NAMES}
     for name in sorted(Filters(config.filters).names - known):
-        raise ConfigError(f"filters: {name!r} is no column of the source; there are {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"filters: {name!r} is no column of the source that can be asked for; there are "
+            f"{', '.join(sorted(known))}; that of source.captions is asked for as caption, that of source.key as key"
+        )
 
 
 def _check_prefix(layout: Layout, pinned: list[dict[str, Any]], storage: Storage) -> None:

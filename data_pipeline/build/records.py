@@ -2,8 +2,12 @@
 
 import base64
 import binascii
+import contextlib
+import datetime
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,8 @@ from data_pipeline.shards.tar import Member, scan
 
 NESTED_AT_MOST = 100  # levels of JSON: Python's own limit depends on who calls, and this must not
 
-_NO_KEY = (None, "")
+_LARGEST = 1 << 63
+RESERVED = ("captions", "key")  # what the .json of every sample has
 _TOO_DEEP = f"nested more than {NESTED_AT_MOST} levels deep"
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
@@ -37,15 +42,15 @@ class RecordReader:
         if (drop := unnamed(record, config.key, key)) is not None:
             return drop
         try:
-            captions = tuple(text for column in config.captions for text in as_captions(record.get(column)))
+            captions = tuple(text for column in config.captions for text in as_captions(_there(record, column)))
         except TypeError as error:
             return Drop(key, "unreadable_caption", str(error))
-        meta = {name: item for name, item in record.items() if name not in self._used and is_json(item)}
+        meta = attributes(record, self._used)
         value = record.get(config.image)
-        if value is None or value in ("", b""):
+        if is_missing(value) or value == b"":
             return Drop(key, "no_image", f"column {config.image!r} is empty")
         if isinstance(value, str) and value.lstrip().lower().startswith(("http://", "https://")):
-            digests = [str(record.get(column) or "") if column else "" for column in (config.sha256, config.md5)]
+            digests = [_text_of(record, column) for column in (config.sha256, config.md5)]
             return Link(key, as_unicode(value.strip()), captions, meta, *digests)
         try:
             return Pair(key, self._image(value), captions, meta)
@@ -73,7 +78,21 @@ def key_of(record: Mapping[str, Any], column: str | None, number: int) -> str:
     if column is None:
         return f"{number:09d}"
     value = record.get(column)
-    return f"row {number:09d}" if value in _NO_KEY else str(value)
+    return f"row {number:09d}" if is_missing(value) else str(value)
+
+
+def is_missing(value: Any) -> bool:
+    """Is it null, empty text, or NaN, which is what pandas makes of null?"""
+    return value is None or value == "" or (isinstance(value, float | Decimal) and value != value)
+
+
+def _there(record: Mapping[str, Any], column: str) -> Any:
+    value = record.get(column)
+    return None if is_missing(value) else value
+
+
+def _text_of(record: Mapping[str, Any], column: str | None) -> str:
+    return "" if column is None or is_missing(record.get(column)) else str(record[column])
 
 
 def as_unicode(text: str) -> str:
@@ -85,7 +104,7 @@ def unnamed(record: Mapping[str, Any], column: str | None, key: str) -> Drop | N
     """Why nothing can be made of a record before it is looked at further; None where something may."""
     if UNREADABLE in record:
         return Drop(key, str(record.get(REASON, "unreadable_row")), str(record[UNREADABLE]))
-    if column is not None and record.get(column) in _NO_KEY:
+    if column is not None and is_missing(record.get(column)):
         return Drop(key, "no_key", f"column {column!r} is empty")
     return None
 
@@ -183,10 +202,54 @@ def as_captions(value: Any) -> tuple[str, ...]:
     raise TypeError(f"a caption is text or a list of texts, not {value!r:.80}")
 
 
-def is_json(value: Any) -> bool:
-    """Can the value stand in a .json file?"""
-    if isinstance(value, list):
-        return all(is_json(item) for item in value)
+def json_value(value: Any) -> Any:
+    """A value of a table as it can stand in a .json file.
+
+    NaN and infinities, which JSON lacks, become null; times and dates ISO 8601 text, durations seconds; decimals
+    of 64 bits without digits after the point integers, else text, which is exact; maps with unique texts as keys
+    objects, other maps lists of pairs; any other type its text. Raises TypeError for bytes.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
     if isinstance(value, dict):
-        return all(isinstance(key, str) and is_json(item) for key, item in value.items())
-    return value is None or isinstance(value, str | int | float | bool)
+        return {str(name): json_value(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return _map_or_list(value)
+    if isinstance(value, bytes):
+        raise TypeError("bytes cannot stand in JSON")
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, Decimal) and value.as_tuple().exponent == 0 and abs(value) < _LARGEST:
+        return int(value)
+    return str(value)
+
+
+def _map_or_list(value: list[Any] | tuple[Any, ...]) -> Any:
+    """Arrow gives a map as a list of (key, value)."""
+    pairs = [item for item in value if isinstance(item, tuple) and len(item) == 2]
+    if pairs and len(pairs) == len(value) == len({name for name, _ in pairs if isinstance(name, str)}):
+        return {name: json_value(item) for name, item in pairs}
+    return [json_value(item) for item in value]
+
+
+def attributes(record: Mapping[str, Any], used: Collection[str | None]) -> dict[str, Any]:
+    """The columns that have no other use, but for those of bytes. `key` and `captions`, which are a sample's own, are
+    kept as source_key and source_captions."""
+    meta = {}
+    for name, item in record.items():
+        if name not in used:
+            with contextlib.suppress(TypeError):
+                meta[_free_name(name, record)] = json_value(item)
+    return meta
+
+
+def _free_name(name: str, record: Mapping[str, Any]) -> str:
+    if name not in RESERVED:
+        return name
+    while (name := f"source_{name}") in record:
+        pass
+    return name

@@ -25,7 +25,7 @@ from data_pipeline.build.captions import clean_captions
 from data_pipeline.build.fetch import Fetcher, Outcome, fetch_all
 from data_pipeline.build.filters import Filters
 from data_pipeline.build.layout import Row
-from data_pipeline.build.records import as_unicode
+from data_pipeline.build.records import RESERVED, as_unicode, json_value
 from data_pipeline.config import BuildConfig
 from data_pipeline.errors import Conflict, DataError
 from data_pipeline.images import Prepared, Reject
@@ -46,7 +46,7 @@ from data_pipeline.storage import Storage, open_storage
 if TYPE_CHECKING:
     from data_pipeline.build.plan import Plan
 
-RESERVED = ("captions", "key")
+DETAIL_AT_MOST = 500  # characters
 RAW = ".raw"
 SURVEY = "_survey.parquet"
 
@@ -137,7 +137,7 @@ class Stages:
         else:
             outcome = admitted
         if isinstance(outcome, Drop):
-            return {**record, "status": outcome.reason, "detail": as_unicode(outcome.detail)}, None, None
+            return {**record, "status": outcome.reason, "detail": _shortened(outcome.detail)}, None, None
         assert isinstance(admitted, Pair)
         return {**record, "status": "ok", "detail": "", "captions": list(admitted.captions)}, outcome, admitted
 
@@ -147,7 +147,7 @@ class Stages:
         except Reject as reject:
             return Drop(pair.key, reject.reason, reject.detail)
         image = looked.prepared
-        name, why = self._filters.after(values_of(pair) | image_values(image, len(pair.image)))
+        name, why = self._filters.after(values_of(pair, pair.captions) | image_values(image, len(pair.image)))
         if name:
             return Drop(pair.key, name, why)
         record |= {"width": image.width, "height": image.height, "bytes": len(image.data), "frames": image.frames}
@@ -174,6 +174,12 @@ class Stages:
         return Pair(link.key, data, link.captions, {"url": link.url, **link.meta})
 
 
+def _shortened(detail: str) -> str:
+    """The detail of a rejection: what a row holds may be of any length."""
+    text = as_unicode(detail[:DETAIL_AT_MOST])
+    return text if len(text) < DETAIL_AT_MOST else f"{text[: DETAIL_AT_MOST - 1]}…"
+
+
 def admit(row: Row, config: BuildConfig, filters: Filters) -> Row:
     """What can be said without the image: captions, then the conditions over columns and captions."""
     if isinstance(row, Drop):
@@ -181,7 +187,7 @@ def admit(row: Row, config: BuildConfig, filters: Filters) -> Row:
     captions, reason = clean_captions(row.captions, config.captions)
     if reason:
         return Drop(row.key, reason, repr(row.captions)[:200])
-    name, why = filters.before({**row.meta, **caption_values(captions)})
+    name, why = filters.before(values_of(row, captions))
     if name:
         return Drop(row.key, name, why)
     if isinstance(row, Link):
@@ -189,9 +195,10 @@ def admit(row: Row, config: BuildConfig, filters: Filters) -> Row:
     return Pair(row.key, row.image, captions, row.meta)
 
 
-def values_of(pair: Pair) -> dict[str, Any]:
-    """What a condition may ask about a row."""
-    return {**pair.meta, **caption_values(pair.captions)}
+def values_of(row: Pair | Link, captions: tuple[str, ...]) -> dict[str, Any]:
+    """What a condition may ask about a row: its attributes, a column `key` too, else its key, and its captions."""
+    key = row.meta.get("source_key", row.key)
+    return {"key": key, **row.meta, **caption_values(captions)}
 
 
 def caption_values(captions: tuple[str, ...]) -> dict[str, Any]:
@@ -302,9 +309,9 @@ def build_shard(plan: Plan, shard: int, after: object = None) -> Record:
 def _store(writer: TarWriter, record: Record, image: Prepared | None, pair: Pair | None) -> Record:
     """Write the sample, if there is one."""
     if image is not None and pair is not None:
-        meta = {key: value for key, value in pair.meta.items() if key not in RESERVED}
+        meta = {key: json_value(value) for key, value in pair.meta.items() if key not in RESERVED}
         tree = {**meta, "key": pair.key, "captions": list(pair.captions)}
-        text = json.dumps(tree, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")
+        text = json.dumps(tree, ensure_ascii=False, sort_keys=True, allow_nan=False).encode("utf-8", "replace")
         parts = [(image.extension, image.data), ("txt", pair.captions[0].encode()), ("json", text)]
         writer.add(f"{record['row']:09d}", parts)
     return record

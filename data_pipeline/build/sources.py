@@ -34,8 +34,8 @@ from data_pipeline.build.records import (
     ImageStore,
     as_captions,
     as_unicode,
+    attributes,
     captions_of_json,
-    is_json,
     json_line,
     key_of,
     parse_json,
@@ -397,10 +397,7 @@ def _beside_tar(path: str) -> dict[str, dict[str, Any]]:
         return {}
     kept = [name for name in table.column_names if name not in ("caption", "captions", "status", "error_message")]
     records = table.select(kept).to_pylist()
-    return {
-        str(record["key"]): {name: value for name, value in record.items() if name != "key" and is_json(value)}
-        for record in records
-    }
+    return {str(record["key"]): attributes(record, ("key",)) for record in records}
 
 
 def tar_paths(pattern: str) -> list[Path]:

@@ -291,7 +291,7 @@ def _records_of(batch: Any) -> list[Record]:
     """The records of a batch; one with a value that Python cannot hold, such as text that is not UTF-8, says so."""
     try:
         return list(batch.to_pylist())
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, LookupError):
         return [_record_of(batch, number) for number in range(batch.num_rows)]
 
 
@@ -299,10 +299,23 @@ def _record_of(batch: Any, number: int) -> Record:
     record: Record = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            record[name] = column[number].as_py()
+            record[name] = _value_of(column.slice(number, 1))
         except (ValueError, OverflowError) as error:
             record[UNREADABLE] = f"column {name!r}: {error}"
     return record
+
+
+def _value_of(column: Any) -> Any:
+    """The only value of a column; text for a time that Python cannot hold, or of a zone that it does not know."""
+    try:
+        return column[0].as_py()
+    except (ValueError, OverflowError, LookupError):
+        kind = column.type
+        if not pyarrow.types.is_temporal(kind):
+            raise
+        if pyarrow.types.is_timestamp(kind):
+            column = column.cast(pyarrow.timestamp(kind.unit, "UTC" if kind.tz else None))
+        return column.cast(pyarrow.string())[0].as_py()
 
 
 @contextlib.contextmanager
