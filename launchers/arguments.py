@@ -14,6 +14,15 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value ...", help="Dotted overrides, for example optim.lr=3e-4.")
 ]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--change",
+        metavar="key=value",
+        help="Go on with another value from the newest checkpoint on: of train.steps, optim.lr or the schedule "
+        "(optim.schedule, warmup_steps, final_lr_fraction, power). May be given several times.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
 RunOrExport = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of an exported model.")]

@@ -12,7 +12,7 @@ import typer
 from data_pipeline.errors import ConfigError
 from launchers import commands_checkpoint, commands_data, commands_run
 from launchers import slurm as slurm_jobs
-from launchers.arguments import AsJson, Overrides, emit
+from launchers.arguments import AsJson, Changes, Overrides, emit
 from launchers.local import launch_local
 from launchers.pipeline import Step, plan_steps
 from launchers.spec import COMMANDS, KubernetesCluster, LocalCluster, RunSpec, SlurmCluster, Task
@@ -57,6 +57,11 @@ def check_options(spec: RunSpec) -> None:
         pass
 
 
+def with_changes(rest: list[str] | None, change: list[str] | None) -> list[str]:
+    """The arguments of what runs: overrides or options, and the changes, which every attempt is told again."""
+    return [*(rest or []), *(f"--change={word}" for word in change or [])]
+
+
 def checked(steps: list[Step[Any]]) -> list[Step[Any]]:
     """The steps, once the command line of each was read."""
     for step in steps:
@@ -67,6 +72,7 @@ def checked(steps: list[Step[Any]]) -> list[Step[Any]]:
 def local(
     config: Target,
     rest: Rest = None,
+    change: Changes = None,
     task: TaskOption = None,
     cluster: Cluster = None,
     nodes: Nodes = None,
@@ -81,7 +87,9 @@ def local(
 
     The steps of a pipeline run one after another, until one does not end with 0.
     """
-    for step in checked(plan_steps(LocalCluster, config, rest or [], cluster, nodes, procs_per_node, task)):
+    for step in checked(
+        plan_steps(LocalCluster, config, with_changes(rest, change), cluster, nodes, procs_per_node, task)
+    ):
         code = launch_local(
             step.spec,
             node_rank=node_rank,
@@ -121,6 +129,7 @@ def preflight(
 def slurm(
     config: Target,
     rest: Rest = None,
+    change: Changes = None,
     task: TaskOption = None,
     cluster: Cluster = None,
     nodes: Nodes = None,
@@ -133,7 +142,7 @@ def slurm(
 
     The steps of a pipeline wait for each other; where one is refused, none is submitted.
     """
-    steps = checked(plan_steps(SlurmCluster, config, rest or [], cluster, nodes, procs_per_node, task))
+    steps = checked(plan_steps(SlurmCluster, config, with_changes(rest, change), cluster, nodes, procs_per_node, task))
     if dry_run:
         typer.echo(slurm_jobs.render_all(steps, seeds), nl=False)
         return
@@ -147,6 +156,7 @@ def slurm(
 def kubernetes(
     config: Target,
     rest: Rest = None,
+    change: Changes = None,
     task: TaskOption = None,
     cluster: Cluster = None,
     nodes: Nodes = None,
@@ -157,7 +167,9 @@ def kubernetes(
     """Render the objects of a run for the cluster described by --cluster, and create them unless --dry-run."""
     from launchers.kubernetes.submit import render, submit
 
-    step = _only(checked(plan_steps(KubernetesCluster, config, rest or [], cluster, nodes, procs_per_node, task)))
+    step = _only(
+        checked(plan_steps(KubernetesCluster, config, with_changes(rest, change), cluster, nodes, procs_per_node, task))
+    )
     if dry_run:
         typer.echo(render(step.spec, step.cluster), nl=False)
         return

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import NodeFault, Requeue
-from launchers.arguments import AsJson, Name, Overrides, Run, RunOrExport, Seed, Step, emit
+from launchers.arguments import AsJson, Changes, Name, Overrides, Run, RunOrExport, Seed, Step, emit
 
 trains = False
 """Has this process begun to train? Then it must not leave by the interpreter's orderly end (cli.main)."""
@@ -15,20 +15,20 @@ trains = False
 def train(
     config: Annotated[Path, typer.Argument(help="YAML of the run, one of the recipes in configs/.")],
     overrides: Overrides = None,
+    change: Changes = None,
 ) -> None:
     """Train, or go on where the run's newest checkpoint stands; inside a process group or alone."""
-    from data_pipeline.settings import load_settings
-    from pretrain.config import RunConfig
+    from pretrain.config import consented_keys, load_run
 
     global trains
-    run_config = load_settings(RunConfig, config, overrides or [])
+    run_config = load_run(config, overrides or [], change or [])
     from pretrain.signals import ignore_stop_signals
 
     trains = True
     from pretrain.train import main  # after the configuration: a mistake in it need not wait for torch
 
     try:
-        main(run_config)
+        main(run_config, consented_keys(change or []))
     except Requeue:
         ignore_stop_signals()  # it is saved and leaving: whoever asks again must not make it die of a signal instead
         raise

@@ -16,7 +16,7 @@ from data_pipeline.config import BuildConfig, VocabConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import Location, Settings, check_settings, digest, load_settings, read_yaml
 from launchers.quoting import command_line
-from pretrain.config import RunConfig, micro_batch_of
+from pretrain.config import load_run, micro_batch_of
 from pretrain.deadline import LEAD_VARIABLE, refusal
 
 CLUSTER_DIR = Path("configs/cluster")
@@ -297,8 +297,8 @@ def task_of(target: str | Path) -> Task:
     return found
 
 
-def _train(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
-    config = load_settings(RunConfig, target, overrides)
+def _train(spec: RunSpec, target: str, arguments: Sequence[str]) -> RunSpec:
+    config = load_run(target, *split_changes(arguments))
     try:
         micro_batch_of(config.train, spec.world_size)
     except ValueError as error:
@@ -317,6 +317,20 @@ def _train(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
         storage=storage,
         checkpoints=config.train.checkpoints or "",
     )
+
+
+def split_changes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of a training -> overrides, and what follows each --change (or --change=)."""
+    overrides: list[str] = []
+    changes: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        option, _, value = word.partition("=")
+        if option == "--change":
+            changes.append(value or next(words, ""))
+        else:
+            overrides.append(word)
+    return overrides, changes
 
 
 def _build(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:

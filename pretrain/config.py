@@ -4,12 +4,15 @@ Sections: what is learnt (`model`, `objective`), from what (`data`), how (`train
 """
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from data_pipeline.settings import Location, OptionalLocation, Seed, Settings, expand_home
+from data_pipeline.errors import ConfigError
+from data_pipeline.settings import Location, OptionalLocation, Seed, Settings, expand_home, load_settings
 from pretrain.best import check_best
 
 # ---------------------------------------------------------------------------------------------- models
@@ -229,7 +232,7 @@ class SourceConfig(Settings):
     """One dataset of a mixture; `weight` is relative to the others: a number, or a fraction such as "1/3"."""
 
     path: Location
-    weight: float | str = 1
+    weight: float | str = 1.0
 
 
 class ReweighConfig(Settings):
@@ -399,6 +402,10 @@ class DeepSpeedConfig(Settings):
     extra: dict[str, Any] = {}
 
 
+FINGERPRINTS = "fingerprints"
+"""The key of config.json under which a run or an export keeps the fingerprints of what it depends on."""
+
+
 class RunConfig(Settings):
     """One training run. `initial`: a run or an exported model to start from, as far as its tensors fit."""
 
@@ -413,6 +420,12 @@ class RunConfig(Settings):
     guards: GuardsConfig = GuardsConfig()
     tracking: TrackingConfig = TrackingConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _without_fingerprints(cls, tree: Any) -> Any:
+        """RUN/config.json is a configuration too; the fingerprints that the program adds there are no setting."""
+        return {key: tree[key] for key in tree if key != FINGERPRINTS} if isinstance(tree, dict) else tree
 
     @pydantic.model_validator(mode="after")
     def _sections_fit(self) -> "RunConfig":
@@ -481,3 +494,34 @@ def micro_batch_of(train: TrainConfig, world_size: int) -> tuple[int, int]:
             f"{train.micro_batch or 1} = {unit}; use {usable}"
         )
     return micro, per_rank // micro
+
+
+# ------------------------------------------------------------------------------- what a run may change on its way
+
+CHANGEABLE = re.compile(r"train\.steps|optim\.(roles\.[^.]+\.)?(lr|schedule|warmup_steps|final_lr_fraction|power)")
+"""What --change may change: read at every step, kept in no tensor and no count."""
+CHANGEABLE_NAMES = (
+    "train.steps, optim.lr, optim.schedule, optim.warmup_steps, optim.final_lr_fraction, optim.power "
+    "(and those of optim.roles.NAME)"
+)
+
+
+def load_run(path: str | Path, overrides: Sequence[str], changes: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run; `changes` (--change key=value) are overrides that consent to another value.
+
+    Raises ConfigError for a change of what a run may not change on the way.
+    """
+    consented_keys(changes)
+    return load_settings(RunConfig, path, [*overrides, *changes])
+
+
+def consented_keys(changes: Sequence[str]) -> frozenset[str]:
+    """The keys of `key=value` words. Raises ConfigError for one that cannot be changed within a run."""
+    keys = [change.partition("=")[0] for change in changes]
+    for key in keys:
+        if not CHANGEABLE.fullmatch(key):
+            raise ConfigError(
+                f"--change {key}: a run may change {CHANGEABLE_NAMES}; for anything else start another run, from this "
+                "one's weights with `initial`"
+            )
+    return frozenset(keys)

@@ -20,7 +20,8 @@ from data_pipeline.schema import Sample
 from data_pipeline.stream.mixture import Mixture, Source
 from data_pipeline.stream.reader import Stream
 from data_pipeline.vocabulary import Vocabulary
-from pretrain.checkpoint.trained import NOT_SAID, load_trained
+from pretrain.checkpoint.fingerprints import check_datasets, check_files
+from pretrain.checkpoint.trained import NOT_SAID, load_trained, run_config
 from pretrain.config import RunConfig
 from pretrain.inputs import INPUTS
 from pretrain.inputs.bad import FOLDER as BAD_SAMPLES
@@ -69,6 +70,7 @@ def main(
         raise ConfigError(
             f"--rerank {rerank}: a {config.model.kind} draws no images; name the run of a gpt to evaluate"
         )
+    check_files(folder, config)
     stream, vocabulary = _open_data(config, folder)
     readable = config.model_copy(update={"data": config.data.without_augmentation()})
     pictures: Pictures = {}
@@ -96,7 +98,10 @@ def _open_data(config: RunConfig, folder: Path) -> tuple[Source, Vocabulary | No
         raise ConfigError(f"{folder} does not say what to evaluate it on; give data.evaluation=DATASET")
     if config.model.kind == "gpt" and config.data.evaluation:
         return Stream(config.data.evaluation, config.seed), Vocabulary(str(config.data.vocabulary))
-    return open_data(config, config.data.evaluation)
+    stream, vocabulary = open_data(config, config.data.evaluation)
+    if config.data == run_config(folder).data and not config.data.evaluation:
+        check_datasets(folder, config, stream)
+    return stream, vocabulary
 
 
 def _data_of(config: RunConfig, stream: Source) -> dict[str, Any]:
@@ -229,6 +234,7 @@ class Ranker:
             raise ConfigError(
                 f"{run} trained a {config.model.kind}, which compares no images with text; name a clip's run"
             )
+        check_files(run, config)
         self.inputs = ContrastiveInputs(config, stream, Vocabulary(str(config.data.vocabulary)))
 
     def best(self, images: np.ndarray, caption: str) -> int:

@@ -19,6 +19,7 @@ from data_pipeline.outputs import write_whole
 from data_pipeline.settings import MAX_SEED
 from data_pipeline.shards.codes import ImageTokenizer
 from data_pipeline.vocabulary import Vocabulary
+from pretrain.checkpoint.fingerprints import check_files
 from pretrain.checkpoint.trained import load_trained
 from pretrain.inputs.codes import text_ids
 from pretrain.interchange.tokenizer import load_tokenizer
@@ -78,6 +79,7 @@ def main(
     model, config, at = load_trained(run, step, label, overrides)
     if not isinstance(model, Gpt) or config.objective.kind != "autoregressive":
         raise ConfigError(f"{run} trained a {config.model.kind}, which draws nothing; name the run of a gpt")
+    check_files(run, config)
     tokenizer, vocabulary = load_tokenizer(str(config.data.tokenizer)), Vocabulary(str(config.data.vocabulary))
     check_fit(model, tokenizer, vocabulary)
     for sentence in notes(prompt, vocabulary, model.config.text_tokens, guidance, config.objective.caption_drop):

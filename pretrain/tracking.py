@@ -13,6 +13,7 @@ import resource
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.settings import digest, flatten
-from pretrain.config import RunConfig
+from pretrain.config import FINGERPRINTS, RunConfig
 from pretrain.goodput import ATTEMPTS, METRICS, append_line, goodput, lines_of, whole
 from pretrain.metrics import ProgressLine, save_grid
 
@@ -41,13 +42,24 @@ IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOU
 class Writer:
     """What rank 0 writes for people and for MLflow."""
 
-    def __init__(self, config: RunConfig, attempt: int, step: int, world: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        attempt: int,
+        step: int,
+        world: int,
+        fingerprints: Mapping[str, str] | None = None,
+        changes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """fingerprints: of what the run depends on. changes: settings that were changed here, {"from", "to"} by key."""
         self.config = config
         self.attempt = attempt
         self.folder = Path(config.run)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / "config.json", config.model_dump_json(indent=1) + "\n")
-        line = {"attempt": attempt, "from_step": step, "world": world, "time": time.time()}
+        tree = config.model_dump(mode="json") | ({FINGERPRINTS: dict(fingerprints)} if fingerprints else {})
+        _replace(self.folder / "config.json", json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+        line: dict[str, Any] = {"attempt": attempt, "from_step": step, "world": world, "time": time.time()}
+        line |= {"changes": dict(changes)} if changes else {}
         append_line(self.folder / ATTEMPTS, line | {"started": psutil.Process().create_time()})
         self.metrics = MetricsLog(self.folder)
         self.progress = ProgressLine(config.train.steps, step, config.train.log_every_steps)
@@ -55,6 +67,8 @@ class Writer:
         if self.mlflow:
             self.mlflow.start()
         self.say(f"{config.model.kind}: steps {step} to {config.train.steps}, {world} processes, attempt {attempt}")
+        for key, change in (changes or {}).items():
+            self.say(f"from step {step} on {key}={change['to']}, it was {change['from']}")
 
     def step(
         self,
@@ -210,8 +224,10 @@ def send(run: Path, config: RunConfig, figures: dict[str, float] | None = None, 
     for path in sorted(run.glob(SYSTEM.format(node="*"))):
         _, record["nodes"][path.name] = _send_lines(path, record["nodes"].get(path.name, 0), client, record)
     _write_record(run, record)
-    attempts = [line["attempt"] for line in lines_of(run / ATTEMPTS)]
+    started = list(lines_of(run / ATTEMPTS))
+    attempts = [line["attempt"] for line in started]
     if ended or len(attempts) != record.get("attempts"):  # not every few seconds: all lines are read for it
+        _tag_changes(client, record["run_id"], started, config)
         known = [row for row in _goodput_rows(run) if ended or row["step"] != attempts[-1]]
         _log(client, record, [point for row in known for point in _points(row)])
         record["attempts"] = len(attempts)
@@ -219,6 +235,15 @@ def send(run: Path, config: RunConfig, figures: dict[str, float] | None = None, 
     now = int(time.time() * 1000)
     _log(client, record, [Metric(f"final/{key}", float(value), now, 0) for key, value in (figures or {}).items()])
     _send_pictures(run, client, record)
+
+
+def _tag_changes(client: Any, run_id: str, started: list[dict[str, Any]], config: RunConfig) -> None:
+    """Settings that were changed on the way, a tag for each step of it: MLflow never changes a parameter."""
+    for line in started:
+        if changes := line.get("changes"):
+            told = ", ".join(f"{key}: {change['from']} -> {change['to']}" for key, change in changes.items())
+            client.set_tag(run_id, f"tessera.change.step-{line['from_step']}", told)
+            client.set_tag(run_id, "config", digest(config))
 
 
 def _send_lines(path: Path, start: int, client: Any, record: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
@@ -303,7 +328,9 @@ def _experiment(client: Any, config: RunConfig) -> str:
 def _log_settings(client: Any, run_id: str, config: RunConfig) -> None:
     from mlflow.entities import Param
 
-    params = [Param(key, str(value)[:500]) for key, value in flatten(config.model_dump(mode="json")).items()]
+    there = client.get_run(run_id).data.params  # of a run found again, whose settings may have changed since
+    settings = flatten(config.model_dump(mode="json"))
+    params = [Param(key, str(value)[:500]) for key, value in settings.items() if key not in there]
     for at in range(0, len(params), 100):
         client.log_batch(run_id, params=params[at : at + 100])
 

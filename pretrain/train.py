@@ -11,8 +11,9 @@ import dataclasses
 import functools
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ from data_pipeline.stream.mixture import Source
 from data_pipeline.vocabulary import Vocabulary
 from pretrain import deadline
 from pretrain.checkpoint.catalog import Retention, Saved, checkpoint_root
-from pretrain.checkpoint.identity import check_identity, identity, versions
+from pretrain.checkpoint.fingerprints import INITIAL, Fingerprints, of_datasets, of_files, of_initial, warn_of_others
+from pretrain.checkpoint.identity import Changes, identity, values_of, versions
 from pretrain.checkpoint.restore import restore
-from pretrain.checkpoint.saver import Checkpoints, start_attempt
+from pretrain.checkpoint.resume import check_resumed
+from pretrain.checkpoint.saver import Checkpoints, from_rank_0, start_attempt
 from pretrain.config import MAIN, RunConfig, micro_batch_of
 from pretrain.engine import Engine
 from pretrain.faults import faults_noted, may_have_been_killed
@@ -53,14 +56,17 @@ PREVIEWED = 16
 """Samples of a preview: the first of the stream."""
 
 
-def main(config: RunConfig) -> None:
-    """Train to the end, or until asked to stop (then raises Requeue, after a save)."""
+def main(config: RunConfig, changes: Iterable[str] = ()) -> None:
+    """Train to the end, or until asked to stop (then raises Requeue, after a save).
+
+    changes: dotted keys of settings that may differ from those of the newest checkpoint (`--change`).
+    """
     killed = may_have_been_killed(Path(config.run))  # before this attempt leaves traces of its own
     noted = faults_noted(Path(config.run), own_rank(), peer_lost)
     with StopSignals(leave_at_once) as stop, contextlib.ExitStack() as leaving, noted:
         mesh = Mesh.start(config.train.collective_timeout_s)
         leaving.callback(mesh.stop)
-        run = Run.start(config, mesh, killed)
+        run = Run.start(config, mesh, changes, killed)
         try:
             train(run, stop)
         finally:
@@ -119,9 +125,13 @@ class Run:
     writer: Writer | None = None
     step: int = 0
     position: int = 0
+    known: Fingerprints = dataclasses.field(default_factory=dict)
+    """What the run depends on beside its settings, by fingerprint."""
+    changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """The changes that were consented to, oldest first: {"step", "settings"}."""
 
     @classmethod
-    def start(cls, config: RunConfig, mesh: Mesh, killed: bool = False) -> "Run":
+    def start(cls, config: RunConfig, mesh: Mesh, changes: Iterable[str] = (), killed: bool = False) -> "Run":
         """Build the run and put it where its newest checkpoint stands.
 
         killed: the attempt before may have been ended by an image; rank 0's word counts. Bad input is refused before
@@ -129,13 +139,15 @@ class Run:
         """
         micro_batch, accumulation = check_batch(config, mesh.world)
         stream, vocabulary = open_data(config)
+        known = of_files(config.data) | of_datasets(config.data, stream)
         objective = build_objective(config, mesh)
         root = checkpoint_root(config.run, config.train.checkpoints)
-        attempt = start_attempt(root, mesh, attempts_noted(Path(config.run)))
+        attempt = start_attempt(root, mesh, attempts_noted(Path(config.run)), values_of(config, changes))
         checkpoints = Checkpoints(root, mesh, attempt, Retention.of(config.train))
         saved = checkpoints.newest()
+        changed = {} if saved is None else check_resumed(saved, config, stream, mesh, known)
         if saved is None and config.initial:
-            start_from_initial(config.initial, objective, mesh)
+            start_from_initial(config, objective, mesh, known)
         inputs = screened(INPUTS[config.objective.kind](config, stream, vocabulary))
         shard = (mesh.rank, mesh.world)
         bad = Path(config.run) / FOLDER
@@ -145,12 +157,12 @@ class Run:
         engine = Engine(objective, config, mesh, micro_batch, accumulation)
         clock, guards = PhaseClock(), Guards(config.guards)
         watchdog = Watchdog(mesh, Path(config.run), attempt, clock, config.train.collective_timeout_s)
-        run = cls(config, mesh, stream, feed, objective, engine, checkpoints, guards, clock, watchdog)
+        run = cls(config, mesh, stream, feed, objective, engine, checkpoints, guards, clock, watchdog, known=known)
         if saved is not None:
-            run.resume(saved)
+            run.resume(saved, changed)
         run.refuse_lethal_images(killed)
         if mesh.rank == 0:
-            run.writer = Writer(config, attempt, run.step, mesh.world)
+            run.writer = Writer(config, attempt, run.step, mesh.world, run.known, changed)
         if mesh.place.local_rank == 0:
             run.system = SystemLog(Path(config.run), socket.gethostname())
             run.system.start()
@@ -158,13 +170,12 @@ class Run:
         run.warn_of_deadline()
         return run
 
-    def resume(self, saved: Saved) -> None:
-        """Go to a checkpoint. Raises ConfigError or DataError when it is of another configuration or dataset."""
-        check_identity(saved.state["identity"], identity(self.config), saved.folder)
-        self.stream.check(saved.state["stream"])
+    def resume(self, saved: Saved, changed: Changes) -> None:
+        """Go to a checkpoint that was found to be of this run; `changed`: the settings that change here."""
         restore(saved, self.engine)
         self.guards.load(saved.state["guards"])
         self.step, self.position = saved.step, saved.state["stream"]["position"]
+        self.changes = saved.state.get("changes", []) + ([{"step": self.step, "settings": changed}] if changed else [])
 
     def refuse_lethal_images(self, killed: bool) -> None:
         """Tell the inputs which images kill their decoder; look for new ones where the attempt before was killed."""
@@ -200,6 +211,8 @@ class Run:
             "stream": self.stream.state(self.position),
             "guards": self.guards.state(),
             "identity": identity(self.config),
+            "fingerprints": self.known,
+            "changes": self.changes,
             "config": digest(self.config),
             "world": self.mesh.world,
             "zero_stage": self.config.train.zero_stage,
@@ -389,10 +402,16 @@ def last_position(run: Path) -> int:
     return max((span[1] for span in spans if isinstance(span, list) and [*map(type, span)] == [int, int]), default=0)
 
 
-def start_from_initial(source: str, objective: nn.Module, mesh: Mesh) -> None:
-    """Weights of another run or of an exported model, as far as they fit; rank 0 prints what did."""
+def start_from_initial(config: RunConfig, objective: nn.Module, mesh: Mesh, known: Fingerprints) -> None:
+    """Weights of another run or of an exported model, as far as they fit; rank 0 prints what did.
+
+    Their fingerprint is added to `known`.
+    """
     from pretrain.checkpoint.trained import start_from
 
+    source = str(config.initial)
     table = start_from(objective.get_submodule("model"), source)
+    known[INITIAL] = from_rank_0(mesh, INITIAL, lambda: of_initial(source))
     if mesh.rank == 0:
         print(table, flush=True)
+        warn_of_others(source, known)

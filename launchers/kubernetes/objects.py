@@ -20,7 +20,7 @@ from launchers.causes import USER_CODE_EXIT
 from launchers.kubernetes.api import API_VERSIONS, APPLICATION, CONTAINER, Tree
 from launchers.kubernetes.lint import amount_of
 from launchers.quoting import command_line, kubelet
-from launchers.spec import COMMANDS, KubernetesCluster, RunSpec, Task, check_gpus
+from launchers.spec import COMMANDS, KubernetesCluster, RunSpec, Task, check_gpus, split_changes
 from pretrain.config import RunConfig
 
 JOB = "node"
@@ -66,8 +66,9 @@ def _files(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, str]:
     """What travels along: the recipe with every default and override in it, and the place as it is inside a pod."""
     if spec.task not in RECIPES:
         return {}
-    target, *overrides = spec.arguments[len(COMMANDS[spec.task]) :]
-    settings = load_settings(RECIPES[spec.task], target, overrides).model_dump(mode="json")
+    target, *arguments = spec.arguments[len(COMMANDS[spec.task]) :]
+    overrides, changes = split_changes(arguments)
+    settings = load_settings(RECIPES[spec.task], target, [*overrides, *changes]).model_dump(mode="json")
     files = {RECIPE: yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110)}
     if spec.task == "train":
         files[PLACE] = yaml.safe_dump({"kind": "local", "stop_timeout_s": cluster.stop_timeout_s}, sort_keys=False)
@@ -80,7 +81,8 @@ def _inside(spec: RunSpec, cores: int) -> RunSpec:
     if spec.task not in RECIPES:
         return whole
     workers = whole.arguments[len(spec.arguments) :]
-    return replace(spec, arguments=(*COMMANDS[spec.task], f"{FOLDER}/{RECIPE}", *workers))
+    changes = (f"--change={change}" for change in split_changes(spec.arguments)[1])  # values are in the recipe already
+    return replace(spec, arguments=(*COMMANDS[spec.task], f"{FOLDER}/{RECIPE}", *changes, *workers))
 
 
 def _named(kind: str, spec: RunSpec, cluster: KubernetesCluster, content: Tree) -> Tree:

@@ -13,6 +13,7 @@ position).
 
 catalog   names, manifests, digests, retention, claims     layout    slices -> files, byte ranges -> slices
 saver     ranks write together, beside training            restore   a checkpoint -> the engine
-identity  what a checkpoint belongs to                     trained   a checkpoint -> a model; partial load
+identity  the settings a checkpoint is bound to            trained   a checkpoint -> a model; partial load
 verbs     what `tessera checkpoint` does                   universal export to DeepSpeed's universal layout
+resume    may a run go on from it                          fingerprints  of vocabulary, tokenizer, weights, data
 """

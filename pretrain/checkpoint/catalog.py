@@ -218,6 +218,16 @@ def newest_claim(root: str | Path) -> int:
     return max((int(match[1]) for name in open_storage(root).list() if (match := CLAIM.fullmatch(name))), default=-1)
 
 
+def consent_since(root: str | Path, attempt: int) -> dict[str, Any]:
+    """What attempts after `attempt` were told to change, by dotted key; the newest word on a key counts."""
+    storage = open_storage(root)
+    later = {int(match[1]): name for name in storage.list() if (match := CLAIM.fullmatch(name))}
+    consent: dict[str, Any] = {}
+    for number in sorted(number for number in later if number > attempt):
+        consent |= read_json(storage, later[number]).get("changes", {})
+    return consent
+
+
 def refuse_overtaken(root: str | Path, attempt: int) -> None:
     """Raises Overtaken when a later attempt has claimed the run: it must neither see our commits nor our removals."""
     owner = newest_claim(root)

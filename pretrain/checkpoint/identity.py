@@ -1,14 +1,19 @@
-"""What a checkpoint belongs to: the settings under which alone it may be continued."""
+"""The settings that a checkpoint is bound to, and those that a run may change with consent. Imports no torch."""
 
 import functools
 import importlib.metadata
+import re
+import shlex
 import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import flatten
-from pretrain.config import RunConfig
+from pretrain.config import CHANGEABLE, ROLES, RunConfig
 from pretrain.translate import saved_run
 
 FREE_TO_CHANGE = {
@@ -16,7 +21,6 @@ FREE_TO_CHANGE = {
     "initial": None,
     "guards": None,
     "tracking": None,
-    "deepspeed": None,
     "data": (
         "dataset", "datasets", "reweigh", "shuffle", "vocabulary", "tokenizer", "evaluation", "prefetch_steps",
         "workers", "max_bad_rate",
@@ -27,7 +31,19 @@ FREE_TO_CHANGE = {
     ),
 }  # fmt: skip
 """Settings that a resumed run may have differently: where things lie, how work is split, what is written when.
-Datasets, their order and mixture are held to the state of the stream, the tokenizer to its fingerprint."""
+Datasets, their order and mixture are compared with the state of the stream; vocabulary, image tokenizer and initial
+weights with their fingerprints (fingerprints.py)."""
+
+FREE_IN_DEEPSPEED = frozenset((
+    "activation_checkpointing", "aio", "comet", "comms_logger", "csv_monitor", "dump_state", "flops_profiler",
+    "memory_breakdown", "steps_per_print", "tensorboard", "wall_clock_breakdown", "wandb",
+))  # fmt: skip
+"""Keys of `deepspeed.extra` that only log or move bytes. Any other, clipping for one, is taken to change results."""
+FREE_IN_ZERO = re.compile(
+    r"stage\d?(_.*)?|.*bucket_size|overlap_comm|contiguous_gradients|reduce_scatter|allgather_partitions|offload_.*|"
+    r"sub_group_size|round_robin_gradients|memory_efficient_linear"
+)
+"""The same within its `zero_optimization`: how state is split and moved."""
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -38,7 +54,18 @@ def identity(config: RunConfig) -> dict[str, Any]:
             tree.pop(section, None)
         else:
             tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
+    roles = {role: config.optim.of(role) for role in ROLES.get(config.objective.kind, ())}
+    tree["optim"]["roles"] = {role: own.model_dump(mode="json", exclude={"roles"}) for role, own in roles.items()}
+    tree["deepspeed"] = {"extra": _deciding(tree["deepspeed"]["extra"])}
     return tree
+
+
+def _deciding(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `deepspeed.extra` that may change results."""
+    kept = {key: value for key, value in extra.items() if key not in FREE_IN_DEEPSPEED}
+    zero = kept.pop("zero_optimization", {})
+    inner = {key: value for key, value in zero.items() if not FREE_IN_ZERO.fullmatch(key)}
+    return kept | ({"zero_optimization": inner} if inner else {})
 
 
 @functools.cache
@@ -53,14 +80,105 @@ def versions() -> dict[str, str]:
     return made_by | {"revision": found}
 
 
-def check_identity(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
-    """Raises ConfigError listing every setting that differs."""
-    before, after = flatten(saved_run(saved)), flatten(now)
-    lines = [
-        f"{key}: {before.get(key)!r} saved, {after.get(key)!r} now"
+# ------------------------------------------------------------------------------------------ saved against now
+
+Changes = dict[str, dict[str, Any]]
+"""Dotted key -> {"from": value saved, "to": value now}."""
+
+
+def differences(saved: Mapping[str, Any], now: RunConfig) -> Changes:
+    """The settings in which a saved identity differs from a configuration.
+
+    A field that is newer than the checkpoint counts with its default. `deepspeed`, which older checkpoints do not have,
+    is not compared there (`unchecked` says so).
+    """
+    before, after = flatten(_as_of_today(saved, now)), flatten(identity(now))
+    return {
+        key: {"from": before.get(key), "to": after.get(key)}
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-    ]
-    if lines:
+    }
+
+
+def unchecked(saved: Mapping[str, Any], now: RunConfig) -> list[str]:
+    """Settings of `now` that may change results and of which an older checkpoint says nothing."""
+    return [] if "deepspeed" in saved else sorted(flatten({"deepspeed": identity(now)["deepspeed"]}))
+
+
+def _as_of_today(saved: Mapping[str, Any], now: RunConfig) -> dict[str, Any]:
+    """A saved identity as today's schema writes it: completed by what is free, validated, and reduced again.
+
+    Keys that today's schema does not know stay as they are; so does a tree that it refuses as a whole.
+    """
+    tree, unknown = _completed(saved, now), {}
+    try:
+        RunConfig.model_validate(tree)
+    except pydantic.ValidationError as error:
+        strange = [problem["loc"] for problem in error.errors() if problem["type"] == "extra_forbidden"]
+        unknown = {key: value for place in strange for key, value in _take_out(tree, place).items()}
+    try:
+        return identity(RunConfig.model_validate(tree)) | unknown
+    except pydantic.ValidationError:
+        return saved_run(saved)
+
+
+def _completed(saved: Mapping[str, Any], now: RunConfig) -> dict[str, Any]:
+    """A copy of the saved tree with the settings that are free, as they are now."""
+    whole = now.model_dump(mode="json")
+    tree = {"deepspeed": whole["deepspeed"]} | {key: _copied(value) for key, value in saved_run(saved).items()}
+    for section, keys in FREE_TO_CHANGE.items():
+        if keys is None:
+            tree[section] = whole[section]
+        else:
+            tree[section] = {key: whole[section][key] for key in keys} | tree.get(section, {})
+    return tree
+
+
+def _copied(value: Any) -> Any:
+    return {key: _copied(below) for key, below in value.items()} if isinstance(value, Mapping) else value
+
+
+def _take_out(tree: dict[str, Any], place: Sequence[int | str]) -> dict[str, Any]:
+    """Remove the key at pydantic's `place`, which also names the chosen member of a union -> {dotted key: value}."""
+    *sections, leaf = map(str, place)
+    names = []
+    for section in sections:
+        if isinstance(below := tree.get(section), dict):
+            names.append(section)
+            tree = below
+    return {".".join((*names, leaf)): tree.pop(leaf, None)}
+
+
+def values_of(config: RunConfig, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of dotted keys of the identity, for the claim of an attempt."""
+    settings = flatten(identity(config))
+    return {key: settings.get(key) for key in keys}
+
+
+def check_identity(
+    saved: Mapping[str, Any], now: RunConfig, where: str, consented: frozenset[str] = frozenset()
+) -> Changes:
+    """Compare a saved identity with a configuration -> the consented changes.
+
+    Raises ConfigError listing every setting that differs without consent, and how to consent where that is possible.
+    """
+    found = differences(saved, now)
+    agreed = {key: change for key, change in found.items() if _covered(key, found, consented)}
+    refused = {key: change for key, change in found.items() if key not in agreed}
+    if refused:
+        lines = [f"{key}: {change['from']!r} saved, {change['to']!r} now" for key, change in refused.items()]
         remedy = "restore these values, or give the run another folder"
+        if consent := [_option(key, change["to"]) for key, change in refused.items() if CHANGEABLE.fullmatch(key)]:
+            remedy += f"; to go on with another value on purpose add {' '.join(consent)}"
         raise ConfigError(f"{where} was made under another configuration; {remedy}\n  " + "\n  ".join(lines))
+    return agreed
+
+
+def _covered(key: str, found: Changes, consented: frozenset[str]) -> bool:
+    """Is the change of `key` consented to, by itself or as that of a role that follows the main optimizer?"""
+    main = re.sub(r"^optim\.roles\.[^.]+\.", "optim.", key)
+    return key in consented or (main in consented and found.get(main) == found[key])
+
+
+def _option(key: str, value: Any) -> str:
+    return f"--change {shlex.quote(f'{key}={value}')}"

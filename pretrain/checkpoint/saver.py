@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -268,12 +268,21 @@ class Save(threading.Thread):
             print(f"{owner.root}: old checkpoints could not be removed: {error}", flush=True)
 
 
-def start_attempt(root: str | Path, mesh: "Mesh", at_least: int) -> int:
-    """The number of this attempt, claimed by rank 0 for all; attempts before it can no longer commit."""
+def start_attempt(root: str | Path, mesh: "Mesh", at_least: int, changes: Mapping[str, Any] | None = None) -> int:
+    """The number of this attempt, claimed by rank 0 for all; attempts before it can no longer commit.
+
+    changes: the settings that this attempt was told to change, by dotted key; the claim keeps them (`consent_since`).
+    """
+    by = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "world": mesh.world}
+    by |= {"changes": dict(changes)} if changes else {}
+    return int(from_rank_0(mesh, "attempt", lambda: claim_attempt(root, at_least, by)))
+
+
+def from_rank_0(mesh: "Mesh", key: str, call: Callable[[], Any]) -> Any:
+    """What `call` returns on rank 0, as JSON, on every rank; what it raises there is a DataError on every rank."""
     if mesh.rank == 0:
-        by = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "world": mesh.world}
-        mesh.store.set("attempt", json.dumps(_outcome(lambda: claim_attempt(root, at_least, by))))
-    return int(_result(_get(mesh.store, "attempt", mesh.world, LOAD_TIMEOUT_S)))
+        mesh.store.set(key, json.dumps(_outcome(call)))
+    return _result(_get(mesh.store, key, mesh.world, LOAD_TIMEOUT_S))
 
 
 # ------------------------------------------------------------------------------------- words between ranks

@@ -167,7 +167,7 @@ def start_from(model: nn.Module, source: str | Path) -> str:
 
     Raises DataError when nothing fits: a run that starts from nothing by mistake looks like one that learns slowly.
     """
-    weights = _weights(source)
+    weights = weights_in(source)
     target = model.state_dict()
     fits = {name for name in target.keys() & weights.keys() if target[name].shape == weights[name].shape}
     lines = [_row(name, target.get(name), weights.get(name)) for name in sorted(target.keys() | weights.keys())]
@@ -190,7 +190,8 @@ def _row(name: str, ours: Tensor | None, theirs: Tensor | None) -> str:
     return f"  taken     {name} {shape[0]}"
 
 
-def _weights(source: str | Path) -> dict[str, Tensor]:
+def weights_in(source: str | Path) -> dict[str, Tensor]:
+    """The tensors of an exported folder, or of a run's newest whole checkpoint."""
     file = Path(source) / WEIGHTS_FILE
     if not file.is_file():
         return weights_of(newest_whole(source))

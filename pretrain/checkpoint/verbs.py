@@ -20,6 +20,7 @@ from pretrain.checkpoint.catalog import (
     put_once,
     tidy,
 )
+from pretrain.checkpoint.fingerprints import check_files, recorded
 from pretrain.checkpoint.trained import (
     is_export,
     load_weights,
@@ -30,6 +31,7 @@ from pretrain.checkpoint.trained import (
     saved_tree,
 )
 from pretrain.checkpoint.universal import export_universal
+from pretrain.config import FINGERPRINTS
 from pretrain.interchange.folder import export_model
 from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import LAYOUTS
@@ -79,11 +81,13 @@ def export(
     tessera: config.json and model.safetensors, which every other command reads; `overrides` change the settings that
     are noted in it. deepspeed: a universal checkpoint with the optimizer's state. One of LAYOUTS: model.safetensors
     under the names of that public model; those of transformers with its config.json, so that `from_pretrained` takes
-    the folder. Raises ConfigError for a used folder.
+    the folder. Raises ConfigError for a used folder, and where the run names another vocabulary or image tokenizer by
+    now than it was trained with.
     """
     if form not in ("tessera", "deepspeed", *LAYOUTS):
         raise ConfigError(f"--format {form} is not known; use tessera, deepspeed, {', '.join(sorted(LAYOUTS))}")
     refuse_used(output)
+    check_files(run, run_config(run, overrides), missing_ok=True)
     if form == "deepspeed":
         return export_universal(newest_whole(run, step, label, overrides), output)
     model, config, at = load_weights(run, step, label, overrides)
@@ -94,11 +98,12 @@ def export(
 
 def _settings_of(source: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     """What an export says beside its model; nothing where its source does not say it either."""
-    tree = saved_tree(source)
+    tree, known = saved_tree(source), recorded(source)
+    kept = {FINGERPRINTS: known} if known else {}
     if is_export(tree) and "data" not in tree and not overrides:
-        return {}
+        return kept
     settings = run_config(source, overrides).model_dump(mode="json")
-    return {key: settings[key] for key in ("objective", "data", "seed")}
+    return {key: settings[key] for key in ("objective", "data", "seed")} | kept
 
 
 def name(

@@ -1,6 +1,7 @@
 """An exported model: a folder with config.json and model.safetensors. Nothing in it executes.
 
-config.json holds "model", and of the run that it comes from "objective", "data", "seed" and "step".
+config.json holds "model", and of the run that it comes from "objective", "data", "seed", "step"
+and "fingerprints".
 """
 
 import json
@@ -33,7 +34,8 @@ def export_model(
 ) -> Path:
     """Write a new folder -> its path. Raises ConfigError for a used one, DataError where it cannot be written.
 
-    more: what config.json says beside the model: "objective", "data" and "seed" as a run's does, and the "step".
+    more: what config.json says beside the model: "objective", "data", "seed" and "fingerprints" as a run's does,
+    and the "step".
     """
     with new_folder(directory) as folder:
         save_weights(folder, state_dict)

@@ -184,3 +184,57 @@ def test_a_pipeline_runs_step_by_step_on_this_machine(
         "vocab train configs/demo/vocab.yaml", "train configs/demo/clip.yaml", "train configs/demo/clip.yaml",
         "evaluate runs/demo/clip",
     ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- changes on the way of a run
+
+
+@pytest.mark.parametrize("place", ["local", "slurm", "kubernetes"])
+def test_a_change_reaches_the_processes_of_every_attempt_in_every_place(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    needed = (
+        {"image": "example.com/tessera:1", "claims": {"work": "/work", "data": "/data"}}
+        if place == "kubernetes"
+        else {}
+    )
+    cluster.write_text(json.dumps({"kind": place} | needed))
+    words = [place, TRAIN, "seed=3", "--change", "optim.lr=1e-4", "--change", "train.steps=70000", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["tessera", "launch", *words, "--cluster", str(cluster)])
+    assert cli.run() == 0
+    shown = capsys.readouterr().out
+    carried = "seed: 3" if place == "kubernetes" else "seed=3"  # there the recipe goes along with its overrides in it
+    for word in (carried, "--change=optim.lr=1e-4", "--change=train.steps=70000"):
+        assert word in shown
+
+
+def test_a_changed_value_is_that_of_the_described_run_in_either_spelling() -> None:
+    plain = describe(TRAIN, ["train.steps=70000"], PLACES[0])
+    for words in (["--change", "train.steps=70000"], ["--change=train.steps=70000"]):
+        assert describe(TRAIN, words, PLACES[0]).config_hash == plain.config_hash
+
+
+def test_a_step_of_a_pipeline_may_change_its_run(tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(json.dumps({"steps": [{"target": TRAIN, "arguments": ["--change", "optim.lr=1e-4"]}]}))
+    (step,) = plan_steps(LocalCluster, str(path))
+    assert step.spec.arguments == ("train", TRAIN, "--change", "optim.lr=1e-4")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["local", TRAIN, "--change", "model.embed_dim=3"], "--change model.embed_dim: a run may change train.steps"),
+        (["slurm", TRAIN, "--change", "seed=3", "--dry-run"], "--change seed: a run may change train.steps"),
+        (["local", TRAIN, "--change", "optim.lr"], "optim.lr"),
+        (["local", TRAIN, "--change", "optim.lr=-1"], "optim.lr"),
+        (["local", BUILD, "--change", "optim.lr=1e-4"], "--change"),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused_before_anything_starts(
+    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tessera", "launch", *words])
+    assert cli.run() == 64
+    assert told in capsys.readouterr().err

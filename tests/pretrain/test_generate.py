@@ -76,6 +76,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "train": {"steps": 1, "global_batch": 1}, "optim": {"lr": 1e-3},
     })  # fmt: skip
     monkeypatch.setattr(generate, "load_trained", lambda *_: Trained(gpt, config, 3))
+    monkeypatch.setattr(generate, "check_files", lambda *_: None)
     monkeypatch.setattr(generate, "Vocabulary", Words)
     return tmp_path
 

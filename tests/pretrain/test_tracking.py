@@ -276,3 +276,25 @@ def test_an_mlflow_run_made_by_a_process_that_died_before_it_noted_so_is_found_a
     send(run, config)
     assert arrived(server, run) == {"runs": 1, "loss": [(1, 1.5)], "pictures": 0}
     assert json.loads((run / "mlflow.json").read_text())["run_id"] == record["run_id"]
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_setting_changed_on_the_way_is_a_tag_also_where_the_record_of_the_run_was_lost(
+    server: str, material: Material, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    run = tmp_path / "changed"
+    path = described(material, run, server)
+    config = load_settings(RunConfig, path)
+    silent = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": ""})})
+    Writer(silent, 0, 0, 1).close()
+    send(run, config)
+    Writer(silent, 1, 8, 1, {}, {"train.steps": {"from": 20, "to": 30}}).close()
+    record = json.loads((run / "mlflow.json").read_text())
+    (run / "mlflow.json").write_text(json.dumps({"tag": record["tag"]}))
+    send(run, load_settings(RunConfig, path, ["train.steps=30"]))
+    found = MlflowClient(server).get_run(record["run_id"]).data
+    assert found.tags["tessera.change.step-8"] == "train.steps: 20 -> 30"
+    assert found.params["train.steps"] == "20"

@@ -1,4 +1,4 @@
-"""Which settings bind a checkpoint."""
+"""Which settings bind a checkpoint, what counts where it says nothing, and what may be changed with consent."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,15 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import ConfigError
-from pretrain.checkpoint.identity import FREE_TO_CHANGE, check_identity, identity
+from data_pipeline.settings import check_settings
+from pretrain.checkpoint.identity import FREE_TO_CHANGE, check_identity, differences, identity, unchecked
+from pretrain.config import RunConfig, consented_keys
 from tests.pretrain.checkpoint.simulated import config_of
+from tests.pretrain.commands import Material, vqgan
+
+
+def with_value(config: RunConfig, section: str, key: str, value: Any) -> RunConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
 
 
 @pytest.mark.parametrize(
@@ -30,12 +37,12 @@ def test_only_settings_that_decide_what_is_computed_bind_a_checkpoint(
     section: str, key: str, value: Any, differs: bool, tmp_path: Path
 ) -> None:
     before = config_of(tmp_path)
-    after = before.model_copy(update={section: getattr(before, section).model_copy(update={key: value})})
+    after = with_value(before, section, key, value)
     if differs:
         with pytest.raises(ConfigError, match=f"{section}.{key}: .* saved, .* now"):
-            check_identity(identity(before), identity(after), "there")
+            check_identity(identity(before), after, "there")
     else:
-        check_identity(identity(before), identity(after), "there")
+        assert check_identity(identity(before), after, "there") == {}
 
 
 def test_every_setting_said_to_be_free_exists(tmp_path: Path) -> None:
@@ -43,3 +50,179 @@ def test_every_setting_said_to_be_free_exists(tmp_path: Path) -> None:
     for section, keys in FREE_TO_CHANGE.items():
         assert section in tree
         assert set(keys or ()) <= set(tree[section] or ())
+
+
+# ------------------------------------------------------------------------------------- schemas of other times
+
+
+def leaves(tree: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for key, value in tree.items():
+        found += leaves(value, (*above, key)) if isinstance(value, dict) else [(*above, key)]
+    return found
+
+
+def without(tree: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
+    first, *rest = place
+    kept = {key: value for key, value in tree.items() if key != first}
+    return kept | ({first: without(tree[first], tuple(rest))} if rest else {})
+
+
+@pytest.mark.parametrize("kind", ["electra", "vqgan"])
+def test_a_field_that_is_newer_than_the_checkpoint_counts_with_its_default(kind: str, tmp_path: Path) -> None:
+    """Every field that has a default, taken out of the saved tree one by one, as if the schema had got it since.
+
+    `norm_groups` is not among them: pretrain/translate.py says what it was before it was a field.
+    """
+    trees = {"electra": config_of(tmp_path), "vqgan": None}
+    config = trees[kind] or check_settings(RunConfig, vqgan(Material(Path("d"), Path("v")), tmp_path), "test")
+    saved = identity(config)
+    defaults = identity(
+        check_settings(
+            RunConfig,
+            {
+                "run": "r", "model": {"kind": kind}, "objective": {"kind": config.objective.kind},
+                "data": {"dataset": "d", "vocabulary": "v"}, "optim": {"lr": 1.0},
+                "train": {"steps": 1, "global_batch": 1, "zero_stage": 0},
+            },
+            "defaults",
+        )
+    )  # fmt: skip
+    tried = 0
+    for place in leaves(saved):
+        if place[-1] in ("kind", "lr", "steps", "norm_groups") or place[0] == "deepspeed" or "roles" in place:
+            continue
+        now, default = saved, defaults
+        for part in place:
+            now, default = now[part], default[part]
+        key, tried = ".".join(place), tried + 1
+        expected = {} if now == default else {key: {"from": default, "to": now}}
+        assert differences(without(saved, place), config) == expected
+    assert tried > 20
+
+
+def test_a_whole_section_that_is_newer_counts_with_its_defaults(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    saved = identity(config)
+    assert "guards" not in saved and differences(without(saved, ("seed",)), config) == {}
+
+
+def test_a_setting_that_the_schema_has_no_more_is_told(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    saved = identity(config)
+    saved["model"]["rotary"] = True
+    saved["sampler"] = {"kind": "old"}
+    assert {key: change["to"] for key, change in differences(saved, config).items()} == {
+        "model.rotary": None,
+        "sampler.kind": None,
+    }
+
+
+def test_a_tree_that_the_schema_refuses_is_compared_as_it_stands(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    saved = identity(config)
+    saved["optim"]["warmup_steps"] = 10**6
+    assert differences(saved, config) == {"optim.warmup_steps": {"from": 10**6, "to": 2}}
+
+
+# -------------------------------------------------------------------------------------------------- deepspeed
+
+
+def with_extra(config: RunConfig, extra: dict[str, Any]) -> RunConfig:
+    return with_value(config, "deepspeed", "extra", extra)
+
+
+@pytest.mark.parametrize(
+    ("extra", "differs"),
+    [
+        ({"gradient_clipping": 0.1}, ["deepspeed.extra.gradient_clipping"]),
+        ({"torch_autocast": {"enabled": True}}, ["deepspeed.extra.torch_autocast.enabled"]),
+        ({"prescale_gradients": True}, ["deepspeed.extra.prescale_gradients"]),
+        ({"no_such_key": 1}, ["deepspeed.extra.no_such_key"]),
+        (
+            {"zero_optimization": {"zero_quantized_gradients": True, "stage3_prefetch_bucket_size": 9}},
+            ["deepspeed.extra.zero_optimization.zero_quantized_gradients"],
+        ),
+        ({"zero_optimization": {"reduce_bucket_size": 9, "overlap_comm": False, "stage": 2}}, []),
+        ({"wall_clock_breakdown": True, "steps_per_print": 3, "comms_logger": {"enabled": True}}, []),
+    ],
+)
+def test_deepspeed_s_settings_bind_unless_they_only_log_or_split(
+    extra: dict[str, Any], differs: list[str], tmp_path: Path
+) -> None:
+    plain, changed = config_of(tmp_path), with_extra(config_of(tmp_path), extra)
+    assert list(differences(identity(plain), changed)) == list(differences(identity(changed), plain)) == differs
+    assert differences(identity(changed), changed) == {}
+
+
+def test_a_checkpoint_that_says_nothing_of_deepspeed_is_taken_and_that_is_told(tmp_path: Path) -> None:
+    now = with_extra(config_of(tmp_path), {"gradient_clipping": 0.1})
+    old = without(identity(now), ("deepspeed",))
+    assert differences(old, now) == {}
+    assert unchecked(old, now) == ["deepspeed.extra.gradient_clipping"] and unchecked(identity(now), now) == []
+    assert unchecked(old, config_of(tmp_path)) == []
+
+
+# ---------------------------------------------------------------------------------------------------- consent
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("train", "steps", 48),
+        ("optim", "lr", 3e-4),
+        ("optim", "schedule", "constant"),
+        ("optim", "warmup_steps", 5),
+        ("optim", "final_lr_fraction", 0.1),
+        ("optim", "power", 2.0),
+    ],
+)
+def test_length_rate_and_schedule_change_with_consent_and_the_refusal_names_the_way(
+    section: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    before = config_of(tmp_path)
+    after, name = with_value(before, section, key, value), f"{section}.{key}"
+    with pytest.raises(ConfigError, match=f"to go on with another value on purpose add --change {name}={value}"):
+        check_identity(identity(before), after, "there")
+    agreed = check_identity(identity(before), after, "there", consented_keys([f"{name}={value}"]))
+    assert agreed == {name: {"from": getattr(getattr(before, section), key), "to": value}}
+
+
+def test_consent_to_one_setting_is_none_to_another(tmp_path: Path) -> None:
+    before = config_of(tmp_path)
+    after = with_value(with_value(before, "optim", "lr", 0.5), "train", "steps", 48)
+    with pytest.raises(ConfigError, match="train.steps: 24 saved, 48 now") as refusal:
+        check_identity(identity(before), after, "there", frozenset({"optim.lr"}))
+    assert "optim.lr:" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["model.layers=3", "optim.weight_decay=0", "optim.betas=[0,0]", "seed=1", "train.stepz=3", "optim.roles.lr=1"],
+)  # fmt: skip
+def test_what_cannot_be_changed_is_refused_with_what_can(change: str) -> None:
+    with pytest.raises(ConfigError, match=r"a run may change train.steps, optim.lr"):
+        consented_keys([change])
+
+
+def test_a_role_that_follows_the_main_optimizer_follows_its_change_too(tmp_path: Path) -> None:
+    def config(rate: float, **role: Any) -> RunConfig:
+        tree = vqgan(Material(Path("d"), Path("v")), tmp_path)
+        return check_settings(RunConfig, tree | {"optim": {"lr": rate, "roles": {"discriminator": role}}}, "test")
+
+    saved, consent = identity(config(1e-3, eps=1e-6)), frozenset({"optim.lr"})
+    assert list(check_identity(saved, config(5e-4, eps=1e-6), "there", consent)) == [
+        "optim.lr",
+        "optim.roles.discriminator.lr",
+    ]
+    with pytest.raises(ConfigError, match=r"roles.discriminator.lr: 0.001 saved, 0.0007 now"):
+        check_identity(saved, config(5e-4, eps=1e-6, lr=7e-4), "there", consent)
+    own = frozenset({"optim.roles.discriminator.lr"})
+    assert list(check_identity(saved, config(1e-3, eps=1e-6, lr=7e-4), "there", own)) == sorted(own)
+
+
+def test_a_role_that_is_spelt_out_as_it_was_anyway_is_no_difference(tmp_path: Path) -> None:
+    tree = vqgan(Material(Path("d"), Path("v")), tmp_path)
+    plain = check_settings(RunConfig, tree | {"optim": {"lr": 1e-3}}, "test")
+    spelt = check_settings(RunConfig, tree | {"optim": {"lr": 1e-3, "roles": {"discriminator": {"lr": 1e-3}}}}, "test")
+    assert differences(identity(plain), spelt) == differences(identity(spelt), plain) == {}

@@ -1,0 +1,163 @@
+"""What a run depends on beside its settings, by content: vocabulary, image tokenizer, initial weights, datasets.
+
+A fingerprint stands under the name of the setting that says where the thing lies ("data.vocabulary"). They are written
+into RUN/config.json, into the state of every checkpoint and into exported folders; another thing of the same shape is
+refused at every use.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from data_pipeline.errors import ConfigError, DataError, TesseraError
+from data_pipeline.stream.mixture import Mixture, Source
+from pretrain.config import FINGERPRINTS, DataConfig, RunConfig
+
+VOCABULARY, TOKENIZER, INITIAL = "data.vocabulary", "data.tokenizer", "initial"
+Fingerprints = dict[str, str]
+
+
+def of_files(data: DataConfig, missing_ok: bool = False) -> Fingerprints:
+    """Of the text vocabulary and the image tokenizer that are named: sha256 of the one, the fp32 id of the other.
+
+    missing_ok: leave out what cannot be read instead of raising DataError.
+    """
+    from data_pipeline.vocabulary import Vocabulary
+    from pretrain.interchange.tokenizer import load_tokenizer
+
+    found: Fingerprints = {}
+    makers = {VOCABULARY: lambda path: Vocabulary(path).fingerprint, TOKENIZER: lambda path: load_tokenizer(path).id}
+    for name, path in ((VOCABULARY, data.vocabulary), (TOKENIZER, data.tokenizer)):
+        try:
+            found |= {name: makers[name](path)} if path is not None else {}
+        except DataError:
+            if not missing_ok:
+                raise
+    return found
+
+
+def of_datasets(data: DataConfig, stream: Source) -> Fingerprints:
+    """Of the datasets that `stream` was opened from as `data` names them."""
+    if isinstance(stream, Mixture):
+        return {f"data.datasets.{number}.path": one.fingerprint for number, one in enumerate(stream.streams)}
+    return {"data.dataset": stream.fingerprint}
+
+
+def of_initial(source: str | Path, like: str = "") -> str | None:
+    """Of the weights in an exported folder or a run: sha256 over their tensors, for a run with "@step N" behind it.
+
+    like: the fingerprint to compare with, returned where the weights are the same; of a run the checkpoint of its step
+    is read. None where that is no longer there, so that nothing can be said.
+    """
+    from pretrain.checkpoint.trained import newest_whole, weights_in, weights_of
+    from pretrain.interchange.folder import WEIGHTS_FILE
+
+    digest, _, step = like.partition("@step ")
+    try:
+        if (Path(source) / WEIGHTS_FILE).is_file():
+            found, at = _digest(weights_in(source)), ""
+        else:
+            saved = newest_whole(source, int(step) if step else None)
+            found, at = _digest(weights_of(saved)), f"@step {saved.step}"
+    except (OSError, TesseraError):
+        if like:
+            return None
+        raise
+    return like if found == digest else found + at
+
+
+def _digest(weights: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------- checks
+
+
+def recorded(folder: str | Path) -> Fingerprints | None:
+    """What a run's or an exported folder's config.json has of them; None where it was written before they were kept."""
+    try:
+        found = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get(FINGERPRINTS)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else None
+
+
+def check_files(folder: str | Path, config: RunConfig, missing_ok: bool = False) -> None:
+    """Raises ConfigError where `config` names another vocabulary or image tokenizer than the model in `folder` had.
+
+    folder: of a run or an export. missing_ok: what cannot be read is not checked.
+    """
+    known = recorded(folder)
+    compare(known, {} if known is None else of_files(config.data, missing_ok), config, str(folder))
+
+
+def check_datasets(folder: str | Path, config: RunConfig, stream: Source) -> None:
+    """Raises ConfigError where `stream`, opened from the run's own training data, is of another dataset than then."""
+    known = recorded(folder)
+    if known is not None:
+        compare(known, of_datasets(config.data, stream), config, str(folder))
+
+
+def warn_of_others(source: str | Path, known: Fingerprints) -> None:
+    """Say it when the weights to start from are of another vocabulary or image tokenizer: their rows mean others."""
+    theirs = recorded(source) or {}
+    for name in (VOCABULARY, TOKENIZER):
+        if theirs.get(name, known.get(name)) != known.get(name, theirs.get(name)):
+            print(
+                f"warning: initial={source} was trained with another {name} ({_short(theirs.get(name))}) than this run "
+                f"has ({_short(known.get(name))}): rows of its embeddings belong to other pieces",
+                flush=True,
+            )
+
+
+def compare(known: Fingerprints | None, now: Fingerprints, config: RunConfig, where: str, say: bool = True) -> None:
+    """Raises ConfigError naming each thing whose fingerprint differs.
+
+    known: what was recorded, None in what was written before fingerprints were kept: then (`say`) stderr is told what
+    could not be checked.
+    """
+    if known is None:
+        if say and (named := _named(config)):
+            print(
+                f"note: {where} has no fingerprints, it was written before they were kept: whether {', '.join(named)} "
+                "is what it was trained with could not be checked",
+                file=sys.stderr,
+                flush=True,
+            )
+        return
+    lines = [
+        f"{name}: {_place(config, name)} has fingerprint {fingerprint[:12]}, recorded is {_short(known.get(name))}"
+        for name, fingerprint in sorted(now.items())
+        if known.get(name) != fingerprint
+    ]
+    if lines:
+        raise ConfigError(
+            f"{where} was trained with another {' and '.join(line.partition(':')[0] for line in lines)}; name the one "
+            "it was trained with, or put it back where it was\n  " + "\n  ".join(lines)
+        )
+
+
+def _short(fingerprint: str | None) -> str:
+    return "none" if fingerprint is None else fingerprint[:12]
+
+
+def _named(config: RunConfig) -> list[str]:
+    """The settings of `config` that name something with a fingerprint, datasets aside."""
+    values = {VOCABULARY: config.data.vocabulary, TOKENIZER: config.data.tokenizer, INITIAL: config.initial}
+    return [name for name, value in values.items() if value]
+
+
+def _place(config: RunConfig, name: str) -> str:
+    """Where the thing of this name lies."""
+    value = config.model_dump(mode="json")
+    for part in name.split("."):
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    return str(value)

@@ -1,0 +1,69 @@
+"""May this run go on from this checkpoint? Settings, consented changes and fingerprints are compared here."""
+
+from typing import TYPE_CHECKING
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.stream.mixture import Source
+from pretrain.checkpoint.catalog import Saved, consent_since
+from pretrain.checkpoint.fingerprints import INITIAL, TOKENIZER, VOCABULARY, Fingerprints, compare, of_initial
+from pretrain.checkpoint.identity import Changes, check_identity, differences, unchecked, values_of
+from pretrain.checkpoint.saver import from_rank_0
+from pretrain.config import RunConfig
+
+if TYPE_CHECKING:
+    from pretrain.mesh import Mesh
+
+
+def check_resumed(saved: Saved, config: RunConfig, stream: Source, mesh: "Mesh", known: Fingerprints) -> Changes:
+    """Compare a checkpoint with the run that goes on from it -> the settings that change here, with consent.
+
+    known: the fingerprints of the run; those that only the checkpoint has are added. Raises ConfigError for another
+    configuration, vocabulary, image tokenizer or other initial weights, DataError for other data.
+    """
+    changed = _agreed_changes(saved, config)
+    _check_fingerprints(saved, config, mesh, known)
+    stream.check(saved.state["stream"])
+    return changed
+
+
+def _agreed_changes(saved: Saved, config: RunConfig) -> Changes:
+    """The consented changes. Raises ConfigError for what differs without consent, and for an end behind the checkpoint.
+
+    Consent stands in the claims of this attempt and of those since the checkpoint, for as long as the value is the one
+    that they were told: after an attempt that was killed before it saved, --change need not be given again.
+    """
+    before, root = saved.state["identity"], saved.folder.rpartition("/")[0]
+    consent = consent_since(root, saved.attempt) if differences(before, config) else {}
+    agreed = frozenset(key for key, value in values_of(config, consent).items() if value == consent[key])
+    changed = check_identity(before, config, saved.folder, agreed)
+    if config.train.steps < saved.step:
+        raise ConfigError(
+            f"train.steps={config.train.steps}: {saved.folder} stands at step {saved.step} already; "
+            f"give at least {saved.step}"
+        )
+    return changed
+
+
+def _check_fingerprints(saved: Saved, config: RunConfig, mesh: "Mesh", known: Fingerprints) -> None:
+    """Datasets are compared with the state of the stream. Rank 0 says what cannot be checked."""
+    before: Fingerprints | None = saved.state.get("fingerprints")
+    if mesh.rank == 0 and (settings := unchecked(saved.state["identity"], config)):
+        print(f"{saved.folder} does not say under which {', '.join(settings)} it was made: not checked", flush=True)
+    files = {name: value for name, value in known.items() if name in (VOCABULARY, TOKENIZER)}
+    if before is not None and config.initial:
+        files |= _initial_of_resumed(before.get(INITIAL), config.initial, saved, mesh)
+    compare(before, files, config, saved.folder, say=mesh.rank == 0)
+    known |= (before or {}) | known
+
+
+def _initial_of_resumed(before: str | None, source: str, saved: Saved, mesh: "Mesh") -> Fingerprints:
+    """The fingerprint of `initial` to compare with the one before; none where its weights are gone, which is said."""
+    if before is None:
+        raise ConfigError(
+            f"initial={source}: {saved.folder} is of a run that began without it, and weights are read at the "
+            "beginning only; leave it out, or start another run"
+        )
+    found = from_rank_0(mesh, INITIAL, lambda: of_initial(source, before))
+    if found is None and mesh.rank == 0:
+        print(f"initial={source}: the weights that the run began with are not there any more: not checked", flush=True)
+    return {} if found is None else {INITIAL: found}
