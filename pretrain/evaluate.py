@@ -21,7 +21,7 @@ from data_pipeline.stream.mixture import Mixture, Source
 from data_pipeline.stream.reader import Stream
 from data_pipeline.vocabulary import Vocabulary
 from pretrain.checkpoint.fingerprints import check_datasets, check_files
-from pretrain.checkpoint.trained import NOT_SAID, load_trained, run_config
+from pretrain.checkpoint.trained import NOT_SAID, load_trained
 from pretrain.config import RunConfig
 from pretrain.inputs import INPUTS
 from pretrain.inputs.bad import FOLDER as BAD_SAMPLES
@@ -99,7 +99,7 @@ def _open_data(config: RunConfig, folder: Path) -> tuple[Source, Vocabulary | No
     if config.model.kind == "gpt" and config.data.evaluation:
         return Stream(config.data.evaluation, config.seed), Vocabulary(str(config.data.vocabulary))
     stream, vocabulary = open_data(config, config.data.evaluation)
-    if config.data == run_config(folder).data and not config.data.evaluation:
+    if not config.data.evaluation:
         check_datasets(folder, config, stream)
     return stream, vocabulary
 

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,11 +84,16 @@ def _digest(weights: Mapping[str, torch.Tensor]) -> str:
 
 def recorded(folder: str | Path) -> Fingerprints | None:
     """What a run's or an exported folder's config.json has of them; None where it was written before they were kept."""
-    try:
-        found = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get(FINGERPRINTS)
-    except (OSError, ValueError, AttributeError):
-        return None
+    found = _config_of(folder).get(FINGERPRINTS)
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else None
+
+
+def _config_of(folder: str | Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def check_files(folder: str | Path, config: RunConfig, missing_ok: bool = False) -> None:
@@ -100,9 +106,13 @@ def check_files(folder: str | Path, config: RunConfig, missing_ok: bool = False)
 
 
 def check_datasets(folder: str | Path, config: RunConfig, stream: Source) -> None:
-    """Raises ConfigError where `stream`, opened from the run's own training data, is of another dataset than then."""
-    known = recorded(folder)
-    if known is not None:
+    """Raises ConfigError where `stream` was opened from the training data of the model in `folder`, and these differ.
+
+    Other data than the training data, by an override, are not compared.
+    """
+    known, now = recorded(folder), config.data.model_dump(mode="json")
+    data = _config_of(folder).get("data", {})
+    if known is not None and all(data.get(key) == now[key] for key in ("dataset", "datasets")):
         compare(known, of_datasets(config.data, stream), config, str(folder))
 
 

@@ -1,7 +1,7 @@
 """What `tessera checkpoint` does: what is saved and why it stays, is it whole, name it, take it elsewhere, tidy up."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from pretrain.checkpoint.trained import (
     saved_tree,
 )
 from pretrain.checkpoint.universal import export_universal
-from pretrain.config import FINGERPRINTS
+from pretrain.config import FINGERPRINTS, RunConfig
 from pretrain.interchange.folder import export_model
 from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import LAYOUTS
@@ -87,23 +87,27 @@ def export(
     if form not in ("tessera", "deepspeed", *LAYOUTS):
         raise ConfigError(f"--format {form} is not known; use tessera, deepspeed, {', '.join(sorted(LAYOUTS))}")
     refuse_used(output)
-    check_files(run, run_config(run, overrides), missing_ok=True)
+    settings = _settings_of(run, overrides)
+    if settings:
+        check_files(run, settings, missing_ok=True)
     if form == "deepspeed":
         return export_universal(newest_whole(run, step, label, overrides), output)
     model, config, at = load_weights(run, step, label, overrides)
     if form == "tessera":
-        return export_model(output, config, model.state_dict(), _settings_of(run, overrides) | {"step": at})
+        return export_model(output, config, model.state_dict(), _noted(settings, recorded(run)) | {"step": at})
     return export_layout(output, form, config, model.state_dict())
 
 
-def _settings_of(source: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """What an export says beside its model; nothing where its source does not say it either."""
-    tree, known = saved_tree(source), recorded(source)
-    kept = {FINGERPRINTS: known} if known else {}
-    if is_export(tree) and "data" not in tree and not overrides:
-        return kept
-    settings = run_config(source, overrides).model_dump(mode="json")
-    return {key: settings[key] for key in ("objective", "data", "seed")} | kept
+def _settings_of(source: str | Path, overrides: Sequence[str]) -> RunConfig | None:
+    """The settings to use the model with; None where its source does not say them."""
+    tree = saved_tree(source)
+    return None if is_export(tree) and "data" not in tree and not overrides else run_config(source, overrides)
+
+
+def _noted(settings: RunConfig | None, known: Mapping[str, str] | None) -> dict[str, Any]:
+    """What an export says beside its model."""
+    tree = settings.model_dump(mode="json", include={"objective", "data", "seed"}) if settings else {}
+    return tree | ({FINGERPRINTS: dict(known)} if known else {})
 
 
 def name(
