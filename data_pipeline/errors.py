@@ -69,7 +69,7 @@ class Requeue(TesseraError):
 FILE_SYSTEM_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM,
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY,
-    errno.ENXIO, errno.ETXTBSY,
+    errno.ENXIO, errno.ETXTBSY, errno.ENOENT,
 }  # fmt: skip
 """Errors of the operating system that a disk, a path or missing rights cause, and no mistake of the program."""
 

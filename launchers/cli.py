@@ -3,6 +3,7 @@
 Commands import what they need when they run: `--help` and `--dry-run` need no torch.
 """
 
+import errno
 import os
 import sys
 
@@ -88,8 +89,8 @@ def run() -> int:
     except TesseraError as error:
         return _tell(error)
     except OSError as error:  # of a disk, a path or its rights, wherever it was met
-        if error.errno not in FILE_SYSTEM_ERRORS:
-            raise
+        if error.errno not in FILE_SYSTEM_ERRORS or (commands_run.trains and error.errno == errno.ENOENT):
+            raise  # with its traceback: a file that a user's module misses while it trains
         return _tell(storage_error(error, error.filename or "storage"))
     except KeyboardInterrupt:
         return 130

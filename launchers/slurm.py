@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, storage_errors
+from data_pipeline.outputs import write_whole
 from launchers.local import FIRST_PORT, PORTS, say
 from launchers.pipeline import Step
 from launchers.quoting import Shell, command_line, comment, directive, quoted
@@ -262,9 +263,10 @@ def submit(step: Step[SlurmCluster], seeds: str = "", after: Sequence[str] = ())
         raise ConfigError("no sbatch on this machine; go to a login node, or print the script with --dry-run")
     folder = Path(spec.run_folder)
     refuse_second_launch(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     script = folder / SCRIPT_NAME
-    script.write_text(text, encoding="utf-8")
+    write_whole(script, text.encode())
     job = hand_in(script, spec.name)
     try:
         _note(step, job, seeds)

@@ -19,7 +19,8 @@ from pydantic import Field, StringConstraints, with_config
 from typing_extensions import TypedDict
 
 from data_pipeline import gate
-from data_pipeline.errors import ConfigError, DataError, NodeFault
+from data_pipeline.errors import ConfigError, DataError, NodeFault, storage_errors
+from data_pipeline.outputs import write_whole
 from pretrain.deadline import RECENT_BYTES
 from pretrain.goodput import METRICS, goodput, lines_of
 
@@ -98,10 +99,9 @@ _OF_PLACES = {"slurm": ("name", "output"), "kubernetes": ("kind", "namespace", "
 
 def write_record(run: Path, record: dict[str, Any], name: str = RECORD) -> None:
     """Replace RUN/launcher.json (or job.json) as a whole: a reader sees the old or the new one."""
-    run.mkdir(parents=True, exist_ok=True)
-    draft = run / f".{name}.{os.getpid()}"
-    draft.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    draft.replace(run / name)
+    with storage_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / name, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_record(run: Path, name: str = RECORD) -> dict[str, Any]:

@@ -6,6 +6,7 @@ their exit codes. Imports no torch.
 """
 
 import contextlib
+import errno
 import json
 import socket
 import time
@@ -36,6 +37,8 @@ CAUSES: tuple[tuple[type[TesseraError], Cause], ...] = (
     (DataError, "storage"),
     (Requeue, "preemption"),
 )
+
+DISK_ERRORS = FILE_SYSTEM_ERRORS - {errno.ENOENT}  # a file that a user's module misses is no fault of the disk
 
 
 def cause_of(error: BaseException) -> Cause:
@@ -121,7 +124,7 @@ def faults_noted(run: Path, rank: int, peer_lost: Callable[[BaseException], bool
         told: Exception = error
         if not isinstance(error, TesseraError) and peer_lost(error):
             told = NodeFault(f"rank {rank} lost a peer: {str(error).splitlines()[0].partition('. ')[0]}")
-        elif isinstance(error, OSError) and error.errno in FILE_SYSTEM_ERRORS:
+        elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
             told = DataError(f"rank {rank}: {error}; make room or mend the disk, then start the same command again")
         blamed = {"blamed": told.blamed} if isinstance(told, NodeFault) and told.blamed else {}
         record_fault(run, cause_of(told), f"{type(told).__name__}: {told}", rank, **blamed)

@@ -51,10 +51,16 @@ def run_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def saved_tree(source: str | Path) -> dict[str, Any]:
-    """What config.json of a run or an exported model holds. Raises ConfigError where there is none."""
+    """What config.json of a run or an exported model holds.
+
+    Raises ConfigError where there is none, DataError where it is damaged or of another program.
+    """
     if not (Path(source) / CONFIG_FILE).is_file():
         raise no_run(source)
-    return saved_run(read_json(open_storage(source), CONFIG_FILE))
+    tree = saved_run(read_json(open_storage(source), CONFIG_FILE))
+    if not isinstance(tree.get("model"), dict):
+        raise DataError(f"{source}/{CONFIG_FILE} describes no model of tessera; restore it, or export the model again")
+    return tree
 
 
 def is_export(tree: Mapping[str, Any]) -> bool:

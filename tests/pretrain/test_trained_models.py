@@ -4,7 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import pytest
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.settings import check_settings
 from data_pipeline.stream.reader import Stream
+from launchers import cli, commands_run
 from pretrain import evaluate, generate
 from pretrain.checkpoint import verbs
 from pretrain.checkpoint.trained import load_trained
 from pretrain.config import RunConfig
 from pretrain.models import MODELS
-from tests.pretrain.checkpoint.simulated import Part, ranks_of
-from tests.pretrain.commands import Material, clip, electra, vqgan
+from tests.disks import fill_up, make_read_only, mounted
+from tests.pretrain.checkpoint.simulated import Part, optimizer_of, ranks_of
+from tests.pretrain.commands import Material, clip, electra, recipe, vqgan
 
 STEPS = (4, 8)
 FIGURE = {
@@ -77,7 +80,9 @@ def place(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Place
         (run / "config.json").write_text(config.model_dump_json())
         for step in STEPS:
             (rank,) = ranks_of(run / "checkpoints", 1)
-            rank.save(Part(MODELS[kind](config.model), 0, 1), step, {"step": step})  # type: ignore[arg-type]
+            model = MODELS[kind](config.model)
+            state = {"step": step, "optimizer": optimizer_of(model, step)}
+            rank.save(Part(model, 0, 1), step, state)  # type: ignore[arg-type]
             rank.finish()
         verbs.export(run, place.export(kind))
     verbs.name(place.run("clip"), "early", STEPS[0])
@@ -230,3 +235,155 @@ def test_overrides_that_do_not_belong_are_refused(override: str, place: Place, t
         with pytest.raises(ConfigError):
             verbs.export(source, tmp_path / "out", overrides=[override])
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------- what the command line says of a place
+
+
+def tessera(*words: str | Path) -> int:
+    """Run the command line in this process -> its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tessera", *map(str, words)])
+        patch.setattr(commands_run, "trains", False)
+        return cli.run()
+
+
+@pytest.fixture(params=["full disk", "read-only disk", "file", "below a file", "no place"])
+def destination(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A folder that cannot be written."""
+    if "disk" in request.param:
+        with mounted(tmp_path / "disk", 64) as disk:
+            fill_up(disk, 0)
+            if request.param == "read-only disk":
+                make_read_only(disk)
+            yield disk / "out"
+    elif request.param == "no place":
+        yield Path("/proc/tessera/out")
+    else:
+        (tmp_path / "file").write_text("mine")
+        yield tmp_path / ("file" if request.param == "file" else "file/out")
+        assert (tmp_path / "file").read_text() == "mine"
+
+
+COMMANDS: dict[str, Callable[[Place, Material, Path, Path], list[str | Path]]] = {
+    "export": lambda place, _, out, __: ["checkpoint", "export", place.run("clip"), out],
+    "export to DeepSpeed": lambda place, _, out, __: [
+        "checkpoint", "export", place.run("electra"), out, "--format", "deepspeed",
+    ],
+    "export to a layout": lambda place, _, out, __: [
+        "checkpoint", "export", place.export("electra"), out, "--format", "transformers-electra",
+    ],
+    "generate": lambda place, _, out, __: ["generate", place.run("gpt"), "--prompt", "a ring", "--out", out],
+    "launch": lambda place, material, out, tmp: [
+        "launch", "local", recipe(clip(material, out), tmp / "recipe.yaml"), "--procs-per-node", "1",
+    ],
+    "train": lambda place, material, out, tmp: ["train", recipe(clip(material, out), tmp / "recipe.yaml")],
+    "vocab": lambda place, material, out, tmp: [
+        "vocab", "train", recipe({"dataset": str(material.dataset), "size": 200, "output": str(out)}, tmp / "v.yaml"),
+    ],
+    "report": lambda place, material, out, tmp: ["data", "report", material.dataset, "--output", out],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_place_that_cannot_be_written_is_one_line_and_74(
+    command: str, destination: Path, place: Place, material: Material, tmp_path: Path, capsys: Any
+) -> None:
+    words = COMMANDS[command](place, material, destination, tmp_path)
+    assert tessera(*words) == 74
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and [line for line in err.splitlines() if line.startswith("error: ")] != []
+
+
+@pytest.mark.parametrize("kind", ["clip", "gpt"])
+@pytest.mark.parametrize("export", [False, True], ids=["run", "export"])
+@pytest.mark.parametrize("room", ["full", "read-only"])
+def test_figures_are_printed_though_they_cannot_be_written(
+    kind: str, export: bool, room: str, place: Place, tmp_path: Path, capsys: Any
+) -> None:
+    with mounted(tmp_path / "disk", 20_000) as disk:
+        there = disk / "there"
+        shutil.copytree(place.export(kind) if export else place.run(kind), there)
+        (there / "evaluation.json").unlink(missing_ok=True)
+        fill_up(disk, 0)
+        if room == "read-only":
+            make_read_only(disk)
+        assert tessera("evaluate", there, "--json") == 74
+        out, err = capsys.readouterr()
+        assert json.loads(out)["step"] == STEPS[-1] and FIGURE[kind] in json.loads(out)
+        assert err.splitlines()[-1].startswith(f"error: {there}") and "Traceback" not in err
+        assert not (there / "evaluation.json").exists()
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut": b'{"model": {"ki',
+    "no UTF-8": b"\xff\xfe\x00",
+    "a list": b"[1, 2]",
+    "a number": b"7",
+    "deep": b"[" * 100_000,
+    "zeros": bytes(500),
+    "nothing in it": b"{}",
+    "no model": b'{"train": {}}',
+    "model of text": b'{"model": "clip", "train": {}}',
+    "a setting too many": b'{"model": {"kind": "clip"}, "train": {"stepps": 1}}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("export", [False, True], ids=["run", "export"])
+def test_a_damaged_configuration_is_one_error_from_every_command(
+    damage: str, export: bool, place: Place, tmp_path: Path, capsys: Any
+) -> None:
+    there = tmp_path / "there"
+    shutil.copytree(place.export("gpt") if export else place.run("gpt"), there)
+    (there / "config.json").write_bytes(DAMAGED[damage])
+    for words in (
+        ["evaluate", there],
+        ["generate", there, "--prompt", "a"],
+        ["checkpoint", "export", there, tmp_path / "out"],
+        ["checkpoint", "list", there],
+    ):
+        assert tessera(*words) == (64 if damage == "a setting too many" else 74)
+        err = capsys.readouterr().err
+        assert "error: " in err and "Traceback" not in err and str(there) in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_of_the_configuration_that_the_weights_contradict_is_an_error_of_the_data(
+    place: Place, tmp_path: Path, capsys: Any
+) -> None:
+    for source in (place.run("clip"), place.export("clip")):
+        there = tmp_path / source.name
+        shutil.copytree(source, there)
+        config = (there / "config.json").read_text().replace('"embed_dim":16', '"embed_dim":8')
+        (there / "config.json").write_text(config.replace('"embed_dim": 16', '"embed_dim": 8'))
+        assert tessera("evaluate", there) == 74
+        assert "Traceback" not in (err := capsys.readouterr().err) and len(err) < 3000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seed", str(2**64)], "--seed"),
+        (["--seed", "-1"], "--seed"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--guidance", "inf"], "guidance=inf is not usable"),
+        (["--prompt", os.fsdecode(b"caf\xe9")], "is not UTF-8"),
+        (["--step", "5"], "no whole checkpoint of step 5"),
+        (["--name", "none"], "no checkpoint is named 'none'"),
+        (["model.width=8"], "the weights in"),
+    ],
+)
+def test_a_request_to_draw_that_cannot_be_met_is_one_clear_error(
+    words: list[str], said: str, place: Place, capsys: Any
+) -> None:
+    assert tessera("generate", place.run("gpt"), "--prompt", "a ring", *words) in (64, 74)
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("prompt", ["𠀀𪜀𫝀" * 30, "龘", "🎈", "a\nring"])
+def test_signs_that_are_rare_are_drawn(prompt: str, place: Place, tmp_path: Path, capsys: Any) -> None:
+    assert tessera("generate", place.run("gpt"), "--prompt", prompt, "-n", "1", "--out", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2
