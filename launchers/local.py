@@ -26,6 +26,7 @@ from launchers.quoting import command_line
 from launchers.watch import JOB, metrics_size, read_record, refuse_second_launch, start_ticks, write_record
 from pretrain.deadline import LEAD_VARIABLE, lead_s
 from pretrain.faults import crashed_while_decoding, faults_size, read_faults
+from pretrain.mlflow_feed import FAILED, KILLED, end_run
 from pretrain.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.05
 LOOK_S = 1.0  # for word of other hosts: on their file system it is no cheaper
+MLFLOW_S = 30.0
 FIRST_PORT, PORTS = 20_000, 12_000
 """Where runs meet. Below 32768, where Linux begins to take ports for connections that go out."""
 
@@ -143,6 +145,7 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
             if node_rank == 0:
                 told = {"cause": diagnosis.cause, "why": diagnosis.why} if diagnosis else {}
                 write_record(run, _record(group) | {"exit_code": end.exit_code} | told)
+                end_mlflow(run, KILLED if stops.count else FAILED)
             if diagnosis is None or stops.count or (several and end.exit_code == Requeue.exit_code):
                 return end.exit_code
             another = restarts > failed and worth_another_attempt(diagnosis, metrics_size(run) > steps)
@@ -153,6 +156,18 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
             _pause(pause_s(diagnosis, failed), stops)
             attempt, failed = attempt + 1, failed + 1
             group = group if several else replace(group, master_port=0)
+
+
+def end_mlflow(run: Path, status: str) -> None:
+    """Tell MLflow the end of an attempt whose rank 0 died before it could; a server that is gone costs MLFLOW_S."""
+
+    def tell() -> None:
+        with contextlib.suppress(Exception):  # whatever MLflow or its transport raises: the next attempt tells it
+            end_run(run, status)
+
+    thread = threading.Thread(target=tell, name="mlflow", daemon=True)
+    thread.start()
+    thread.join(MLFLOW_S)
 
 
 def _pause(seconds: float, stops: StopSignals) -> None:

@@ -45,7 +45,7 @@ class Unfailing(io.RawIOBase):
 
 
 def protect_output() -> None:
-    """Replace sys.stdout and sys.stderr by streams that do not raise.
+    """Replace sys.stdout and sys.stderr by streams that do not raise, unless another program put its own there.
 
     A character that their encoding lacks is written as an escape. Descriptors 0 to 2 that are closed are opened onto
     /dev/null first: the next file to be opened would otherwise receive what is printed.
@@ -55,7 +55,9 @@ def protect_output() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, this one
-    sys.stdout, sys.stderr = (_protected(getattr(sys, name), at) for at, name in enumerate(("stdout", "stderr"), 1))
+    for descriptor, name in enumerate(("stdout", "stderr"), 1):
+        if getattr(sys, name) is getattr(sys, f"__{name}__"):
+            setattr(sys, name, _protected(getattr(sys, name), descriptor))
 
 
 def _protected(stream: Any, descriptor: int) -> io.TextIOWrapper:

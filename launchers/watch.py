@@ -4,12 +4,12 @@ launcher.json is written by the launcher of this machine, job.json by who submit
 place is asked.
 """
 
+import itertools
 import json
 import os
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,7 @@ from typing_extensions import TypedDict
 from data_pipeline import gate
 from data_pipeline.errors import ConfigError, DataError, NodeFault, storage_errors
 from data_pipeline.outputs import write_whole
-from pretrain.deadline import RECENT_BYTES
-from pretrain.goodput import METRICS, goodput, lines_of
+from pretrain.goodput import METRICS, goodput, lines_back, raw_lines_back
 
 RECORD = "launcher.json"
 JOB = "job.json"
@@ -220,8 +219,12 @@ def job_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
 
 
 def _last_lines(run: Path, path: Path, lines: int, follow: bool) -> Iterator[str]:
+    size = path.stat().st_size
+    found = [line for line in itertools.islice(raw_lines_back(path, end=size), lines + 1)]
+    torn = len(found.pop(0)) if found and not found[0].endswith(b"\n") else 0
+    yield from (line.decode(errors="replace").rstrip("\r\n") for line in reversed(found[:lines]))
     with path.open(encoding="utf-8", errors="replace") as file:
-        yield from deque(_complete_lines(file), maxlen=lines)
+        file.seek(size - torn)
         while follow:
             running = _is_alive(run)
             yield from _complete_lines(file)
@@ -289,7 +292,7 @@ def _complete_lines(file: TextIO) -> Iterator[str]:
 
 
 def _last_metrics(run: Path) -> dict[str, Any]:
-    return next(iter(deque(lines_of(run / METRICS, RECENT_BYTES), maxlen=1)), {})
+    return next(lines_back(run / METRICS), {})
 
 
 def _total_steps(run: Path) -> int | None:

@@ -5,6 +5,7 @@ Sections: what is learnt (`model`, `objective`), from what (`data`), how (`train
 
 import re
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -389,10 +390,40 @@ class GuardsConfig(Settings):
     patience_steps: PositiveInt = 10
 
 
+TRACKING_SCHEMES = (
+    "http",
+    "https",
+    "sqlite",
+    "postgresql",
+    "mysql",
+    "mssql",
+    "databricks",
+    "databricks-uc",
+    "uc",
+    "file",
+)
+
+
+def known_to_mlflow(uri: str) -> str:
+    """`uri` itself. Raises ValueError where MLflow, with its installed plug-ins, has no store of that scheme."""
+    scheme, colon, rest = uri.partition(":")
+    kind = scheme.lower().partition("+")[0] if colon and "/" not in scheme else "file"
+    if kind not in TRACKING_SCHEMES and kind not in entry_points(group="mlflow.tracking_store").names:
+        raise ValueError(f"MLflow knows no {kind!r}; use http(s)://HOST, sqlite:///FILE, or nothing for no tracking")
+    if kind == "sqlite" and not (rest.startswith("///") and rest.strip("/")):
+        raise ValueError("a database file has three slashes before its path: sqlite:///runs/mlflow.db")
+    if kind in ("http", "https") and not rest.strip("/"):
+        raise ValueError(f"a server has a host: {kind}://HOST:PORT")
+    return uri
+
+
+TrackingUri = Annotated[str, pydantic.AfterValidator(expand_home), pydantic.AfterValidator(known_to_mlflow)]
+
+
 class TrackingConfig(Settings):
     """MLflow: `uri` empty switches it off; metrics.jsonl in the run folder is always written."""
 
-    uri: Annotated[str, pydantic.AfterValidator(expand_home)] = "sqlite:///runs/mlflow.db"
+    uri: TrackingUri = "sqlite:///runs/mlflow.db"
     experiment: str = "tessera"
 
 

@@ -5,18 +5,18 @@ need is refused before anything starts. The warning comes before the first step,
 once and from how long steps took.
 """
 
+import itertools
 import math
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pretrain.goodput import METRICS, lines_of
+from pretrain.goodput import METRICS, lines_back
 
 LEAD_VARIABLE = "TESSERA_STOP_LEAD_S"
 TRIAL_BYTES = 16 * 2**20
 RECENT_STEPS = 50
-RECENT_BYTES = RECENT_STEPS * 2000
 MARGIN = 1.5
 """Disks are slower when all write whole checkpoints, and signals come late."""
 
@@ -60,8 +60,8 @@ def refusal(lead: float, run: Path) -> str:
 
 
 def _slowest(run: Path, name: str) -> float:
-    times = [float(row.get(name, 0.0)) for row in lines_of(run / METRICS, RECENT_BYTES)]
-    return max(times[-RECENT_STEPS:], default=0.0)
+    rows = itertools.islice(lines_back(run / METRICS), RECENT_STEPS)
+    return max((float(row.get(name, 0.0)) for row in rows), default=0.0)
 
 
 def warning(lead: float, step_s: float, save_bytes: int, speed: float) -> str:

@@ -29,9 +29,9 @@ from pretrain.inputs.bad import Ledger, Usable
 from pretrain.inputs.lethal import looking_decoder, remembered, screened
 from pretrain.inputs.text import ContrastiveInputs, captions_of, normalise
 from pretrain.metrics import grid, png, retrieval_recall_at_1
+from pretrain.mlflow_feed import send, shown, why_not
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.collectives import ONE_DEVICE
-from pretrain.tracking import send
 from pretrain.train import open_data
 
 SAMPLES = 512
@@ -87,8 +87,8 @@ def main(
         try:
             send(folder, config, figures)
         except Exception as error:  # tracking must not cost the figures
-            told_why = f"MLflow at {config.tracking.uri} did not take the figures ({error}); they are in {folder}"
-            print(told_why, file=sys.stderr)
+            why = f"did not take the figures ({why_not(error)}); they are in {folder}"
+            print(f"MLflow at {shown(config.tracking.uri)} {why}", file=sys.stderr)
     return told
 
 

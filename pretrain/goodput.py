@@ -1,11 +1,12 @@
-"""Where a run's time went, attempt by attempt, out of its own attempts.jsonl and metrics.jsonl. Imports no torch.
+"""Where a run's time went, by attempt, from its attempts.jsonl and metrics.jsonl. Imports no torch.
 
 An attempt's wall time runs from the end of the one before it (from its own start, if it is the first) to its last step:
-down (nobody ran) + start (to the first step) + waiting for data + saves + steps + rest. Steps that a later attempt made
-again are lost. Goodput is the share of all wall time that went into steps which were not.
+down (nothing ran) + start (to the first step) + waiting for data + saves + steps + rest. Steps behind the one where a
+later attempt began are lost. Goodput is the share of all wall time that went into steps that were not lost.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import time
@@ -15,10 +16,12 @@ from typing import Any
 
 ATTEMPTS = "attempts.jsonl"
 METRICS = "metrics.jsonl"
+BLOCK = 1 << 16
+"""Bytes that are read at once from the end of a file."""
 
 
-_COUNTS = ("step", "attempt", "time_ms", "rank")
-_NUMBERS = ("step_s", "save_s", "waited_s", "saved_s", "started", "time")
+_COUNTS = ("step", "attempt", "time_ms", "rank", "metrics_at")
+_NUMBERS = ("step_s", "stepped_s", "save_s", "waited_s", "saved_s", "started", "time")
 _NEEDED = {METRICS: {"step", "attempt"}, ATTEMPTS: {"attempt"}}
 
 
@@ -42,49 +45,99 @@ class PhaseClock:
 
 
 def goodput(run: Path) -> dict[str, Any]:
-    """-> {"goodput": share, "attempts": [a row for each]}; nothing where no step was logged."""
-    rows = [row for row in lines_of(run / METRICS) if "time_ms" in row]
-    started = {line["attempt"]: line for line in lines_of(run / ATTEMPTS)}
-    owner = {row["step"]: row["attempt"] for row in rows}
-    table, end = [], None
-    for attempt in sorted({row["attempt"] for row in rows}):
-        mine = [row for row in rows if row["attempt"] == attempt]
-        table.append(_attempt(attempt, mine, started.get(attempt, {}), owner, end))
-        end = mine[-1]["time_ms"] / 1000
+    """-> {"goodput": share, "attempts": [a row for each that made a step]}.
+
+    Reads the ends of the attempts, and of the steps that were lost, however long metrics.jsonl is. Attempts that did
+    not note where their lines begin (`metrics_at` in attempts.jsonl, as of earlier versions) are not counted.
+    """
+    spans = _spans(run)
+    table: list[dict[str, Any]] = []
+    for at, span in enumerate(spans):
+        resumed = min((later.first["step"] - 1 for later in spans[at + 1 :]), default=span.last["step"])
+        table.append(_attempt(span, resumed, spans[at - 1].last["time_ms"] / 1000 if at else None))
     wall = sum(row["wall_s"] for row in table)
     return {"goodput": sum(row["steps_s"] for row in table) / wall if wall else 0.0, "attempts": table}
 
 
-def _attempt(
-    attempt: int, rows: list[dict[str, Any]], line: dict[str, Any], owner: dict[int, int], end: float | None
-) -> dict[str, Any]:
-    """One row; `owner` says which attempt made each step last, `end` when the attempt before made its last."""
-    first, last = rows[0]["time_ms"] / 1000 - rows[0].get("step_s", 0.0), rows[-1]["time_ms"] / 1000
-    born = min(first, line.get("started", first))
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """One attempt that made a step: its line in attempts.jsonl, its lines in metrics.jsonl by bytes, first and last."""
+
+    line: dict[str, Any]
+    path: Path
+    end: int
+    first: dict[str, Any]
+    last: dict[str, Any]
+
+    def last_before(self, step: int) -> dict[str, Any]:
+        """Its newest line of at most `step`; empty without one."""
+        lines = lines_back(self.path, self.line["metrics_at"], self.end)
+        return next((row for row in lines if row["attempt"] == self.line["attempt"] and row["step"] <= step), {})
+
+
+def _spans(run: Path) -> list[Span]:
+    path, found = run / METRICS, []
+    lines = [line for line in lines_of(run / ATTEMPTS) if "metrics_at" in line]
+    ends = [line["metrics_at"] for line in lines[1:]] + [path.stat().st_size if path.is_file() else 0]
+    for line, end in zip(lines, ends, strict=False):  # no line, one end
+        own = {"attempt": line["attempt"]}.items()
+        back, ahead = lines_back(path, line["metrics_at"], end), lines_of(path, line["metrics_at"])
+        if last := next((row for row in back if own <= row.items() and "time_ms" in row), None):
+            first = next((row for row in ahead if own <= row.items() and "time_ms" in row), last)
+            found.append(Span(line, path, end, first, last))
+    return found
+
+
+def _attempt(span: Span, resumed: int, end: float | None) -> dict[str, Any]:
+    """One row. resumed: the last step that no later attempt began behind; end: when the attempt before ended."""
+    first, last, kept = span.first, span.last, span.last_before(resumed)
+    began, ended = first["time_ms"] / 1000 - first.get("step_s", 0.0), last["time_ms"] / 1000
+    born = min(began, span.line.get("started", began))
     before = born if end is None else min(end, born)
-    useful = sum(row.get("step_s", 0.0) for row in rows if owner[row["step"]] == attempt)
+    useful = kept.get("stepped_s", 0.0)
     seconds = {
-        "wall_s": last - before,
+        "wall_s": ended - before,
         "down_s": born - before,
-        "start_s": first - born,
+        "start_s": began - born,
         "steps_s": useful,
-        "lost_s": sum(row.get("step_s", 0.0) for row in rows) - useful,
-        "waited_s": rows[-1].get("waited_s", 0.0),
-        "saved_s": rows[-1].get("saved_s", 0.0),
+        "lost_s": last.get("stepped_s", 0.0) - useful,
+        "waited_s": last.get("waited_s", 0.0),
+        "saved_s": last.get("saved_s", 0.0),
     }
-    lost = sum(owner[row["step"]] != attempt for row in rows)
-    steps = {"attempt": attempt, "from_step": rows[0]["step"] - 1, "to_step": rows[-1]["step"], "lost_steps": lost}
-    return steps | {"end_ms": rows[-1]["time_ms"]} | {name: round(value, 3) for name, value in seconds.items()}
+    from_step = first["step"] - 1
+    lost = last["step"] - kept.get("step", from_step)
+    steps = {"attempt": first["attempt"], "from_step": from_step, "to_step": last["step"], "lost_steps": lost}
+    return steps | {"end_ms": last["time_ms"]} | {name: round(value, 3) for name, value in seconds.items()}
 
 
-def lines_of(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of JSON lines, or those in its last bytes."""
+def lines_of(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file of JSON lines from byte `start` on."""
     if path.is_file():
         with path.open("rb") as file:
-            if last_bytes is not None and path.stat().st_size > last_bytes:
-                file.seek(-last_bytes, os.SEEK_END)
-                file.readline()
+            file.seek(start)
             yield from whole(file, _NEEDED.get(path.name, set()))
+
+
+def lines_back(path: Path, start: int = 0, end: int | None = None) -> Iterator[dict[str, Any]]:
+    """The whole lines between two bytes of a file of JSON lines, the last one first."""
+    yield from whole(raw_lines_back(path, start, end), _NEEDED.get(path.name, set()))
+
+
+def raw_lines_back(path: Path, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """Lines with their ends, the last one first. Reads no more than what is asked for and a block."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        at, rest = size if end is None else min(end, size), b""
+        while at > start:
+            size = min(BLOCK, at - start)
+            at -= size
+            file.seek(at)
+            rest, *lines = (file.read(size) + rest).splitlines(keepends=True)
+            yield from reversed(lines)
+        if rest:
+            yield rest
 
 
 def whole(lines: Iterable[bytes], needed: Set[str] = frozenset()) -> Iterator[dict[str, Any]]:

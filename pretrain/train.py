@@ -9,6 +9,7 @@ it was interrupted: batches and randomness are functions of the position, the le
 import contextlib
 import dataclasses
 import functools
+import itertools
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -32,7 +33,7 @@ from pretrain.checkpoint.saver import Checkpoints, from_rank_0, start_attempt
 from pretrain.config import MAIN, RunConfig, micro_batch_of
 from pretrain.engine import Engine
 from pretrain.faults import faults_noted, may_have_been_killed
-from pretrain.goodput import METRICS, PhaseClock, lines_of
+from pretrain.goodput import METRICS, PhaseClock, lines_back
 from pretrain.guards import Guards
 from pretrain.inputs import INPUTS
 from pretrain.inputs.bad import FOLDER, Ledger
@@ -41,6 +42,7 @@ from pretrain.inputs.lethal import Screened, known_to_all, remember, remembered,
 from pretrain.inputs.source import open_stream
 from pretrain.interchange.folder import load_config
 from pretrain.mesh import Mesh, own_rank, peer_lost
+from pretrain.mlflow_feed import status_of
 from pretrain.models import MODELS
 from pretrain.models.layers import recompute
 from pretrain.models.noise import name_noise
@@ -69,8 +71,10 @@ def main(config: RunConfig, changes: Iterable[str] = ()) -> None:
         run = Run.start(config, mesh, changes, killed)
         try:
             train(run, stop)
-        finally:
-            run.close()
+        except BaseException as error:
+            run.close(status_of(error))
+            raise
+        run.close(status_of(None))
 
 
 def train(run: "Run", stop: StopSignals) -> None:
@@ -315,14 +319,14 @@ class Run:
         )
         return dict(zip(names, self.mesh.mean(table.mean(0).tolist()), strict=True))
 
-    def close(self) -> None:
-        """End a save under way, flush what is written for people; never raises for MLflow's sake."""
+    def close(self, status: str) -> None:
+        """End a save under way and flush what is written for people. MLflow is told `status`, and raises nothing."""
         self.watchdog.stop()
         if self.system:
             self.system.close()
         self.checkpoints.close()
         if self.writer:
-            self.writer.close()
+            self.writer.close(status)
 
 
 # ------------------------------------------------------------------------------------------------ builders
@@ -398,7 +402,8 @@ def attempts_noted(run: Path) -> int:
 
 def last_position(run: Path) -> int:
     """Where the furthest of the newest lines in RUN/metrics.jsonl ends; 0 where no step was made."""
-    spans = (row.get("positions") for row in lines_of(run / METRICS, deadline.RECENT_BYTES))
+    newest = itertools.islice(lines_back(run / METRICS), deadline.RECENT_STEPS)
+    spans = (row.get("positions") for row in newest)
     return max((span[1] for span in spans if isinstance(span, list) and [*map(type, span)] == [int, int]), default=0)
 
 

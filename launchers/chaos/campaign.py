@@ -89,7 +89,7 @@ def run_campaign(config_path: Path, overrides: Sequence[str], kills: int, seed: 
     def command(run: Path) -> list[str]:
         places = [f"run={run}", *([f"train.checkpoints={campaign.root(run)}"] if elsewhere else [])]
         launch = [sys.executable, "-m", "launchers.cli", "launch", "local", str(config_path), *overrides, *places]
-        settings = ["tracking.uri=''", f"train.collective_timeout_s={HANG_TIMEOUT_S}"]
+        settings = ["tracking.uri=", f"train.collective_timeout_s={HANG_TIMEOUT_S}"]
         return [*launch, *settings, "--procs-per-node", str(procs), "--restarts", "0"]
 
     say(f"reference: {config.train.steps} steps on {procs} processes, undisturbed")

@@ -197,7 +197,11 @@ def test_status_and_logs_read_the_run_folder(
 ) -> None:
     write_record(tmp_path, {"pid": 1, "start_ticks": -1, "host": "elsewhere", "attempt": 2, "exit_code": 75})
     (tmp_path / "config.json").write_text('{"train": {"steps": 40}}')
-    lines = [{"step": step, "attempt": 2, "time_ms": 1000 * step, "step_s": 0.5, "loss": loss} for step, loss in LOGGED]
+    lines = [
+        {"step": step, "attempt": 2, "time_ms": 1000 * step, "step_s": 0.5, "stepped_s": 0.5 * at, "loss": loss}
+        for at, (step, loss) in enumerate(LOGGED, 1)
+    ]
+    (tmp_path / "attempts.jsonl").write_text('{"attempt": 2, "metrics_at": 0}\n')
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 11, "lo')
     assert call(monkeypatch, "status", str(tmp_path), "--json") == 0
     shown = json.loads(capsys.readouterr().out)

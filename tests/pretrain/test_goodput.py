@@ -3,28 +3,39 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from launchers.watch import metric_lines, run_status
 from pretrain import deadline
-from pretrain.goodput import ATTEMPTS, METRICS, PhaseClock, append_line, goodput, lines_of
+from pretrain.goodput import ATTEMPTS, METRICS, PhaseClock, append_line, goodput, lines_back, lines_of, raw_lines_back
+from pretrain.tracking import MetricsLog
 
 
 def write(path: Path, rows: list[dict[str, Any]], rest: str = "") -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + rest)
 
 
-def row(step: int, attempt: int, at_s: float, step_s: float, waited_s: float = 0.0) -> dict[str, Any]:
-    times = {"time_ms": int(at_s * 1000), "step_s": step_s, "waited_s": waited_s, "saved_s": 0.5}
-    return {"step": step, "attempt": attempt} | times
+def row(
+    step: int, attempt: int, at_s: float, step_s: float, waited_s: float = 0.0, stepped_s: float = 0.0
+) -> dict[str, Any]:
+    times = {"time_ms": int(at_s * 1000), "step_s": step_s, "stepped_s": stepped_s, "waited_s": waited_s}
+    return {"step": step, "attempt": attempt, "saved_s": 0.5} | times
 
 
 def test_each_attempt_s_time_is_accounted_for(tmp_path: Path) -> None:
     """Attempt 0: steps 1 to 4 of 2 s, saved at 2. Killed; 10 s later attempt 1 starts at step 2, with steps 3 to 5."""
-    first = [row(step, 0, 105 + 2 * step, 2, waited_s=step) for step in (1, 2, 3, 4)]
-    second = [row(step, 1, 131 + 2 * step, 2) for step in (3, 4, 5)]
+    first = [row(step, 0, 105 + 2 * step, 2, waited_s=step, stepped_s=2 * step) for step in (1, 2, 3, 4)]
+    second = [row(step, 1, 131 + 2 * step, 2, stepped_s=2 * step - 4) for step in (3, 4, 5)]
+    write(tmp_path / METRICS, first)
+    began = (tmp_path / METRICS).stat().st_size
     write(tmp_path / METRICS, first + second, rest='{"step": 6')
-    write(tmp_path / ATTEMPTS, [{"attempt": 0, "started": 100}, {"attempt": 1, "started": 123}])
+    starts = [{"attempt": 0, "started": 100, "metrics_at": 0}, {"attempt": 1, "started": 123, "metrics_at": began}]
+    never_stepped = {"attempt": 2, "started": 150, "metrics_at": (tmp_path / METRICS).stat().st_size}
+    write(tmp_path / ATTEMPTS, [*starts, never_stepped])
     told = goodput(tmp_path)
     assert told["attempts"] == [
         {"attempt": 0, "from_step": 0, "to_step": 4, "lost_steps": 2, "end_ms": 113000, "wall_s": 13, "down_s": 0,
@@ -35,12 +46,45 @@ def test_each_attempt_s_time_is_accounted_for(tmp_path: Path) -> None:
     assert told["goodput"] == pytest.approx((4 + 6) / (13 + 28))
 
 
-@pytest.mark.parametrize("last_bytes", [1, 30, 100, 250, 10**6])
-def test_the_last_bytes_hold_the_last_whole_lines(last_bytes: int, tmp_path: Path) -> None:
-    write(tmp_path / "log", [{"step": step} for step in range(20)], rest='{"st')
-    text = (tmp_path / "log").read_text()
-    expected = [line for line in text[-last_bytes:].splitlines()[last_bytes < len(text) :] if line.endswith("}")]
-    assert [json.dumps(line) for line in lines_of(tmp_path / "log", last_bytes)] == expected
+@given(words=st.lists(st.integers(0, 400)), start=st.integers(0, 20), torn=st.booleans(), block=st.integers(1, 300))
+@settings(max_examples=200, deadline=None)
+def test_lines_read_backwards_are_the_lines_read_forwards(
+    words: list[int], start: int, torn: bool, block: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "log"
+    write(path, [{"word": "x" * length} for length in words], rest='{"st' if torn else "")
+    lines = path.read_bytes().splitlines(keepends=True)
+    at = sum(map(len, lines[:start]))
+    with mock.patch("pretrain.goodput.BLOCK", block):
+        assert list(raw_lines_back(path, at)) == lines[start:][::-1]
+        rows = list(lines_of(path, at))
+        assert list(lines_back(path, at)) == rows[::-1] and len(rows) == max(0, len(words) - start)
+
+
+def test_a_long_run_is_looked_at_from_its_end(tmp_path: Path) -> None:
+    """A million steps are hundreds of MB, which no start and no `status` may read."""
+    lines = b"".join(json.dumps(row(step, 0, step, 1, stepped_s=step)).encode() + b"\n" for step in range(1, 2001))
+    with (tmp_path / METRICS).open("wb") as file:
+        for _ in range(200):
+            file.write(lines)
+        again = file.tell()
+        file.write(json.dumps(row(1990, 1, 3000, 1, stepped_s=1)).encode() + b"\n" + b'{"torn')
+    starts = [{"attempt": number, "started": 0, "metrics_at": at} for number, at in enumerate((0, again))]
+    write(tmp_path / ATTEMPTS, starts)
+    write(tmp_path / "config.json", [{"train": {"steps": 4000}}])
+    before = bytes_read()
+    assert run_status(tmp_path)["step"] == 1990
+    assert [attempt["lost_steps"] for attempt in goodput(tmp_path)["attempts"]] == [11, 0]
+    assert deadline.slowest_recent_step_s(tmp_path) == 1
+    assert [json.loads(line)["step"] for line in metric_lines(tmp_path, 3, follow=False)] == [1999, 2000, 1990]
+    MetricsLog(tmp_path).close()
+    assert bytes_read() - before < 4 << 20 < again
+    assert (tmp_path / METRICS).read_bytes().endswith(b"}\n")
+
+
+def bytes_read() -> int:
+    """By this process so far, from files whether cached or not."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 @pytest.mark.parametrize("torn", ["", "{", '{"attempt": 1, "sta', '{"attempt": 1, "started": 2}'])

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from PIL import Image
 
 from data_pipeline.settings import load_settings
 from launchers.local import free_port
-from pretrain import tracking
+from pretrain import mlflow_feed
 from pretrain.config import RunConfig
 from pretrain.goodput import lines_of
-from pretrain.tracking import MetricsLog, Writer, picture_key, send
+from pretrain.mlflow_feed import picture_key, send
+from pretrain.tracking import MetricsLog, Writer
 from tests.pretrain.commands import (
     TRACEBACK,
     Material,
     ask_to_stop,
+    child_of_rank,
     command,
     environment,
     interrupted,
@@ -54,7 +56,7 @@ def test_a_run_s_configuration_is_never_seen_half_written(
     material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_settings(RunConfig, recipe(vqgan(material, tmp_path / "run"), tmp_path / "run.yaml"))
-    Writer(config, 0, 0, 1).close()
+    Writer(config, 0, 0, 1).close("")
     before = (tmp_path / "run/config.json").read_text()
 
     def die(path: Path, text: str, **_: Any) -> None:
@@ -70,20 +72,20 @@ def test_a_run_s_configuration_is_never_seen_half_written(
 
 def test_a_start_noted_behind_a_torn_line_is_whole(material: Material, tmp_path: Path) -> None:
     config = load_settings(RunConfig, recipe(vqgan(material, tmp_path / "run"), tmp_path / "run.yaml"))
-    Writer(config, 0, 0, 1).close()
+    Writer(config, 0, 0, 1).close("")
     with (tmp_path / "run/attempts.jsonl").open("a") as file:
         file.write('{"attempt": 1, "from')
-    Writer(config, 2, 0, 1).close()
+    Writer(config, 2, 0, 1).close("")
     assert [line["attempt"] for line in lines_of(tmp_path / "run/attempts.jsonl")] == [0, 2]
 
 
 def test_a_line_that_is_being_written_is_not_read_before_its_end(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"a": 1}\n{"b"')
-    lines, end = tracking._new_lines(path, 0)
+    lines, end = mlflow_feed._new_lines(path, 0)
     assert (lines, end) == ([b'{"a": 1}\n'], 9)
     path.write_text('{"a": 1}\n{"b": 2}\n')
-    assert tracking._new_lines(path, end) == ([b'{"b": 2}\n'], 18)
+    assert mlflow_feed._new_lines(path, end) == ([b'{"b": 2}\n'], 18)
 
 
 @pytest.mark.parametrize(
@@ -172,11 +174,41 @@ def test_a_run_and_its_continuation_are_one_run_at_the_server_with_everything_on
     run = tmp_path / "continued"
     argv = command("train", described(material, run, server))
     code, output = interrupted(argv, run, 6, ask_to_stop)
-    assert code == 75, output[-3000:]
-    code, output = interrupted(argv, run, 20, lambda pid: None)
+    assert code == 75 and status(server, run) == "KILLED", output[-3000:]
+    code, output = interrupted(argv, run, 20, lambda pid: wait_until(lambda: status(server, run) == "RUNNING"))
     assert code == 0 and "did not take everything" not in output, output[-3000:]
+    assert status(server, run) == "FINISHED"
     assert written(run)["pictures"] == 4 and len(written(run)["loss"]) == 20
     assert arrived(server, run) == written(run)
+
+
+def status(uri: str, run: Path) -> str:
+    """Of the MLflow run, as the server has it."""
+    from mlflow import MlflowClient
+
+    return str(MlflowClient(uri).get_run(json.loads((run / "mlflow.json").read_text())["run_id"]).info.status)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_an_attempt_that_was_killed_is_told_by_its_launcher(server: str, material: Material, tmp_path: Path) -> None:
+    """SIGKILL to rank 0, which feeds MLflow: nothing of the attempt can say that it has ended."""
+    run = tmp_path / "killed"
+
+    def kill_rank_0(launcher: int) -> None:
+        wait_until(lambda: (run / "mlflow.json").is_file() and "status" in (run / "mlflow.json").read_text())
+        os.kill(child_of_rank(launcher, 0), signal.SIGKILL)
+
+    argv = command("launch", "local", described(material, run, server), "--procs-per-node", "1", "--restarts", "0")
+    code, output = interrupted(argv, run, 6, kill_rank_0)
+    assert (code, status(server, run)) == (70, "FAILED"), output[-3000:]
 
 
 @pytest.mark.slow
@@ -191,11 +223,13 @@ def test_without_a_server_training_ends_well_and_everything_is_sent_later_once(
     path = described(material, run, nobody)
     code, output = interrupted(command("train", path), run, 20, lambda pid: None)
     assert code == 0, output[-3000:]
-    assert f"MLflow at {nobody} did not take everything" in output and TRACEBACK not in output
+    assert output.count(f"MLflow at {nobody} did not take everything") == 1 and TRACEBACK not in output
+    assert output.count(f"MLflow at {nobody} takes nothing") <= 1
     config = load_settings(RunConfig, path, [f"tracking.uri={server}"])
     for _ in range(2):
         send(run, config)
         assert arrived(server, run) == written(run)
+    assert status(server, run) == "FINISHED"  # which its own process could not deliver
 
 
 @pytest.mark.slow
@@ -212,7 +246,7 @@ def test_lines_sent_by_a_process_that_died_before_it_noted_so_are_not_doubled(
     Image.new("RGB", (4, 4)).save(run / "samples" / "grid-step-00000003.png")
     send(run, config)
     record = json.loads((run / "mlflow.json").read_text())
-    (run / "mlflow.json").write_text(json.dumps(record | {"sent_bytes": 0}))
+    (run / "mlflow.json").write_text(json.dumps(record | {"sent": {}}))
     send(run, config)
     assert arrived(server, run) == written(run)
 
