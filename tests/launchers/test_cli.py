@@ -152,7 +152,7 @@ import pretrain.train
 from data_pipeline import errors
 from launchers import cli
 
-def trained(config):
+def trained(config, changes=()):
     store = dist.TCPStore('127.0.0.1', 0, 1, True, datetime.timedelta(seconds=30), wait_for_workers=False)
     store.set('key', '')
     def talk():
