@@ -190,8 +190,8 @@ class FetchRules(Settings):
 class DedupRules(Settings):
     """Images that occur more than once: of equals the first row stays, whatever the shards.
 
-    exact: the same bytes. near_bits: images whose 64-bit perceptual hashes differ in at most so many bits; None: no.
-    Both look at every image once before any shard is written.
+    exact: the same bytes. near_bits: images whose 64-bit perceptual hashes differ in at most so many bits and whose
+    colours agree; None: no. Both look at every image once before any shard is written.
     """
 
     exact: bool = False

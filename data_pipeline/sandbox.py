@@ -35,17 +35,21 @@ _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.
 
 @dataclass(frozen=True)
 class Looked:
-    """An image that was decoded: as it is stored (no bytes where only looked at), and its perceptual hash if asked."""
+    """An image that was decoded: as it is stored (no bytes where only looked at); if asked, what it is compared by.
+
+    phash: its perceptual hash, None for a plain image. colours: its colour signature, in hex.
+    """
 
     prepared: Prepared
     phash: int | None
+    colours: str | None = None
 
 
 class Decoder:
     """Decodes and prepares images by `rules`, in a child process that is started when it is needed.
 
-    hashed: also compute perceptual hashes. stored: make the files to be stored, else only look. cpu_s: an image's
-    processor time, CPU_SECONDS unless told.
+    hashed: also compute perceptual hashes and colour signatures. stored: make the files to be stored, else only look.
+    cpu_s: an image's processor time, CPU_SECONDS unless told.
     """
 
     def __init__(
@@ -158,26 +162,29 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
         same = looked.prepared.data is request[1]
-        tree = {"prepared": looked.prepared._asdict() | {"data": ""}, "phash": looked.phash, "same": same}
+        tree = {"prepared": looked.prepared._asdict() | {"data": ""}, "same": same}
+        tree |= {"phash": looked.phash, "colours": looked.colours}
         _send(answers, tree, b"" if same else looked.prepared.data)
 
 
 def _look(data: bytes, rules: ImageRules, hashed: bool, stored: bool) -> Looked:
-    from data_pipeline.build.dedup import perceptual_hash
+    from data_pipeline.build.dedup import colour_signature, perceptual_hash
 
     decoded = decode(data, rules.max_pixels, rules if rules.decode == "scaled" else None)
     phash = perceptual_hash(decoded.pixels) if hashed else None
+    colours = None if phash is None else colour_signature(decoded.pixels).hex()
     if stored:
-        return Looked(store(data, decoded, rules), phash)
+        return Looked(store(data, decoded, rules), phash, colours)
     check_side(decoded, rules)
     shape = (decoded.width, decoded.height)
-    return Looked(Prepared(b"", "", *shape, *shape, decoded.frames), phash)
+    return Looked(Prepared(b"", "", *shape, *shape, decoded.frames), phash, colours)
 
 
 def _unpacked(tree: dict[str, Any], data: bytes, asked: bytes) -> Looked:
     if "reason" in tree:
         raise Reject(tree["reason"], tree["detail"])
-    return Looked(Prepared(**tree["prepared"])._replace(data=asked if tree["same"] else data), tree["phash"])
+    prepared = Prepared(**tree["prepared"])._replace(data=asked if tree["same"] else data)
+    return Looked(prepared, tree["phash"], tree["colours"])
 
 
 def _send(pipe: BinaryIO, tree: dict[str, Any], data: bytes) -> None:

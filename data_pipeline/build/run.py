@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline.build.dedup import duplicates
+from data_pipeline.build.dedup import COLOUR_BYTES, duplicates
 from data_pipeline.build.plan import (
     Plan,
     as_begun,
@@ -256,10 +256,10 @@ def _repeats(storage: Storage, plan: Plan, base: Manifest) -> np.ndarray:
     names = [side_name(shard.name, ".parquet") for shard in base.shards] + [survey_name(s) for s in plan.shards]
     tables = [_signatures(storage, name) for name in names]
     known = sum(len(table[0]) for table in tables[: len(base.shards)])
-    rows, digests, hashes, hashed = (np.concatenate(column) for column in zip(*tables, strict=True))
+    rows, digests, hashes, hashed, colours = (np.concatenate(column) for column in zip(*tables, strict=True))
     del tables
     # an image too plain for a hash is alike to none: only its bytes count
-    keepers, same = duplicates(digests if rules.exact else None, hashes, hashed, rules.near_bits)
+    keepers, same = duplicates(digests if rules.exact else None, hashes, hashed, rules.near_bits, colours)
     found = known + np.flatnonzero(keepers[known:] >= 0)
     positions = rows[found]
     if plan.ids is not None:
@@ -269,13 +269,18 @@ def _repeats(storage: Storage, plan: Plan, base: Manifest) -> np.ndarray:
     return repeats[np.argsort(positions)]
 
 
-def _signatures(storage: Storage, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of the rows that are stored: ids, uint64 [n, 2] of sha256, uint64 [n] perceptual hash, bool [n] has one."""
-    table = read_rows(storage, name, ["row", "status", "sha256", "phash"])
+def _signatures(storage: Storage, name: str) -> tuple[np.ndarray, ...]:
+    """Of the rows that are stored: ids, uint64 [n, 2] of sha256, uint64 [n] perceptual hash, bool [n] has one, and
+    uint8 [n, COLOUR_BYTES] colour signature, zero where it is not known: earlier versions did not note it.
+    """
+    table = read_rows(storage, name, ["row", "status", "sha256", "phash"], ["colours"])
     kept = table.filter(pc.equal(table["status"], "ok"))
     digests = np.frombuffer(b"".join(bytes.fromhex(text[:32]) for text in kept["sha256"].to_pylist()), np.uint64)
     hashes = np.array([int(text or "0", 16) for text in kept["phash"].to_pylist()], np.uint64)
-    return _ids(kept), digests.reshape(-1, 2), hashes, pc.is_valid(kept["phash"]).to_numpy()
+    texts = kept["colours"].to_pylist() if "colours" in kept.column_names else [None] * len(kept)
+    colours = np.frombuffer(b"".join(bytes.fromhex(text or "00" * COLOUR_BYTES) for text in texts), np.uint8)
+    hashed = pc.is_valid(kept["phash"]).to_numpy()
+    return _ids(kept), digests.reshape(-1, 2), hashes, hashed, colours.reshape(-1, COLOUR_BYTES)
 
 
 # ----------------------------------------------------------------------------------------------- commit

@@ -82,6 +82,11 @@ _JOURNAL_SCHEMA = pa.schema(
 Record = dict[str, Any]
 
 
+def schema_of(config: BuildConfig) -> pa.Schema:
+    """The columns of a shard's parquet. `colours` are there where images are compared by their looks."""
+    return SCHEMA if config.dedup.near_bits is None else SCHEMA.append(pa.field("colours", pa.string()))
+
+
 def shard_name(shard: int) -> str:
     """00000.tar, 00001.tar, ..."""
     return f"{shard:05d}.tar"
@@ -152,7 +157,7 @@ class Stages:
             return Drop(pair.key, name, why)
         record |= {"width": image.width, "height": image.height, "bytes": len(image.data), "frames": image.frames}
         record |= {"source_width": image.source_width, "source_height": image.source_height}
-        record["phash"] = None if looked.phash is None else f"{looked.phash:016x}"
+        record |= {"phash": None if looked.phash is None else f"{looked.phash:016x}", "colours": looked.colours}
         return image
 
     def _fetched(self, number: int, link: Link, record: Record) -> Pair | Drop:
@@ -276,7 +281,7 @@ def survey_shard(plan: Plan, shard: int, after: object = None) -> int:
     storage = open_storage(plan.config.output)
     stages = Stages(plan, shard, stored=False)
     records = [stages.run(number, row)[0] for number, row in plan.read(shard)]
-    publish(storage, survey_name(shard), to_parquet(records, SCHEMA))
+    publish(storage, survey_name(shard), to_parquet(records, schema_of(plan.config)))
     return sum(record["status"] == "ok" for record in records)
 
 
@@ -301,7 +306,7 @@ def build_shard(plan: Plan, shard: int, after: object = None) -> Record:
         if not storage.put_file_if_absent(stats["name"], path):
             _compare(storage, stats["name"], stats["digest"])
     publish_index(storage, stats["name"], index)
-    publish(storage, side_name(stats["name"], ".parquet"), to_parquet(records, SCHEMA))
+    publish(storage, side_name(stats["name"], ".parquet"), to_parquet(records, schema_of(plan.config)))
     publish(storage, stats_name(shard), canonical_json(stats))
     return stats
 

@@ -14,7 +14,7 @@ import io
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,8 @@ _KEPT = re.compile(r"manifest-([0-9a-f]{12})\.json")
 _MAGIC = b"TESSIDX\0"
 _NAMES = ("{}.idx", "{}.tessera.idx")
 _SHARD = '\n  {\n   "bytes": %d,\n   "digest": %s,\n   "n": %d,\n   "name": %s\n  }'
-_HEX = {"sha256": "^([0-9a-f]{64})?$", "phash": "^[0-9a-f]{16}$"}  # columns of tables; empty: it was never fetched
+_HEX = {"sha256": "^([0-9a-f]{64})?$", "phash": "^[0-9a-f]{16}$", "colours": "^[0-9a-f]{256}$"}
+"""Columns of tables. An empty sha256: it was never fetched."""
 _HEADER = struct.Struct("<8sIIQQQ")
 
 
@@ -214,15 +215,22 @@ def read_totals(storage: Storage) -> Totals:
     return totals
 
 
-def read_rows(storage: Storage, name: str, columns: list[str] | None = None) -> "pa.Table":
-    """Columns (all unless named) of NNNNN.parquet or another table of ours. Raises DataError for something else."""
+def read_rows(
+    storage: Storage, name: str, columns: list[str] | None = None, where_there: Sequence[str] = ()
+) -> "pa.Table":
+    """Columns (all unless named) of NNNNN.parquet or another table of ours. Raises DataError for something else.
+
+    where_there: further columns that a table may lack.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     where = f"{storage.root}/{name}"
     try:
-        table = pq.read_table(io.BytesIO(storage.get(name)), columns=columns)
+        file = pq.ParquetFile(io.BytesIO(storage.get(name)))
+        further = [column for column in where_there if column in file.schema_arrow.names]
+        table = file.read(columns and [*columns, *further])
         for column, pattern in _HEX.items():
             if (
                 column in table.column_names
