@@ -7,6 +7,7 @@ endpoints where the AWS command line does, and survives being opened anew in eve
 
 import contextlib
 import fcntl
+import functools
 import os
 import random
 import re
@@ -464,8 +465,47 @@ class _Taken(Exception):
 # ------------------------------------------------------------------------------------------------- http
 
 
+_CODINGS = {
+    "aes128gcm",
+    "br",
+    "compress",
+    "dcb",
+    "dcz",
+    "deflate",
+    "exi",
+    "gzip",
+    "pack200-gzip",
+    "zstd",
+}  # IANA's list
+_PAGE_BEGINS = b"<\xef \r\n\t"  # also with a byte order mark or white space in front
+
+
+def packings(headers: Any) -> list[str]:
+    """How a body is packed by its Content-Encoding, outermost first, of IANA's names for it.
+
+    Other words (utf-8, none, binary, image/jpeg, aws-chunked) name no packing: the body is as it is.
+    """
+    said = ",".join(value for name, value in headers.items() if name.lower() == "content-encoding")
+    words = [word.strip().strip('"').lower() for word in said.split(",")]
+    return [word for word in reversed(words) if word.removeprefix("x-") in _CODINGS]
+
+
+class Head(NamedTuple):
+    """What a server says of an object. status: 200 where there is one. packed: as gzip, by its Content-Encoding."""
+
+    status: int
+    reason: str
+    version: Version
+    packed: bool
+
+
 class HttpStorage(RemoteStorage):
-    """A folder behind http(s), read only. The server must know ranges, except for whole objects."""
+    """A folder behind http(s), read only. The server must know ranges, except for whole objects.
+
+    takes_packed: what the server sends packed as gzip is given as it comes; it is refused otherwise.
+    """
+
+    takes_packed = False
 
     def exists(self, name: str) -> bool:
         """Is there an object of this name?"""
@@ -473,10 +513,14 @@ class HttpStorage(RemoteStorage):
 
     def stat(self, name: str) -> tuple[int, str]:
         """-> (bytes, etag or date; -1 where the server does not say). Raises DataError where it is missing."""
+        return self.head(name).version
+
+    def head(self, name: str) -> Head:
+        """What the server says of an object. Raises DataError where it is missing."""
         answer = self._head(name)
         if answer.status != 200:
             raise self._refused(name, answer.status, answer.reason or "")
-        return Version(int(answer.headers.get("Content-Length", -1)), _tag(answer.headers))
+        return answer
 
     def list(self) -> list[str]:
         """Not known to http: nothing."""
@@ -504,15 +548,47 @@ class HttpStorage(RemoteStorage):
         """Raises DataError."""
         self.put_if_absent("", b"")
 
-    def _head(self, name: str) -> Any:
-        def attempt() -> Any:
-            answer = self._request("HEAD", name, {})
-            error = self._refused(name, answer.status, answer.reason or "")
-            if isinstance(error, Transient):
-                raise error
-            return answer
+    def _head(self, name: str) -> Head:
+        """By HEAD, or by a GET of the first byte where HEAD is refused or a web page may come for what is not there."""
+
+        def attempt() -> Head:
+            answer = self._request("HEAD", name, {"Accept-Encoding": "identity"})
+            answer.release_conn()
+            if answer.status == 200 and not _says_page(answer.headers):
+                return self._told(name, answer)
+            answer = self._request("GET", name, {"Accept-Encoding": "identity", "Range": _range(0, 1)})
+            try:
+                first = _reading(answer.read)(1) if answer.status in (200, 206) else b""
+            finally:
+                answer.close()
+            if first and first in _PAGE_BEGINS and _says_page(answer.headers) and not _is_page(name):
+                return Head(404, "a web page comes in its place", Version(-1, ""), False)
+            return self._told(name, answer)
 
         return Patience(self.path(name)).until_done(attempt)
+
+    def _told(self, name: str, answer: Any) -> Head:
+        """Raises Transient, and DataError for a packing that is not undone."""
+        said, total = answer.reason or "", answer.headers.get("Content-Range", "")
+        if answer.status == 416 and total.endswith("*/0"):  # an empty object has no first byte
+            return Head(200, said, Version(0, _tag(answer.headers)), False)
+        if answer.status not in (200, 206):
+            error = self._refused(name, answer.status, said)
+            if isinstance(error, Transient):
+                raise error
+            return Head(answer.status, said, Version(-1, ""), False)
+        _, size = _content_range(total, int(answer.headers.get("Content-Length", -1)))
+        return Head(200, said, Version(size, _tag(answer.headers)), self._packed(name, answer.headers))
+
+    def _packed(self, name: str, headers: Any) -> bool:
+        """Does the object come packed as gzip? Raises DataError for another packing, or where none can be taken."""
+        found = packings(headers)
+        if not found or (found in (["gzip"], ["x-gzip"]) and self.takes_packed):
+            return bool(found)
+        raise DataError(
+            f"{self.path(name)}: the server sends it packed as {', '.join(found)} though it was asked for it as it is; "
+            "turn that off for this file (Content-Encoding)"
+        )
 
     def _get(self, name: str, start: int, stop: int | None) -> Answer:
         ranged = {} if start == 0 and stop is None else {"Range": _range(start, stop)}
@@ -520,9 +596,12 @@ class HttpStorage(RemoteStorage):
         if answer.status not in (200, 206):
             answer.close()
             raise self._refused(name, answer.status, answer.reason or "")
+        self._packed(name, answer.headers)
         length = int(answer.headers.get("Content-Length", -1))
         first, size = _content_range(answer.headers.get("Content-Range"), length)
-        return Answer(Version(size, _tag(answer.headers)), first, _reading(answer.read), answer.close)
+        # bytes as they are sent: sizes and ranges count these
+        read = functools.partial(answer.read, decode_content=False)
+        return Answer(Version(size, _tag(answer.headers)), first, _reading(read), answer.close)
 
     def _request(self, method: str, name: str, headers: dict[str, str]) -> Any:
         import urllib3
@@ -566,6 +645,14 @@ def _content_range(header: str | None, length: int) -> tuple[int, int]:
     """-> (first byte that is sent, size of the whole object; -1 where it is not said)."""
     found = _TOTAL.match(header or "")
     return (int(found.group(1)), int(found.group(2))) if found else (0, length)
+
+
+def _says_page(headers: Any) -> bool:
+    return str(headers.get("Content-Type", "")).lower().startswith(("text/html", "application/xhtml"))
+
+
+def _is_page(name: str) -> bool:
+    return name.partition("?")[0].lower().endswith((".html", ".htm", ".xhtml"))
 
 
 def _tag(headers: Any) -> str:

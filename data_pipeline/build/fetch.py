@@ -33,6 +33,7 @@ from yarl import URL
 from data_pipeline.build.cache import RawCache
 from data_pipeline.config import FetchRules
 from data_pipeline.errors import ConfigError
+from data_pipeline.remote import packings
 from data_pipeline.schema import Link
 
 MAX_REDIRECTS = 5
@@ -43,7 +44,6 @@ _BACKOFF_S = 0.5
 _CHUNK = 65536
 _REDIRECTS = {301, 302, 303, 307, 308}
 _BUSY = {408, 425, 429}
-_NOT_UNDONE = {"aes128gcm", "br", "compress", "dcb", "dcz", "exi", "pack200-gzip", "zstd"}  # of IANA's list
 _GZIP = 16 + zlib.MAX_WBITS  # as zlib is told that it is gzip
 _GZIP_MAGIC = b"\x1f\x8b"
 _UNICAST = ipaddress.ip_network("2000::/3")  # what of IPv6 is given out
@@ -222,15 +222,11 @@ async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
 
 
 def _packings(response: aiohttp.ClientResponse) -> list[str]:
-    """How the body is packed, outermost first: gzip, x-gzip, deflate. Raises FetchError for one that is not undone.
-
-    Other words in Content-Encoding (utf-8, binary, image/jpeg, aws-chunked) name no packing: the body is as it is.
-    """
-    said = ",".join(response.headers.getall("Content-Encoding", []))
-    words = [word.strip().strip('"').lower() for word in said.split(",")]
-    if unknown := [word for word in words if word.removeprefix("x-") in _NOT_UNDONE]:
-        raise FetchError("unknown_encoding", unknown[0], status=response.status)
-    return [word for word in reversed(words) if word in ("gzip", "x-gzip", "deflate")]
+    """How the body is packed, outermost first: gzip, x-gzip, deflate. Raises FetchError for one that is not undone."""
+    found = packings(response.headers)
+    if unknown := set(found) - {"gzip", "x-gzip", "deflate"}:
+        raise FetchError("unknown_encoding", min(unknown), status=response.status)
+    return found
 
 
 def _unpacked(unpackers: "list[_Unpacker]", data: bytes, at_most: int) -> bytes:

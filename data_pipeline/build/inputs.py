@@ -16,12 +16,18 @@ from data_pipeline.remote import HttpStorage, Missing, S3Storage, Version
 from data_pipeline.storage import open_storage
 
 _BUFFER = 1 << 20
+_GZIP_MAGIC = b"\x1f\x8b"
 _WINDOW = 8 << 20
 
 
 def is_remote(path: str) -> bool:
     """Does the path name a scheme, such as s3:// or https://?"""
     return "://" in path
+
+
+def without_query(path: str) -> str:
+    """The path, of an http address without its query."""
+    return path.partition("?")[0].partition("#")[0] if path.startswith(("http://", "https://")) else path
 
 
 def beside(path: str, name: str) -> str:
@@ -85,48 +91,63 @@ def _remote_paths(name: str, suffixes: tuple[str, ...], field: str) -> list[str]
 
 
 def open_input(path: str) -> BinaryIO:
-    """A seekable stream of the file's bytes, unpacked where its name ends in .gz.
+    """A seekable stream of the file's bytes, unpacked where its name ends in .gz or a server sends it packed.
 
     Raises DataError, also while it is read: for one that is missing, cannot be read, or is cut off or damaged.
     Seeking in a .gz unpacks what lies before; many files are better than one large one there.
     """
     if is_remote(path):
-        file = _open_remote(path)
-        return _checked(path, file) if path.endswith(".gz") else file
+        file, packed = _open_remote(path)
+        return _checked(path, file, packed) if packed else file
     must_exist(Path(path), "source.path")
     with readable(path):
-        return _checked(path, open(path, "rb", buffering=0))  # noqa: SIM115
+        return _checked(path, open(path, "rb", buffering=0), path.endswith(".gz"))  # noqa: SIM115
 
 
 def read_input(path: str) -> bytes:
-    """The whole file as it is. Raises OSError; FileNotFoundError too for what is not there on a server that answers."""
+    """The whole file, of a .gz as it is packed.
+
+    Raises OSError; FileNotFoundError too for what is not there on a server that answers.
+    """
     if not is_remote(path):
         return Path(path).read_bytes()
     try:
-        with _open_remote(path) as file:
-            return file.read()
+        file, packed = _open_remote(path)
+        with _checked(path, file, True) if packed and not without_query(path).endswith(".gz") else file as opened:
+            return opened.read()
     except Missing as error:
         raise FileNotFoundError(str(error)) from None
 
 
-def _open_remote(path: str) -> BinaryIO:
-    if path.startswith(("s3://", "http://", "https://")):
-        return cast(BinaryIO, io.BufferedReader(RemoteFile(path), _BUFFER))
-    with _named(path, "source.path"):
-        system, inner = _filesystem(path)
-        return cast(BinaryIO, io.BufferedReader(system.open(inner, "rb"), _BUFFER))
+def _open_remote(path: str) -> tuple[BinaryIO, bool]:
+    """-> (a stream of the file's bytes as they lie there, whether these are packed)."""
+    if not path.startswith(("s3://", "http://", "https://")):
+        with _named(path, "source.path"):
+            system, inner = _filesystem(path)
+            return cast(BinaryIO, io.BufferedReader(system.open(inner, "rb"), _BUFFER)), path.endswith(".gz")
+    remote = RemoteFile(path)
+    file = io.BufferedReader(remote, _BUFFER)
+    packed = path.endswith(".gz")
+    if not packed and (remote.packed or _named_gzip(path)):  # words of a server or a query: the bytes decide
+        packed = file.peek(2)[:2] == _GZIP_MAGIC
+    return cast(BinaryIO, file), packed
 
 
-def _checked(path: str, file: Any) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(_CheckedFile(path, file), _BUFFER))
+def _named_gzip(path: str) -> bool:
+    """Does the name end in .gz? Of an http address also before its query, or a value in it."""
+    return path.endswith(".gz") or (path.startswith("http") and re.search(r"\.gz[?&#]", path) is not None)
+
+
+def _checked(path: str, file: Any, packed: bool) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(_CheckedFile(path, file, packed), _BUFFER))
 
 
 class _CheckedFile(io.RawIOBase):
-    """An open file, or what it unpacks to where its name ends in .gz. Raises DataError for what cannot be read."""
+    """An open file, or what it unpacks to where it is `packed` as gzip. Raises DataError for what cannot be read."""
 
-    def __init__(self, path: str, file: Any) -> None:
+    def __init__(self, path: str, file: Any, packed: bool) -> None:
         self._path, self._inner = path, file
-        self._file = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
+        self._file = gzip.GzipFile(fileobj=file) if packed else file
 
     def readable(self) -> bool:
         return True
@@ -155,12 +176,19 @@ class RemoteFile(io.RawIOBase):
     """A file on S3 or behind http(s): a GET that is cut, stalled or refused goes on where it stopped.
 
     From its beginning it comes by one GET, from any other place by ranges of _WINDOW bytes. Raises DataError.
+    packed: the server says that these bytes are gzip's.
     """
 
     def __init__(self, path: str) -> None:
         folder, _, self._name = path.rpartition("/")
         self._storage = cast(S3Storage | HttpStorage, open_storage(folder))
-        self._size, _ = self._storage.stat(self._name)
+        self.packed = False
+        if isinstance(self._storage, HttpStorage):
+            self._storage.takes_packed = True
+            told = self._storage.head(self._name)
+            self._size, self.packed = told.version.size, told.packed
+        else:
+            self._size, _ = self._storage.stat(self._name)
         self._at = 0
         self._seen: dict[str, Version] = {}
         self._pieces: Iterator[bytes] = iter(())

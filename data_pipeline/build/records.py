@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.build.inputs import beside, is_remote, must_exist, open_input, read_input
+from data_pipeline.build.inputs import beside, is_remote, must_exist, open_input, read_input, without_query
 from data_pipeline.build.layout import Row
 from data_pipeline.build.unreadable import REASON, UNREADABLE
 from data_pipeline.config import TableSource
@@ -117,7 +117,7 @@ class ImageStore:
         self._members: dict[str, Member] | None = None
         if not is_remote(path):
             must_exist(Path(path), "source.images")
-        if path.endswith(".tar"):
+        if without_query(path).endswith(".tar"):
             with open_input(path) as file:
                 self._members = {member.name.removeprefix("./"): member for member in scan(file, path)}
 
