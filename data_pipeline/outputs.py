@@ -1,10 +1,12 @@
 """What a command writes for its user: whole or not at all, over nothing it did not make, under the umask."""
 
 import contextlib
+import filecmp
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError, DataError, storage_errors
@@ -56,6 +58,17 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
                 aside.rename(path)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def holds_same(folder: str | Path, write: Callable[[Path], object]) -> bool:
+    """Does `folder` hold, byte for byte, every file that `write` puts into a new folder?"""
+    path = Path(folder)
+    if not path.is_dir():
+        return False
+    with storage_errors(path), tempfile.TemporaryDirectory(prefix=".", suffix=ASIDE, dir=path.parent) as aside:
+        write(Path(aside))
+        files = [file.relative_to(aside) for file in Path(aside).rglob("*") if file.is_file()]
+        return all((path / file).is_file() and filecmp.cmp(path / file, aside / file, shallow=False) for file in files)
 
 
 def write_whole(file: str | Path, data: bytes) -> None:

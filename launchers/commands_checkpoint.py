@@ -36,12 +36,13 @@ def export(
     ] = "tessera",
     step: Step = None,
     name: Name = None,
+    again: Annotated[bool, typer.Option("--again", help="Leave OUTPUT as it is where it holds this export.")] = False,
     json: AsJson = False,
 ) -> None:
     """Write the newest whole checkpoint as one plain folder: for other commands, other programs, or DeepSpeed."""
     from pretrain.checkpoint.verbs import export as run_export
 
-    emit({"exported": str(run_export(run, output, step, form, name, overrides or []))}, json)
+    emit({"exported": str(run_export(run, output, step, form, name, overrides or [], again))}, json)
 
 
 def import_weights(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.outputs import refuse_used
+from data_pipeline.outputs import holds_same, refuse_used
 from data_pipeline.storage import open_storage
 from pretrain.checkpoint.catalog import (
     NAME,
@@ -76,17 +76,20 @@ def export(
     form: str = "tessera",
     label: str | None = None,
     overrides: Sequence[str] = (),
+    again: bool = False,
 ) -> Path:
     """The newest whole checkpoint (that of a step, the one named `label`), or an exported model, as `form`.
 
     tessera: config.json and model.safetensors, which every other command reads; `overrides` change the settings that
     are noted in it. deepspeed: a universal checkpoint with the optimizer's state. One of LAYOUTS: model.safetensors
     under the names of that public model; those of transformers with its config.json, so that `from_pretrained` takes
-    the folder. Raises ConfigError for a used folder, and where the run names another vocabulary or image tokenizer by
-    now than it was trained with.
+    the folder. again: accept a folder that holds this export already. Raises ConfigError for a used folder, and where
+    the run names another vocabulary or image tokenizer by now than it was trained with.
     """
     if form not in ("tessera", "deepspeed", *LAYOUTS):
         raise ConfigError(f"--format {form} is not known; use tessera, deepspeed, {', '.join(sorted(LAYOUTS))}")
+    if again and holds_same(output, lambda aside: export(run, aside, step, form, label, overrides)):
+        return Path(output)
     refuse_used(output)
     settings = _settings_of(run, overrides)
     if settings:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import ConfigError, NodeFault
+from data_pipeline.errors import ConfigError, DataError, NodeFault
 from launchers import slurm
 from launchers.pipeline import Step, plan_steps
 from launchers.spec import SlurmCluster, describe, dns_label, load_cluster, seconds_of
@@ -267,7 +267,7 @@ def test_a_job_whose_number_cannot_be_noted_is_taken_back(
 ) -> None:
     tool("sbatch", f"rm -r {tmp_path}/run; echo 7; touch {tmp_path}/run")
     tool("scancel", 'echo "$@" > "$0.calls"')
-    with pytest.raises(OSError):
+    with pytest.raises(DataError, match="/run: File exists"):
         slurm.submit(step(tmp_path / "run"))
     assert (tmp_path / "bin/scancel.calls").read_text() == "7\n" and "job 7 taken back" in capsys.readouterr().err
 

@@ -79,6 +79,21 @@ def test_an_export_onto_a_run_or_any_used_folder_is_refused_and_changes_nothing(
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_pipeline_that_is_started_again_finds_its_export_and_no_other(form: str, tmp_path: Path) -> None:
+    write(tmp_path / "run", 4)
+    folder = verbs.export(tmp_path / "run", tmp_path / "out", form=form, again=True)
+    (folder / "evaluation.json").write_text("added by another command")
+    before = contents(tmp_path)
+    assert verbs.export(tmp_path / "run", folder, form=form, again=True) == folder
+    assert contents(tmp_path) == before
+    write(tmp_path / "run", 8)
+    with pytest.raises(ConfigError, match="is used already"):
+        verbs.export(tmp_path / "run", folder, form=form, again=True)
+    assert contents(folder) == {name.removeprefix("out/"): data for name, data in before.items() if "out/" in name}
+    verbs.export(tmp_path / "run", folder, step=4, form=form, again=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_an_export_onto_a_full_disk_leaves_nothing_and_spares_the_one_before(form: str, tmp_path: Path) -> None:
     write(tmp_path / "run", 3)
     with mounted(tmp_path / "disk", 4000) as disk:
