@@ -190,7 +190,8 @@ class Run:
         made = max(self.position, last_position(folder)) if killed and self.mesh.rank == 0 else -1
         [made] = self.mesh.maximum([made])
         if made >= 0:
-            suspects, patience_s = self.feed.prepared_by(made, PREVIEWED), self.config.train.collective_timeout_s
+            # of processor time: the others wait meanwhile, by the clock, and give up after twice the timeout
+            suspects, patience_s = self.feed.prepared_by(made, PREVIEWED), self.config.train.collective_timeout_s / 2
             search(self.stream, inputs, suspects, patience_s, self.mesh.maximum)
             remember(folder, inputs.found)
 

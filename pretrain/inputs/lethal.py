@@ -16,8 +16,8 @@ import numpy as np
 import xxhash
 
 from data_pipeline.config import ImageRules
-from data_pipeline.errors import BadSample
-from data_pipeline.images import MAX_PIXELS, Reject
+from data_pipeline.errors import BadSample, NodeFault
+from data_pipeline.images import MAX_PIXELS, Reject, encode
 from data_pipeline.sandbox import Decoder
 from data_pipeline.schema import Sample
 from pretrain.goodput import append_line, lines_of
@@ -30,6 +30,7 @@ LETHAL_IMAGES = "lethal_images.jsonl"
 LETHAL = ("decoder_crash", "decoder_timeout")
 """Reasons of the sandbox that would have ended a rank; of the others its own decoder says the same."""
 AT_ONCE = 64
+SOUND = encode(np.zeros((8, 8, 3), np.uint8), "png", 0)
 
 Maximum = Callable[[list[int]], list[int]]
 """Element-wise over ranks."""
@@ -65,15 +66,23 @@ class Screened:
 
     def _refuse_lethal(self, sample: Sample) -> None:
         number = image_number(sample.image)
-        if number not in self.known and self.decoder is not None:
-            try:
-                self.decoder.look(sample.image)
-            except Reject as reject:
-                if reject.reason in LETHAL:
-                    self.known.add(number)
-                    self.found.append({"image": number, "key": sample.key, "reason": str(reject)})
+        if number not in self.known and self.decoder is not None and (why := _death(self.decoder, sample.image)):
+            self.known.add(number)
+            self.found.append({"image": number, "key": sample.key, "reason": why})
         if number in self.known:
             raise BadSample(f"sample {sample.key!r}: its image ends the process that decodes it")
+
+
+def _death(decoder: Decoder, image: bytes) -> str:
+    """How the image ends its decoder; empty where it does not. Raises NodeFault where every image does."""
+    try:
+        decoder.look(image)
+    except Reject as reject:
+        return str(reject) if reject.reason in LETHAL else ""
+    except NodeFault as fault:  # killed, or left by itself, again and again: by a sound image too?
+        decoder.look(SOUND)
+        return str(fault)
+    return ""
 
 
 def screened(inputs: Callable[[list[Sample]], Any], known: Iterable[int] = (), decoder: Decoder | None = None) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.errors import BadSample
+from data_pipeline.errors import BadSample, NodeFault
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import order
 from data_pipeline.stream.reader import Stream
@@ -155,6 +155,24 @@ def test_an_image_that_never_ends_is_found_by_its_processor_time(material: Mater
         search(stream, inputs, np.arange(4), 1.0, alone)
     assert [line["key"] for line in inputs.found] == [stream.fetch(at(2)).key]
     assert "decoder_timeout" in inputs.found[0]["reason"]
+
+
+@pytest.mark.parametrize("end", ["kill", "leave"])
+def test_an_image_whose_decoder_is_killed_or_leaves_every_time_is_found(end: str, material: Material) -> None:
+    inputs, stream = inputs_of(material), Stream(material.dataset, 0)
+    with deadly(material, {at(1): end}):
+        search(stream, inputs, np.arange(3), PATIENCE_S, alone)
+    assert [line["key"] for line in inputs.found] == [stream.fetch(at(1)).key]
+
+
+def test_a_sandbox_that_dies_of_any_image_is_a_fault_of_the_node(
+    material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = inputs_of(material)
+    monkeypatch.setattr("data_pipeline.sandbox.sys.executable", "/bin/false")
+    with pytest.raises(NodeFault, match="the decoding process ended"):
+        search(Stream(material.dataset, 0), inputs, np.arange(3), PATIENCE_S, alone)
+    assert not inputs.known
 
 
 def test_sound_and_merely_damaged_images_are_not_lethal(material: Material) -> None:

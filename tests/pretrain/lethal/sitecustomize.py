@@ -1,4 +1,4 @@
-"""Processes whose PNG decoder aborts, or never ends, on images that a test names: see test_lethal.py.
+"""Processes whose PNG decoder ends them, or never ends, on images that a test names: see test_lethal.py.
 
 Python imports a module of this name from PYTHONPATH before the program.
 """
@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import resource
+import signal
 from typing import Any
 
 VARIABLE = "TESSERA_TEST_LETHAL"
@@ -19,6 +20,10 @@ def deadly(decode: Any, ends: dict[str, str]) -> Any:
         end = ends.get(hashlib.sha256(bytes(data)).hexdigest())
         if end == "abort":
             os.abort()
+        if end == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if end == "leave":
+            os._exit(1)
         while end == "spin":
             pass
         return decode(data, *rest)
