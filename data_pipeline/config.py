@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field, IPvAnyNetwork, NonNegativeInt, PositiveFloat, PositiveInt
 
+from data_pipeline.schema import SPECIALS
 from data_pipeline.settings import Location, OptionalLocation, Seed, Settings
 from data_pipeline.text_files import encoding_of, newline_of
 
@@ -57,8 +58,7 @@ class TarsSource(Settings):
 
 
 class TableSource(Settings):
-    """Rows of tables. `path`: files or folders, here or behind s3:// and http(s)://, with {00..99}, * and `::`. Folders
-    `column=value` below it are those of a partitioned table, and their names its columns.
+    """Rows of tables. `path`: files or folders, here or behind s3:// and http(s)://, with {00..99}, * and `::`.
 
     table: name of the table where `path` is the folder that holds it.
     key: column of unique names; without it a row is named by its number. A row without one is rejected (no_key).
@@ -95,6 +95,14 @@ class TableSource(Settings):
         """Do quotation marks enclose fields?"""
         return self.quotes if self.quotes is not None else self.kind != "tsv" or self.parse_rule == 1
 
+    @pydantic.model_validator(mode="after")
+    def _columns_are_there(self) -> "TableSource":
+        asked = [self.key, self.image, *self.captions, self.sha256, self.md5]
+        missing = [name for name in asked if name is not None and self.columns is not None and name not in self.columns]
+        if missing:
+            raise ValueError(f"{missing[0]!r} is none of columns={list(self.columns or ())}; name one of them")
+        return self
+
 
 class PairsSource(Settings):
     """Published tables whose columns are known: cc3m (caption TAB address), muge (id TAB caption TAB base64 image).
@@ -110,7 +118,7 @@ class PairsSource(Settings):
 class CocoSource(Settings):
     """COCO's captions JSON (also .gz): one row an image, with all of its captions.
 
-    images: folder or tar of the files, beside each JSON; without it they are fetched from the JSON's coco_url.
+    images: folder or tar of the files, beside the JSON; without it they are fetched from the JSON's coco_url.
     """
 
     kind: Literal["coco"] = "coco"
@@ -165,6 +173,12 @@ class CaptionRules(Settings):
     max_chars: PositiveInt | None = None
     languages: tuple[str, ...] = ()
     deny: OptionalLocation = None
+
+    @pydantic.model_validator(mode="after")
+    def _some_length_passes(self) -> "CaptionRules":
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise ValueError(f"min_chars={self.min_chars} is above max_chars={self.max_chars}: no caption would pass")
+        return self
 
 
 class FetchRules(Settings):
@@ -232,7 +246,7 @@ class VocabConfig(Settings):
 
     dataset: Location
     output: Location
-    size: PositiveInt = 8192
+    size: int = Field(8192, gt=len(SPECIALS))
     kind: Literal["unigram", "bpe"] = "unigram"
     character_coverage: PositiveFloat = Field(0.9995, le=1.0)
     max_captions: PositiveInt = 1_000_000

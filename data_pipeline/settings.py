@@ -45,6 +45,17 @@ Location = Annotated[str, pydantic.AfterValidator(_named)]
 OptionalLocation = Annotated[Location | None, pydantic.BeforeValidator(lambda given: None if given == "" else given)]
 """The same, or nothing; the empty text is nothing."""
 
+
+def local_path(location: str) -> Path | None:
+    """The path that a location names, without the version of a dataset; None for an address or a pattern of paths."""
+    if "://" in location or "::" in location or any(letter in location for letter in "*?[{"):
+        return None
+    path = Path(location)
+    name, at, version = path.name.rpartition("@")
+    of_version = bool(at and name) and set(version) <= set("0123456789abcdef")
+    return path.with_name(name) if of_version and not path.exists() else path
+
+
 S = TypeVar("S", bound=Settings)
 
 MAX_SEED = 2**64 - 1

@@ -12,10 +12,10 @@ import sentencepiece
 
 from data_pipeline.config import VocabConfig
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.schema import SPECIALS
 from data_pipeline.storage import open_storage
 from data_pipeline.stream.reader import Stream
 
-SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MODEL = "vocab.model"
 
 _SPACE = "\u2581"

@@ -13,8 +13,8 @@ from data_pipeline.errors import ConfigError
 from launchers import commands_checkpoint, commands_data, commands_run
 from launchers import slurm as slurm_jobs
 from launchers.arguments import AsJson, Changes, Overrides, emit
-from launchers.local import launch_local
-from launchers.pipeline import Step, plan_steps
+from launchers.local import check_rendezvous, launch_local
+from launchers.pipeline import Step, check_paths, plan_steps
 from launchers.spec import COMMANDS, KubernetesCluster, LocalCluster, RunSpec, SlurmCluster, Task
 
 Target = Annotated[
@@ -87,9 +87,12 @@ def local(
 
     The steps of a pipeline run one after another, until one does not end with 0.
     """
-    for step in checked(
-        plan_steps(LocalCluster, config, with_changes(rest, change), cluster, nodes, procs_per_node, task)
-    ):
+    steps = checked(plan_steps(LocalCluster, config, with_changes(rest, change), cluster, nodes, procs_per_node, task))
+    for step in steps:
+        check_rendezvous(step.spec.nodes, node_rank, master_addr, master_port)
+    if not dry_run:
+        check_paths(steps)
+    for step in steps:
         code = launch_local(
             step.spec,
             node_rank=node_rank,
@@ -143,9 +146,11 @@ def slurm(
     The steps of a pipeline wait for each other; where one is refused, none is submitted.
     """
     steps = checked(plan_steps(SlurmCluster, config, with_changes(rest, change), cluster, nodes, procs_per_node, task))
+    scripts = slurm_jobs.render_all(steps, seeds)
     if dry_run:
-        typer.echo(slurm_jobs.render_all(steps, seeds), nl=False)
+        typer.echo(scripts, nl=False)
         return
+    check_paths(steps)
     jobs = slurm_jobs.submit_all(steps, seeds)
     if len(jobs) == 1:
         emit(jobs[0], json)

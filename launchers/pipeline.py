@@ -6,12 +6,12 @@ A single thing is a pipeline of one step, so that every place knows one shape.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic
+from typing import Any, Generic
 
 from pydantic import PositiveInt
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.settings import Location, Settings, check_settings, read_yaml
+from data_pipeline.settings import Location, Settings, check_settings, local_path, read_yaml
 from launchers.spec import C, RunSpec, Task, describe, load_cluster
 
 
@@ -94,3 +94,20 @@ def _read_pipeline(
     if not steps:
         raise ConfigError(f"{path}: `steps:` is empty; give at least one `target:`")
     return steps
+
+
+def check_paths(steps: Sequence[Step[Any]]) -> None:
+    """Raise ConfigError for a path that a step reads where it is neither there nor written by a step above.
+
+    Addresses and patterns are left to the step itself.
+    """
+    written: list[Path] = []
+    for step in steps:
+        for path in map(local_path, step.spec.reads):
+            if path is None or path.exists() or any(path.is_relative_to(made) for made in written):
+                continue
+            raise ConfigError(
+                f"{step.name} reads {path}, which is not there and which no step above writes; make it first, or give "
+                "the right path"
+            )
+        written += [made for made in map(local_path, step.spec.writes) if made is not None]

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
-from data_pipeline.errors import NodeFault, TesseraError
+from data_pipeline.errors import ConfigError, NodeFault, TesseraError
 from data_pipeline.settings import load_settings
 from launchers import findings
 from launchers.local import Group, Patience, attend, check_rendezvous, free_port
 from launchers.spec import LocalCluster, load_cluster
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, check_initial, micro_batch_of
 from pretrain.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -51,14 +51,26 @@ def inside_group() -> bool:
     return "RANK" in os.environ or {"SLURM_PROCID", "SLURM_STEP_ID"} <= os.environ.keys()
 
 
+def read_config(asked: Asked) -> RunConfig | None:
+    """The configuration, if one was named. Raises ConfigError for one that cannot run."""
+    if asked.config is None:
+        return None
+    config = load_settings(RunConfig, asked.config, asked.overrides)
+    check_initial(config)
+    return config
+
+
 def start_group(
     asked: Asked, nodes: int | None, procs_per_node: int | None, node_rank: int, master_addr: str, master_port: int
 ) -> int:
     """Start this machine's processes and wait for their verdict -> exit code."""
-    if asked.config is not None:
-        load_settings(RunConfig, asked.config, asked.overrides)
     cluster = load_cluster(LocalCluster, None)
     nodes, procs = nodes or cluster.nodes, procs_per_node or cluster.procs_per_node
+    if config := read_config(asked):
+        try:
+            micro_batch_of(config.train, nodes * procs)
+        except ValueError as error:
+            raise ConfigError(f"{asked.config}: {error}") from None
     check_rendezvous(nodes, node_rank, master_addr, master_port)
     arguments = ["preflight", *([str(asked.config)] if asked.config else []), *asked.overrides]
     options = ["--timeout", f"{asked.timeout_s:g}", *(["--json"] if asked.json else [])]
@@ -83,7 +95,7 @@ def run_rank(asked: Asked) -> int:
     began = time.monotonic()
     from pretrain.mesh import Mesh
 
-    config = load_settings(RunConfig, asked.config, asked.overrides) if asked.config else None
+    config = read_config(asked)
     rank = Rank(Mesh.start(asked.timeout_s, asked.timeout_s), asked.timeout_s)
     rank.look(config)
     return rank.conclude(began, asked.json)

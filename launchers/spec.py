@@ -12,11 +12,12 @@ from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from data_pipeline.build.filters import Condition
 from data_pipeline.config import BuildConfig, VocabConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import Location, Settings, check_settings, digest, load_settings, read_yaml
 from launchers.quoting import command_line
-from pretrain.config import load_run, micro_batch_of
+from pretrain.config import has_begun, load_run, micro_batch_of
 from pretrain.deadline import LEAD_VARIABLE, refusal
 
 CLUSTER_DIR = Path("configs/cluster")
@@ -183,7 +184,8 @@ class RunSpec:
     `arguments` is what follows `tessera`. `run_folder` is where the launcher keeps its records: a training's own
     folder, runs/NAME of the others. `storage` lists what is read and written, folders and addresses; `checkpoints` is
     where a training's go, if not into its folder. `lead_s` are the seconds from the signal to stop to the kill,
-    `retries` the new attempts; image and volumes stay with the place.
+    `retries` the new attempts; image and volumes stay with the place. Of `storage`
+    what it `reads` must be there when it starts.
     """
 
     name: str
@@ -197,11 +199,17 @@ class RunSpec:
     lead_s: int = 300
     retries: int = 0
     storage: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     checkpoints: str = ""
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.procs_per_node
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """What it makes itself."""
+        return tuple(path for path in self.storage if path not in self.reads)
 
     @property
     def saves(self) -> bool:
@@ -305,16 +313,15 @@ def _train(spec: RunSpec, target: str, arguments: Sequence[str]) -> RunSpec:
         raise ConfigError(f"{target}: {error}") from None
     if text := refusal(spec.lead_s, Path(config.run)):
         raise ConfigError(text)
-    data = config.data
-    read = [data.dataset, *(source.path for source in data.datasets), data.vocabulary, data.tokenizer, data.evaluation]
-    storage = tuple(path for path in (config.run, config.train.checkpoints, config.initial, *read) if path)
+    places = (config.run, config.train.checkpoints, config.initial, *config.data.paths)
     name = dns_label(Path(config.run).name)
     return replace(
         spec,
         name=name,
         config_hash=digest(config),
         run_folder=config.run,
-        storage=storage,
+        storage=tuple(path for path in places if path),
+        reads=((config.initial,) if config.initial and not has_begun(config) else ()) + config.data.paths,
         checkpoints=config.train.checkpoints or "",
     )
 
@@ -337,22 +344,31 @@ def _build(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
     config = load_settings(BuildConfig, target, overrides)
     source = getattr(config.source, "path", None)
     storage = tuple(path for path in (config.output, source, config.tokenizer) if path)
-    return replace(
-        spec, name=dns_label(f"build-{Path(config.output).name}"), config_hash=digest(config), storage=storage
-    )
+    for name, condition in config.filters.items():
+        Condition(condition, f"filters.{name}")
+    name = dns_label(f"build-{Path(config.output).name}")
+    return replace(spec, name=name, config_hash=digest(config), storage=storage, reads=storage[1:])
 
 
 def _vocab(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
     config = load_settings(VocabConfig, target, overrides)
     name = dns_label(f"vocab-{Path(config.output).name}")
-    return replace(spec, name=name, config_hash=digest(config), storage=(config.output, config.dataset))
+    return replace(
+        spec, name=name, config_hash=digest(config), storage=(config.output, config.dataset), reads=(config.dataset,)
+    )
 
 
 def _command(spec: RunSpec, target: str, arguments: Sequence[str]) -> RunSpec:
     """What is told by options alone: the hash is that of the command line."""
     hashed = hashlib.sha256("\0".join(spec.arguments).encode()).hexdigest()[:16]
-    storage = (target, *_named_folders(spec.task, arguments))
-    return replace(spec, name=dns_label(f"{spec.task}-{Path(target).name}"), config_hash=hashed, storage=storage)
+    named = tuple(_named_folders(spec.task, arguments))
+    return replace(
+        spec,
+        name=dns_label(f"{spec.task}-{Path(target).name}"),
+        config_hash=hashed,
+        storage=(target, *named),
+        reads=(target,) if spec.task == "export" else (target, *named),
+    )
 
 
 def _named_folders(task: Task, arguments: Sequence[str]) -> list[str]:

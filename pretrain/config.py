@@ -13,10 +13,29 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.settings import Location, OptionalLocation, Seed, Settings, expand_home, load_settings
+from data_pipeline.schema import SPECIALS
+from data_pipeline.settings import (
+    Location,
+    OptionalLocation,
+    Seed,
+    Settings,
+    expand_home,
+    load_settings,
+    local_path,
+)
+from data_pipeline.stream.weights import check_changes
 from pretrain.best import check_best
+from pretrain.goodput import METRICS
 
 # ---------------------------------------------------------------------------------------------- models
+
+
+def check_heads(width: int, heads: int, name: str = "width") -> None:
+    """Raise ValueError where the heads of an attention do not share its width evenly."""
+    if width % heads:
+        near = [number for number in range(1, width + 1) if width % number == 0]
+        best = min(near, key=lambda number: (abs(number - heads), number))
+        raise ValueError(f"{name}={width} is not divisible by heads={heads}; use {best} heads, or another width")
 
 
 class VisionTower(Settings):
@@ -28,6 +47,17 @@ class VisionTower(Settings):
     layers: PositiveInt = 12
     heads: PositiveInt = 12
 
+    @pydantic.model_validator(mode="after")
+    def _shapes_fit(self) -> "VisionTower":
+        if self.image_size % self.patch_size:
+            fits = self.image_size // self.patch_size * self.patch_size or self.patch_size
+            raise ValueError(
+                f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}; use {fits} pixels, or "
+                "another patch"
+            )
+        check_heads(self.width, self.heads)
+        return self
+
 
 class TextTower(Settings):
     """Causal transformer of CLIP, pooled at the end-of-text token."""
@@ -37,6 +67,11 @@ class TextTower(Settings):
     width: PositiveInt = 512
     layers: PositiveInt = 12
     heads: PositiveInt = 8
+
+    @pydantic.model_validator(mode="after")
+    def _shapes_fit(self) -> "TextTower":
+        check_heads(self.width, self.heads)
+        return self
 
 
 class ClipConfig(Settings):
@@ -68,6 +103,11 @@ class EncoderConfig(Settings):
     norm_eps: PositiveFloat = 1e-12
     dropout: NonNegativeFloat = Field(0.1, lt=1.0)
 
+    @pydantic.model_validator(mode="after")
+    def _shapes_fit(self) -> "EncoderConfig":
+        check_heads(self.width, self.heads)
+        return self
+
 
 class BertConfig(EncoderConfig):
     """BERT for pretraining (MLM + NSP), Devlin et al. 2018, arXiv:1810.04805."""
@@ -80,6 +120,23 @@ class ElectraConfig(EncoderConfig):
 
     kind: Literal["electra"] = "electra"
     generator_fraction: PositiveFloat = Field(0.25, le=1.0)
+
+    @property
+    def generator_size(self) -> tuple[int, int]:
+        """Width and heads of the generator: the fraction of the width, in heads of 64, at least one."""
+        width = round(self.width * self.generator_fraction)
+        return width, max(1, width // 64)
+
+    @pydantic.model_validator(mode="after")
+    def _generator_fits(self) -> "ElectraConfig":
+        width, heads = self.generator_size
+        if not width:
+            raise ValueError(
+                f"generator_fraction={self.generator_fraction:g} of width={self.width} leaves the generator no width; "
+                f"use {1 / self.width:.2g} or more"
+            )
+        check_heads(width, heads, f"generator_fraction={self.generator_fraction:g}: the generator's width")
+        return self
 
 
 class GptConfig(Settings):
@@ -96,6 +153,11 @@ class GptConfig(Settings):
     activation: Activation = "gelu"
     norm_eps: PositiveFloat = 1e-5
     dropout: NonNegativeFloat = Field(0.0, lt=1.0)
+
+    @pydantic.model_validator(mode="after")
+    def _shapes_fit(self) -> "GptConfig":
+        check_heads(self.width, self.heads)
+        return self
 
 
 NormGroups = PositiveInt | Literal["width/4"]
@@ -120,11 +182,11 @@ class VqganConfig(Settings):
     kind: Literal["vqgan"] = "vqgan"
     image_size: PositiveInt = 256
     channels: PositiveInt = 128
-    multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
+    multipliers: tuple[PositiveInt, ...] = Field((1, 1, 2, 2, 4), min_length=1)
     res_blocks: PositiveInt = 2
     attention_at: tuple[int, ...] = (16,)
     latent_channels: PositiveInt = 256
-    codebook_size: PositiveInt = Field(16384, le=65536)
+    codebook_size: int = Field(16384, ge=2, le=65536)
     code_width: PositiveInt = 256
     local_encoder: bool = False
     norm_groups: NormGroups = 32
@@ -150,6 +212,17 @@ class VqganConfig(Settings):
         return tree | {"norm_groups": "width/4"}
 
     @pydantic.model_validator(mode="after")
+    def _sides_halve(self) -> "VqganConfig":
+        """Each level but the last halves the side."""
+        factor = 2 ** (len(self.multipliers) - 1)
+        if self.image_size % factor:
+            raise ValueError(
+                f"image_size={self.image_size} is not divisible by {factor}, the pixels of a code with "
+                f"{len(self.multipliers)} multipliers; use {max(factor, self.image_size // factor * factor)}"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _groups_divide(self) -> "VqganConfig":
         for width, groups in zip((self.channels, *self.widths), self.group_counts(), strict=True):
             if not groups or width % groups:
@@ -157,6 +230,11 @@ class VqganConfig(Settings):
                     f"norm_groups={self.norm_groups}: {width} channels are not divisible by {groups} groups; take "
                     "channels that are a multiple of 32, or of 4 with norm_groups=width/4"
                 )
+        if self.grid == 1 and self.group_counts()[-1] == self.widths[-1]:
+            raise ValueError(
+                f"norm_groups={self.norm_groups}: {self.widths[-1]} channels of one code are groups of a single value, "
+                "which a norm makes 0; use fewer groups or a larger image"
+            )
         return self
 
     @property
@@ -258,6 +336,16 @@ AUGMENTATION = ("crop_scale", "crop_ratio", "flip")
 """Fields of DataConfig that draw what of an image is shown; their defaults draw nothing."""
 
 
+def _ascending(span: tuple[float, float]) -> tuple[float, float]:
+    low, high = span
+    if low > high:
+        raise ValueError(f"the lower end comes first; use [{high:g}, {low:g}]")
+    return span
+
+
+Span = Annotated[tuple[PositiveFloat, PositiveFloat], pydantic.AfterValidator(_ascending)]
+
+
 class DataConfig(Settings):
     """The dataset (or `datasets`, mixed by weight), the vocabulary and how samples become tensors.
 
@@ -272,8 +360,8 @@ class DataConfig(Settings):
     vocabulary: OptionalLocation = None
     tokenizer: OptionalLocation = None
     evaluation: OptionalLocation = None
-    crop_scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
-    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    crop_scale: Span = (1.0, 1.0)
+    crop_ratio: Span = (1.0, 1.0)
     flip: bool = False
     prefetch_steps: PositiveInt = 2
     workers: NonNegativeInt = 0
@@ -289,7 +377,26 @@ class DataConfig(Settings):
             raise ValueError("name either data.dataset, or data.datasets with a weight each")
         if self.reweigh and not self.datasets:
             raise ValueError("data.reweigh changes the weights of data.datasets; with one data.dataset there are none")
+        if self.datasets:
+            try:
+                check_changes(self.changes)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
         return self
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Everything that is read: datasets, vocabulary, image tokenizer, held-out data."""
+        sources = (source.path for source in self.datasets)
+        return tuple(
+            path for path in (self.dataset, *sources, self.vocabulary, self.tokenizer, self.evaluation) if path
+        )
+
+    @property
+    def changes(self) -> list[tuple[int, tuple[float | str, ...]]]:
+        """(first position, weights of the datasets), the first at 0."""
+        first = (0, tuple(source.weight for source in self.datasets))
+        return [first, *((change.position, change.weights) for change in self.reweigh)]
 
 
 class TrainConfig(Settings):
@@ -317,9 +424,10 @@ class TrainConfig(Settings):
     checkpoints: OptionalLocation = None
     log_every_steps: PositiveInt = 10
     sample_every_steps: NonNegativeInt = 0
-    collective_timeout_s: PositiveInt = 120
+    collective_timeout_s: PositiveInt = Field(120, le=7 * 86400)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 MAIN = "main"
 """The role of all parameters that no other optimizer of an objective has."""
 
@@ -332,7 +440,7 @@ class AdamWConfig(Settings):
     """
 
     lr: PositiveFloat
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
     no_decay: tuple[str, ...] = ()
@@ -496,7 +604,88 @@ def check_sections(config: RunConfig) -> None:
             "use 0"
         )
     check_best(config.train.keep_best, config.objective.model_dump(), config.train.steps)
+    _check_text(config)
+    _check_images(config)
     _check_optimizers(config)
+
+
+def has_begun(config: RunConfig) -> bool:
+    """Has the run logged a step? Then it goes on from a checkpoint and reads `initial` no more."""
+    return (Path(config.run) / METRICS).exists()
+
+
+def check_initial(config: RunConfig) -> None:
+    """Raise ConfigError where a run that has not begun would start from a folder that is not there."""
+    path = local_path(config.initial) if config.initial else None
+    if path is not None and not path.exists() and not has_begun(config):
+        raise ConfigError(
+            f"initial={config.initial} is not there; name the folder of a run or of an exported model, or leave it out"
+        )
+
+
+def _check_text(config: RunConfig) -> None:
+    """What the inputs of a family need of its text model: ids for the special pieces, room for them and a word."""
+    model, pairs = config.model, config.objective.kind == "mlm" and config.objective.nsp
+    if model.kind == "vqgan":
+        return
+    if model.kind == "gpt":
+        name, size = "text_vocab", model.text_vocab
+    else:
+        of_clip = model.kind == "clip"
+        text = model.text if model.kind == "clip" else model
+        name, size = f"{'text.' if of_clip else ''}vocab_size", text.vocab_size
+        least, row = (5, "[CLS] a [SEP] b [SEP]") if pairs else (3, "[CLS] a [SEP]")
+        if text.context < least:
+            raise ValueError(
+                f"model.{'text.' if of_clip else ''}context={text.context} has no room for {row}; use {least} or more"
+            )
+    if size <= len(SPECIALS):
+        raise ValueError(
+            f"model.{name}={size} leaves no id beside the {len(SPECIALS)} special ones; use the size of the vocabulary"
+        )
+    if model.kind == "bert" and pairs and model.type_vocab < 2:
+        raise ValueError("model.type_vocab=1 cannot tell two sentences apart; use 2, or objective.nsp=false")
+
+
+SMALLEST_SIDE = 8
+"""Pixels of the least image that a reconstruction is compared in: its edges are looked at down to a quarter."""
+
+
+def _check_images(config: RunConfig) -> None:
+    """What the losses of a family need of its images."""
+    model, objective = config.model, config.objective
+    if objective.kind == "contrastive" and config.train.global_batch < 2:
+        raise ValueError("train.global_batch=1 has no other pair to tell a pair from; use 2 or more")
+    if model.kind == "gpt" and model.image_vocab < 2:
+        raise ValueError(f"model.image_vocab={model.image_vocab} leaves nothing to predict; use the codebook's size")
+    if model.kind != "vqgan" or objective.kind != "reconstruction":
+        return
+    if model.image_size < SMALLEST_SIDE:
+        raise ValueError(f"model.image_size={model.image_size} is too small to compare; use {SMALLEST_SIDE} or more")
+    if objective.discriminator_weight:
+        _check_discriminator(model)
+
+
+def _check_discriminator(model: VqganConfig) -> None:
+    """The widths of its norms must divide into groups, and its convolutions must leave a patch to judge."""
+    channels, layers = model.discriminator_channels, model.discriminator_layers
+    for wider in discriminator_widths(channels, layers):
+        groups = group_count(wider, "width/4")
+        if not groups or wider % groups:
+            raise ValueError(
+                f"model.discriminator_channels={channels}: {wider} channels are not divisible by {groups} groups; use "
+                "a multiple of 2 up to 16, or of 16"
+            )
+    if model.image_size // 2**layers < 3:
+        raise ValueError(
+            f"model.discriminator_layers={layers} leave no patch of {model.image_size} pixels; use fewer, or "
+            "objective.discriminator_weight=0"
+        )
+
+
+def discriminator_widths(channels: int, layers: int) -> list[int]:
+    """Channels of the discriminator's normalised layers."""
+    return [channels * min(2**index, 8) for index in range(1, layers + 1)]
 
 
 def _check_optimizers(config: RunConfig) -> None:

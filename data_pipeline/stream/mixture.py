@@ -23,15 +23,13 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import share
 from data_pipeline.stream.state import check_state
+from data_pipeline.stream.weights import MOST_SOURCES, Weight, check_changes
+from data_pipeline.stream.weights import reduce_weights as reduce_weights
 
 if TYPE_CHECKING:
     from data_pipeline.stream.reader import Stream
 
-LARGEST_PERIOD = 10_000
-MOST_SOURCES = 16  # as many as a state of 1 KB can name
 _DIGITS = 12  # of a fingerprint, in the state
-
-Weight = int | float | str | Fraction
 
 
 class Schedule:
@@ -43,13 +41,8 @@ class Schedule:
 
     def __init__(self, changes: Sequence[tuple[int, Sequence[Weight]]]) -> None:
         self.starts = [start for start, _ in changes]
-        if not changes or self.starts[0] != 0 or sorted(set(self.starts)) != self.starts:
-            raise ConfigError(f"weights change at positions {self.starts}; give ascending ones, the first is 0")
-        self.weights = [reduce_weights(weights) for _, weights in changes]
+        self.weights = check_changes(changes)
         self.sources = len(self.weights[0])
-        for start, weights in zip(self.starts, self.weights, strict=True):
-            if len(weights) != self.sources:
-                raise ConfigError(f"{len(weights)} weights from position {start} for {self.sources} datasets")
         self._tables = [_period(weights) for weights in self.weights]
         self._bases = [np.zeros(self.sources, np.int64)]
         for number, start in enumerate(self.starts[1:]):
@@ -80,21 +73,6 @@ class Schedule:
         table, before = self._tables[number]
         turns, slot = divmod(position - self.starts[number], len(table))
         return self._bases[number] + turns * np.array(self.weights[number], np.int64) + before[slot]
-
-
-def reduce_weights(weights: Sequence[Weight]) -> tuple[int, ...]:
-    """Weights as written (0.7 is 7/10, "1/3" is a third) -> the smallest whole numbers of the same ratios."""
-    exact = [weight if isinstance(weight, Fraction) else Fraction(str(weight)) for weight in weights]
-    if min(exact) < 0 or not any(exact):
-        raise ConfigError(f"weights {[str(weight) for weight in weights]}: 0 or more each, and one above 0")
-    whole = [int(weight * math.lcm(*(each.denominator for each in exact))) for weight in exact]
-    reduced = tuple(weight // math.gcd(*whole) for weight in whole)
-    if sum(reduced) > LARGEST_PERIOD:
-        raise ConfigError(
-            f"weights {[str(weight) for weight in weights]} repeat after {sum(reduced)} samples, at most "
-            f"{LARGEST_PERIOD} are laid out; round them, for example to three digits"
-        )
-    return reduced
 
 
 def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -330,7 +330,7 @@ def parse_json(contents: bytes, where: str, name: str) -> dict[str, Any]:
     except ValueError:
         try:
             tree = json.loads(decode_text(contents))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise BadSample(f"{where} ({name!r}): not JSON ({error}); build the dataset again") from None
     if not isinstance(tree, dict):
         held = type(tree).__name__

@@ -91,7 +91,7 @@ def recorded(folder: str | Path) -> Fingerprints | None:
 def _config_of(folder: str | Path) -> dict[str, Any]:
     try:
         tree = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return tree if isinstance(tree, dict) else {}
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.schema import SPECIALS
 
 if TYPE_CHECKING:
     from data_pipeline.vocabulary import Vocabulary
 
-SPECIALS = 5  # [PAD] [UNK] [CLS] [SEP] [MASK] are the first ids
 LONGEST_NGRAM = 3
 _SPACE, _UNKNOWN = "\u2581", "\ufffd"
 
@@ -77,7 +77,7 @@ def word_starts(ids: list[int], vocabulary: Vocabulary) -> np.ndarray:
 
     Raises ConfigError where jieba is needed and not installed: without it the masks would be others.
     """
-    pieces = [_UNKNOWN if i == vocabulary.unk else " " if i < SPECIALS else vocabulary.piece(i) for i in ids]
+    pieces = [_UNKNOWN if i == vocabulary.unk else " " if i < len(SPECIALS) else vocabulary.piece(i) for i in ids]
     pieces = [piece.replace(_SPACE, " ") for piece in pieces]
     text = "".join(pieces)
     if not any("\u3400" <= letter <= "\u9fff" for letter in text):
@@ -110,7 +110,7 @@ def replace_bert(
 ) -> np.ndarray:
     """80 % [MASK], 10 % unchanged, 10 % a random piece (no special one), each piece by itself -> int64 [length]."""
     chance = generator.random(len(positions))
-    pieces = generator.integers(SPECIALS, vocabulary.size, len(positions))
+    pieces = generator.integers(len(SPECIALS), vocabulary.size, len(positions))
     masked = tokens.copy()
     masked[positions] = np.where(chance < 0.8, vocabulary.mask, np.where(chance < 0.9, tokens[positions], pieces))
     return masked
@@ -126,7 +126,7 @@ def replace_electra(
 
 
 def _maskable(tokens: np.ndarray) -> np.ndarray:
-    return (tokens >= SPECIALS) | (tokens == 1)  # [UNK] stands for a word
+    return (tokens >= len(SPECIALS)) | (tokens == 1)  # [UNK] stands for a word
 
 
 def _wanted(tokens: np.ndarray, rate: float, context: int) -> int:

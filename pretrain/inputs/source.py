@@ -11,10 +11,7 @@ def open_stream(data: DataConfig, seed: int, codes: str | None = None) -> Source
     geometry = Geometry(**data.shuffle.model_dump())
     if data.dataset is not None:
         return Stream(data.dataset, seed, codes, geometry)
-    schedule = Schedule(
-        [(0, [source.weight for source in data.datasets])]
-        + [(change.position, change.weights) for change in data.reweigh]
-    )
+    schedule = Schedule(data.changes)
     streams = [
         Stream(source.path, seed_of_source(seed, number), codes, geometry)
         for number, source in enumerate(data.datasets)

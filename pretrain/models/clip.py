@@ -42,11 +42,6 @@ class ClipVision(nn.Module):
 
     def __init__(self, config: VisionTower, embed_dim: int, activation: str, eps: float) -> None:
         super().__init__()
-        if config.image_size % config.patch_size:
-            raise ValueError(
-                f"image_size={config.image_size} is not divisible by patch_size={config.patch_size}; "
-                f"use {config.image_size // config.patch_size * config.patch_size or config.patch_size}"
-            )
         patches = (config.image_size // config.patch_size) ** 2
         self.patch = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_token = nn.Parameter(torch.empty(config.width))

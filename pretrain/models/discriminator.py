@@ -6,6 +6,8 @@ depend on how many ranks there are.
 
 from torch import Tensor, nn
 
+from pretrain.config import discriminator_widths, group_count
+
 
 class PatchDiscriminator(nn.Module):
     """`layers` strided 4x4 convolutions, one unstrided, one that writes a logit per patch; leaky ReLU 0.2."""
@@ -14,11 +16,10 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = channels
-        for index in range(1, layers + 1):
-            wider = channels * min(2**index, 8)
+        for index, wider in enumerate(discriminator_widths(channels, layers), 1):
             stride = 2 if index < layers else 1
             parts += [nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False)]
-            parts += [nn.GroupNorm(min(32, wider // 4), wider), nn.LeakyReLU(0.2)]
+            parts += [nn.GroupNorm(group_count(wider, "width/4"), wider), nn.LeakyReLU(0.2)]
             width = wider
         self.main = nn.Sequential(*parts, nn.Conv2d(width, 1, 4, padding=1))
         self.apply(_init)

@@ -49,7 +49,7 @@ class Electra(nn.Module):
 
     def __init__(self, config: ElectraConfig) -> None:
         super().__init__()
-        width, heads = generator_size(config)
+        width, heads = config.generator_size
         self.embeddings = TextEmbeddings(config)
         self.generator = TextEncoder.of(config, width, heads)
         self.mlm = MlmHead(config, width)  # GELU whatever the towers have, as published
@@ -83,12 +83,6 @@ class Electra(nn.Module):
         original = put(tokens, positions, labels, filled)
         judged = self.discriminator(self.embeddings(corrupted, types, places), key_mask)
         return ElectraOutput(word_logits, self.rtd(judged), corrupted != original, corrupted)
-
-
-def generator_size(config: ElectraConfig) -> tuple[int, int]:
-    """-> width and heads of the generator: the fraction of the discriminator's width, 64 wide heads, at least one."""
-    width = round(config.width * config.generator_fraction)
-    return width, max(1, width // 64)
 
 
 @torch.no_grad()

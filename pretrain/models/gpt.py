@@ -145,8 +145,6 @@ class CausalAttention(nn.Module):
 
     def __init__(self, config: GptConfig, layer: int) -> None:
         super().__init__()
-        if config.width % config.heads:
-            raise ValueError(f"width={config.width} is not divisible by heads={config.heads}; use 64 per head")
         self.heads, self.layer = config.heads, layer
         self.query = nn.Linear(config.width, config.width)
         self.key = nn.Linear(config.width, config.width)

@@ -72,10 +72,6 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(
-                f"width={width} is not divisible by heads={heads}; use a multiple, for example 64 per head"
-            )
         self.heads = heads
         self.dropout = Dropout(dropout)
         self.qkv = nn.Linear(width, 3 * width)
