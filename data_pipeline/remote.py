@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -66,7 +68,9 @@ class Forbidden(DataError):
 
 
 class Transient(Exception):
-    """The network or the server failed in a way that may pass."""
+    """The network or the server failed in a way that may pass, after the `wait_s` that the server asks for."""
+
+    wait_s = 0.0
 
 
 class Patience:
@@ -86,19 +90,20 @@ class Patience:
         finally:
             self.spent_s += time.monotonic() - began
 
-    def check(self, received: int, fault: object) -> None:
-        """Raises DataError when the time is used up."""
-        if self.spent_s > PATIENCE_S + received / SLOWEST:
+    def check(self, received: int, fault: object, asked_s: float = 0.0) -> None:
+        """Raises DataError when the time is used up, or a wait that the server asks for would outlast it."""
+        if self.spent_s + asked_s > PATIENCE_S + received / SLOWEST:
             raise DataError(
                 f"{self.what}: given up after {self.spent_s:.0f} s and {self.faults} faults, {received} bytes came; "
                 f"the last: {fault}; see to the server and the network, then run the same command again"
             )
 
     def pause(self, received: int, fault: Transient) -> None:
-        """Wait before the next attempt: twice as long each time, up to 5 s, with jitter."""
+        """Wait before the next attempt: twice as long each time, up to 5 s, with jitter, or as the server asks."""
         self.faults += 1
-        self.check(received, fault)
+        self.check(received, fault, fault.wait_s)
         pause = min(_MAX_PAUSE_S, 0.05 * 2 ** min(self.faults, 10)) * random.uniform(0.5, 1.0)
+        pause = max(pause, fault.wait_s)
         self.spent_s += pause
         time.sleep(pause)
 
@@ -573,12 +578,18 @@ class HttpStorage(RemoteStorage):
         if answer.status == 416 and total.endswith("*/0"):  # an empty object has no first byte
             return Head(200, said, Version(0, _tag(answer.headers)), False)
         if answer.status not in (200, 206):
-            error = self._refused(name, answer.status, said)
-            if isinstance(error, Transient):
+            if isinstance(error := self._fault(name, answer), Transient):
                 raise error
             return Head(answer.status, said, Version(-1, ""), False)
         _, size = _content_range(total, int(answer.headers.get("Content-Length", -1)))
         return Head(200, said, Version(size, _tag(answer.headers)), self._packed(name, answer.headers))
+
+    def _fault(self, name: str, answer: Any) -> Exception:
+        """What an answer means that brings no object."""
+        error = self._refused(name, answer.status, answer.reason or "")
+        if isinstance(error, Transient):
+            error.wait_s = retry_after_s(answer.headers)
+        return error
 
     def _packed(self, name: str, headers: Any) -> bool:
         """Does the object come packed as gzip? Raises DataError for another packing, or where none can be taken."""
@@ -595,7 +606,7 @@ class HttpStorage(RemoteStorage):
         answer = self._request("GET", name, {"Accept-Encoding": "identity", **ranged})
         if answer.status not in (200, 206):
             answer.close()
-            raise self._refused(name, answer.status, answer.reason or "")
+            raise self._fault(name, answer)
         self._packed(name, answer.headers)
         length = int(answer.headers.get("Content-Length", -1))
         first, size = _content_range(answer.headers.get("Content-Range"), length)
@@ -619,7 +630,7 @@ class HttpStorage(RemoteStorage):
         return urllib3.PoolManager(
             maxsize=CONNECTIONS,
             timeout=urllib3.Timeout(connect=CONNECT_S, read=STALL_S),
-            retries=urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5),
+            retries=urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5, respect_retry_after_header=False),
         )
 
 
@@ -645,6 +656,18 @@ def _content_range(header: str | None, length: int) -> tuple[int, int]:
     """-> (first byte that is sent, size of the whole object; -1 where it is not said)."""
     found = _TOTAL.match(header or "")
     return (int(found.group(1)), int(found.group(2))) if found else (0, length)
+
+
+def retry_after_s(headers: Any) -> float:
+    """Seconds that Retry-After asks for: a number, or until a date by the server's clock; 0 where it says neither."""
+    said = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", said, re.ASCII):
+        return float(said)
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        until = parsedate_to_datetime(said)
+        now = parsedate_to_datetime(headers["Date"]) if "Date" in headers else datetime.now(UTC)
+        return max(0.0, (until - now).total_seconds())
+    return 0.0
 
 
 def _says_page(headers: Any) -> bool:

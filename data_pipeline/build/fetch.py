@@ -13,15 +13,12 @@ import contextlib
 import hashlib
 import ipaddress
 import random
-import re
 import socket
 import ssl
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin
 from urllib.request import getproxies, proxy_bypass
@@ -33,7 +30,7 @@ from yarl import URL
 from data_pipeline.build.cache import RawCache
 from data_pipeline.config import FetchRules
 from data_pipeline.errors import ConfigError
-from data_pipeline.remote import packings
+from data_pipeline.remote import packings, retry_after_s
 from data_pipeline.schema import Link
 
 MAX_REDIRECTS = 5
@@ -283,7 +280,7 @@ def check_address(url: str) -> URL:
     try:
         parsed = URL(url)
     except ValueError as error:
-        raise FetchError("wrong_url", f"{error}: {url:.100}") from None
+        raise FetchError("wrong_url", f"{error!s:.200}: {url:.100}") from None
     if parsed.scheme not in ("http", "https") or not parsed.raw_host:
         raise FetchError("wrong_url", f"only http and https are fetched: {url:.100}")
     return parsed
@@ -338,25 +335,13 @@ def check_answer(response: aiohttp.ClientResponse, rules: FetchRules) -> None:
     """Raises FetchError for any status but 200 and where the owner opts out."""
     status = response.status
     if status in _BUSY or status >= 500:
-        raise FetchError(f"http_{status}", "", status, True, _wait_s(response.headers))
+        raise FetchError(f"http_{status}", "", status, True, retry_after_s(response.headers))
     if status != 200:
         raise FetchError(f"http_{status}", status=status)
     for value in response.headers.getall("X-Robots-Tag", []):
         for directive in opt_outs(value):
             if directive in rules.opt_out:
                 raise FetchError("opted_out", f"X-Robots-Tag: {value:.80}", status=status)
-
-
-def _wait_s(headers: Mapping[str, str]) -> float:
-    """Seconds that Retry-After asks for: a number, or until a date by the server's clock; 0 where it says neither."""
-    said = headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", said, re.ASCII):
-        return float(said)
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        until = parsedate_to_datetime(said)
-        now = parsedate_to_datetime(headers["Date"]) if "Date" in headers else datetime.now(UTC)
-        return max(0.0, (until - now).total_seconds())
-    return 0.0
 
 
 def opt_outs(value: str) -> list[str]:

@@ -8,6 +8,8 @@ import tarfile
 import threading
 import zlib
 from collections import Counter
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -15,7 +17,7 @@ import pytest
 from data_pipeline.build.inputs import open_input, read_input
 from data_pipeline.build.sources import open_source
 from data_pipeline.errors import DataError
-from data_pipeline.remote import Forbidden, Missing
+from data_pipeline.remote import Forbidden, Missing, retry_after_s
 from data_pipeline.schema import Pair
 from data_pipeline.shards.verify import verify
 from data_pipeline.storage import open_storage
@@ -123,6 +125,32 @@ def test_a_server_that_refuses_head_is_asked_for_the_first_byte(site, rows, head
     assert len(rows(kind="jsonl", path=f"{site.address}/m.jsonl")) == 2000
     with pytest.raises(Missing, match="not there"):
         storage.stat("gone.jsonl")
+
+
+@pytest.mark.parametrize("wait", ["3600", "date"])
+def test_a_server_that_asks_for_a_longer_wait_than_patience_is_left_alone(site, monkeypatch, wait):
+    until = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True) if wait == "date" else wait
+    monkeypatch.setattr(Odd, "do_GET", lambda self: self.say(503, b"", True, Retry_After=until))
+    storage = open_storage(site.address)
+    with pytest.raises(DataError, match="given up after 0 s and 1 faults"):
+        storage.get("m.jsonl")
+    site.head = 405
+    with pytest.raises(DataError, match="given up after 0 s and 1 faults"):
+        storage.stat("m.jsonl")
+
+
+WAITS = ["0", "1.0", "-5", "soon", "", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 99 Oct 2015", "9" * 400]
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_any_words_for_a_wait_are_seconds_or_none(wait):
+    assert retry_after_s({"Retry-After": wait}) == (1.0 if wait == "1.0" else 0.0)
+
+
+def test_a_date_to_wait_for_is_held_against_the_clock_of_the_server():
+    headers = {"Date": "Wed, 21 Oct 2015 07:28:00 GMT", "Retry-After": "Wed, 21 Oct 2015 07:30:00 GMT"}
+    assert retry_after_s(headers) == 120
+    assert retry_after_s({**headers, "Date": "no date"}) == 0
 
 
 def test_who_may_read_nothing_is_told_so(site, monkeypatch):
