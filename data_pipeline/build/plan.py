@@ -29,7 +29,7 @@ from data_pipeline.build.captions import check_languages, deny_digest
 from data_pipeline.build.dedup import first_of_equals
 from data_pipeline.build.filters import IMAGE_NAMES, TEXT_NAMES, Filters
 from data_pipeline.build.inputs import is_remote, open_input
-from data_pipeline.build.layout import Layout, Row
+from data_pipeline.build.layout import Layout, Part, Row
 from data_pipeline.build.records import as_unicode
 from data_pipeline.build.sources import Source, open_source
 from data_pipeline.config import BuildConfig, PairsSource, SourceConfig, TableSource
@@ -49,6 +49,7 @@ BUILD = "build.json"
 FINAL_REASONS = frozenset({"duplicate_key", "duplicate_image", "near_duplicate"})  # trying again changes nothing
 
 _WITH_COLUMNS = ("csv", "tsv", "parquet", "cc3m", "muge")
+_DECIDE_ROWS = ("kind", "key", "columns", "quotes", "parse_rule")  # settings of a source
 _WITH_PARSE_RULE = ("csv", "tsv", "json", "jsonl", "parquet", "cc3m", "muge")
 _SOURCE: TypeAdapter[SourceConfig] = TypeAdapter(SourceConfig)
 _AT_ONCE = 1 << 16
@@ -155,12 +156,13 @@ def make_plan(config: BuildConfig) -> Plan:
 def grown_plan(whole: Plan, storage: Storage, manifest: Manifest, pinned: dict[str, Any]) -> Plan:
     """The rows of the source that the dataset lacks, as the next generation: by key, or those after its last row.
 
-    Raises DataError where rows without keys are no longer those that were built.
+    Raises DataError for another key column, and where rows without keys are no longer those that were built.
     """
     source = open_source(whole.config.source, whole.layout)
+    _check_settings(("key",), whole.config, pinned, storage)
     keys, known = source.keys(), _rows_in(storage, manifest)
     if keys is None:
-        _check_prefix(whole.layout, pinned["parts"], storage)
+        _check_same(whole.config, whole.layout, pinned, storage)
         selected = np.arange(known, whole.rows)
     else:
         old, new = key_digests(_keys_of(storage, manifest)), key_digests(keys)
@@ -173,15 +175,16 @@ def grown_plan(whole: Plan, storage: Storage, manifest: Manifest, pinned: dict[s
 def retry_plan(config: BuildConfig, storage: Storage, rejects: list[dict[str, Any]], pinned: dict[str, Any]) -> Plan:
     """The rejected rows that the source still has, duplicates aside, as the next generation.
 
-    Raises DataError where rows without keys are no longer those that were built.
+    Raises DataError for another key column, and where rows without keys are no longer those that were built.
     """
     check_rules(config)
+    _check_settings(("key",), config, pinned, storage)
     source = open_source(config.source)
     rows = source.count()
     again = [reject for reject in rejects if reject["reason"] not in FINAL_REASONS]
     keys = source.keys()
     if keys is None:
-        _check_prefix(source.layout, pinned["parts"], storage)
+        _check_same(config, source.layout, pinned, storage)
         places = {reject["key"]: int(reject["row"]) for reject in again if reject["row"] < rows}
     else:
         wanted = {reject["key"] for reject in again}
@@ -219,35 +222,53 @@ def _check_filter_names(config: BuildConfig, source: Source) -> None:
         )
 
 
-def _check_prefix(layout: Layout, pinned: list[dict[str, Any]], storage: Storage) -> None:
-    """Raises DataError unless the files that were built come first and are the same; the last may have become longer.
+def _check_same(config: BuildConfig, layout: Layout, pinned: dict[str, Any], storage: Storage) -> None:
+    """Raises DataError unless rows without keys are those that were built, but for those added after them.
 
     A row without a key is named by its number, so that another row in its place would be stored under its name.
     """
-    if len(layout.parts) < len(pinned):
+    _check_settings(_DECIDE_ROWS, config, pinned, storage)
+    parts = pinned["parts"]
+    if len(layout.parts) < len(parts):
         raise DataError(
-            f"source.path: {len(layout.parts)} files, {storage.root} was built from {len(pinned)}; rows without a key "
-            "are known by their number, so give all files again, name a source.key or build into a new output"
+            f"source.path: {len(layout.parts)} files, {storage.root} was built from {len(parts)}; rows without a key "
+            "are known by their number, so give all files again, or build by a source.key into a new output"
         )
-    for number, (old, part) in enumerate(zip(pinned, layout.parts, strict=False)):
-        longer = number == len(pinned) - 1 and part.rows > old["rows"] and _begins_with(part.path, old)
-        if (part.rows, part.digest) != (old["rows"], old["digest"]) and not longer:
+    for number, (old, part) in enumerate(zip(parts, layout.parts, strict=False)):
+        if number == len(parts) - 1 and part.rows > old["rows"] and part.bytes > old["bytes"] and _continues(part, old):
+            continue
+        if (part.rows, part.digest) != (old["rows"], old["digest"]):
             raise DataError(
                 f"{part.path}: not what {storage.root} was built from; rows without a key are known by their number, "
                 "so they can only be added after the others; restore it, or build by a source.key into a new output"
             )
 
 
-def _begins_with(path: str, old: dict[str, Any]) -> bool:
+def _check_settings(names: tuple[str, ...], config: BuildConfig, pinned: dict[str, Any], storage: Storage) -> None:
+    """Raises DataError where one of these settings of the source is not what the dataset was built with."""
+    was, now = pinned.get("source", {}), _source_tree(config.source)
+    if differ := [name for name in names if was.get(name) != now.get(name)]:
+        listed = ", ".join(f"source.{name}={now.get(name)!r} ({was.get(name)!r} there)" for name in differ)
+        raise DataError(
+            f"{storage.root}: built with another {listed}, by which its rows are known; give what is there, or build "
+            "into a new output"
+        )
+
+
+def _continues(part: Part, old: dict[str, Any]) -> bool:
+    """Does the file begin with the bytes that were built, and go on in a new line?"""
     if not old["bytes"]:
         return False
-    digest = xxhash.xxh3_128()
+    digest, last = xxhash.xxh3_128(), b""
     left = old["bytes"]
-    with open_input(path) as file:
+    with open_input(part.path) as file:
         while left and (chunk := file.read(min(left, 1 << 22))):
             digest.update(chunk)
             left -= len(chunk)
-    return bool(digest.hexdigest() == old["digest"])
+            last = chunk[-1:]
+        following = file.read(1)
+    ends = b"\n\r\0"  # of UTF-16, half a line feed
+    return bool(digest.hexdigest() == old["digest"]) and (last in ends or following in ends)
 
 
 # --------------------------------------------------------------------------------------------------- keys

@@ -132,6 +132,8 @@ class Table:
 
     def _check_columns(self, path: str, there: Collection[str]) -> None:
         for setting, column in self._asked():
+            if list(there).count(column) > 1:
+                raise ConfigError(f"source.{setting}={column!r}: {path} has several columns of this name; rename them")
             if column not in there:
                 hint = "; source.quotes=true takes the quotation marks off" if f'"{column}"' in there else ""
                 listed = ", ".join(itertools.islice(there, _NAMES_SHOWN))

@@ -388,3 +388,56 @@ def test_retry_by_keys_finds_the_row_after_a_line_was_deleted(tmp_path, build_he
         "k2",
         ("c 2",),
     )
+
+
+READ_OTHERWISE = [{"quotes": False}, {"columns": ["image", "caption"]}, {"parse_rule": 1}]
+
+
+@pytest.mark.parametrize("change", READ_OTHERWISE)
+def test_retry_without_keys_refuses_to_read_the_same_file_otherwise(change, tmp_path, build_here, images):
+    (tmp_path / "x.csv").write_text('image,caption\n0.png,"two\nlines"\n1.png,c 1\ngone.png,c 2\n3.png,c 3\n')
+    tree = {"source": {"kind": "csv", "path": f"{tmp_path}/x.csv"}, "output": f"{tmp_path}/out"}
+    build_here(**tree)
+    with pytest.raises(DataError, match=f"built with another source.{next(iter(change))}="):
+        retry(check(**{**tree, "source": {**tree["source"], **change}}), progress=False)
+
+
+def test_retry_reads_rejected_rows_with_the_encoding_that_is_said_then(tmp_path, build_here, images):
+    (tmp_path / "x.csv").write_bytes("image,caption\n0.png,un café\n1.png,c 1\n".encode("latin-1"))
+    tree = {"source": {"kind": "csv", "path": f"{tmp_path}/x.csv"}, "output": f"{tmp_path}/out"}
+    assert build_here(**tree)["rejected"] == {"wrong_encoding": 1}
+    assert (
+        retry(check(**{**tree, "source": {**tree["source"], "encoding": "cp1252"}}), progress=False)["rejected"] == {}
+    )
+    sample = Stream(tmp_path / "out", seed=0).fetch(1)
+    assert (sample.key, sample.captions) == ("000000000", ("un café",))
+
+
+@pytest.mark.parametrize("added, fits", [("2.png,c\n", False), ("\n2.png,c\n", True), ("\r\n2.png,c\n", True)])
+def test_growth_without_keys_goes_on_in_a_new_line_alone(added, fits, tmp_path, build_here, images):
+    (tmp_path / "x.csv").write_text("image,caption\n0.png,a\n1.png,b")
+    tree = {"source": {"kind": "csv", "path": f"{tmp_path}/x.csv"}, "output": f"{tmp_path}/out"}
+    build_here(**tree)
+    with (tmp_path / "x.csv").open("a", newline="") as file:
+        file.write(f"{added}3.png,d\n")
+    if fits:
+        assert build_here(**tree, grow=True)["out"] == 4
+    else:
+        with pytest.raises(DataError, match="not what .* was built from"):
+            build_here(**tree, grow=True)
+
+
+def test_a_column_name_that_occurs_twice_is_refused(tmp_path, build_here, images):
+    with pytest.raises(ConfigError, match="source.captions='caption': .*x.csv has several columns of this name"):
+        built(tmp_path, build_here, "csv", b"image,caption,caption\n0.png,a,b\n")
+
+
+@pytest.mark.parametrize("keys", [("id", None), (None, "id"), ("id", "image")])
+def test_retry_and_growth_refuse_another_key_column(keys, tmp_path, build_here, images):
+    (tmp_path / "x.csv").write_text("id,image,caption\nk0,0.png,a\nk1,gone.png,b\n")
+    was, now = ({"kind": "csv", "path": f"{tmp_path}/x.csv", "key": key} for key in keys)
+    build_here(source=was, output=f"{tmp_path}/out")
+    with pytest.raises(DataError, match="built with another source.key="):
+        retry(check(source=now, output=f"{tmp_path}/out"), progress=False)
+    with pytest.raises(DataError, match="built with another source.key="):
+        build_here(source=now, output=f"{tmp_path}/out", grow=True)
