@@ -36,7 +36,7 @@ class ScenesSource(Settings):
 
 
 class FolderSource(Settings):
-    """Images anywhere below `path`, each with its captions beside it: NAME.txt (one a line) or NAME.json.
+    """Images anywhere below `path`, each with its captions beside it: in NAME.json, or else NAME.txt (one a line).
 
     `path`: a folder here or on s3://, or several, with {00..99} and `::`; keys then begin with the folder's name.
     encoding: of text without a byte order mark, as latin-1; UTF-8 by default.
@@ -50,6 +50,9 @@ class FolderSource(Settings):
 class TarsSource(Settings):
     """WebDataset tars: a folder of them, one file, or a pattern such as `dir/{00000..00099}.tar`, joined by `::`.
 
+    A sample is the neighbouring files of one name: an image, and captions in its .json (`captions`, `caption` or
+    `text`, each a text or a list) or else its .txt (one a line). Links, files that occur twice and files that are apart
+    reject their sample; dot files and `__MACOSX/` are passed over. Compressed tars have to be unpacked first.
     Where img2dataset left a NAME.parquet beside NAME.tar, here or there, its columns become attributes of the samples.
     """
 

@@ -55,7 +55,14 @@ class Conflict(DataError):
 
 
 class BadSample(DataError):
-    """One sample cannot be used: it does not decode, or lacks what the task needs. Storage is not to blame."""
+    """One sample cannot be used: it does not decode, or lacks what the task needs. Storage is not to blame.
+
+    key: of the sample; reason: one word with underscores, which is counted.
+    """
+
+    def __init__(self, message: str, key: str = "", reason: str = "unusable_sample") -> None:
+        super().__init__(message)
+        self.key, self.reason = key, reason
 
 
 class Requeue(TesseraError):

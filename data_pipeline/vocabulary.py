@@ -5,6 +5,8 @@ Training sees the captions in the order of the sample ids, on one thread: the sa
 
 import hashlib
 import io
+import itertools
+from collections import Counter as Tally
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,12 +68,16 @@ class Vocabulary:
         return number < len(SPECIALS) or piece.startswith(_SPACE) or "\u3400" <= piece[0] <= "\u9fff"
 
 
-def train_vocabulary(config: VocabConfig) -> Path:
+def train_vocabulary(config: VocabConfig, rejected: Tally[str] | None = None) -> Path:
     """Train on the captions of a dataset and create `output`/vocab.model -> its path.
 
+    rejected: where samples without a readable caption are counted, by reason.
     Raises ConfigError when `size` does not suit the captions, DataError when another vocabulary is there already.
     """
-    captions = list(captions_of(config.dataset, config.max_captions))
+    rejected = Tally() if rejected is None else rejected
+    captions = list(captions_of(config.dataset, config.max_captions, rejected))
+    if not captions:
+        raise DataError(f"{config.dataset}: no captions to train on, {dict(rejected)}; name a dataset with captions")
     written = io.BytesIO()
     pad, unk, cls, sep, mask = SPECIALS
     try:
@@ -101,16 +107,11 @@ def train_vocabulary(config: VocabConfig) -> Path:
     return Path(config.output) / MODEL
 
 
-def captions_of(dataset: str | Path, at_most: int) -> Iterator[str]:
-    """Every caption of a dataset in the order of its sample ids, up to `at_most`."""
-    stream = Stream(dataset, seed=0)
-    count = 0
-    for sample_id in range(stream.samples):
-        for caption in stream.fetch(sample_id).captions:
-            if count == at_most:
-                return
-            count += 1
-            yield caption
+def captions_of(dataset: str | Path, at_most: int, rejected: Tally[str] | None = None) -> Iterator[str]:
+    """Every caption of a dataset in the order of its sample ids, up to `at_most`; `rejected`: see `Stream.readable`."""
+    rejected = Tally() if rejected is None else rejected
+    captions = (caption for sample in Stream(dataset, seed=0).readable(rejected) for caption in sample.captions)
+    yield from itertools.islice(captions, at_most)
 
 
 def _reason(error: RuntimeError) -> str:

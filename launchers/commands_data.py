@@ -1,5 +1,6 @@
 """`tessera data ...` and `tessera vocab ...`: thin wrappers over data_pipeline; `encode` hands it the model."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -193,4 +194,6 @@ def vocab_train(config: Config, overrides: Overrides = None, json: AsJson = Fals
     from data_pipeline.settings import load_settings
     from data_pipeline.vocabulary import VocabConfig, train_vocabulary
 
-    emit({"vocabulary": str(train_vocabulary(load_settings(VocabConfig, config, overrides or [])))}, json)
+    rejected = Counter[str]()
+    path = train_vocabulary(load_settings(VocabConfig, config, overrides or []), rejected)
+    emit({"vocabulary": str(path), "rejected": dict(sorted(rejected.items()))}, json)

@@ -46,7 +46,9 @@ from data_pipeline.shards.manifest import (
 from data_pipeline.storage import Storage
 
 BUILD = "build.json"
-FINAL_REASONS = frozenset({"duplicate_key", "duplicate_image", "near_duplicate"})  # trying again changes nothing
+FINAL_REASONS = frozenset(
+    {"duplicate_key", "files_apart", "duplicate_image", "near_duplicate"}
+)  # trying again changes nothing
 
 _WITH_COLUMNS = ("csv", "tsv", "parquet", "cc3m", "muge")
 _DECIDE_ROWS = ("kind", "key", "columns", "quotes", "parse_rule")  # settings of a source
@@ -93,8 +95,15 @@ class Plan:
         source = open_source(self.config.source, self.layout)
         rows = (row for first, last in self._runs(start, stop) for row in source.rows(first, last))
         for position, row in enumerate(rows, start):
-            known = Drop(row.key, "duplicate_key", "an earlier row has this key") if position in duplicates else row
+            known = self._repeat(row) if position in duplicates else row
             yield position if self.ids is None else int(self.ids[position]), known
+
+    def _repeat(self, row: Row) -> Drop:
+        """What becomes of a row whose key an earlier row has."""
+        if self.config.source.kind == "tars" and isinstance(row, Drop) and row.reason == "no_image":
+            remedy = "the files of a sample must be neighbours, pack the tar again in their order (tar --sort=name)"
+            return Drop(row.key, "files_apart", f"{row.detail}; its name stands earlier in the tar too: {remedy}")
+        return Drop(row.key, "duplicate_key", "an earlier row has this key")
 
     def enter(self) -> None:
         """Go to `folder`, as every task does first: a cluster's processes start elsewhere, and absolute paths instead

@@ -16,13 +16,11 @@ from data_pipeline.build.layout import Row
 from data_pipeline.build.unreadable import REASON, UNREADABLE
 from data_pipeline.config import TableSource
 from data_pipeline.schema import Drop, Link, Pair
-from data_pipeline.shards.tar import Member, scan
-
-NESTED_AT_MOST = 100  # levels of JSON: Python's own limit depends on who calls, and this must not
+from data_pipeline.shards.samples import NESTED_AT_MOST, as_captions, parse_json
+from data_pipeline.shards.tar import Member, refuse_compressed, scan
 
 _LARGEST = 1 << 63
 RESERVED = ("captions", "key")  # what the .json of every sample has
-_TOO_DEEP = f"nested more than {NESTED_AT_MOST} levels deep"
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
@@ -117,6 +115,8 @@ class ImageStore:
         self._members: dict[str, Member] | None = None
         if not is_remote(path):
             must_exist(Path(path), "source.images")
+        if not Path(path).is_dir():
+            refuse_compressed([without_query(path).rpartition("/")[2]], path)
         if without_query(path).endswith(".tar"):
             with open_input(path) as file:
                 self._members = {member.name.removeprefix("./"): member for member in scan(file, path)}
@@ -150,20 +150,6 @@ class ImageStore:
         return read_input(f"{self._path}/{name}")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The JSON of one row. Raises ValueError for what is none, or nested deeper than NESTED_AT_MOST."""
-    try:
-        tree = json.loads(text)
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
-    level, within = 0, [tree]
-    while within := [one for one in within if isinstance(one, dict | list)]:
-        if (level := level + 1) > NESTED_AT_MOST:
-            raise ValueError(_TOO_DEEP)
-        within = [item for one in within for item in (one.values() if isinstance(one, dict) else one)]
-    return tree
-
-
 def parse_object(line: str) -> dict[str, Any]:
     """One line of JSON -> its mapping, or {UNREADABLE: why it is none}."""
     try:
@@ -178,28 +164,7 @@ def json_line(tree: Any) -> str:
     try:
         return as_unicode(json.dumps(tree, ensure_ascii=False))
     except RecursionError:
-        return json.dumps({UNREADABLE: _TOO_DEEP})
-
-
-def captions_of_json(tree: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """A caption file: text, a list of texts, or a mapping with captions / caption / text -> (captions, the rest)."""
-    if not isinstance(tree, dict):
-        return as_captions(tree), {}
-    for name in ("captions", "caption", "text"):
-        if name in tree:
-            return as_captions(tree[name]), {key: value for key, value in tree.items() if key != name}
-    return (), tree
-
-
-def as_captions(value: Any) -> tuple[str, ...]:
-    """Text or a list of texts -> captions; null, also within the list, counts as none. Raises TypeError otherwise."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list | tuple) and all(item is None or isinstance(item, str) for item in value):
-        return tuple(item for item in value if item is not None)
-    raise TypeError(f"a caption is text or a list of texts, not {value!r:.80}")
+        return json.dumps({UNREADABLE: f"nested more than {NESTED_AT_MOST} levels deep"})
 
 
 def json_value(value: Any) -> Any:

@@ -11,7 +11,7 @@ import contextlib
 import html
 import re
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from data_pipeline.build.cache import RawCache
 from data_pipeline.build.captions import language_of
 from data_pipeline.build.sources import open_source
 from data_pipeline.config import BuildConfig, ImageRules
-from data_pipeline.errors import DataError, TesseraError
+from data_pipeline.errors import BadSample, DataError, TesseraError
 from data_pipeline.images import Reject, encode
 from data_pipeline.outputs import write_whole
-from data_pipeline.schema import Pair
+from data_pipeline.schema import Pair, Sample
 from data_pipeline.shards.codes import CENTRE, ImageTokenizer, open_codes, tokenizers_of
 from data_pipeline.shards.manifest import (
     STATS,
@@ -80,6 +80,8 @@ class Findings:
     rejects: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     kept: list[np.ndarray] = field(default_factory=list)
     """Of each shard, int64: for every duplicate the row that stays instead."""
+    unreadable: Tally[str] = field(default_factory=Tally)
+    """Of tars made elsewhere: samples without a readable image and caption, by reason."""
 
 
 def write_report(
@@ -116,11 +118,12 @@ def render(
     storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer | None = None, build: BuildConfig | None = None
 ) -> str:
     """The page as text."""
-    findings = _find(storage, manifest)
     address = f"{storage.root}@{manifest.fingerprint}"
     stream, rejected = Stream(address, seed=0), Rejected(build)
+    built = storage.exists(STATS)
+    findings = _find(storage, manifest) if built else _read_all(stream)
     sections = [
-        _account(storage, manifest),
+        _account(storage, manifest) if built else _account_of_tars(manifest, findings),
         _rejects(findings, rejected),
         _duplicates(findings, rejected, storage, manifest, stream),
         _examples(stream),
@@ -154,6 +157,14 @@ def _find(storage: Storage, manifest: Manifest) -> Findings:
     return findings
 
 
+def _read_all(stream: Stream) -> Findings:
+    """Of tars made elsewhere only the samples themselves tell; tables beside them are another program's."""
+    findings = Findings()
+    for sample in stream.readable(findings.unreadable):
+        _add_captions(findings, sample.captions)
+    return findings
+
+
 def _row_kept(record: dict[str, Any]) -> int | None:
     """Of a duplicate, the row that stays."""
     match = _KEPT.search(record["detail"]) if record["status"] in DUPLICATES else None
@@ -171,9 +182,13 @@ def _add(findings: Findings, records: list[dict[str, Any]]) -> None:
         height = record.get("source_height") or record["height"]
         findings.sides[_interval(SIZES, max(width, height))] += 1
         findings.aspects[_interval(ASPECTS, max(width, height) / min(width, height))] += 1
-        findings.per_image[len(record["captions"])] += 1
-        for caption in record["captions"]:
-            findings.lengths[_interval(LENGTHS, len(caption))] += 1
+        _add_captions(findings, record["captions"])
+
+
+def _add_captions(findings: Findings, captions: Sequence[str]) -> None:
+    findings.per_image[len(captions)] += 1
+    for caption in captions:
+        findings.lengths[_interval(LENGTHS, len(caption))] += 1
 
 
 def _interval(limits: Sequence[float], value: float) -> int:
@@ -195,8 +210,6 @@ def _unzipped(items: Iterable[tuple[Any, int]]) -> tuple[list[str], list[int]]:
 
 
 def _account(storage: Storage, manifest: Manifest) -> str:
-    if not storage.exists(STATS):
-        return _section("Account", "<p>Tars made elsewhere: what was rejected there is not known.</p>")
     if read_manifest(storage).fingerprint != manifest.fingerprint:
         return _section("Account", "<p>An older version: what was rejected is told of the newest one alone.</p>")
     stats = read_totals(storage)
@@ -205,8 +218,22 @@ def _account(storage: Storage, manifest: Manifest) -> str:
     text = (
         f"<p>{stats['in']:,} in = {stats['out']:,} out + {rejected:,} rejected, {duplicates:,} of them duplicates.</p>"
     )
-    names, counts = _unzipped(sorted(stats["rejected"].items(), key=lambda item: (-item[1], item[0])))
-    return _section("Account", text + _table_of_bars(["out", *names], [stats["out"], *counts]))
+    return _section("Account", text + _reasons(stats["out"], stats["rejected"]))
+
+
+def _account_of_tars(manifest: Manifest, findings: Findings) -> str:
+    rejected = findings.unreadable.total()
+    out = manifest.samples - rejected
+    text = (
+        f"<p>Tars made elsewhere, as they are: {manifest.samples:,} in = {out:,} out + {rejected:,} rejected; what was "
+        "rejected when they were made is not known.</p>"
+    )
+    return _section("Account", text + _reasons(out, findings.unreadable))
+
+
+def _reasons(out: int, rejected: Mapping[str, int]) -> str:
+    names, counts = _unzipped(sorted(rejected.items(), key=lambda item: (-item[1], item[0])))
+    return _table_of_bars(["out", *names], [out, *counts])
 
 
 class Rejected:
@@ -284,14 +311,13 @@ def _sample_of_row(storage: Storage, manifest: Manifest, row: int) -> int | None
 
 def _examples(stream: Stream) -> str:
     figures = []
-    for number in _evenly(stream.samples, EXAMPLES):
-        sample = stream.fetch(number)
+    for sample in _fetched(stream, EXAMPLES):
         figures.append(_figure(_thumbnail(sample.image), f"{sample.key}: {' | '.join(sample.captions)}"))
     return _section("Samples", f'<div class="grid">{"".join(figures)}</div>')
 
 
 def _languages(stream: Stream) -> str:
-    captions = [text for number in _evenly(stream.samples, CAPTIONS_ASKED) for text in stream.fetch(number).captions]
+    captions = [text for sample in _fetched(stream, CAPTIONS_ASKED) for text in sample.captions]
     counts = Tally(language_of(text) for text in captions[:CAPTIONS_ASKED])
     title = f"Languages of {counts.total():,} captions (? where a caption is too short to tell)"
     return _bars(title, *_unzipped(counts.most_common(12)))
@@ -317,7 +343,7 @@ def _codes(storage: Storage, manifest: Manifest, address: str, tokenizer: ImageT
 
 
 def _reconstructions(stream: Stream, tokenizer: ImageTokenizer) -> str:
-    samples = [stream.fetch(number) for number in _evenly(stream.samples, EXAMPLES // 3)]
+    samples = list(_fetched(stream, EXAMPLES // 3))
     codes = np.stack([sample.codes for sample in samples if sample.codes is not None])
     drawn = tokenizer.decode(codes[:, CENTRE] if codes.ndim == 3 else codes)
     pairs = [
@@ -328,6 +354,13 @@ def _reconstructions(stream: Stream, tokenizer: ImageTokenizer) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- pieces
+
+
+def _fetched(stream: Stream, wanted: int) -> Iterator[Sample]:
+    """Samples at even distances, but for those that cannot be read."""
+    for number in _evenly(stream.samples, wanted):
+        with contextlib.suppress(BadSample):
+            yield stream.fetch(number)
 
 
 def _evenly(count: int, wanted: int) -> list[int]:

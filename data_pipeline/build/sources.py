@@ -32,13 +32,10 @@ from data_pipeline.build.inputs import (
 from data_pipeline.build.layout import Layout, Part, Row, lines_layout
 from data_pipeline.build.records import (
     ImageStore,
-    as_captions,
     as_unicode,
     attributes,
-    captions_of_json,
     json_line,
     key_of,
-    parse_json,
     parse_object,
     unnamed,
 )
@@ -48,12 +45,11 @@ from data_pipeline.config import CocoSource, FolderSource, ScenesSource, SourceC
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.remote import Forbidden, S3Storage
 from data_pipeline.schema import Drop, Link, Pair
-from data_pipeline.shards.tar import Member, group_samples, scan, split_name
-from data_pipeline.text_files import decode_text
+from data_pipeline.shards.samples import IMAGE_EXTENSIONS, Unreadable, as_captions, read_captions, read_sample
+from data_pipeline.shards.tar import Member, NotAFile, group_samples, refuse_compressed, scan, split_names
 
-__all__ = ["SOURCES", "Row", "Source", "expand_braces", "open_source", "tar_paths"]
+__all__ = ["SOURCES", "Row", "Source", "expand_braces", "open_source"]
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ico", "ppm", "jp2")
 TAR_STRIDE = 64  # samples between two noted places of a tar
 
 
@@ -197,13 +193,15 @@ def _files_below(root: str) -> list[str]:
 
 
 def _beside(image: str, encoding: str | None) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Captions and attributes of the .json or .txt file beside an image; none where there is no such file."""
+    """Captions and attributes of the .json and .txt files beside an image; none where there are no such files."""
     stem = image.rpartition(".")[0]
-    with contextlib.suppress(FileNotFoundError):
-        return captions_of_json(parse_json(decode_text(read_input(f"{stem}.json"), encoding)))
-    with contextlib.suppress(FileNotFoundError):
-        return tuple(decode_text(read_input(f"{stem}.txt"), encoding).splitlines()), {}
-    return (), {}
+
+    def read(extension: str) -> bytes | None:
+        with contextlib.suppress(FileNotFoundError):
+            return read_input(f"{stem}.{extension}")
+        return None
+
+    return read_captions(read, encoding)
 
 
 # ------------------------------------------------------------------------------------------------ COCO
@@ -307,7 +305,7 @@ class Tars:
 
     @cached_property
     def layout(self) -> Layout:
-        return self._given or Layout(tuple(_plan_tar(path) for path in input_paths(self._path, (".tar",))))
+        return self._given or Layout(tuple(_plan_tar(path) for path in _tar_paths(self._path)))
 
     def count(self) -> int:
         if not self.layout.rows:
@@ -326,29 +324,23 @@ class Tars:
                 members = scan(file, part.path, int(part.offsets[first // TAR_STRIDE]))
                 skipped = first % TAR_STRIDE
                 for key, group in itertools.islice(_grouped(members), skipped, skipped + last - first):
-                    parts = {split_name(member.name)[1]: _contents(file, member) for member in group}
-                    yield sample_row(f"{_stem(part.path)}/{key}", parts, table.get(key, {}))
+                    files = [(member.name, _contents(file, member)) for member in group]
+                    yield _sample_row(f"{_stem(part.path)}/{key}", files, table.get(key, {}))
 
 
-def sample_row(key: str, parts: dict[str, bytes], attributes: dict[str, Any]) -> Row:
-    """The files of a sample by their extension, and attributes from elsewhere that its .json does not have -> row."""
-    images = [parts[extension] for extension in parts if extension in IMAGE_EXTENSIONS]
-    if not images:
-        return Drop(key, "no_image", f"files: {', '.join(sorted(parts))}")
+def _tar_paths(pattern: str) -> list[str]:
+    """Tars by folder, file, `{00000..00099}` ranges, * and `::` unions. Raises DataError, for compressed ones too."""
+    refuse_compressed((path.rpartition("/")[2] for path in input_paths(pattern, ("",))), pattern)
+    return input_paths(pattern, (".tar",))
+
+
+def _sample_row(key: str, files: list[tuple[str, bytes | NotAFile]], beside_tar: dict[str, Any]) -> Row:
+    """The files of a sample, and attributes from elsewhere that its .json does not have -> row."""
     try:
-        captions, meta = captions_of_parts(parts)
-    except (ValueError, TypeError) as error:
-        return Drop(key, "unreadable_caption", str(error))
-    return Pair(key, images[0], captions, {**attributes, **meta})
-
-
-def captions_of_parts(parts: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Captions and attributes of a sample's .json and .txt: the list in .json is complete, else .txt counts."""
-    tree = parse_json(decode_text(parts["json"])) if "json" in parts else {}
-    captions, meta = captions_of_json(tree)
-    if "txt" in parts and (not captions or not (isinstance(tree, dict) and "captions" in tree)):
-        captions = (decode_text(parts["txt"]),)
-    return captions, meta
+        _, image, captions, meta = read_sample(files)
+    except Unreadable as fault:
+        return Drop(key, fault.reason, fault.detail)
+    return Pair(key, image, captions, {**beside_tar, **meta})
 
 
 def _plan_tar(path: str) -> Part:
@@ -365,10 +357,12 @@ def _plan_tar(path: str) -> Part:
 
 def _grouped(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
     for group in group_samples(members):
-        yield split_name(group[0].name)[0], group
+        yield split_names([member.name for member in group])[0][0], group
 
 
-def _contents(file: Any, member: Member) -> bytes:
+def _contents(file: Any, member: Member) -> bytes | NotAFile:
+    if member.instead:
+        return member.instead
     file.seek(member.data)
     return bytes(file.read(member.size))
 
@@ -398,11 +392,6 @@ def _beside_tar(path: str) -> dict[str, dict[str, Any]]:
     kept = [name for name in table.column_names if name not in ("caption", "captions", "status", "error_message")]
     records = table.select(kept).to_pylist()
     return {str(record["key"]): attributes(record, ("key",)) for record in records}
-
-
-def tar_paths(pattern: str) -> list[Path]:
-    """Tars of this machine by folder, file, `{00000..00099}` ranges, * and `::` unions. Raises DataError."""
-    return [Path(name) for name in input_paths(pattern, (".tar",))]
 
 
 SOURCES: dict[str, Callable[[Any, Layout | None], Source]] = {

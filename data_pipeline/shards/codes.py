@@ -36,7 +36,8 @@ from data_pipeline.shards.manifest import (
     read_manifest,
     read_version,
 )
-from data_pipeline.shards.tar import BLOCK, NotAFile, parse_files, split_name
+from data_pipeline.shards.samples import image_of
+from data_pipeline.shards.tar import BLOCK, parse_files
 from data_pipeline.storage import LocalStorage, Storage, open_storage
 from data_pipeline.workers import Counter, ray_session, run_tasks
 
@@ -376,13 +377,13 @@ def _crops(storage: Storage, name: str, blocks: tuple[int, int], size: int, crop
     """The crops of the image of one sample, which lies in these blocks of a tar -> uint8 [crops, size, size, 3]."""
     where = f"{storage.root}/{name}"
     data = storage.get_range(name, blocks[0] * BLOCK, blocks[1] * BLOCK)
-    for member, contents in parse_files(data, where):
-        if not isinstance(contents, NotAFile) and split_name(member)[1] not in ("txt", "json"):
-            try:
-                return crops_of(decode_rgb(contents), size, crops)
-            except Reject as reject:
-                raise DataError(f"{where} {member}: does not decode ({reject}); see `tessera data verify`") from None
-    raise DataError(f"{where}: a sample without an image at block {blocks[0]}; only image datasets have codes")
+    found = image_of(parse_files(data, where))
+    if found is None:
+        raise DataError(f"{where}: a sample without an image at block {blocks[0]}; only image datasets have codes")
+    try:
+        return crops_of(decode_rgb(found[1]), size, crops)
+    except Reject as reject:
+        raise DataError(f"{where} {found[0]}: does not decode ({reject}); see `tessera data verify`") from None
 
 
 def _meta(storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer, crops: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import io
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 STATS = "stats.json"
 VERSION = 1
+INDEXED = 2
+"""Version of manifests of tars made elsewhere, whose samples are those of version 2 of `group_samples`.
+
+Datasets that were indexed before are of version 1, and stay what they were; in the tars of a build both find the same.
+"""
 
 _AT_VERSION = re.compile(r"(.+)@([0-9a-f]{12,64})")
 _KEPT = re.compile(r"manifest-([0-9a-f]{12})\.json")
@@ -182,8 +187,10 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     """The bytes of a manifest -> Manifest. Raises DataError when they are something else or contradict themselves."""
     tree: _ManifestFile = gate.parse(_ManifestFile, data, where, "not a manifest; build the dataset again")
     manifest = Manifest(tuple(tree["shards"]), tree["version"])
-    if manifest.version != VERSION:
-        raise DataError(f"{where}: version {manifest.version}, this program reads {VERSION}; use the one that built it")
+    if manifest.version not in (VERSION, INDEXED):
+        raise DataError(
+            f"{where}: version {manifest.version}, this program reads up to {INDEXED}; use the one that built it"
+        )
     if tree["samples"] != manifest.samples:
         raise DataError(f"{where}: says samples={tree['samples']}, its shards have {manifest.samples}; damaged")
     for shard in manifest.shards:
@@ -244,10 +251,17 @@ def read_rows(
     return table
 
 
-def index_tar(pieces: Iterable[bytes], where: str, size: int | None = None) -> tuple[Index, str]:
+def index_tar(
+    pieces: Iterable[bytes],
+    where: str,
+    size: int | None = None,
+    version: int = VERSION,
+    look: Callable[[bytes], None] | None = None,
+) -> tuple[Index, str]:
     """A tar that comes piece by piece -> (its index, its sha256). Raises DataError where it is cut off or damaged.
 
-    size: of the tar, where it is known: no member that claims more is waited for.
+    size: of the tar, where it is known: no member that claims more is waited for. version: of the manifest that the
+    index is for. look: is shown the bytes of each sample.
     """
     xxh3, sha256, total = xxhash.xxh3_64(), hashlib.sha256(), 0
 
@@ -261,7 +275,9 @@ def index_tar(pieces: Iterable[bytes], where: str, size: int | None = None) -> t
 
     offsets, sums, end = list[int](), list[int](), 0
     source = hashed()
-    for start, sample in samples_of(source, where, total=size):
+    for start, sample in samples_of(source, where, version, size):
+        if look is not None:
+            look(sample)
         offsets.append(start // BLOCK)
         sums.append(checksum(sample))
         end = start + len(sample)

@@ -20,6 +20,11 @@ _MAX_SIZE = 8 * 1024**3
 _END = bytes(2 * BLOCK)
 _REGULAR = ord("0")
 _SUM = (1 << 32) - 1
+_NUMBERED = re.compile(r"[0-9][0-9._-]*\.[a-z][a-z0-9]*")
+_LITTER = re.compile(r"(^|/)(\.[^/]*|thumbs\.db|desktop\.ini)$|(^|/)__MACOSX/|^__[^/]*__($|/)", re.IGNORECASE)
+_PACKED = "gz|bz2|xz|zst|zstd|lz4|lzma|z|br"
+_COMPRESSED_TAR = re.compile(rf"\.(tar\.({_PACKED})|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+_COMPRESSED = re.compile(rf"\.({_PACKED}|tgz|tbz2?|txz|tzst|zip)$", re.IGNORECASE)
 _OCTAL = re.compile(rb"[0-7]+")
 _EXTENDED = b"xXgLK"  # PAX for one entry (X: of Solaris) and for all, GNU's long name and long target of a link
 _MAX_EXTENDED = 1 << 20
@@ -73,14 +78,52 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + key, extension.lower()
 
 
+def split_names(names: list[str]) -> list[tuple[str, str]]:
+    """(key, extension) of neighbouring files with one key by WebDataset's rule.
+
+    Where none of them has a plain extension and only numbers stand between the dots, as in `22.05.jpg` and `22.06.jpg`,
+    the numbers belong to the keys: by WebDataset's rule none of these files could be found.
+    """
+    parts = [split_name(name) for name in names]
+    if all(_NUMBERED.fullmatch(extension) for _, extension in parts):
+        return [(name.rpartition(".")[0], name.rpartition(".")[2].lower()) for name in names]
+    return parts
+
+
+def is_litter(name: str) -> bool:
+    """Is it what archivers and webdataset leave between samples: dot files as `._name`, `__MACOSX/`, `__meta__/`?"""
+    return bool(_LITTER.search(name))
+
+
 def group_samples(members: Iterable[Member], version: int = NEWEST) -> Iterator[list[Member]]:
     """Neighbouring members with one key, as samples.
 
-    Version 1, of datasets that were indexed by it: only regular files are seen, and all of them.
+    Version 1, of datasets that were indexed by it: only regular files are seen, all of them, and keys end at the first
+    dot. Version 2: links and the like are members too, litter is not, and keys are those of `split_names`.
     """
-    seen = (member for member in members if not member.instead)
-    for _, group in itertools.groupby(seen, key=lambda member: split_name(member.name)[0]):
-        yield list(group)
+    if version == 1:
+        members = (member for member in members if not member.instead)
+    else:
+        members = (member for member in members if not is_litter(member.name))
+    for _, group in itertools.groupby(members, key=lambda member: split_name(member.name)[0]):
+        sample = list(group)
+        if version == 1:
+            yield sample
+            continue
+        keys = [key for key, _ in split_names([member.name for member in sample])]
+        for _, part in itertools.groupby(zip(keys, sample, strict=True), key=lambda pair: pair[0]):
+            yield [member for _, member in part]
+
+
+def refuse_compressed(names: Iterable[str], where: str) -> None:
+    """Raises DataError where one of the files is a compressed tar, or where there are compressed files and no tar."""
+    names = sorted(names)
+    pattern = _COMPRESSED_TAR if any(name.endswith(".tar") for name in names) else _COMPRESSED
+    if packed := [name for name in names if pattern.search(name)]:
+        raise DataError(
+            f"{where}: {len(packed)} compressed files, such as {packed[0]}; samples are read by their place in a tar, "
+            "which compression hides: unpack them to .tar first (gunzip, unzstd, bunzip2, unxz)"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- writing

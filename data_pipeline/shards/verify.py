@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+from collections import Counter as Tally
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline import gate
-from data_pipeline.build.sources import expand_braces
+from data_pipeline.build.inputs import expand_braces, is_remote
 from data_pipeline.errors import DataError
 from data_pipeline.shards.codes import (
     ImageTokenizer,
@@ -23,6 +24,7 @@ from data_pipeline.shards.codes import (
     tokenizers_of,
 )
 from data_pipeline.shards.manifest import (
+    INDEXED,
     MANIFEST,
     STATS,
     Manifest,
@@ -41,6 +43,8 @@ from data_pipeline.shards.manifest import (
     read_totals,
     read_version,
 )
+from data_pipeline.shards.samples import Account, Unreadable, read_sample
+from data_pipeline.shards.tar import parse_files, refuse_compressed
 from data_pipeline.storage import Storage, open_storage
 
 
@@ -63,7 +67,7 @@ def verify(
     faults: list[str] = []
     for number, shard in enumerate(manifest.shards):
         before = len(faults)
-        _note(faults, _check_shard, storage, shard)
+        _note(faults, _check_shard, storage, shard, manifest.version)
         if again is not None and len(faults) == before:
             _note(faults, again.check, number, min_agreement)
     if storage.exists(STATS):
@@ -132,19 +136,23 @@ def index(tars: list[str], workers: int | None = None) -> dict[str, Any]:
     """Index tars made elsewhere: an .idx beside each, one manifest.json in their folder; the tars stay as they are.
 
     tars: files or folders, local or s3://, with {00000..00099} and `::`. workers: processes, one a CPU unless told.
-    -> {dataset, fingerprint, samples, shards}. Raises DataError for tars of several folders, cut or damaged ones.
+    Samples are counted by what can be read of them: samples = readable + the sum of rejected. Those that are rejected
+    keep their places, and raise BadSample when they are read. A folder that was indexed before stays what it was.
+    -> {dataset, fingerprint, samples, shards, readable, rejected: {reason: count}}. Raises DataError for tars of
+    several folders, cut, damaged or compressed ones, and for tars without any readable sample.
     """
     storage, names = _tars(tars)
-    tasks = [(storage.root, name) for name in names]
+    version = read_manifest(storage).version if storage.exists(MANIFEST) else INDEXED
+    tasks = [(storage.root, name, version) for name in names]
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     if workers > 1:
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            shards = tuple(pool.map(_index_one, *zip(*tasks, strict=True)))
+            indexed = list(pool.map(_index_one, *zip(*tasks, strict=True)))
     else:
-        shards = tuple(_index_one(*task) for task in tasks)
-    manifest = Manifest(shards)
-    if not manifest.samples:
-        raise DataError(f"{storage.root}: {len(names)} tars without a sample; nothing to index")
+        indexed = [_index_one(*task) for task in tasks]
+    manifest = Manifest(tuple(shard for shard, _ in indexed), version)
+    rejected = sum((found for _, found in indexed), Tally[str]())
+    _check_readable(storage, names, manifest, rejected)
     publish(storage, MANIFEST, manifest.to_json())
     storage.clean()
     return {
@@ -152,7 +160,20 @@ def index(tars: list[str], workers: int | None = None) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "samples": manifest.samples,
         "shards": len(manifest.shards),
+        "readable": manifest.samples - rejected.total(),
+        "rejected": dict(sorted(rejected.items())),
     }
+
+
+def _check_readable(storage: Storage, names: list[str], manifest: Manifest, rejected: Tally[str]) -> None:
+    """Raises DataError where no sample of these tars can be used; images without captions have their uses."""
+    if not manifest.samples:
+        raise DataError(f"{storage.root}: {len(names)} tars without a sample; nothing to index")
+    if rejected.total() == manifest.samples and rejected.keys() != {"empty_caption"}:
+        raise DataError(
+            f"{storage.root}: none of {manifest.samples} samples can be read, {dict(sorted(rejected.items()))}; the "
+            "image, .txt and .json of a sample must be neighbours in the tar, under one name: tar --sort=name packs so"
+        )
 
 
 def _tars(patterns: list[str]) -> tuple[Storage, list[str]]:
@@ -161,7 +182,7 @@ def _tars(patterns: list[str]) -> tuple[Storage, list[str]]:
     for pattern in patterns:
         for path in (name for part in pattern.split("::") for name in expand_braces(part)):
             folder, _, name = path.rpartition("/") if path.endswith(".tar") else (path, "", "")
-            names = [name] if name else [name for name in open_storage(folder).list() if name.endswith(".tar")]
+            names = [name] if name else _tars_of(path)
             found |= {(folder.rstrip("/") or ".", name) for name in names if not name.startswith(".")}
     folders = sorted({folder for folder, _ in found})
     if len(folders) != 1:
@@ -171,12 +192,34 @@ def _tars(patterns: list[str]) -> tuple[Storage, list[str]]:
     return open_storage(folders[0]), sorted(name for _, name in found)
 
 
-def _index_one(folder: str, name: str) -> Shard:
+def _tars_of(folder: str) -> list[str]:
+    """Names of the tars in a folder. Raises DataError for compressed ones."""
+    if not is_remote(folder) and not Path(folder).is_dir():
+        refuse_compressed([Path(folder).name], folder)
+        raise DataError(
+            f"{folder}: not a folder, and no .tar; name a folder of tars, or tars such as {{00000..00099}}.tar"
+        )
+    names = open_storage(folder).list()
+    refuse_compressed(names, folder)
+    return [name for name in names if name.endswith(".tar")]
+
+
+def _index_one(folder: str, name: str, version: int) -> tuple[Shard, Tally[str]]:
     gate.check(gate.TarName, name, folder, "rename the tar")
     storage = open_storage(folder)
-    found, digest = index_tar(storage.stream(name), f"{folder}/{name}", storage.stat(name)[0])
+    size, _ = storage.stat(name)
+    account, where = Account(), f"{folder}/{name}"
+
+    def look(sample: bytes) -> None:
+        try:
+            read = read_sample(parse_files(sample, where), version)
+            account.add(read.key, "" if read.captions else "empty_caption")
+        except Unreadable as fault:
+            account.add(fault.key, fault.reason)
+
+    found, digest = index_tar(storage.stream(name), where, size, version, look)
     publish_index(storage, name, found)
-    return Shard(name, found.samples, found.tar_bytes, digest)
+    return Shard(name, found.samples, found.tar_bytes, digest), account.rejected
 
 
 def _note(faults: list[str], check: Callable[..., None], *arguments: Any) -> None:
@@ -186,7 +229,7 @@ def _note(faults: list[str], check: Callable[..., None], *arguments: Any) -> Non
         faults.append(str(error))
 
 
-def _check_shard(storage: Storage, shard: Shard) -> None:
+def _check_shard(storage: Storage, shard: Shard, version: int) -> None:
     """Size, digest, and every sample of the index where the headers say."""
     where = f"{storage.root}/{shard.name}"
     size, _ = storage.stat(shard.name)
@@ -194,7 +237,7 @@ def _check_shard(storage: Storage, shard: Shard) -> None:
         raise DataError(f"{where}: {size} bytes, the manifest says {shard.bytes}")
     stored = read_index(storage, shard)
     try:
-        found, digest = index_tar(storage.stream(shard.name), where, size)
+        found, digest = index_tar(storage.stream(shard.name), where, size, version)
     except DataError as error:
         raise DataError(f"{error} (its sha256 is not the {shard.digest[:12]} of the manifest)") from None
     if digest != shard.digest:

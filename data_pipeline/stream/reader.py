@@ -1,7 +1,7 @@
 """Positions -> samples, straight from the tars: one ranged read a sample, no state but the position."""
 
 import dataclasses
-import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,27 +9,24 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import orjson
 
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.remote import CONNECTIONS, RemoteStorage
 from data_pipeline.schema import Sample
 from data_pipeline.shards.codes import CodesFile, open_codes
 from data_pipeline.shards.manifest import Index, open_dataset, read_index
-from data_pipeline.shards.tar import BLOCK, NotAFile, checksum, parse_files, split_name
+from data_pipeline.shards.samples import Account, Unreadable, read_sample
+from data_pipeline.shards.tar import BLOCK, NEWEST, checksum, parse_files
 from data_pipeline.storage import LocalStorage
 from data_pipeline.stream.cache import BlockCache, Range
 from data_pipeline.stream.order import DEFAULT, ORDER, ORDER_VERSION, Geometry, Windows, lanes_of, order, share
 from data_pipeline.stream.state import check_state
-from data_pipeline.text_files import UndecodableText, decode_text
 
 STATE_VERSION = 1
 
 _INDICES = 4096  # of shards, kept in memory: more than the blocks that the order has open at once
 _OPENED_AT_ONCE = 2 * CONNECTIONS  # shards: another thread waits for no more
 _PORTION = 1024  # positions that are looked ahead at once, at least
-
-_IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"))
 
 
 class Stream:
@@ -77,6 +74,21 @@ class Stream:
         if not 0 <= sample_id < self.samples:
             raise DataError(f"sample id {sample_id}: {self.dataset} has ids 0 to {self.samples - 1}")
         return self._load(np.array([sample_id]), [0], [-1])[0]
+
+    def readable(self, rejected: Counter[str]) -> Iterator[Sample]:
+        """Samples with captions in the order of their ids; the others are counted in `rejected`, by reason."""
+        for start, stop in zip(self._starts.tolist(), self._ends.tolist(), strict=True):
+            account = Account()
+            for sample_id in range(start, stop):
+                try:
+                    sample = self.fetch(sample_id)
+                except BadSample as fault:
+                    account.add(fault.key, fault.reason)
+                    continue
+                account.add(sample.key, "" if sample.captions else "empty_caption")
+                if sample.captions:
+                    yield sample
+            rejected.update(account.rejected)
 
     def read_codes(self, start: int, stop: int) -> np.ndarray:
         """The codes of positions [start, stop) alone, without touching a tar -> uint16 [n, codes per image]
@@ -137,7 +149,7 @@ class Stream:
         places = self._places(ids)
         codes = [None] * len(places) if self._codes is None else self._read_codes(self._codes, places)
         return [
-            Sample(sample_id, epoch, position, *parse_sample(data, place.where), mine)
+            Sample(sample_id, epoch, position, *parse_sample(data, place.where, self._manifest.version), mine)
             for sample_id, epoch, position, place, data, mine in zip(
                 ids.tolist(), epochs, positions, places, self._read_tars(places), codes, strict=True
             )
@@ -287,52 +299,18 @@ class Place(NamedTuple):
         )
 
 
-def parse_sample(data: bytes, where: str) -> tuple[str, bytes, tuple[str, ...], dict[str, Any]]:
+def parse_sample(data: bytes, where: str, version: int = NEWEST) -> tuple[str, bytes, tuple[str, ...], dict[str, Any]]:
     """The tar members of one sample -> (key, image, captions, meta).
 
-    Raises BadSample where there is no image, or text that is not UTF-8 or JSON.
+    version: of the manifest of its dataset. Raises BadSample with the reason of `read_sample` where it cannot be used.
     """
-    image: bytes | None = None
-    text: bytes | None = None
-    tree: dict[str, Any] = {}
-    key = ""
-    for name, contents in parse_files(data, where):
-        key, extension = split_name(name)
-        if isinstance(contents, NotAFile):
-            continue
-        if extension == "json":
-            tree = parse_json(contents, where, name)
-        elif extension == "txt":
-            text = contents
-        elif image is None and extension in _IMAGES:
-            image = contents
-    if image is None:
-        raise BadSample(f"{where} ({key!r}): no image among its files; only tars of image-text samples can be read")
-    captions = tree.pop("captions", None)
-    if captions is None:
-        alone = [tree["caption"]] if tree.get("caption") else []
-        captions = alone if text is None else [parse_text(text, where, key)]
-    return str(tree.pop("key", key)), image, tuple(captions), tree
-
-
-def parse_text(contents: bytes, where: str, name: str) -> str:
-    """The text in a .txt file; raises BadSample where it is not UTF-8."""
     try:
-        return decode_text(contents)
-    except UndecodableText as error:
-        raise BadSample(f"{where} ({name!r}): text that is not UTF-8 ({error}); build the dataset again") from None
-
-
-def parse_json(contents: bytes, where: str, name: str) -> dict[str, Any]:
-    """The object in a .json file, NaN and integers beyond 64 bits too; raises BadSample where it is something else."""
-    try:
-        tree = orjson.loads(contents)
-    except ValueError:
-        try:
-            tree = json.loads(decode_text(contents))
-        except ValueError as error:
-            raise BadSample(f"{where} ({name!r}): not JSON ({error}); build the dataset again") from None
-    if not isinstance(tree, dict):
-        held = type(tree).__name__
-        raise BadSample(f"{where} ({name!r}): holds {held}, not an object; build the dataset again")
-    return tree
+        key, image, captions, meta = read_sample(parse_files(data, where), version)
+    except Unreadable as fault:
+        raise BadSample(
+            f"{where} ({fault.key!r}): {fault.reason}, {fault.detail}; mend the tar and build or index it again",
+            fault.key,
+            fault.reason,
+        ) from None
+    named = meta.pop("key", None)
+    return key if named is None else str(named), image, captions, meta

@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.build.records import NESTED_AT_MOST
 from data_pipeline.build.sources import open_source
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.settings import read_yaml
+from data_pipeline.shards.samples import NESTED_AT_MOST
 from data_pipeline.stream.reader import Stream
 from tests.data_pipeline.conftest import png
 
