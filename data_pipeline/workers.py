@@ -214,7 +214,9 @@ def run_tasks(
             item = waiting.pop()
             running[submit(item)] = item
         done, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_S)
-        if not done:
+        if done:
+            without = None
+        else:
             _check_raylet()
             without = _without_room(gpus, without)
         for reference in done:

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", nargs="+", help="what follows `tessera`, behind --")
     args = parser.parse_args(argv)
     sign_in()
-    host, port = socket.gethostbyname(os.environ["MASTER_ADDR"]), int(os.environ["MASTER_PORT"])
+    host, port = address_of(os.environ["MASTER_ADDR"]), int(os.environ["MASTER_PORT"])
     folder = f"/tmp/tessera-{os.environ['SLURM_JOB_ID']}"  # /tmp/ray may be another user's; sockets need short names
     if os.environ["SLURM_NODEID"] != "0":
         code = lend(host, port, args.cpus)
@@ -51,6 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == 0:
         shutil.rmtree(folder, ignore_errors=True)
     return code if code >= 0 else 128 - code
+
+
+def address_of(name: str) -> str:
+    """The IPv4 address of node 0. Raises NodeFault for a name that does not resolve here."""
+    try:
+        return socket.gethostbyname(name)
+    except (OSError, UnicodeError) as error:
+        raise NodeFault(
+            f"MASTER_ADDR={name!r} does not resolve on {socket.gethostname()} ({error}); mend the name service, or set "
+            "master_addr: node_addr in the cluster file"
+        ) from None
 
 
 def lend(host: str, port: int, cpus: int) -> int:

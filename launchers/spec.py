@@ -173,6 +173,7 @@ COMMANDS: dict[Task, tuple[str, ...]] = {
 RECOGNISED: dict[str, Task] = {"model": "train", "source": "build", "dataset": "vocab"}
 """A YAML says what it is by a section that it alone has."""
 LAUNCHED = Path("runs")
+LONGEST_NAME, NAME_DIGITS = 40, 6
 RAY_OPTION: dict[Task, str] = {"build": "ray_address=", "encode": "--ray-address="}
 """What the address of a Ray is put behind."""
 
@@ -314,7 +315,7 @@ def _train(spec: RunSpec, target: str, arguments: Sequence[str]) -> RunSpec:
     if text := refusal(spec.lead_s, Path(config.run)):
         raise ConfigError(text)
     places = (config.run, config.train.checkpoints, config.initial, *config.data.paths)
-    name = dns_label(Path(config.run).name)
+    name = job_name(Path(config.run).name)
     return replace(
         spec,
         name=name,
@@ -346,13 +347,13 @@ def _build(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
     storage = tuple(path for path in (config.output, source, config.tokenizer) if path)
     for name, condition in config.filters.items():
         Condition(condition, f"filters.{name}")
-    name = dns_label(f"build-{Path(config.output).name}")
+    name = job_name(f"build-{Path(config.output).name}")
     return replace(spec, name=name, config_hash=digest(config), storage=storage, reads=storage[1:])
 
 
 def _vocab(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
     config = load_settings(VocabConfig, target, overrides)
-    name = dns_label(f"vocab-{Path(config.output).name}")
+    name = job_name(f"vocab-{Path(config.output).name}")
     return replace(
         spec, name=name, config_hash=digest(config), storage=(config.output, config.dataset), reads=(config.dataset,)
     )
@@ -364,7 +365,7 @@ def _command(spec: RunSpec, target: str, arguments: Sequence[str]) -> RunSpec:
     named = tuple(_named_folders(spec.task, arguments))
     return replace(
         spec,
-        name=dns_label(f"{spec.task}-{Path(target).name}"),
+        name=job_name(f"{spec.task}-{Path(target).name}"),
         config_hash=hashed,
         storage=(target, *named),
         reads=(target,) if spec.task == "export" else (target, *named),
@@ -408,9 +409,17 @@ def check_gpus(procs_per_node: int, gpus_per_node: int) -> None:
         )
 
 
-def dns_label(text: str) -> str:
-    """`text` as a job name that Slurm, DNS and Kubernetes accept: a-z, 0-9 and '-', a letter first, at most 40 long."""
-    label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].rstrip("-")
+def dns_label(text: str, longest: int = LONGEST_NAME) -> str:
+    """`text` as a job name that Slurm, DNS and Kubernetes accept: a-z, 0-9 and '-', a letter first, not too long."""
+    label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if not label or not label[0].isalpha():
-        label = f"run-{label}".rstrip("-")
-    return label
+        label = f"run-{label}"
+    return label[:longest].rstrip("-")
+
+
+def job_name(text: str) -> str:
+    """The label of `text`; with six digits of its sha256 where it is cut or has other letters, so that names differ."""
+    if text.isascii() and len(dns_label(text, len(text) + 4)) <= LONGEST_NAME:
+        return dns_label(text)
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:NAME_DIGITS]
+    return f"{dns_label(text, LONGEST_NAME - NAME_DIGITS - 1)}-{digest}"

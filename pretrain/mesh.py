@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -91,7 +92,8 @@ class Mesh:
     def start(cls, timeout_s: float, join_s: float = JOIN_TIMEOUT_S) -> "Mesh":
         """Join the process group (nccl where CUDA is, gloo elsewhere).
 
-        Raises NodeFault naming the peers that do not come within `join_s`.
+        Raises NodeFault naming the peers that do not come within `join_s`, and where rank 0's address does not resolve
+        within either time.
         """
         place = place_from(os.environ)
         on_cuda = torch.cuda.is_available()
@@ -104,6 +106,7 @@ class Mesh:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
         # The watchdog ends a hang after timeout_s and names who hangs; the group's own deadline is the second line.
         deadline = datetime.timedelta(seconds=2 * timeout_s)
+        _check_resolves(place, min(timeout_s, join_s))
         try:
             store = _join(place, join_s)
             dist.init_process_group(
@@ -216,6 +219,31 @@ def peer_lost(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_LOST)
+
+
+def _check_resolves(place: Place, seconds: float) -> None:
+    """Raise NodeFault naming rank 0's address where it has not resolved after `seconds`.
+
+    A name may be new, and the system's resolver may take longer than that: it is asked in a thread, again and again.
+    """
+    resolved, why = threading.Event(), ["no answer"]
+
+    def ask() -> None:
+        until = time.monotonic() + seconds
+        while not resolved.is_set() and time.monotonic() < until:
+            try:
+                socket.getaddrinfo(place.host, place.port)
+                resolved.set()
+            except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+                why[0] = str(error)
+                time.sleep(min(RETRY_S, seconds))
+
+    threading.Thread(target=ask, name="name of rank 0", daemon=True).start()
+    if not resolved.wait(seconds):
+        raise NodeFault(
+            f"rank {place.rank}: the address of rank 0, {place.host!r}, does not resolve on {socket.gethostname()} "
+            f"within {seconds:g} s ({why[0]}); mend --master-addr (MASTER_ADDR), or the name service of this node"
+        )
 
 
 def _join(place: Place, join_s: float) -> dist.Store:

@@ -6,11 +6,13 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from rich.console import Console
 
+from data_pipeline import workers
 from data_pipeline.errors import Conflict, DataError, NodeFault
 from data_pipeline.workers import Counter, in_driver
 from tests.data_pipeline.build.cluster import wait_for
@@ -88,6 +90,48 @@ def test_an_interrupt_is_an_interrupt_and_nothing_stays(repository):
     _, said = parent.communicate(timeout=60)
     assert parent.returncode == -signal.SIGINT and "KeyboardInterrupt" in said
     assert not driver.is_running()
+
+
+# ------------------------------------------------------------------------------------- nodes that come and go
+
+
+class Cluster:
+    """A Ray in which each wait takes a minute: `events` says what it finds, a task's end or a lack of nodes."""
+
+    exceptions = SimpleNamespace(RayError=RuntimeError)
+
+    def __init__(self, events: str) -> None:
+        self.events, self.now = list(events), 0.0
+
+    def wait(self, running, num_returns, timeout):
+        self.now += 60
+        return (running[:1], running[1:]) if self.events[0] == "." else ([], running)
+
+    def get(self, reference):
+        self.events.pop(0)
+        return reference
+
+    def nodes(self):
+        self.events.pop(0)
+        return [{"Alive": True, "Resources": {}}]
+
+
+def run_on(cluster, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    monkeypatch.setattr(workers, "_check_raylet", lambda: None)
+    monkeypatch.setattr(workers.time, "monotonic", lambda: cluster.now)
+    return list(workers.run_tasks(lambda item: item, range(cluster.events.count(".")), 1))
+
+
+@pytest.mark.parametrize("events", ["----.", "----.----.", ".-----.-----.-----."])
+def test_each_lack_of_nodes_has_its_own_patience(events, monkeypatch):
+    assert len(run_on(Cluster(events), monkeypatch)) == events.count(".")
+
+
+@pytest.mark.parametrize("events", ["-------.", ".-------."])
+def test_a_long_lack_of_nodes_ends_the_build(events, monkeypatch):
+    with pytest.raises(NodeFault, match="none of the 1 nodes"):
+        run_on(Cluster(events), monkeypatch)
 
 
 # ---------------------------------------------------------------------------------------------- progress

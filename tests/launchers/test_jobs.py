@@ -3,8 +3,10 @@
 After an intended change write the golden files again: `TESSERA_WRITE_GOLDEN=1 pytest tests/launchers/test_jobs.py`.
 """
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault
 from launchers import slurm
+from launchers.kubernetes.submit import rendered
 from launchers.pipeline import Step, plan_steps
-from launchers.spec import SlurmCluster, describe, dns_label, load_cluster, seconds_of
+from launchers.spec import KubernetesCluster, SlurmCluster, describe, dns_label, job_name, load_cluster, seconds_of
 
 GOLDEN = Path("tests/launchers/golden")
 RECIPE = Path("configs/clip/vit-b-32.yaml")
@@ -278,3 +283,38 @@ def test_a_job_whose_number_cannot_be_noted_is_taken_back(
 )
 def test_job_names_are_dns_labels(text: str, label: str) -> None:
     assert dns_label(text) == label
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Clip_B", "clip-b"),
+        ("a" * 40, "a" * 40),
+        ("a" * 70, "a" * 33 + "-%s"),
+        ("图片", "run-%s"),
+        ("clip-图", "clip-%s"),
+    ],
+)
+def test_what_a_label_leaves_out_of_a_name_is_in_its_digest(text: str, name: str) -> None:
+    assert job_name(text) == name.replace("%s", hashlib.sha256(text.encode()).hexdigest()[:6])
+
+
+@given(texts=st.lists(st.text(st.sampled_from("a图片é- "), min_size=1, max_size=60), min_size=2, max_size=2))
+def test_names_of_other_letters_or_of_more_than_fit_differ(texts: list[str]) -> None:
+    one, other = map(job_name, texts)
+    for label in (one, other):
+        assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", label) and len(label) <= 40
+    lossy = [not text.isascii() or len(text) > 40 for text in texts]
+    assert texts[0] == texts[1] or not any(lossy) or one != other
+
+
+@pytest.mark.parametrize("kind", ["long", "图片"])
+def test_two_runs_on_kubernetes_have_objects_of_their_own(kind: str) -> None:
+    stem = "a" * 60 if kind == "long" else kind
+    cluster = KubernetesCluster(image="e.com/t:1", claims={"all": "/work"})
+    names = {
+        tree["metadata"]["name"]
+        for run in (f"{stem}1", f"{stem}二")
+        for tree in rendered(describe(RECIPE, [f"run=runs/{run}"], cluster), cluster)
+    }
+    assert len(names) == 2

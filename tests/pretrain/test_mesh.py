@@ -1,7 +1,10 @@
 """How ranks find each other: in the next attempt, which nobody counts, and never beside a process of their own rank."""
 
 import datetime
+import re
+import socket
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import torch.distributed as dist
 
 from data_pipeline.errors import NodeFault
 from launchers.local import free_port
-from pretrain.mesh import Place, _attempt_store, _join
+from pretrain.mesh import Mesh, Place, _attempt_store, _check_resolves, _join
 
 AGENT = "torchrun's job"
 
@@ -95,6 +98,47 @@ def test_a_second_process_of_a_rank_is_refused() -> None:
     with pytest.raises(NodeFault, match=f"rank 1 found no store at 127.0.0.1:{port}: it holds an attempt"):
         _attempt_store(place(1, port), 1)
     assert stores
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 64, "with space"])
+@pytest.mark.parametrize("limits", [(0.3, 300.0), (300.0, 0.3)], ids=["timeout", "join"])
+def test_an_address_that_does_not_resolve_is_named_within_the_timeout(
+    host: str, limits: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(NodeFault, match=rf"address of rank 0, '{re.escape(host)}', does not resolve .* --master-addr"):
+        Mesh.start(*limits)
+    assert time.monotonic() - began < 30
+
+
+def test_a_resolver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> None:
+        asked.set()
+        go_on.wait(60)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    with pytest.raises(NodeFault, match="does not resolve"):
+        _check_resolves(Place(1, 0, 2, "node-1", 29500), 0.2)
+    assert asked.is_set()
+    go_on.set()
+
+
+def test_a_name_that_is_new_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Any] = [socket.gaierror(-2, "Name or service not known"), []]
+
+    def answer(*_: object) -> Any:
+        found = answers.pop(0)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    _check_resolves(Place(1, 0, 2, "node-1", 29500), 60)
+    assert not answers
 
 
 @pytest.mark.slow
