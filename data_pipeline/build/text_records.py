@@ -6,6 +6,8 @@ costs its own line (`unclosed_quote`); the next line is read as if it were the f
 """
 
 import csv
+import itertools
+import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -136,6 +138,15 @@ class _Feed:
         return line.text
 
 
+def _object(text: str) -> Record:
+    """The columns of a jsonl record, none where it is no JSON object."""
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
 class TextRecords:
     """(place, record) of a text table from its first record, or from the one at `place`, on.
 
@@ -149,7 +160,7 @@ class TextRecords:
         self._lines = Lines(file, config)
         self._jsonl = config.kind == "jsonl"
         self._delimiter = "\t" if config.kind == "tsv" else ","
-        self._quoted = config.quoted
+        self._quoted, self._key = config.quoted, config.key
         self._feed = _Feed(self._lines)
         self._strict = csv.reader(self._feed, delimiter=self._delimiter, strict=True)
         self.names: list[str] = list(config.columns or ())
@@ -184,7 +195,7 @@ class TextRecords:
     def _texts(self) -> Iterator[tuple[Place, Record | str]]:
         for place, text, fault in self._lines:
             if text.strip():
-                yield place, unreadable(fault, "wrong_encoding") if fault else text
+                yield place, self._rejected(fault, "wrong_encoding", _object(text)) if fault else text
 
     def _fields(self) -> Iterator[tuple[Place, Record | list[str]]]:
         for line in self._lines:
@@ -193,7 +204,7 @@ class TextRecords:
             if self._quoted and '"' in text:
                 yield line.place, self._strictly_quoted(line)
             elif line.fault:
-                yield line.place, unreadable(line.fault, "wrong_encoding")
+                yield line.place, self._undecodable(line.fault, text.split(self._delimiter))
             else:
                 yield line.place, text.split(self._delimiter)
 
@@ -207,17 +218,38 @@ class TextRecords:
             fields, fault = [], str(error)
         if fault:
             self._lines.hand_back(lines[1:])
-            mark_closes = len(lines) == 1 and ("new-line" in fault or "larger" in fault)
-            reason = "unreadable_row" if mark_closes else "unclosed_quote"
-            return unreadable(f"line {first.place.number}: {fault}: {first.text.strip():.80}", reason)
+            return self._unclosed(first, fault, lines[-1].place.number)
         wrong = next((line.fault for line in lines if line.fault), "")
-        return unreadable(wrong, "wrong_encoding") if wrong else fields
+        return self._undecodable(wrong, fields) if wrong else fields
 
     def _miscount(self, fields: list[str]) -> str:
         """Why the end of a quoted field in a later line cannot be its own; empty where it may be."""
         if not self.names or len(fields) == len(self.names):
             return ""
-        return f"a quotation mark that closes in a later line makes {len(fields)} fields of {len(self.names)} columns"
+        return f"{len(fields)} fields instead of {len(self.names)}"
+
+    def _unclosed(self, line: Line, fault: str, last: int) -> Record:
+        """fault: what csv says about it; last: number of the line where it was found."""
+        head = f"line {line.place.number}: "
+        if last == line.place.number and ("new-line" in fault or "larger" in fault):
+            return unreadable(f"{head}{fault}")
+        where = "" if last == line.place.number else f", up to line {last}"
+        before = itertools.takewhile(lambda field: not field.startswith('"'), line.text.split(self._delimiter))
+        return self._rejected(
+            f"{head}a quotation mark opens a field and does not close it{where} ({fault}); double a mark that is a "
+            f"letter, or say source.quotes=false: {line.text.strip():.80}",
+            "unclosed_quote",
+            dict(zip(self.names, before, strict=False)),
+        )
+
+    def _undecodable(self, fault: str, fields: list[str]) -> Record:
+        return self._rejected(fault, "wrong_encoding", dict(zip(self.names, fields, strict=False)))
+
+    def _rejected(self, detail: str, reason: str, columns: Record) -> Record:
+        """What `unreadable` makes, with the key where it can be read: a later attempt finds the row by it."""
+        key = columns.get(self._key) if self._key is not None else None
+        named = {} if key is None or "\ufffd" in str(key) else {str(self._key): key}
+        return {**named, **unreadable(detail, reason)}
 
     def _loosely_quoted(self) -> Iterator[tuple[Place, Record | list[str]]]:
         """Parse rule 1: a quotation mark that does not close takes the following lines into its field."""

@@ -185,8 +185,8 @@ def test_inches_and_open_quotation_marks_cost_their_own_lines_of_a_csv(tmp_path,
     stats, stored, rejected = built(tmp_path, build_here, "csv", data, key="key")
     assert stored == {key: (caption,) for key, (_, caption) in AWKWARD.items() if caption}
     assert (stats["in"], stats["rejected"]) == (7, {"unclosed_quote": 3})
-    numbers = {detail.split(":")[0] for reason, detail in rejected.values() if reason == "unclosed_quote"}
-    assert numbers == {"line 4", "line 7", "line 9"}
+    numbers = {key: detail.split(":")[0] for key, (_, detail) in rejected.items()}
+    assert numbers == {"c": "line 4", "e": "line 7", "g": "line 9"}
 
 
 def test_a_quotation_mark_is_a_letter_in_a_tsv(tmp_path, build_here, images):
@@ -441,3 +441,33 @@ def test_retry_and_growth_refuse_another_key_column(keys, tmp_path, build_here, 
         retry(check(source=now, output=f"{tmp_path}/out"), progress=False)
     with pytest.raises(DataError, match="built with another source.key="):
         build_here(source=now, output=f"{tmp_path}/out", grow=True)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_a_row_of_wrong_bytes_keeps_its_key_and_is_found_by_it(kind, tmp_path, build_here, images):
+    rows = [{"key": "k0", "image": "0.png", "caption": "a"}, {"key": "k1", "image": "1.png", "caption": "un café"}]
+    if kind == "jsonl":
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    else:
+        lines = [("," if kind == "csv" else "\t").join(row) for row in [rows[0].keys(), *(r.values() for r in rows)]]
+    _, _, rejected = built(tmp_path, build_here, kind, "\n".join(lines).encode("latin-1"), key="key")
+    assert [(key, reason) for key, (reason, _) in rejected.items()] == [("k1", "wrong_encoding")]
+    source = {"kind": kind, "path": f"{tmp_path}/x.{kind}", "key": "key", "encoding": "latin-1"}
+    tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": 2}
+    assert retry(check(**tree), progress=False)["rejected"] == {}
+    assert Stream(tmp_path / "out", seed=0).fetch(1).captions == ("un café",)
+
+
+def test_a_key_of_wrong_bytes_is_none(tmp_path, build_here, images):
+    data = "key,image,caption\nk0,0.png,a\nké,1.png,b\n".encode("latin-1")
+    _, _, rejected = built(tmp_path, build_here, "csv", data, key="key")
+    assert list(rejected) == ["row 000000001"]
+
+
+def test_a_quotation_mark_that_was_mended_is_found_by_its_key(tmp_path, build_here, images):
+    _, _, rejected = built(tmp_path, build_here, "csv", b'key,caption,image\nk0,a,0.png\nk1,"open,1.png\n', key="key")
+    assert [(key, reason) for key, (reason, _) in rejected.items()] == [("k1", "unclosed_quote")]
+    (tmp_path / "x.csv").write_text('key,caption,image\nk0,a,0.png\nk1,"""open",1.png\n')
+    source = {"kind": "csv", "path": f"{tmp_path}/x.csv", "key": "key"}
+    tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": 2}
+    assert retry(check(**tree), progress=False)["rejected"] == {}
