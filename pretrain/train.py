@@ -30,7 +30,7 @@ from pretrain.checkpoint.identity import Changes, identity, values_of, versions
 from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.resume import check_resumed
 from pretrain.checkpoint.saver import Checkpoints, from_rank_0, start_attempt
-from pretrain.config import MAIN, RunConfig, micro_batch_of
+from pretrain.config import FINGERPRINTS, MAIN, RunConfig, micro_batch_of
 from pretrain.engine import Engine
 from pretrain.faults import faults_noted, may_have_been_killed
 from pretrain.goodput import METRICS, PhaseClock, lines_back
@@ -216,7 +216,7 @@ class Run:
             "stream": self.stream.state(self.position),
             "guards": self.guards.state(),
             "identity": identity(self.config),
-            "fingerprints": self.known,
+            FINGERPRINTS: self.known,
             "changes": self.changes,
             "config": digest(self.config),
             "world": self.mesh.world,

@@ -224,7 +224,8 @@ def consent_since(root: str | Path, attempt: int) -> dict[str, Any]:
     later = {int(match[1]): name for name in storage.list() if (match := CLAIM.fullmatch(name))}
     consent: dict[str, Any] = {}
     for number in sorted(number for number in later if number > attempt):
-        consent |= read_json(storage, later[number]).get("changes", {})
+        told = read_json(storage, later[number]).get("changes")
+        consent |= told if isinstance(told, dict) else {}
     return consent
 
 

@@ -84,7 +84,12 @@ def _digest(weights: Mapping[str, torch.Tensor]) -> str:
 
 def recorded(folder: str | Path) -> Fingerprints | None:
     """What a run's or an exported folder's config.json has of them; None where it was written before they were kept."""
-    found = _config_of(folder).get(FINGERPRINTS)
+    return fingerprints_in(_config_of(folder))
+
+
+def fingerprints_in(tree: Mapping[str, Any]) -> Fingerprints | None:
+    """Those of a config.json or of a checkpoint's state; None where there are none."""
+    found = tree.get(FINGERPRINTS)
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else None
 
 

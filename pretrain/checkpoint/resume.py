@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING
 from data_pipeline.errors import ConfigError
 from data_pipeline.stream.mixture import Source
 from pretrain.checkpoint.catalog import Saved, consent_since
-from pretrain.checkpoint.fingerprints import INITIAL, TOKENIZER, VOCABULARY, Fingerprints, compare, of_initial
+from pretrain.checkpoint.fingerprints import (
+    INITIAL,
+    TOKENIZER,
+    VOCABULARY,
+    Fingerprints,
+    compare,
+    fingerprints_in,
+    of_initial,
+)
 from pretrain.checkpoint.identity import Changes, check_identity, differences, unchecked, values_of
 from pretrain.checkpoint.saver import from_rank_0
 from pretrain.config import RunConfig
@@ -46,7 +54,7 @@ def _agreed_changes(saved: Saved, config: RunConfig) -> Changes:
 
 def _check_fingerprints(saved: Saved, config: RunConfig, mesh: "Mesh", known: Fingerprints) -> None:
     """Datasets are compared with the state of the stream. Rank 0 says what cannot be checked."""
-    before: Fingerprints | None = saved.state.get("fingerprints")
+    before = fingerprints_in(saved.state)
     if mesh.rank == 0 and (settings := unchecked(saved.state["identity"], config)):
         print(f"{saved.folder} does not say under which {', '.join(settings)} it was made: not checked", flush=True)
     files = {name: value for name, value in known.items() if name in (VOCABULARY, TOKENIZER)}

@@ -52,7 +52,7 @@ def finished(tree: dict[str, Any]) -> Path:
     torch.manual_seed(0)
     save(ranks_of(run / "checkpoints", 1), 4, MODELS[config.model.kind](config.model))
     known = of_files(config.data) | of_datasets(config.data, open_stream(config.data, config.seed))
-    Writer(config, 0, 4, 1, known).close()
+    Writer(config, 0, 4, 1, known).close("")
     return run
 
 
@@ -164,6 +164,28 @@ def test_an_exported_folder_knows_what_it_was_trained_with_even_where_that_is_go
     exported = verbs.export(run, tmp_path / "out")
     assert recorded(exported) == recorded(run) and set(recorded(run) or {}) == {"data.vocabulary", "data.dataset"}
     load_model(exported)
+
+
+def test_an_exported_model_is_used_with_no_other_vocabulary_either(
+    own: Material, other_vocabulary: Path, tmp_path: Path
+) -> None:
+    """Replaced in place, or named by an override; the same one at another place is taken."""
+    images = tokenizer(tmp_path / "images")
+    exported = verbs.export(finished(gpt(own, tmp_path / "run", images)), tmp_path / "gpt")
+    ranker = verbs.export(finished(clip(own, tmp_path / "clip")), tmp_path / "ranker")
+    moved = shutil.copy(own.vocabulary, tmp_path / "moved.model")
+    shutil.copy(other_vocabulary, own.vocabulary)
+    assert generate.main(str(exported), "a red circle", 1, overrides=[f"data.vocabulary={moved}"])
+    uses: list[Callable[[], Any]] = [
+        lambda: generate.main(str(exported), "a red circle", 1),
+        lambda: generate.main(str(exported), "a red circle", 1, overrides=[f"data.vocabulary={other_vocabulary}"]),
+        lambda: evaluate.main(exported),
+        lambda: evaluate.main(exported, ranker, overrides=[f"data.vocabulary={moved}"]),
+        lambda: verbs.export(exported, tmp_path / "again"),
+    ]
+    for use in uses:
+        with pytest.raises(ConfigError, match="was trained with another data.vocabulary"):
+            use()
 
 
 # ------------------------------------------------------------------------------------- what cannot be checked
