@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     diagnosis = diagnosis_of(args.status, faults, ranks)
     guilty = [rank for rank in ranks if not crashed_while_decoding(args.run, rank)]
     blamed = list(dict.fromkeys(nodes[rank // args.procs_per_node] for rank in guilty))
-    gone = sum(len(line["nodes"]) for line in lines_of(args.run / EXCLUDED) if line["job"] == args.job)
+    earlier = (line.get("nodes", []) for line in lines_of(args.run / EXCLUDED) if line.get("job") == args.job)
+    gone = sum(len(nodes) for nodes in earlier if isinstance(nodes, list))
     made_steps = metrics_size(args.run) > args.metrics_before
     goes_on, left_out = verdict(diagnosis, made_steps, blamed, gone, args.may_exclude)
     then = ("back into the queue" + (f" without {', '.join(left_out)}" if left_out else "")) if goes_on else "the end"

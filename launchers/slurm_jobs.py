@@ -15,6 +15,7 @@ from data_pipeline.errors import ConfigError, NodeFault, Requeue
 
 END = "job.end"
 """Written by the batch script: job, restarts and exit code of its newest end."""
+ENDED = re.compile(r"\s*(?P<job>[0-9_]+) (?P<restarts>[0-9]+) (?P<code>[0-9]{1,3})\s*")
 TOOL_TIMEOUT_S = 60
 PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
@@ -130,10 +131,10 @@ def _accounting(record: Mapping[str, Any]) -> list[dict[str, str]]:
 def _left_behind(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What the batch script said last, of a job that nobody knows any more."""
     path = folder / END
-    words = path.read_text(encoding="utf-8").split() if path.is_file() else []
-    if len(words) == 3 and words[0] == str(record["job"]):
-        code = int(words[2])
-        return {"state": _ended(code), "exit_code": code, "restarts": words[1]}
+    end = ENDED.fullmatch(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    if end is not None and end["job"] == str(record["job"]):
+        code = int(end["code"])
+        return {"state": _ended(code), "exit_code": code, "restarts": end["restarts"]}
     why = "Slurm knows it no more and its script did not get to its end; see its output file, and start it again"
     return {"state": "vanished", "why": why}
 

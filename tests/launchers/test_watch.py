@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, DataError
+from launchers import slurm_jobs
 from launchers.watch import JOB, RECORD, is_running, job_of, read_record, run_status, stop_run
 from pretrain.faults import FAULTS, read_faults
 from pretrain.goodput import ATTEMPTS, METRICS, goodput, lines_of
@@ -96,13 +97,25 @@ def test_a_process_that_is_gone_is_not_running_and_gets_no_signal(
     assert not sent
 
 
+LINE = b'{"step": 1, "attempt": 0, "time_ms": 9, "loss": NaN, "metrics_at": 0}'
 LINES = st.one_of(
     st.binary(max_size=60),
     st.fixed_dictionaries(
         {},
         optional={
             name: st.one_of(st.integers(), st.floats(), st.none(), st.text(max_size=5), st.lists(st.integers()))
-            for name in ("step", "attempt", "time_ms", "step_s", "cause", "rank", "why", "time", "blamed")
+            for name in (
+                "step",
+                "attempt",
+                "time_ms",
+                "step_s",
+                "stepped_s",
+                "metrics_at",
+                "cause",
+                "rank",
+                "why",
+                "blamed",
+            )
         },
     ).map(lambda tree: json.dumps(tree).encode()),
 )
@@ -115,8 +128,20 @@ def test_of_any_lines_those_that_are_none_are_left_out(
 ) -> None:
     folder = tmp_path_factory.mktemp("run")
     for name in (METRICS, ATTEMPTS, FAULTS):
-        (folder / name).write_bytes(b"\n".join([*lines, b'{"step": 1, "attempt": 0, "time_ms": 9, "loss": NaN}', b""]))
+        (folder / name).write_bytes(b"\n".join([*lines, LINE, b""]))
     assert goodput(folder)["attempts"] and run_status(folder)["state"] == "not launched"
     assert list(lines_of(folder / METRICS))[-1]["step"] == 1
     for fault in read_faults(folder):
         assert fault["cause"] in ("configuration", "node", "storage", "preemption", "user code") and fault["rank"] >= 0
+
+
+@pytest.mark.parametrize("held", ["", "12_3 0", "12_3 0 x", "12_3 0 -1", "12_3 0 ² ", "13 0 0", "12_3 0 0 0", "\udcff"])
+def test_a_last_word_that_is_none_leaves_a_job_vanished(
+    held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_jobs, "_controller", lambda record: [])
+    monkeypatch.setattr(slurm_jobs, "_accounting", lambda record: [])
+    (tmp_path / slurm_jobs.END).write_bytes(held.encode("utf-8", "surrogateescape"))
+    assert slurm_jobs.look(SLURM, tmp_path)["state"] == "vanished"
+    (tmp_path / slurm_jobs.END).write_text("12_3 1 75\n")
+    assert slurm_jobs.look(SLURM, tmp_path)["state"] == "stopped"
