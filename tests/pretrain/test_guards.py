@@ -128,9 +128,9 @@ def test_ranks_that_do_not_judge_alike_end_the_run() -> None:
     def agreed(mine: int, others: int) -> bool:
         judge = guards()
         judge.events = mine
-        there = [0, others, -others]
+        there = [0, others, -others, 0]
         mesh = SimpleNamespace(maximum=lambda here: [max(pair) for pair in zip(here, there, strict=True)])
-        run: Any = SimpleNamespace(mesh=mesh, guards=judge, step=7)
+        run: Any = SimpleNamespace(mesh=mesh, guards=judge, step=7, checkpoints=SimpleNamespace(overtaken=""))
         return Run.agree(run, 0)
 
     assert not agreed(3, 3)
@@ -147,3 +147,37 @@ def test_a_roll_back_takes_over_the_checkpoint_s_past_but_not_its_count() -> Non
     judge.remember(saved)
     assert list(judge.accepted["main"]) == [(1.0, 2.0)]
     assert (judge.events, judge.in_a_row) == (1, 1)
+
+
+@pytest.mark.parametrize(("window", "needed"), [(2, 1), (4, 2), (5, 3), (6, 3)])
+def test_a_spike_is_one_from_half_a_window_of_accepted_steps_on(window: int, needed: int) -> None:
+    judge = guards(spike="skip", window_steps=window, spike_sigmas=3)
+    for _ in range(needed - 1):
+        judge.accepts(1.0, 1.0)
+    assert judge.accepts(1.0, 1.0) and not judge.accepts(1.5, 1.0) and not judge.accepts(1.0, 1.5)
+    if needed > 1:
+        fewer = guards(spike="skip", window_steps=window, spike_sigmas=3)
+        for _ in range(needed - 1):
+            fewer.accepts(1.0, 1.0)
+        assert fewer.accepts(9.0, 9.0)
+
+
+def test_a_step_at_the_limit_itself_is_accepted() -> None:
+    """Past 1 and 3: mean 2, deviation 1; two sigmas above is 4."""
+    for loss, fine in ((4.0, True), (math.nextafter(4.0, 5.0), False)):
+        judge = guards(spike="skip", window_steps=2, spike_sigmas=2)
+        judge.accepts(1.0, 1.0)
+        judge.load({"accepted": {"main": [(1.0, 1.0), (3.0, 1.0)]}, "events": 0, "in_a_row": 0})
+        assert judge.accepts(loss, 1.0) == fine
+        assert (judge.events, judge.in_a_row) == (0 if fine else 1, 0 if fine else 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "may"),
+    [
+        ({}, False), ({"non_finite": "skip"}, True), ({"spike": "skip"}, True),
+        ({"non_finite": "roll_back", "spike": "stop"}, False),
+    ],
+)  # fmt: skip
+def test_a_step_may_be_left_out_where_a_guard_skips(settings: dict[str, Any], may: bool) -> None:
+    assert guards(**settings).may_skip == may

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
 from pretrain.inputs import masking
-from pretrain.inputs.masking import draw_positions, mask_slots, masked_words, word_starts
+from pretrain.inputs.masking import draw_positions, mask_slots, masked_positions, masked_words, word_starts
 
 
 class Pieces:
@@ -105,3 +105,140 @@ def test_the_generator_alone_decides(masking_kind: str) -> None:
         for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2] and 1 <= len(drawn[0]) <= 10
+
+
+# ------------------------------------------------------------------------------- boundaries, each from the rule
+
+
+@pytest.mark.parametrize(
+    ("rate", "context", "count"),
+    [(0.15, 1, 1), (0.15, 3, 1), (0.01, 20, 1), (0.15, 10, 2), (0.15, 16, 2), (0.5, 5, 2), (0.15, 128, 19)],
+)
+def test_a_context_masks_its_share_rounded_and_at_least_one_piece(rate: float, context: int, count: int) -> None:
+    assert mask_slots(rate, context) == count
+
+
+def positions_of(tokens: list[int], rate: float, context: int = 99) -> list[int]:
+    return masked_positions(np.array(tokens), rate, context, np.random.default_rng(0)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rate", "positions"),
+    [
+        ([2, 5, 3], 0.1, [1]),  # the first id that is no special
+        ([2, 1, 3], 0.1, [1]),  # [UNK] stands for a word
+        ([2, 0, 3], 0.9, []),
+        ([2, 4, 3], 0.9, []),
+        ([2, 3], 0.9, []),
+        ([2, 0, 1, 2, 3, 4, 5, 6, 3], 0.9, [2, 6, 7]),
+    ],
+)
+def test_every_piece_but_specials_can_be_masked(tokens: list[int], rate: float, positions: list[int]) -> None:
+    assert positions_of(tokens, rate) == positions
+    starts = np.ones(len(tokens), bool)
+    assert masked_words(np.array(tokens), starts, rate, 99, 1, np.random.default_rng(0)).tolist() == positions
+
+
+@pytest.mark.parametrize(
+    ("length", "rate", "context", "count"), [(10, 0.15, 99, 2), (4, 0.05, 99, 1), (12, 0.5, 4, 2), (12, 0.5, 24, 6)]
+)
+def test_the_number_counts_both_ends_and_is_at_most_that_of_a_full_context(
+    length: int, rate: float, context: int, count: int
+) -> None:
+    assert len(positions_of([2, *[7] * (length - 2), 3], rate, context)) == count
+
+
+@pytest.mark.parametrize(
+    ("starts", "rate", "context", "positions"),
+    [
+        ("110", 0.5, 99, [1, 2]),  # a word that fills the number exactly is taken
+        ("110", 0.15, 14, [1, 2]),  # one that exceeds it, if a full context has room for it
+        ("110", 0.15, 7, []),
+        ("111", 0.5, 99, [1, 2]),
+    ],
+)
+def test_words_fill_the_number_and_the_shortest_may_exceed_it(
+    starts: str, rate: float, context: int, positions: list[int]
+) -> None:
+    begins = np.array([letter == "1" for letter in starts] + [True])
+    for longest in (1, 3):
+        found = masked_words(np.array([2, 7, 7, 3]), begins, rate, context, longest, np.random.default_rng(0))
+        assert found.tolist() == positions
+
+
+def test_what_cannot_be_masked_parts_words() -> None:
+    tokens, starts = np.array([2, 7, 3, 7, 3]), np.array([True, True, True, False, True])
+    found = {tuple(masked_words(tokens, starts, 0.2, 99, 1, np.random.default_rng(s)).tolist()) for s in range(20)}
+    assert found == {(1,), (3,)}
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("word", 1), ("ngram", 3)])
+def test_words_are_drawn_one_by_one_and_ngrams_of_up_to_three(
+    kind: str, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(masking, "masked_words", lambda *given: asked.append(given[4]))
+    vocabulary: Any = Pieces("\u2581a")
+    draw_positions(np.array([2, 5, 3]), kind, 0.3, 9, vocabulary, np.random.default_rng(0))
+    assert asked == [longest]
+
+
+def test_an_ngram_has_three_words_at_most_and_ends_with_the_text() -> None:
+    tokens, starts = np.array([2, *[7] * 30, 3]), np.ones(32, bool)
+    for seed in range(100):
+        positions = masked_words(tokens, starts, 4 / 32, 99, 3, np.random.default_rng(seed))
+        assert len(positions) == 4
+    one = np.array([2, 7, 3])
+    assert masked_words(one, np.ones(3, bool), 0.3, 99, 3, np.random.default_rng(1)).tolist() == [1]
+
+
+@pytest.mark.parametrize(("letter", "cuts"), [("\u33ff", False), ("\u3400", True), ("\u9fff", True), ("\ua000", False)])
+def test_jieba_cuts_text_with_a_chinese_character(letter: str, cuts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Segmenter:
+        def cut(self, text: str) -> list[str]:
+            asked.append(text)
+            return list(text)
+
+    monkeypatch.setattr(masking, "_segmenter", Segmenter)
+    cut(f"\u2581{letter}")
+    assert asked == ([f"  {letter} "] if cuts else [])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        (("\u2581cat", "\u2581北", "京", "s"), ["_cat", "_北京", "s"]),
+        (("\u2581\u2581北", "京", "\u2581大", "学"), ["__北京", "_大学"]),
+        (("北", "京", "\u2581\u2581cat", "s"), ["北京", "__cats"]),
+    ],
+)
+def test_a_word_begins_behind_the_spaces_of_its_piece(pieces: tuple[str, ...], words: list[str]) -> None:
+    assert cut(*pieces) == words
+
+
+class Draws:
+    """A generator that draws what it was given, and notes between which ids."""
+
+    def __init__(self, *chances: float) -> None:
+        self.chances, self.ids = np.array(chances), (0, 0)
+
+    def random(self, count: int) -> np.ndarray:
+        assert count == len(self.chances)
+        return self.chances
+
+    def integers(self, low: int, high: int, count: int) -> np.ndarray:
+        self.ids = (low, high)
+        return np.full(count, 6)
+
+
+def test_a_masked_piece_becomes_mask_itself_or_a_piece_that_is_no_special() -> None:
+    vocabulary: Any = Pieces("a", "b", "c")
+    tokens, places = np.array([2, 7, 7, 7, 7, 7, 7, 3]), np.arange(1, 7)
+    draws: Any = Draws(0.0, 0.79, 0.81, 0.89, 0.91, 0.99)
+    assert masking.replace_bert(tokens, places, vocabulary, draws).tolist() == [2, 4, 4, 7, 7, 6, 6, 3]
+    assert draws.ids == (5, 8)
+    draws = Draws(0.0, 0.84, 0.86, 0.9, 0.99, 0.5)
+    assert masking.replace_electra(tokens, places, vocabulary, draws).tolist() == [2, 4, 4, 7, 7, 7, 4, 3]
+    assert tokens.tolist() == [2, 7, 7, 7, 7, 7, 7, 3]

@@ -71,3 +71,19 @@ def test_micro_batches_carry_the_loss_and_gradient_of_the_whole_batch(
 def test_a_plain_sum_over_micro_batches_is_another_loss(objective: Contrastive, batch: dict[str, Tensor]) -> None:
     halves = [objective({name: tensor[at : at + 6] for name, tensor in batch.items()})["loss"] for at in (0, 6)]
     assert abs(float(sum(halves) / 2) - float(objective(batch)["loss"])) > 0.1
+
+
+def test_each_direction_has_its_own_accuracy() -> None:
+    """By a loop over rows and over columns of logits, which are the scaled products of what every rank gathers."""
+    draw = torch.Generator().manual_seed(11)
+    image, text = (torch.nn.functional.normalize(torch.randn(9, 3, generator=draw), dim=-1) for _ in range(2))
+    objective = Contrastive(Clip(CONFIG), ContrastiveConfig(), ONE_DEVICE)
+    found = objective._of_global_batch(image, text, torch.tensor([5.0]))
+    table = [[5.0 * sum(a * b for a, b in zip(i, t, strict=True)) for t in text.tolist()] for i in image.tolist()]
+    rows = sum(max(range(9), key=lambda j, i=i: table[i][j]) == i for i in range(9)) / 9
+    columns = sum(max(range(9), key=lambda i, j=j: table[i][j]) == j for j in range(9)) / 9
+    assert rows != columns
+    assert float(found["image_to_text_accuracy"]) == pytest.approx(rows)
+    assert float(found["text_to_image_accuracy"]) == pytest.approx(columns)
+    assert float(found["logit_scale"]) == 5.0
+    assert float(found["loss"]) == pytest.approx(float(contrastive_loss(torch.tensor(table))), rel=1e-5)

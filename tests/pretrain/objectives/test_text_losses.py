@@ -103,3 +103,73 @@ def test_every_parameter_gets_a_gradient_and_no_metric_carries_one(model_config:
     result["loss"].backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert [key for key, value in result.items() if value.requires_grad] == ["loss"]
+
+
+def share(right: list[bool]) -> float:
+    return sum(right) / len(right)
+
+
+def filled(batch: dict[str, Tensor]) -> list[tuple[int, int]]:
+    """Sample and slot of every masked word."""
+    return [(b, m) for b, row in enumerate(batch["label_weights"].tolist()) for m, weight in enumerate(row) if weight]
+
+
+def wide(model_config: Any, seed: int = 4) -> torch.nn.Module:
+    """With weights so large that some words and pairs are right by themselves."""
+    torch.manual_seed(seed)
+    model = MODELS[model_config.kind](model_config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("nsp", [True, False])
+def test_the_metrics_of_masked_words_are_those_of_loops(nsp: bool) -> None:
+    model, batch = wide(CASES[0][0]), uneven_batch()
+    words, pairs = model(batch["tokens"], batch["types"], batch["attention"], batch["positions"])
+    slots = filled(batch)
+    batch["labels"][slots[0]] = words[slots[0]].argmax()  # one is right
+    config = C.MlmNspConfig(nsp=nsp)
+    found = {name: value.item() for name, value in OBJECTIVES["mlm"](model, config, ONE_DEVICE)(batch).items()}
+    losses = [nll(words[slot].tolist(), int(batch["labels"][slot])) for slot in slots]
+    right = [int(words[slot].argmax()) == int(batch["labels"][slot]) for slot in slots]
+    wanted = {"mlm_loss": sum(losses) / len(losses), "mlm_accuracy": share(right)}
+    if nsp:
+        answers = batch["is_random"].tolist()
+        wanted["nsp_loss"] = sum(nll(row, a) for row, a in zip(pairs.tolist(), answers, strict=True)) / 4
+        wanted["nsp_accuracy"] = share([int(row.argmax()) == a for row, a in zip(pairs, answers, strict=True)])
+    wanted["loss"] = wanted["mlm_loss"] + wanted.get("nsp_loss", 0.0)
+    assert found == pytest.approx(wanted, rel=1e-4) and 0 < found["mlm_accuracy"] < 1
+
+
+def test_the_metrics_of_replaced_tokens_are_those_of_loops() -> None:
+    model, batch = wide(CASES[2][0], 20), uneven_batch()
+    keys = ("tokens", "types", "attention", "positions", "labels", "label_weights", "uniforms")
+    out = model(**{key: batch[key] for key in keys})
+    found = {name: v.item() for name, v in OBJECTIVES["rtd"](model, C.RtdConfig(), ONE_DEVICE)(batch).items()}
+    slots = filled(batch)
+    mlm = sum(nll(out.word_logits[slot].tolist(), int(batch["labels"][slot])) for slot in slots) / len(slots)
+    real = [(b, s) for b in range(4) for s in range(8) if batch["attention"][b, s]]
+    guessed = {place: out.replaced_logits[place].item() > 0 for place in real}
+    true = {place: bool(out.replaced[place]) for place in real}
+    losses = [nll([0.0, out.replaced_logits[place].item()], int(true[place])) for place in real]
+    caught = sum(guessed[place] and true[place] for place in real)
+    wanted = {
+        "loss": mlm + 50 * sum(losses) / len(real),
+        "mlm_loss": mlm,
+        "mlm_accuracy": share([int(out.word_logits[slot].argmax()) == int(batch["labels"][slot]) for slot in slots]),
+        "rtd_loss": sum(losses) / len(real),
+        "rtd_accuracy": share([guessed[place] == true[place] for place in real]),
+        "rtd_precision": caught / max(1, sum(guessed.values())),
+        "rtd_recall": caught / max(1, sum(true.values())),
+    }
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert 0 < caught < min(sum(guessed.values()), sum(true.values()))  # so that precision and recall are shares
+
+
+def test_what_no_word_was_masked_of_has_no_loss_and_no_division_by_zero() -> None:
+    batch = uneven_batch() | {"label_weights": torch.zeros(4, 2)}
+    for model_config, config in CASES[1:]:
+        found = OBJECTIVES[config.kind](MODELS[model_config.kind](model_config).eval(), config, ONE_DEVICE)(batch)
+        assert float(found["mlm_loss"]) == float(found["mlm_accuracy"]) == 0.0
+        assert all(torch.isfinite(value) for value in found.values())
