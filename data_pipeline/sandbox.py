@@ -28,6 +28,8 @@ from data_pipeline.images import Prepared, Reject, check_side, decode, store
 CPU_SECONDS = 10.0
 MEMORY_BYTES = 2 * 1024**3
 KILLED_AT_MOST = 5
+LETHAL = ("decoder_crash", "decoder_timeout")
+"""Reasons that would have ended the process of who decodes outside of a sandbox."""
 
 _LENGTHS = struct.Struct("<II")
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}

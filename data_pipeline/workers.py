@@ -197,12 +197,18 @@ def _check_address(address: str) -> None:
 
 
 def run_tasks(
-    submit: Callable[[Any], Any], items: Sequence[Any], workers: int, ahead: int | None = None, gpus: int = 0
+    submit: Callable[[Any], Any],
+    items: Sequence[Any],
+    workers: int,
+    ahead: int | None = None,
+    gpus: int = 0,
+    examine: Callable[[Any], None] = lambda item: None,
 ) -> Iterator[tuple[Any, Any]]:
     """Results of `submit(item)` (a Ray reference) as (item, result), in the order in which they end.
 
     At most `ahead` tasks a worker, two unless told, are in flight. A task whose worker or node is lost is submitted
     again, OUTER_RETRIES times beyond Ray's own; then NodeFault. A TesseraError raised in a task is raised here.
+    examine: called with an item whose worker was lost for the first time; raises what is to blame, if it is the item.
     gpus: that a task takes beside its CPU. A cluster without a node that has them is waited for, for _WITHOUT_ROOM_S.
     """
     import ray
@@ -226,6 +232,8 @@ def run_tasks(
             except ray.exceptions.RayError as error:
                 _raise_unless_lost(error)
                 losses[item] += 1
+                if losses[item] == 1:
+                    examine(item)
                 if losses[item] > OUTER_RETRIES:
                     raise NodeFault(
                         f"{item}: its worker was lost {losses[item]} times ({type(error).__name__}); "

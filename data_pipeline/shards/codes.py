@@ -11,10 +11,13 @@ side; crops 0 to 4 are upper left, upper right, lower left, lower right and cent
 mirrored (ten-crop as in LlamaGen, Sun et al. 2024, arXiv:2406.06525).
 """
 
+import contextlib
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, Protocol
 
@@ -25,7 +28,7 @@ from typing_extensions import TypedDict
 
 from data_pipeline import gate
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.images import Reject, decode_rgb, resize
+from data_pipeline.images import MAX_PIXELS, Reject, decode_rgb, resize
 from data_pipeline.shards.manifest import (
     Manifest,
     Shard,
@@ -45,6 +48,7 @@ CHUNK = 64  # images a call of the tokenizer, counted from the start of a shard:
 CROPS = (1, 10)
 CROP_RANGE = 1.1
 CENTRE = 4  # of ten crops
+DECODE_S = 60.0  # of processor time that an image may take
 
 _ID = re.compile(r"[0-9a-f]{12}")
 
@@ -304,7 +308,7 @@ def _encode_shards(
             return
         with ray_session(workers, ray_address, gpus * workers):
             pool = _Actors(job, min(workers, len(missing)), gpus)
-            for _, samples in run_tasks(pool.submit, missing, workers, gpus=gpus):
+            for _, samples in run_tasks(pool.submit, missing, workers, gpus=gpus, examine=partial(blame_image, job)):
                 counter.add(samples)
 
 
@@ -373,17 +377,41 @@ def _check_tokenizer(tokenizer: ImageTokenizer) -> None:
         )
 
 
+def blame_image(job: Job, shard: int) -> None:
+    """Raises DataError naming an image of this shard that ends the process which decodes it, if one does."""
+    from data_pipeline.config import ImageRules  # here, where it is seldom needed: readers of codes decode nothing
+    from data_pipeline.sandbox import LETHAL, Decoder
+
+    storage = open_storage(job.dataset)
+    entry = read_manifest(storage).shards[shard]
+    offsets = read_index(storage, entry).offsets.tolist()
+    with contextlib.closing(Decoder(ImageRules(max_pixels=MAX_PIXELS), stored=False, cpu_s=DECODE_S)) as decoder:
+        for blocks in itertools.pairwise(offsets):
+            where, contents = _image(storage, entry.name, blocks)
+            try:
+                decoder.look(contents)
+            except Reject as reject:
+                if reject.reason in LETHAL:
+                    raise DataError(f"{where}: ends the process that decodes it ({reject}); leave it out") from None
+
+
 def _crops(storage: Storage, name: str, blocks: tuple[int, int], size: int, crops: int) -> np.ndarray:
     """The crops of the image of one sample, which lies in these blocks of a tar -> uint8 [crops, size, size, 3]."""
+    where, contents = _image(storage, name, blocks)
+    try:
+        return crops_of(decode_rgb(contents), size, crops)
+    except Reject as reject:
+        raise DataError(f"{where}: does not decode ({reject}); see `tessera data verify`") from None
+
+
+def _image(storage: Storage, name: str, blocks: tuple[int, int]) -> tuple[str, bytes]:
+    """-> the name, for people, and the contents of the image of one sample, which lies in these blocks of a tar."""
     where = f"{storage.root}/{name}"
     data = storage.get_range(name, blocks[0] * BLOCK, blocks[1] * BLOCK)
     found = image_of(parse_files(data, where))
     if found is None:
         raise DataError(f"{where}: a sample without an image at block {blocks[0]}; only image datasets have codes")
-    try:
-        return crops_of(decode_rgb(found[1]), size, crops)
-    except Reject as reject:
-        raise DataError(f"{where} {found[0]}: does not decode ({reject}); see `tessera data verify`") from None
+    return f"{where} {found[0]}", found[1]
 
 
 def _meta(storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer, crops: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import xxhash
 from data_pipeline.config import ImageRules
 from data_pipeline.errors import BadSample, NodeFault
 from data_pipeline.images import MAX_PIXELS, Reject, encode
-from data_pipeline.sandbox import Decoder
+from data_pipeline.sandbox import LETHAL, Decoder
 from data_pipeline.schema import Sample
 from pretrain.goodput import append_line, lines_of
 from pretrain.inputs.bad import Usable
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
 
 LETHAL_IMAGES = "lethal_images.jsonl"
-LETHAL = ("decoder_crash", "decoder_timeout")
-"""Reasons of the sandbox that would have ended a rank; of the others its own decoder says the same."""
 AT_ONCE = 64
 SOUND = encode(np.zeros((8, 8, 3), np.uint8), "png", 0)
 

@@ -336,3 +336,16 @@ def test_ray_actors_give_the_codes_of_one_process_and_take_a_gpu_each(small, enc
     assert sorted(path.name for path in tmp_path.glob("gpu-*")) == ["gpu-0", "gpu-1"]
     for shard in range(3):
         encode_shard(str(small), shard, Means(), crops=10)  # refuses where the bytes differ
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_an_image_that_kills_the_encoder_is_named(small, encode_here, monkeypatch, repository, by_tarfile, tmp_path):
+    lethal = by_tarfile(small)[12]["png"]
+    monkeypatch.undo()
+    monkeypatch.setenv("TESSERA_TEST_LETHAL", json.dumps({hashlib.sha256(lethal).hexdigest(): "abort"}))
+    path = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", f"{repository / 'tests/pretrain/lethal'}{os.pathsep}{path}")
+    local = type("Local", (Means,), {"__module__": "__main__"})  # travels by value to workers
+    with pytest.raises(DataError, match="00001.tar 000000012.png: ends the process that decodes it .*SIGABRT"):
+        encode_dataset(small, lambda directory: local(), tmp_path, workers=1, progress=False)
