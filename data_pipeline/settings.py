@@ -158,10 +158,25 @@ def _apply_override(schema: type[Settings], tree: dict[str, Any], override: str)
         tree = tree[section]
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+    if leaf == "kind" and sections:
+        _check_kind(kinds, tree, ".".join(sections), text)
     try:
         tree[leaf] = _read_value(text, _kinds_below(kinds, tree, leaf))
     except _NOT_YAML as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+
+
+def _check_kind(kinds: Sequence[Any], tree: Mapping[str, Any], section: str, kind: str) -> None:
+    """Raise ConfigError where `section` has keys, of the kind that the file gives it, that a `kind` does not have."""
+    named = [each for each in kinds if "kind" in getattr(each, "model_fields", {})]
+    chosen = [each for each in named if kind in get_args(each.model_fields["kind"].annotation)]
+    foreign = [key for key in tree if key != "kind" and chosen and key not in chosen[0].model_fields]
+    if foreign and tree.get("kind") not in (None, kind):
+        raise ConfigError(
+            f"override '{section}.kind={kind}': the file describes kind {tree['kind']!r}, and {kind!r} has no "
+            f"{', '.join(foreign)}; start from a file of kind {kind!r}, or write the section anew: "
+            f"'{section}={{kind: {kind}, ...}}'"
+        )
 
 
 def _kinds_below(kinds: Sequence[Any], tree: Mapping[str, Any], key: str) -> list[Any]:

@@ -4,8 +4,10 @@ Commands import what they need when they run: `--help` and `--dry-run` need no t
 """
 
 import errno
+import importlib.metadata
 import os
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -26,6 +28,22 @@ app = typer.Typer(
 )
 
 # ------------------------------------------------------------------------------------ the command line
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tessera {importlib.metadata.version('tessera')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command; the text of the help is the app's own."""
+
 
 data = typer.Typer(no_args_is_help=True, help="Raw pairs -> shards, codes and their checks.")
 data.command("build")(commands_data.build)

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from data_pipeline.build.filters import Condition
 from data_pipeline.config import BuildConfig, VocabConfig
@@ -62,6 +62,24 @@ class LocalCluster(ClusterConfig):
         return self.restarts
 
 
+def _time_limit(given: Any) -> str:
+    """A limit in one of Slurm's forms. Raises ValueError, for numbers too: YAML makes them of hours and minutes."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        minutes, seconds = divmod(given, 60)
+        clock = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        raise ValueError(
+            f"YAML reads a limit such as {clock} without quotation marks as a number; write time_limit: "
+            f'"{clock}", or "{given}" for as many minutes'
+        )
+    if not isinstance(given, str) or not TIME_LIMIT.fullmatch(given):
+        raise ValueError('no time limit of Slurm; write "MINUTES", "HOURS:MINUTES:SECONDS" or "DAYS-HOURS"')
+    return given
+
+
+TIME_LIMIT = re.compile(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}")
+TimeLimit = Annotated[str, BeforeValidator(_time_limit)]
+
+
 class SlurmCluster(ClusterConfig):
     """A Slurm site. What is empty is left out of the batch script.
 
@@ -81,7 +99,7 @@ class SlurmCluster(ClusterConfig):
     memory: str = "0"
     exclusive: bool = False
     options: tuple[str, ...] = ()
-    time_limit: str = Field("24:00:00", pattern=r"^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$")
+    time_limit: TimeLimit = "24:00:00"
     signal_lead_s: PositiveInt = Field(300, le=65535)
     requeues: NonNegativeInt = 20
     max_excluded_nodes: NonNegativeInt = 2

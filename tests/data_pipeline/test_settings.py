@@ -196,3 +196,33 @@ def test_what_yaml_makes_of_a_text_is_explained(text: str, kind: str, tmp_path: 
 
 def test_the_home_of_this_user_is_the_one_of_the_system(empty: Path) -> None:
     assert read(empty, "place=~/x").place == os.path.expanduser("~/x")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "foreign"),
+    [
+        ("configs/clip/vit-b-32.yaml", "model.kind=bert", "kind 'clip', and 'bert' has no embed_dim, vision, text;"),
+        (
+            "configs/text_to_image/pai-painter-base.yaml",
+            "model.kind=electra",
+            "kind 'gpt', and 'electra' has no text_vocab",
+        ),
+        (
+            "configs/image_tokenizer/vqgan-f16-16384.yaml",
+            "objective.kind=mlm",
+            "kind 'reconstruction', and 'mlm' has no",
+        ),
+    ],
+)
+def test_another_kind_over_a_recipe_is_told_as_what_it_is(recipe: str, override: str, foreign: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_settings(RunConfig, REPOSITORY / recipe, [override])
+    said = str(refused.value)
+    assert foreign in said and "start from a file of kind" in said and "\n" not in said
+
+
+def test_another_kind_that_has_the_keys_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "build.yaml"
+    path.write_text("source: {kind: csv, path: a, key: b}\noutput: c\n")
+    build = load_settings(BuildConfig, path, ["source.kind=jsonl"])
+    assert build.source.kind == "jsonl" and build.source.key == "b"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,11 @@ def test_help_and_dry_run_need_no_torch(words: list[str]) -> None:
     done = call_without_torch(*words)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
+
+
+def test_the_version_is_told_without_torch() -> None:
+    done = call_without_torch("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"tessera {version('tessera')}\n", "")
 
 
 @pytest.mark.parametrize(

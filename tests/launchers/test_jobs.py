@@ -167,6 +167,33 @@ def test_time_limits_are_read_as_slurm_reads_them(limit: str, seconds: int) -> N
     assert seconds_of(limit) == seconds
 
 
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("24:00:00", 'write time_limit: "24:00:00", or "86400" for as many minutes'),
+        ("1:30:00", 'write time_limit: "1:30:00", or "5400"'),
+        ("90", 'write time_limit: "0:01:30", or "90" for as many minutes'),
+        ("24h", "no time limit of Slurm"),
+        ("1.5", "no time limit of Slurm"),
+        ('"1:"', "no time limit of Slurm"),
+        ("yes", "no time limit of Slurm"),
+    ],
+)
+def test_a_time_limit_that_yaml_turns_into_a_number_is_explained(written: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(f"kind: slurm\ntime_limit: {written}\n")
+    with pytest.raises(ConfigError) as refused:
+        load_cluster(SlurmCluster, path)
+    assert "time_limit = " in str(refused.value) and said in str(refused.value)
+
+
+@pytest.mark.parametrize("written", ['"24:00:00"', "08:00:00", "1-12", '"90"'])
+def test_a_time_limit_that_is_text_is_taken(written: str, tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(f"kind: slurm\ntime_limit: {written}\n")
+    assert load_cluster(SlurmCluster, path).time_limit == written.strip('"')
+
+
 def test_a_container_without_an_image_is_refused() -> None:
     with pytest.raises(ConfigError, match="without container_image"):
         slurm_script(SITE.model_copy(update={"container": "apptainer"}))
