@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
-from pydantic import Field, with_config
+from pydantic import Field, StringConstraints, with_config
 from typing_extensions import TypedDict
 
 from data_pipeline import gate
@@ -58,12 +58,18 @@ class _StreamState(TypedDict):
     position: gate.Count
 
 
+Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{12,64}(@step \d{1,15})?$")]
+"""Of what a run depends on; see fingerprints.py."""
+
+
 @with_config(gate.OPEN)
 class _State(TypedDict):
     """What of state.json is counted with; its other parts are compared with what the run has."""
 
     stream: NotRequired[_StreamState]
     means: NotRequired[dict[str, float]]
+    fingerprints: NotRequired[dict[str, Fingerprint]]
+    changes: NotRequired[list[dict[str, Any]]]
 
 
 @with_config(gate.CLOSED)

@@ -177,7 +177,8 @@ def check_identity(
 def _covered(key: str, found: Changes, consented: frozenset[str]) -> bool:
     """Is the change of `key` consented to, by itself or as that of a role that follows the main optimizer?"""
     main = re.sub(r"^optim\.roles\.[^.]+\.", "optim.", key)
-    return key in consented or (main in consented and found.get(main) == found[key])
+    named = key in consented or (main in consented and found.get(main) == found[key])
+    return named and CHANGEABLE.fullmatch(key) is not None
 
 
 def _option(key: str, value: Any) -> str:
