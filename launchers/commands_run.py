@@ -18,11 +18,13 @@ def train(
     change: Changes = None,
 ) -> None:
     """Train, or go on where the run's newest checkpoint stands; inside a process group or alone."""
+    from launchers.watch import refuse_other_folder
     from pretrain.config import check_initial, consented_keys, load_run
 
     global trains
     run_config = load_run(config, overrides or [], change or [])
     check_initial(run_config)
+    refuse_other_folder(run_config.run)
     from pretrain.signals import ignore_stop_signals
 
     trains = True

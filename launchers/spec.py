@@ -17,6 +17,7 @@ from data_pipeline.config import BuildConfig, VocabConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import Location, Settings, check_settings, digest, load_settings, read_yaml
 from launchers.quoting import command_line
+from launchers.watch import refuse_other_folder
 from pretrain.config import has_begun, load_run, micro_batch_of
 from pretrain.deadline import LEAD_VARIABLE, refusal
 
@@ -326,6 +327,7 @@ def task_of(target: str | Path) -> Task:
 
 def _train(spec: RunSpec, target: str, arguments: Sequence[str]) -> RunSpec:
     config = load_run(target, *split_changes(arguments))
+    refuse_other_folder(config.run)
     try:
         micro_batch_of(config.train, spec.world_size)
     except ValueError as error:

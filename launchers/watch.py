@@ -158,6 +158,18 @@ def look_at_job(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     return {"place": record["place"], **PLACES[record["place"]]().look(record, run)}
 
 
+def refuse_other_folder(run: str | Path) -> None:
+    """Raises ConfigError where `run` holds the config.json of something else, which training would replace."""
+    try:
+        tree = json.loads((Path(run) / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):  # there is none, or a crash damaged it
+        return
+    if isinstance(tree, dict) and "train" not in tree:
+        raise ConfigError(
+            f"run={run} is the folder of an exported model, whose config.json it needs; name a new folder"
+        )
+
+
 def refuse_second_launch(run: Path) -> None:
     """Raises ConfigError while this run runs, or waits to, here or at a scheduler."""
     record, job = read_record(run), job_of(run)

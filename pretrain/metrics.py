@@ -9,6 +9,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from data_pipeline.outputs import write_whole
+
 BAR = 24
 
 
@@ -34,9 +36,9 @@ class ProgressLine:
 
 
 def save_grid(pixels: Tensor, path: Path, columns: int = 8, scale: int = 3) -> None:
-    """Write `grid` as a PNG."""
+    """Write `grid` as a PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid(pixels, columns, scale).save(path)
+    write_whole(path, png(grid(pixels, columns, scale)))
 
 
 def grid(pixels: Tensor, columns: int = 8, scale: int = 3) -> Image.Image:

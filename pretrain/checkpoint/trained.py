@@ -76,7 +76,7 @@ def _of_export(source: str | Path, tree: Mapping[str, Any]) -> dict[str, Any]:
         "run": str(source),
         "objective": {"kind": OBJECTIVE_OF[kind]},
         "data": {"dataset": NOT_SAID},
-        "train": {"steps": 1, "global_batch": 1, "zero_stage": 0},
+        "train": {"steps": 1, "global_batch": 2, "zero_stage": 0},
         "optim": {"lr": 1.0},
         "tracking": {"uri": ""},
     }

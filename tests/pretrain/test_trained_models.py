@@ -315,6 +315,18 @@ def test_figures_are_printed_though_they_cannot_be_written(
         assert not (there / "evaluation.json").exists()
 
 
+@pytest.mark.parametrize("form", ["tessera", "transformers-clip"])
+@pytest.mark.parametrize("words", [["train"], ["launch", "local"], ["launch", "local", "--dry-run"]], ids=" ".join)
+def test_training_into_an_exported_folder_is_refused(
+    words: list[str], form: str, place: Place, material: Material, tmp_path: Path, capsys: Any
+) -> None:
+    there = verbs.export(place.run("clip"), tmp_path / "there", form=form)
+    before = {path.name: path.read_bytes() for path in there.iterdir()}
+    assert tessera(*words, recipe(clip(material, there), tmp_path / "recipe.yaml")) == 64
+    assert f"run={there} is the folder of an exported model" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == before
+
+
 DAMAGED = {
     "empty": b"",
     "cut": b'{"model": {"ki',
