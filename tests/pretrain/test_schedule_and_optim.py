@@ -59,6 +59,14 @@ def test_the_rates_are_those_of_torch_s_schedulers(kind: str, final: float) -> N
     assert rates == pytest.approx(torch_rates(kind, 50, 3e-4, final), abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("step", "steps", "expected"), [(0, 4, 1 / 3), (2, 4, 1.0), (3, 4, 1.0), (3, 5, 1.0), (4, 5, 0.5 + 0.5 * 0.25)]
+)
+def test_the_first_step_behind_the_warm_up_has_the_whole_rate(step: int, steps: int, expected: float) -> None:
+    config = optim(schedule="linear", warmup_steps=3, final_lr_fraction=0.25)
+    assert learning_rate(step, steps, config) == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "polynomial"])
 def test_the_rate_rises_to_its_peak_and_never_rises_again(kind: str) -> None:
     config = optim(schedule=kind, warmup_steps=7)

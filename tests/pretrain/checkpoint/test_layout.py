@@ -15,7 +15,17 @@ from safetensors.torch import load_file
 from data_pipeline.errors import DataError
 from data_pipeline.storage import LocalStorage, open_storage
 from pretrain.checkpoint import layout
-from pretrain.checkpoint.layout import Shard, Share, Slices, Staging, index_of, parts_of, write_shard
+from pretrain.checkpoint.layout import (
+    Shard,
+    Share,
+    Slices,
+    Staging,
+    even_part,
+    index_of,
+    parse_index,
+    parts_of,
+    write_shard,
+)
 from pretrain.checkpoint.trained import load_trained
 from tests.pretrain.checkpoint.simulated import KINDS, config_of, folder_of, write
 
@@ -222,3 +232,72 @@ def test_a_rank_file_is_read_back_from_the_folder_that_a_run_wrote(tmp_path: Pat
             assert tuple(shape) == whole[name].shape
             found[name][lo:hi] = tensors[f"param/{name}"]
     assert all(torch.equal(found[name].view_as(tensor), tensor) for name, tensor in whole.items())
+
+
+def share_of(name: str, lo: int, hi: int) -> Share:
+    return Share(name, (99,), lo, hi, {"param": torch.arange(lo, hi, dtype=torch.float32)})
+
+
+def test_a_file_is_filled_to_its_limit_and_no_further() -> None:
+    """40 bytes are ten elements: two shares fill one file exactly, and a larger share is cut where a file ends."""
+    shares = [share_of("x", 0, 5), share_of("y", 7, 12), share_of("z", 3, 4), share_of("w", 30, 55)]
+    parts = list(parts_of(Shard(3, "r00003.safetensors", shares, {"steps": torch.tensor([7])}), 40))
+    assert [[(share.name, share.lo, share.hi) for share in part.shares] for part in parts] == [
+        [("x", 0, 5), ("y", 7, 12)], [("z", 3, 4)], [("w", 30, 40)], [("w", 40, 50)], [("w", 50, 55)],
+    ]  # fmt: skip
+    assert [part.file for part in parts] == [
+        "r00003.safetensors", *(f"r00003.part-{number:05d}.safetensors" for number in (1, 2, 3, 4)),
+    ]  # fmt: skip
+    assert [list(part.buffers) for part in parts] == [["steps"], [], [], [], []]
+    assert all(share.views["param"].tolist() == list(range(share.lo, share.hi)) for p in parts for share in p.shares)
+
+
+@pytest.mark.parametrize(
+    ("size", "world", "parts"),
+    [
+        (10, 4, [(0, 3), (3, 6), (6, 9), (9, 10)]),
+        (4, 3, [(0, 2), (2, 4), (4, 4)]),
+        (6, 3, [(0, 2), (2, 4), (4, 6)]),
+        (1, 2, [(0, 1), (1, 1)]),
+        (0, 2, [(0, 0), (0, 0)]),
+    ],
+)
+def test_an_even_split_is_this(size: int, world: int, parts: list[tuple[int, int]]) -> None:
+    assert [even_part(size, rank, world) for rank in range(world)] == parts
+
+
+LISTED: dict[str, Any] = {
+    "names": ["a", "b"], "shapes": [[2, 3], [4]], "files": {"r.safetensors": [[0, 0, 6, 8, 3], [1, 1, 4, 80, 1]]},
+    "buffers": {"n": ["r.safetensors", "I64", [1], 120]}, "own_buffers": {},
+}  # fmt: skip
+EVEN = {key: value for key, value in LISTED.items() if key != "files"} | {
+    "kinds": [3, 1], "heads": [8], "parts": ["r.safetensors"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("index", "fits"),
+    [
+        (LISTED, True),
+        (LISTED | {"files": {"r.safetensors": [[0, 0, 7, 8, 3]]}}, False),
+        (LISTED | {"files": {"r.safetensors": [[0, 6, 6, 8, 3]]}}, False),
+        (LISTED | {"files": {"r.safetensors": [[2, 0, 1, 8, 3]]}}, False),
+        (LISTED | {"files": {"r.safetensors": [[0, 0, 6, 8, 4]]}}, False),
+        (LISTED | {"names": ["a", "a"]}, False),
+        (LISTED | {"names": ["a"]}, False),
+        (LISTED | {"shapes": [[2, 3], [2**49]]}, False),
+        (LISTED | {"buffers": {"n": ["r.safetensors", "I65", [1], 120]}}, False),
+        (LISTED | {"own_buffers": {"1": {"n": ["r.safetensors", "I65", [1], 120]}}}, False),
+        (EVEN, True),
+        (EVEN | {"kinds": [3]}, False),
+        (EVEN | {"heads": [8, 8]}, False),
+        (EVEN | {"heads": [], "parts": []}, False),
+    ],
+)
+def test_an_index_that_contradicts_itself_is_refused(index: dict[str, Any], fits: bool) -> None:
+    data = json.dumps(index).encode()
+    if fits:
+        assert parse_index(data, "there")["names"] == ["a", "b"]
+    else:
+        with pytest.raises(DataError, match="there"):
+            parse_index(data, "there")
