@@ -29,6 +29,7 @@ from pretrain.checkpoint.catalog import checkpoint_root
 from pretrain.config import RunConfig
 from pretrain.mesh import Mesh
 from pretrain.models import MODELS
+from pretrain.train import open_data
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 NOT_VISIBLE = "not visible"
@@ -85,6 +86,7 @@ def data(config: RunConfig, mesh: Mesh) -> Values:
         file = Path(path)
         content = open_storage(path.rpartition("/")[0] or ".").get(file.name)
         values[path] = hashlib.sha256(content).hexdigest()[:12]
+    open_data(config)  # as the run will: vocabulary and image tokenizer are there and fit the model
     return values
 
 

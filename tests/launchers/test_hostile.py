@@ -5,7 +5,9 @@ A Slurm script runs in bash beside tools that record their arguments; its #SBATC
 
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,6 +113,31 @@ def sbatch_words(line: str) -> list[str]:
         else:
             word, inside = word + letter, True
     return words
+
+
+CONFIGURATION = """\
+ClusterName=none
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort=1
+MessageTimeout=1
+AuthType=auth/none
+CredType=cred/none
+NodeName=n
+PartitionName=p Nodes=n
+"""
+"""Of a Slurm that does not answer: sbatch reads a script before it asks."""
+
+
+@pytest.mark.real
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs Slurm's sbatch")
+def test_sbatch_itself_reads_every_value_as_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "slurm.conf").write_text(CONFIGURATION)
+    lines = [directive("comment", f"<{value}>") for value in HOSTILE]
+    (tmp_path / "script").write_text("\n".join(["#!/bin/bash", *lines, ""]))
+    env = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
+    done = subprocess.run(["sbatch", "-vvv", str(tmp_path / "script")], env=env, capture_output=True, timeout=60)
+    told = re.findall(r'Found in script, argument "--comment=<(.*)>"', done.stderr.decode())
+    assert told == list(HOSTILE), done.stderr.decode()
 
 
 def site(**changes: Any) -> SlurmCluster:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.settings import load_settings
 from launchers.chaos.proxy import CLEAN, fault_proxy
 from launchers.local import free_port
@@ -278,6 +278,20 @@ def test_a_dataset_that_is_cut_off_is_said(material: Material, config: Path, tmp
     os.truncate(shard, shard.stat().st_size - 512)
     with pytest.raises(DataError, match="the manifest says"):
         look(config, f"data.dataset={tmp_path}/data")
+
+
+def test_a_vocabulary_that_does_not_fit_the_model_is_64(config: Path) -> None:
+    with pytest.raises(ConfigError, match="200 pieces, the model room for 100"):
+        look(config, "model.vocab_size=100")
+
+
+def test_an_image_tokenizer_that_is_not_there_is_said(material: Material, config: Path, tmp_path: Path) -> None:
+    tree = electra(material, tmp_path / "gpt")
+    tree["model"] = {"kind": "gpt", "text_vocab": 200, "image_tokens": 64, "layers": 1, "width": 32, "heads": 2}
+    tree |= {"objective": {"kind": "autoregressive"}}
+    tree["data"]["tokenizer"] = str(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"nowhere/config\.json does not exist"):
+        look(recipe(tree, tmp_path / "gpt.yaml"))
 
 
 def test_a_bucket_without_the_right_to_write_is_74(config: Path, gateway: Gateway, bucket: str) -> None:
