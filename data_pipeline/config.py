@@ -122,11 +122,13 @@ class CocoSource(Settings):
     """COCO's captions JSON (also .gz): one row an image, with all of its captions.
 
     images: folder or tar of the files, beside the JSON; without it they are fetched from the JSON's coco_url.
+    encoding: of JSON without a byte order mark; UTF-8 by default.
     """
 
     kind: Literal["coco"] = "coco"
     path: Location
     images: OptionalLocation = None
+    encoding: TextEncoding | None = None
 
 
 SourceConfig = Annotated[

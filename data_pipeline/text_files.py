@@ -4,6 +4,7 @@ Without a mark text is UTF-8, or what the configuration says. Nothing is replace
 """
 
 import codecs
+import re
 
 _MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -30,6 +31,30 @@ def decode_text(data: bytes, encoding: str | None = None) -> str:
         return data[mark:].decode(name).lstrip(_MARK)
     except UnicodeDecodeError as error:
         raise UndecodableText(undecodable(error, mark)) from None
+
+
+def decode_around(data: bytes, encoding: str | None = None) -> str:
+    """As `decode_text`, but bytes that are not text become a place that `wrong_byte` finds: of a whole JSON file only
+    the values with such bytes are lost."""
+    name, _ = encoding_of(data, encoding)
+    return data.decode(name, _AROUND).lstrip(_MARK)
+
+
+def wrong_byte(text: str) -> str:
+    """The first byte in text of `decode_around` that is not text, in words; empty where there is none."""
+    found = _PLACE.search(text)
+    return found[1] if found else ""
+
+
+def _place_of(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return f"{_EDGE}{undecodable(error)}{_EDGE}", error.end
+
+
+_EDGE = "\udcff"  # half of a surrogate pair, which no encoding has
+_PLACE = re.compile(f"{_EDGE}(byte 0x[^{_EDGE}]*){_EDGE}")
+_AROUND = "tessera.around"
+codecs.register_error(_AROUND, _place_of)
 
 
 def encoding_of(head: bytes, encoding: str | None = None) -> tuple[str, int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_pipeline.build.inputs import beside, is_remote, must_exist, open_input, read_input, without_query
 from data_pipeline.build.layout import Row
-from data_pipeline.build.unreadable import REASON, UNREADABLE
+from data_pipeline.build.unreadable import REASON, UNREADABLE, unreadable
 from data_pipeline.config import TableSource
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.samples import NESTED_AT_MOST, as_captions, parse_json
@@ -160,9 +160,15 @@ def parse_object(line: str) -> dict[str, Any]:
 
 
 def json_line(tree: Any) -> str:
-    """A value as one line, for `parse_object`."""
+    """A value of `load_json` as one line, for `parse_object`; of one with bytes that are not text what can be read."""
     try:
-        return as_unicode(json.dumps(tree, ensure_ascii=False))
+        line = json.dumps(tree, ensure_ascii=False)
+        if wrong := wrong_byte(line):
+            columns = tree if isinstance(tree, dict) else {}
+            pairs = ((name, json.dumps({name: value}, ensure_ascii=False)) for name, value in columns.items())
+            readable = {name: columns[name] for name, text in pairs if not wrong_byte(text)}
+            line = json.dumps(readable | unreadable(wrong, "wrong_encoding"))
+        return as_unicode(line)
     except RecursionError:
         return json.dumps({UNREADABLE: f"nested more than {NESTED_AT_MOST} levels deep"})
 

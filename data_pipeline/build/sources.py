@@ -260,9 +260,9 @@ class Coco:
         return ImageStore(beside(self._config.path, self._config.images))
 
 
-def _coco_lines(path: str) -> Iterator[str]:
+def _coco_lines(path: str, encoding: str | None) -> Iterator[str]:
     """One JSON text an image: its record with `captions` and the address of its licence; those without an id last."""
-    tree = load_json(path)
+    tree = load_json(path, encoding)
     if not isinstance(tree, dict) or not all(isinstance(tree.get(name), list) for name in ("images", "annotations")):
         raise DataError(f"{path}: no COCO captions; they have `images` and `annotations`, check source.kind")
     licenses = {_id(entry.get("id")): entry.get("url") for entry in _objects(path, tree, "licenses")}

@@ -24,7 +24,7 @@ from data_pipeline.build.text_records import Place, Record, TextRecords
 from data_pipeline.build.unreadable import UNREADABLE
 from data_pipeline.config import PairsSource, TableSource
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.text_files import decode_text
+from data_pipeline.text_files import decode_around
 
 SUFFIXES = {
     "csv": (".csv", ".csv.gz"),
@@ -174,10 +174,10 @@ class Table:
 
 
 def load_json(path: str, encoding: str | None = None) -> Any:
-    """A whole JSON file. Raises DataError where it is none."""
+    """A whole JSON file, for `json_line` to find bytes that are not text. Raises DataError where it is none."""
     with open_input(path) as file:
         try:
-            return json.loads(decode_text(file.read(), encoding))
+            return json.loads(decode_around(file.read(), encoding))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON ({error}); check source.path and source.kind") from None
 

@@ -471,3 +471,23 @@ def test_a_quotation_mark_that_was_mended_is_found_by_its_key(tmp_path, build_he
     source = {"kind": "csv", "path": f"{tmp_path}/x.csv", "key": "key"}
     tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": 2}
     assert retry(check(**tree), progress=False)["rejected"] == {}
+
+
+@pytest.mark.parametrize("kind", ["json", "coco"])
+def test_of_a_whole_json_file_the_rows_of_wrong_bytes_alone_are_rejected(kind, tmp_path, build_here, images):
+    captions = ["a cat", "un café", "\\udcff a dog"]
+    if kind == "json":
+        tree = [{"id": n, "image": f"{n}.png", "caption": text} for n, text in enumerate(captions)]
+    else:
+        annotations = [{"id": n, "image_id": n, "caption": text} for n, text in enumerate(captions)]
+        tree = {"images": [{"id": n, "file_name": f"{n}.png"} for n in range(3)], "annotations": annotations}
+    data = json.dumps(tree, ensure_ascii=False).replace("\\\\", "\\").encode("latin-1")
+    (tmp_path / "x.json").write_bytes(data)
+    source = {"kind": kind, "path": f"{tmp_path}/x.json", **({"key": "id"} if kind == "json" else {"images": "."})}
+    tree = {"source": source, "output": f"{tmp_path}/out"}
+    stats = build_here(**tree)
+    assert (stats["in"], stats["out"], stats["rejected"]) == (3, 2, {"wrong_encoding": 1})
+    (row,) = pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()
+    assert (row["key"], row["detail"]) == ("1", f"byte 0xe9 at {data.index(0xE9)} is not UTF-8")
+    assert retry(check(**{**tree, "source": {**source, "encoding": "latin-1"}}), progress=False)["rejected"] == {}
+    assert Stream(tmp_path / "out", seed=0).fetch(2).captions == ("un café",)
