@@ -61,7 +61,8 @@ class TarsSource(Settings):
 
 
 class TableSource(Settings):
-    """Rows of tables. `path`: files or folders, here or behind s3:// and http(s)://, with {00..99}, * and `::`.
+    """Rows of tables. `path`: files or folders, here or behind s3:// and http(s)://, with {00..99}, * and `::`. Folders
+    `column=value` below it are those of a partitioned table, and their names its columns.
 
     table: name of the table where `path` is the folder that holds it.
     key: column of unique names; without it a row is named by its number. A row without one is rejected (no_key).
@@ -121,7 +122,7 @@ class PairsSource(Settings):
 class CocoSource(Settings):
     """COCO's captions JSON (also .gz): one row an image, with all of its captions.
 
-    images: folder or tar of the files, beside the JSON; without it they are fetched from the JSON's coco_url.
+    images: folder or tar of the files, beside each JSON; without it they are fetched from the JSON's coco_url.
     encoding: of JSON without a byte order mark; UTF-8 by default.
     """
 

@@ -3,11 +3,13 @@
 import contextlib
 import gzip
 import io
+import itertools
 import re
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote
 
 import xxhash
 
@@ -18,6 +20,7 @@ from data_pipeline.storage import open_storage
 _BUFFER = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 _WINDOW = 8 << 20
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def is_remote(path: str) -> bool:
@@ -48,7 +51,8 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def input_paths(pattern: str, suffixes: tuple[str, ...], field: str = "source.path") -> list[str]:
-    """Files that a pattern names, in its order; of a folder those with one of `suffixes`, sorted.
+    """Files that a pattern names, in its order; of a folder those with one of `suffixes`, sorted, also in the folders
+    `column=value` of a partitioned table below it. Hidden files, such as macOS's ._NAME, are passed over.
 
     Raises DataError for what is not there; `field` is the setting that is named then.
     """
@@ -64,13 +68,46 @@ def _local_paths(name: str, suffixes: tuple[str, ...], field: str) -> list[str]:
     with readable(name, field):
         if "*" in name and not path.exists():
             root = Path(path.anchor or ".")
-            found = sorted(str(file) for file in root.glob(str(path.relative_to(path.anchor))) if file.is_file())
-            if found:
+            files = (str(file) for file in root.glob(str(path.relative_to(path.anchor))) if file.is_file())
+            if found := sorted(file for file in files if not _is_hidden(file, name)):
                 return found
         must_exist(path, field)
         if path.is_dir():
-            return sorted(str(file) for file in path.iterdir() if file.name.endswith(suffixes))
+            return sorted(_files_in(path, suffixes))
     return [name]
+
+
+def _files_in(folder: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.name.endswith(suffixes):
+            yield str(path)
+        elif "=" in path.name and path.is_dir():
+            yield from _files_in(path, suffixes)
+
+
+def _is_hidden(path: str, pattern: str) -> bool:
+    """Does a part of the path begin with a dot where that of the pattern does not say so?"""
+    return any(part.startswith(".") and part not in pattern.split("/") for part in path.split("/"))
+
+
+def _parts_of(path: str) -> list[str]:
+    """The names of folders and of the file in a path, without the scheme."""
+    return [part for part in path.partition("://")[2 * is_remote(path)].split("/") if part not in ("", ".")]
+
+
+def partition_of(pattern: str, path: str) -> dict[str, str | None]:
+    """The columns that the folders `column=value` of a partitioned table say, from the folder or the first * of the
+    pattern on; as Hive and Spark write them: percent-encoded, one name for null."""
+    if "=" not in path:
+        return {}
+    for name in (name for part in pattern.split("::") for name in expand_braces(part)):
+        parts, fixed = _parts_of(path), list(itertools.takewhile(lambda part: "*" not in part, _parts_of(name)))
+        if parts[: len(fixed)] == fixed:
+            pairs = [part.partition("=") for part in parts[len(fixed) : -1] if "=" in part]
+            return {unquote(column): None if value == _HIVE_NULL else unquote(value) for column, _, value in pairs}
+    return {}
 
 
 def _remote_paths(name: str, suffixes: tuple[str, ...], field: str) -> list[str]:
@@ -79,15 +116,27 @@ def _remote_paths(name: str, suffixes: tuple[str, ...], field: str) -> list[str]
     with _named(name, field):
         system, path = _filesystem(name)
         if "*" in name:
-            found = sorted(str(file) for file in system.glob(path))
+            found = sorted(file for file in map(str, system.glob(path)) if not _is_hidden(file, path))
         elif system.isdir(path):
-            found = sorted(str(file) for file in system.ls(path, detail=False) if str(file).endswith(suffixes))
+            found = sorted(_remote_files_in(system, path, suffixes))
         else:
             system.info(path)
             found = [path]
         if not found:
             raise FileNotFoundError(name)
     return [system.unstrip_protocol(file) for file in found]
+
+
+def _remote_files_in(system: Any, folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+    for entry in system.ls(folder, detail=True):
+        path = str(entry["name"]).rstrip("/")
+        name = path.rpartition("/")[2]
+        if name.startswith("."):
+            continue
+        if name.endswith(suffixes):
+            yield path
+        elif "=" in name and entry["type"] == "directory" and path != folder.rstrip("/"):
+            yield from _remote_files_in(system, path, suffixes)
 
 
 def open_input(path: str) -> BinaryIO:

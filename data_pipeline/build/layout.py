@@ -78,3 +78,9 @@ def lines_layout(path: str, lines: list[str]) -> Layout:
     array = pa.array(lines, pa.large_string())
     digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
     return Layout((Part(path, len(lines), digest, np.array([], np.int64)),), array)
+
+
+def joined(layouts: list[Layout]) -> Layout:
+    """Layouts that keep their rows themselves, one after another."""
+    parts = tuple(part for layout in layouts for part in layout.parts)
+    return Layout(parts, pa.concat_arrays([layout.lines for layout in layouts]))

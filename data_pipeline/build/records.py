@@ -18,6 +18,7 @@ from data_pipeline.config import TableSource
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.samples import NESTED_AT_MOST, as_captions, parse_json
 from data_pipeline.shards.tar import Member, refuse_compressed, scan
+from data_pipeline.text_files import wrong_byte
 
 _LARGEST = 1 << 63
 RESERVED = ("captions", "key")  # what the .json of every sample has

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet
 import xxhash
 
@@ -29,7 +28,7 @@ from data_pipeline.build.inputs import (
     read_input,
     readable,
 )
-from data_pipeline.build.layout import Layout, Part, Row, lines_layout
+from data_pipeline.build.layout import Layout, Part, Row, joined, lines_layout
 from data_pipeline.build.records import (
     ImageStore,
     as_unicode,
@@ -121,8 +120,7 @@ class Folder:
     def layout(self) -> Layout:
         if self._given is not None:
             return self._given
-        each = [lines_layout(root, _images_below(root)) for root in self._roots]
-        return Layout(tuple(layout.parts[0] for layout in each), pa.concat_arrays([layout.lines for layout in each]))
+        return joined([lines_layout(root, _images_below(root)) for root in self._roots])
 
     def count(self) -> int:
         if not self.layout.rows:
@@ -212,14 +210,21 @@ class Coco:
 
     def __init__(self, config: CocoSource, layout: Layout | None = None) -> None:
         self._config = config
+        self._stores: dict[str, ImageStore] = {}
         self._given = layout
 
     @cached_property
     def layout(self) -> Layout:
         if self._given is not None:
             return self._given
-        lines = [line for path in input_paths(self._config.path, (".json", ".json.gz")) for line in _coco_lines(path)]
-        return lines_layout(self._config.path, lines)
+        paths = input_paths(self._config.path, (".json", ".json.gz"))
+        if not paths:
+            raise DataError(f"{self._config.path}: no .json files here; check source.path")
+        if self._config.images is None:
+            return lines_layout(
+                self._config.path, [line for path in paths for line in _coco_lines(path, self._config.encoding)]
+            )
+        return joined([lines_layout(path, list(_coco_lines(path, self._config.encoding))) for path in paths])
 
     def count(self) -> int:
         if not self.layout.rows:
@@ -231,33 +236,39 @@ class Coco:
         return (key_of(parse_object(line), "id", number) for number, line in enumerate(lines))
 
     def rows(self, start: int, stop: int) -> Iterator[Row]:
-        for number, line in enumerate(self.layout.texts(start, stop), start):
-            record = parse_object(line)
-            key = key_of(record, "id", number)
-            yield unnamed(record, "id", key) or self._row(key, record)
+        for part, first, last in self.layout.ranges(start, stop):
+            images = self._images(part.path)
+            for number, line in enumerate(self.layout.texts(start, start + last - first), start):
+                record = parse_object(line)
+                key = key_of(record, "id", number)
+                yield unnamed(record, "id", key) or self._row(key, record, images)
+            start += last - first
 
-    def _row(self, key: str, record: dict[str, Any]) -> Row:
+    def _row(self, key: str, record: dict[str, Any], images: ImageStore | None) -> Row:
         meta: dict[str, Any] = {
             name: record[name] for name in ("license", "license_url", "flickr_url") if name in record
         }
-        name = record.get("coco_url") if self._images is None else record.get("file_name")
+        name = record.get("coco_url") if images is None else record.get("file_name")
         try:
             captions = as_captions(record["captions"])
             if name is None:
                 return Drop(key, "no_image", "neither file_name nor coco_url")
-            if self._images is None:
+            if images is None:
                 return Link(key, as_unicode(str(name)), captions, meta)
-            return Pair(key, self._images.read(str(name)), captions, meta)
+            return Pair(key, images.read(str(name)), captions, meta)
         except TypeError as error:
             return Drop(key, "unreadable_caption", str(error))
         except (OSError, ValueError) as error:
             return Drop(key, "unreadable_file", str(error))
 
-    @cached_property
-    def _images(self) -> ImageStore | None:
+    def _images(self, path: str) -> ImageStore | None:
+        """The images beside one of the JSON files."""
         if self._config.images is None:
             return None
-        return ImageStore(beside(self._config.path, self._config.images))
+        folder = beside(path, self._config.images)
+        if folder not in self._stores:
+            self._stores[folder] = ImageStore(folder)
+        return self._stores[folder]
 
 
 def _coco_lines(path: str, encoding: str | None) -> Iterator[str]:

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from data_pipeline.build.inputs import beside, input_digest, input_paths, open_input
-from data_pipeline.build.layout import STRIDE, Layout, Part, Row, lines_layout
+from data_pipeline.build.inputs import beside, input_digest, input_paths, open_input, partition_of
+from data_pipeline.build.layout import STRIDE, Layout, Part, Row, joined, lines_layout
 from data_pipeline.build.records import RecordReader, json_line, key_of, parse_object
 from data_pipeline.build.text_records import Place, Record, TextRecords
 from data_pipeline.build.unreadable import UNREADABLE
@@ -42,9 +42,11 @@ class Table:
 
     def __init__(self, config: TableSource, layout: Layout | None = None) -> None:
         self._config = config
+        self._path = config.path if config.table is None else beside(f"{config.path}/x", config.table)
         self._given = layout
         self._asked_columns = {column for _, column in self._asked()}
         self._columns: dict[str, None] = {}  # of jsonl and json, as far as they were looked for
+        self._told: dict[str, None] = {}  # of jsonl and json, what the names of folders say
 
     @cached_property
     def layout(self) -> Layout:
@@ -74,10 +76,13 @@ class Table:
 
     def _plan(self) -> Layout:
         config = self._config
-        path = config.path if config.table is None else beside(f"{config.path}/x", config.table)
+        path = self._path
         paths = input_paths(path, SUFFIXES[config.kind], "source.path (and source.table)")
         if not paths:
             raise ConfigError(f"{path}: a folder; name the {config.kind} file in it as source.table")
+        if config.kind in ("json", "jsonl"):
+            self._told |= dict.fromkeys(name for path in paths for name in self._partition(path))
+            self._asked_columns -= self._told.keys()
         if config.kind == "json":
             return self._plan_json(paths)
         layout = Layout(tuple(self._plan_part(path) for path in paths))
@@ -92,7 +97,7 @@ class Table:
             text = TextRecords(file, path, self._config)
             for rows, (place, record) in enumerate(text, 1):
                 if rows == 1 and text.names:
-                    self._check_columns(path, text.names)
+                    self._check_columns(path, [*text.names, *self._partition(path)])
                 if isinstance(record, str):
                     self._look_for_columns(record)
                 if (rows - 1) % STRIDE == 0:
@@ -104,7 +109,7 @@ class Table:
     def _plan_parquet(self, path: str) -> Part:
         with open_input(path) as source, parquet_errors(path):
             file = pyarrow.parquet.ParquetFile(source)
-            self._check_columns(path, list(file.schema_arrow.names))
+            self._check_columns(path, [*file.schema_arrow.names, *self._partition(path)])
             digest = hashlib.sha256(_described(file.metadata, source))
             if self._config.parse_rule > 1:
                 _add_columns(digest, file, source, self._config.image)
@@ -112,16 +117,18 @@ class Table:
 
     def _plan_json(self, paths: list[str]) -> Layout:
         """A JSON list has no rows that could be found again: each is kept as one line."""
-        lines: list[str] = []
+        each = []
         for path in paths:
             tree = load_json(path, self._config.encoding)
             if not isinstance(tree, list):
                 raise DataError(f"{path}: holds {type(tree).__name__}; kind json is a list of objects, else use jsonl")
-            lines += [json_line(item) for item in tree]
-        for line in lines:
+            each.append([json_line(item) for item in tree])
+        for line in itertools.chain.from_iterable(each):
             self._look_for_columns(line)
         self._check_found(paths)
-        return lines_layout(paths[0], lines)
+        if self._config.parse_rule == 1:  # one file, whatever their number
+            return lines_layout(paths[0], list(itertools.chain.from_iterable(each)))
+        return joined([lines_layout(path, lines) for path, lines in zip(paths, each, strict=True)])
 
     def _asked(self) -> list[tuple[str, str]]:
         """(setting, column) of the columns that the configuration names."""
@@ -147,19 +154,32 @@ class Table:
 
     def _check_found(self, paths: list[str]) -> None:
         if self._columns:
-            self._check_columns(paths[0] if len(paths) == 1 else f"these {len(paths)} files", self._columns)
+            self._check_columns(
+                paths[0] if len(paths) == 1 else f"these {len(paths)} files", [*self._columns, *self._told]
+            )
 
     # ------------------------------------------------------------------------------------------- reading
 
     def _records(self, start: int, stop: int, columns: list[str] | None = None) -> Iterator[tuple[str, Record]]:
         """(path of the table, record) of rows [start, stop); parquet reads `columns` only."""
         for part, first, last in self.layout.ranges(start, stop):
-            yield from ((part.path, record) for record in self._part_records(part, first, last, columns))
+            told = self._partition(part.path)
+            columns = None if columns is None or told.keys() & set(columns) else columns
+            records = (
+                self._part_records(part, first, last, columns)
+                if self.layout.lines is None
+                else map(parse_object, self.layout.texts(start, start + last - first))
+            )
+            for record in records:
+                yield part.path, {**told, **record} if told else record
+            start += last - first
+
+    def _partition(self, path: str) -> dict[str, str | None]:
+        """The columns that the folders of a partitioned table say; by parse rule 1 there are none."""
+        return partition_of(self._path, path) if self._config.parse_rule > 1 else {}
 
     def _part_records(self, part: Part, first: int, last: int, columns: list[str] | None) -> Iterator[Record]:
-        if self.layout.lines is not None:
-            yield from (parse_object(line) for line in self.layout.texts(first, last))
-        elif self._config.kind == "parquet":
+        if self._config.kind == "parquet":
             yield from parquet_records(part, first, last, columns)
         elif len(part.offsets):
             with open_input(part.path) as file:
