@@ -41,6 +41,15 @@ def test_a_link_to_an_empty_folder_is_filled(tmp_path: Path) -> None:
     assert everything(tmp_path / "there") == WHOLE
 
 
+def test_a_file_system_s_own_folder_is_filled_or_left_empty(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", 64) as disk:
+        with pytest.raises(DataError, match="disk: No space left on device"):
+            fill(disk, 100_000)
+        assert everything(disk) == []
+        fill(disk)
+        assert everything(disk) == WHOLE
+
+
 @pytest.mark.parametrize("what", ["file", "hidden file", "folder", "link to nothing"])
 def test_what_is_used_is_refused_and_stays_as_it_is(what: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
