@@ -380,6 +380,8 @@ def read_pin(storage: Storage, generation: int) -> dict[str, Any]:
     pin: dict[str, Any] = gate.parse(
         _Pin, storage.get(name), f"{storage.root}/{name}", "build the dataset again into a new output"
     )
+    if generation and "base" not in pin:
+        raise DataError(f"{storage.root}/{name}: does not say what it follows (base); build into a new output")
     if "source" in pin:
         pin["source"] = _with_defaults(pin["source"])
     return pin

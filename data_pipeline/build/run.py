@@ -150,7 +150,10 @@ def _newest_source(storage: Storage) -> dict[str, Any]:
     """The pin of the last finished generation that read a source: the newest, its own growth aside."""
     base = read_manifest(storage).fingerprint
     trees = (read_pin(storage, number) for number in reversed(range(_generations(storage))))
-    return next(tree for tree in trees if "parts" in tree and tree.get("base") != base)
+    found = next((tree for tree in trees if "parts" in tree and tree.get("base") != base), None)
+    if found is None:
+        raise DataError(f"{storage.root}: no {pin_name(0)} names the files that were read; build into a new output")
+    return found
 
 
 def _pin_later(storage: Storage, base: Manifest, tree: dict[str, Any]) -> None:

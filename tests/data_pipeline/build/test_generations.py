@@ -251,6 +251,17 @@ def test_retry_by_other_rules_is_refused(scenes, make_config, build_here):
         retry(make_config(**tree, images={"format": "jpeg"}), progress=False)
 
 
+PINS = ["[", "[]", "{}", '{"base": "../../x"}', '{"source": 7}', '{"parts": [{"rows": -1, "digest": ""}]}', "[" * 10**5]
+
+
+@pytest.mark.parametrize("held", PINS)
+@pytest.mark.parametrize("name", ["build.json", "build-0001.json"])
+def test_a_damaged_pin_is_an_error_in_a_line(scenes, build_here, held, name):
+    (scenes / name).write_text(held)
+    with pytest.raises((DataError, ConfigError), match=rf"{name}|begun by another build"):
+        build_here(source={"kind": "scenes", "count": 26}, output=str(scenes), shard_size=10, grow=True)
+
+
 def test_retry_of_what_is_not_finished_is_refused(tmp_path, make_config):
     with pytest.raises(DataError, match="tessera data build"):
         retry(make_config(source={"kind": "scenes", "count": 5}, output=f"{tmp_path}/none"), progress=False)
