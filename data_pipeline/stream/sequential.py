@@ -4,20 +4,23 @@ A compatibility reader: in the order of the files, once, not shuffled, and not r
 on where it was only if the server knows ranges after all. `tessera data index` and `Stream` do better where they can.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 from data_pipeline.build.inputs import expand_braces
+from data_pipeline.errors import BadSample
 from data_pipeline.schema import Sample
 from data_pipeline.shards.tar import samples_of
 from data_pipeline.storage import open_storage
 from data_pipeline.stream.reader import parse_sample
 
 
-def read_tars(pattern: str, shard: tuple[int, int] = (0, 1)) -> Iterator[Sample]:
+def read_tars(pattern: str, shard: tuple[int, int] = (0, 1), rejected: Counter[str] | None = None) -> Iterator[Sample]:
     """The samples of `http://host/{00000..00099}.tar::...`, or of local or s3:// tars; ids count within a tar.
 
     shard: (rank, world); each rank reads every world-th tar. Holds one sample in memory. Raises DataError for a tar
-    that is missing, cut off, also between its files, or damaged in its headers.
+    that is missing, cut off, also between its files, or damaged in its headers; BadSample for a sample that cannot be
+    used, unless `rejected` is given: then it is counted there, by reason.
     """
     rank, world = shard
     paths = [path for part in pattern.split("::") for path in expand_braces(part)]
@@ -25,4 +28,11 @@ def read_tars(pattern: str, shard: tuple[int, int] = (0, 1)) -> Iterator[Sample]
         folder, _, name = path.rpartition("/")
         pieces = open_storage(folder or ".").stream(name)
         for row, (_, data) in enumerate(samples_of(pieces, path)):
-            yield Sample(row, 0, -1, *parse_sample(data, f"{path} sample {row}"))
+            try:
+                sample = Sample(row, 0, -1, *parse_sample(data, f"{path} sample {row}"))
+            except BadSample as fault:
+                if rejected is None:
+                    raise
+                rejected[fault.reason] += 1
+                continue
+            yield sample

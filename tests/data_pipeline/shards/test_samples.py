@@ -306,6 +306,17 @@ def test_no_member_is_lost_or_counted_twice_whatever_the_names(names):
     assert found.samples == len(groups)
 
 
+def test_tars_read_in_sequence_count_what_cannot_be_read_or_raise(tmp_path):
+    (tmp_path / "00.tar").write_bytes(
+        tar_of([("a.png", png(1)), ("b.png", "hard", "a.png"), ("c.png", png(2)), ("d", b"")])
+    )
+    rejected = Counter()
+    assert [sample.key for sample in read_tars(f"{tmp_path}/00.tar", rejected=rejected)] == ["a", "c"]
+    assert rejected == {"linked_file": 1, "no_image": 1}
+    with pytest.raises(BadSample, match="linked_file, png is a hard link to 'a.png'"):
+        list(read_tars(f"{tmp_path}/00.tar"))
+
+
 # ------------------------------------------------------------------------------------------ compressed tars
 
 
