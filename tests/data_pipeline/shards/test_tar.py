@@ -14,6 +14,7 @@ from data_pipeline.shards.manifest import index_tar
 from data_pipeline.shards.tar import (
     BLOCK,
     TarWriter,
+    checksum,
     header,
     parse_files,
     parse_members,
@@ -379,3 +380,41 @@ def test_a_long_run_of_small_pax_records_takes_no_longer_than_its_length():
     began = time.process_time()
     assert READERS["scan"](entry("p", b"%011o\0" % len(body), body, b"x") + entry() + END) == [("a.png", b"abc")]
     assert time.process_time() - began < 5
+
+
+# ------------------------------------------------------------------------------------------- limits, one by one
+
+
+def test_a_file_of_a_ustar_tar_has_less_than_8_gib():
+    assert header("x", 8 * 2**30 - 1)[124:135] == b"7" * 11
+    with pytest.raises(DataError, match="less than 8 GiB"):
+        header("x", 8 * 2**30)
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_body_may_end_with_the_tar_and_not_one_byte_later(read):
+    whole = entry("a.png", b"%011o\0" % BLOCK, b"x" * BLOCK)
+    assert read(whole + END) == [("a.png", b"x" * BLOCK)]
+    for size, there in ((BLOCK, BLOCK - 1), (700, 512), (2 * BLOCK, 2 * BLOCK - 1)):
+        second = entry("b.png", b"%011o\0" % size, b"")
+        with pytest.raises(DataError, match=f"'b.png' claims {size} bytes, {there} are there"):
+            read(whole + second + b"y" * there)
+
+
+def test_a_link_to_a_file_whose_name_begins_with_a_digit_is_a_link():
+    info = tarfile.TarInfo("a.png")
+    info.type, info.linkname = tarfile.LNKTYPE, "0.png"
+    assert parse_files(info.tobuf(tarfile.USTAR_FORMAT), "x") == [("a.png", "a hard link to '0.png'")]
+
+
+def test_the_sum_of_a_sample_is_the_lower_half_of_its_xxh3():
+    for data in (b"", b"abc", b"x" * 3000):
+        assert checksum(data) == xxhash.xxh3_64_intdigest(data) % 2**32
+
+
+def test_of_two_names_for_one_file_the_first_counts_as_in_tarfile():
+    long = b"l" * 120 + b".png"
+    gnu = entry("long", b"%011o\0" % (len(long) + 1), long + b"\0", b"L")
+    for data in (gnu + pax((b"path", b"p.png")) + entry() + END, pax((b"path", b"p.png")) + gnu + entry() + END):
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            assert READERS["scan"](data) == READERS["samples_of"](data) == [(tar.getnames()[0], b"abc")]
