@@ -70,3 +70,10 @@ def test_conditions_on_the_image_wait_for_it():
     assert filters.after({"nsfw": 0.01, "width": 100})[0] == "small"
     assert filters.after({"nsfw": 0.2, "width": 300})[0] == "both"
     assert filters.names == {"width", "nsfw"}
+
+
+def test_a_condition_has_at_most_a_thousand_characters():
+    longest = "width >= " + "1" * 991
+    assert Condition(longest, "filters.x").why_not({"width": 1})
+    with pytest.raises(ConfigError, match="1001 characters; a condition has at most 1000"):
+        Condition(longest + "1", "filters.x")

@@ -152,8 +152,22 @@ def test_the_shares_of_all_ranks_are_the_batches_of_one(folders, world):
 
 
 def test_an_id_beyond_the_mixture_is_refused(folders):
-    with pytest.raises(DataError, match="ids 0 to 41"):
-        mixture(folders, [(0, [1, 1, 1])]).fetch(42)
+    for sample_id in (42, -1):
+        with pytest.raises(DataError, match="ids 0 to 41"):
+            mixture(folders, [(0, [1, 1, 1])]).fetch(sample_id)
+
+
+def test_the_first_and_the_last_sample_of_each_dataset_are_fetched_by_their_ids_without_a_position(folders):
+    mixed = mixture(folders, [(0, [1, 1, 1])])
+    found = [mixed.fetch(sample_id) for sample_id in (0, 24, 25, 34, 35, 41)]
+    assert [(sample.id, sample.position) for sample in found] == [(n, -1) for n in (0, 24, 25, 34, 35, 41)]
+    alone = [Stream(folders[number], 0).fetch(row) for number, row in ((0, 0), (0, 24), (1, 0), (1, 9), (2, 0), (2, 6))]
+    assert [sample.image for sample in found] == [sample.image for sample in alone]
+
+
+def test_a_mixture_of_one_dataset_is_that_dataset(folders):
+    alone = Stream(folders[1], seed_of_source(3, 0))
+    assert [s.id for s in mixture(folders[1:2], [(0, [1])]).read(0, 25)] == [s.id for s in alone.read(0, 25)]
 
 
 # ------------------------------------------------------------------------------------------------- state
