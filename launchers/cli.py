@@ -67,6 +67,7 @@ checkpoint = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
 checkpoint.command("list")(commands_checkpoint.list_checkpoints)
 checkpoint.command("verify")(commands_checkpoint.verify)
 checkpoint.command("export")(commands_checkpoint.export)
+checkpoint.command("import")(commands_checkpoint.import_weights)
 checkpoint.command("name")(commands_checkpoint.name)
 checkpoint.command("gc")(commands_checkpoint.gc)
 

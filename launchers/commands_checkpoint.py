@@ -45,6 +45,18 @@ def export(
     emit({"exported": str(run_export(run, output, step, form, name, overrides or [], again))}, json)
 
 
+def import_weights(
+    source: Annotated[Path, typer.Argument(help="Folder with config.json and model.safetensors of transformers.")],
+    output: Annotated[Path, typer.Argument(help="New folder; a used one is refused.")],
+    form: Annotated[str, typer.Option("--format", help="transformers-bert, transformers-clip, transformers-electra.")],
+    json: AsJson = False,
+) -> None:
+    """Write weights of a public layout as an export of ours; what our model does not compute is refused by name."""
+    from pretrain.checkpoint.verbs import import_
+
+    emit({"imported": str(import_(source, output, form))}, json)
+
+
 def name(
     run: Run,
     label: Annotated[str, typer.Argument(metavar="NAME", help="Letters, digits, '_', '-' and '.'.")],

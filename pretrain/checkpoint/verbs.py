@@ -33,6 +33,7 @@ from pretrain.checkpoint.trained import (
 from pretrain.checkpoint.universal import export_universal
 from pretrain.config import FINGERPRINTS, RunConfig
 from pretrain.interchange.folder import export_model
+from pretrain.interchange.foreign import read_layout
 from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import LAYOUTS
 
@@ -99,6 +100,13 @@ def export(
     if form == "tessera":
         return export_model(output, config, model.state_dict(), _noted(settings, recorded(run)) | {"step": at})
     return export_layout(output, form, config, model.state_dict())
+
+
+def import_(source: str | Path, output: str | Path, form: str) -> Path:
+    """A folder of a public layout -> a new folder as `export` writes it. Raises DataError naming what does not fit."""
+    refuse_used(output)
+    config, state = read_layout(source, form)
+    return export_model(output, config, state)
 
 
 def _settings_of(source: str | Path, overrides: Sequence[str]) -> RunConfig | None:

@@ -1,0 +1,200 @@
+"""Folders of transformers -> our configuration and weights. What our models do not compute is refused by name.
+
+A foreign config.json is read twice: its fields become our configuration, and what our configuration would write
+(`hub.CONFIGS`) must then agree with every entry of it that has an effect. So an entry that is unknown here is refused.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.settings import flatten
+from pretrain.config import ModelConfig
+from pretrain.interchange.folder import CONFIG_FILE, WEIGHTS_FILE
+from pretrain.interchange.hub import CONFIGS
+from pretrain.interchange.layouts import LAYOUTS, State, import_state
+from pretrain.models import MODELS
+
+TEXT = {
+    "vocab_size": "vocab_size", "context": "max_position_embeddings", "layers": "num_hidden_layers",
+    "width": "hidden_size", "heads": "num_attention_heads", "type_vocab": "type_vocab_size",
+    "activation": "hidden_act", "norm_eps": "layer_norm_eps", "dropout": "hidden_dropout_prob",
+}  # fmt: skip
+TOWER = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+VISION = TOWER | {"image_size": "image_size", "patch_size": "patch_size"}
+WORDS = TOWER | {"vocab_size": "vocab_size", "context": "max_position_embeddings"}
+FIELDS: dict[str, dict[str, str]] = {
+    "transformers-bert": TEXT | {"embedding_width": "hidden_size"},
+    "transformers-electra": TEXT | {"embedding_width": "embedding_size"},
+    "transformers-clip": {
+        **{f"vision.{ours}": f"vision_config.{theirs}" for ours, theirs in VISION.items()},
+        **{f"text.{ours}": f"text_config.{theirs}" for ours, theirs in WORDS.items()},
+        "embed_dim": "projection_dim", "activation": "text_config.hidden_act",
+        "norm_eps": "text_config.layer_norm_eps",
+    },
+}  # fmt: skip
+"""Our field -> their entry, of the layouts whose config.json says all that ours needs."""
+
+_TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+    "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "tie_word_embeddings": True,
+}  # fmt: skip
+_TOWER_DEFAULTS: dict[str, Any] = {
+    "num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0,
+}  # fmt: skip
+_VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224}
+_WORDS_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "vocab_size": 49408}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "transformers-bert": _TEXT_DEFAULTS,
+    "transformers-electra": _TEXT_DEFAULTS
+    | {"embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024},
+    "transformers-clip": {
+        "vision_config": _TOWER_DEFAULTS | _VISION_DEFAULTS | {"patch_size": 32},
+        "text_config": _TOWER_DEFAULTS | _WORDS_DEFAULTS | {"max_position_embeddings": 77},
+        "projection_dim": 512,
+    },
+}
+"""What transformers takes for an entry that is not there."""
+
+NEUTRAL: dict[str, Any] = {
+    "is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
+    "cross_attention_hidden_size": None, "position_embedding_type": "absolute", "attention_dropout": 0.0,
+    "num_channels": 3, "dropout": 0.0,
+}  # fmt: skip
+"""Entries that change what is computed, at the value at which they do not."""
+NO_EFFECT = frozenset({
+    "architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "initializer_range",
+    "initializer_factor", "logit_scale_init_value", "use_cache", "return_dict", "output_hidden_states",
+    "output_attentions", "output_scores", "id2label", "label2id", "problem_type", "classifier_dropout",
+    "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "gradient_checkpointing", "directionality",
+    "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
+    "chunk_size_feed_forward", "task_specific_params", "finetuning_task", "tokenizer_class", "prefix",
+    "torchscript", "tf_legacy_loss", "use_bfloat16", "summary_type", "summary_use_proj", "summary_activation",
+    "summary_last_dropout", "attn_implementation", "_attn_implementation",
+})  # fmt: skip
+"""Entries about training from nothing, other heads, or tokens, whose ids belong to the tokenizer."""
+GENERATION = frozenset({
+    "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample",
+    "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_return_sequences", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
+    "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
+})  # fmt: skip
+"""What older versions wrote into every file."""
+NESTED_NO_EFFECT = ("model_type", "projection_dim")
+"""Of the towers of a CLIP, whose whole has them too."""
+SAME = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"}
+"""Other names of an activation."""
+
+
+def read_layout(directory: str | Path, layout: str) -> tuple[ModelConfig, State]:
+    """A folder that `save_pretrained` wrote (of an ELECTRA: one with `discriminator` and `generator`) -> ours.
+
+    Raises ConfigError for a layout without a config.json of its own, DataError naming what does not fit.
+    """
+    if layout not in FIELDS:
+        raise ConfigError(f"--format {layout} cannot be imported; use {', '.join(sorted(FIELDS))}")
+    parts = ("discriminator", "generator") if layout == "transformers-electra" else ("",)
+    trees = {part: _tree(Path(directory, part, CONFIG_FILE), layout) for part in parts}
+    config = _config(trees, layout, Path(directory))
+    for part, wanted in CONFIGS[layout](config).items():
+        _check(Path(directory, part, CONFIG_FILE), trees[part], wanted)
+    weights: State = {}
+    for part in parts:
+        prefix = f"{part}." if part else ""
+        weights |= {prefix + name: tensor for name, tensor in _weights(Path(directory, part, WEIGHTS_FILE)).items()}
+    state = import_state(layout, config, weights)
+    _check_shapes(directory, config, state)
+    return config, state
+
+
+def _tree(path: Path, layout: str) -> dict[str, Any]:
+    """config.json with what transformers takes for entries that are not there, and one name for each activation."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("text_config", "vision_config"):  # older files say a tower twice, and the second counts
+            if tree.get(f"{name}_dict"):
+                tree[name] = tree.get(name, {}) | tree[f"{name}_dict"]
+            tree.pop(f"{name}_dict", None)
+        return _filled(tree, DEFAULTS[layout])
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give a folder that save_pretrained wrote") from None
+    except (ValueError, RecursionError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no configuration of transformers ({error})") from None
+
+
+def _filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    filled = dict(defaults) | dict(tree)
+    for key, value in defaults.items():
+        if isinstance(value, Mapping):
+            filled[key] = _filled(tree.get(key, {}), value)
+    return {key: SAME.get(value, value) if key == "hidden_act" else value for key, value in filled.items()}
+
+
+def _config(trees: Mapping[str, Mapping[str, Any]], layout: str, directory: Path) -> ModelConfig:
+    part, tree = next(iter(trees.items()))
+    theirs = flatten(tree)
+    ours: dict[str, Any] = {"kind": LAYOUTS[layout].kind}
+    for field, entry in FIELDS[layout].items():
+        section, _, name = field.rpartition(".")
+        (ours.setdefault(section, {}) if section else ours)[name] = theirs.get(entry)
+    if "generator" in trees:
+        ours["generator_fraction"] = _fraction(trees["generator"], tree)
+    try:
+        config: ModelConfig = pydantic.TypeAdapter(ModelConfig).validate_python(ours)
+        return config
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:])
+        entry = FIELDS[layout].get(field, field)
+        where = directory / part / CONFIG_FILE
+        raise DataError(
+            f"{where}: {entry}={theirs.get(entry)!r}: our model does not have that ({first['msg']})"
+        ) from None
+
+
+def _fraction(generator: Mapping[str, Any], discriminator: Mapping[str, Any]) -> Any:
+    sizes = generator["hidden_size"], discriminator["hidden_size"]
+    return sizes[0] / sizes[1] if all(isinstance(size, int) and size > 0 for size in sizes) else None
+
+
+def _check(path: Path, tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises DataError naming every entry with an effect that our model does not have."""
+    expected = flatten(wanted)
+    faults = []
+    for key, value in flatten(tree).items():
+        name = key.rpartition(".")[2]
+        if any(part in NO_EFFECT | GENERATION for part in key.split(".")) or ("." in key and name in NESTED_NO_EFFECT):
+            continue
+        if key in expected or name in NEUTRAL:
+            should = expected.get(key, NEUTRAL.get(name))
+            faults += [f"{key}={value!r}, ours has {should!r}"] if value != should else []
+        elif not (value is None or (name == "tie_word_embeddings" and "vision_config" in tree)):
+            faults.append(f"{key}={value!r}, which ours does not know")
+    if faults:
+        raise DataError(f"{path} describes another model than ours can be:\n  " + "\n  ".join(faults))
+
+
+def _weights(path: Path) -> State:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read ({error}); save the model with safetensors") from None
+
+
+def _check_shapes(directory: str | Path, config: ModelConfig, state: State) -> None:
+    with torch.device("meta"):
+        ours = MODELS[config.kind](config).state_dict()
+    for name, tensor in ours.items():
+        if tensor.shape != state[name].shape:
+            raise DataError(
+                f"{directory}: {name} has shape {list(state[name].shape)}, {list(tensor.shape)} by its {CONFIG_FILE}"
+            )
