@@ -1,7 +1,7 @@
 """Folders of transformers -> our configuration and weights. What our models do not compute is refused by name.
 
 A foreign config.json is read twice: its fields become our configuration, and what our configuration would write
-(`hub.CONFIGS`) must then agree with every entry of it that has an effect. So an entry that is unknown here is refused.
+(`described.CONFIGS`) must then agree with every entry that has an effect. So an unknown entry is refused.
 """
 
 import json
@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.settings import flatten
 from pretrain.config import ModelConfig
+from pretrain.interchange.described import CONFIGS
 from pretrain.interchange.folder import CONFIG_FILE, WEIGHTS_FILE
-from pretrain.interchange.hub import CONFIGS
 from pretrain.interchange.layouts import LAYOUTS, State, import_state
 from pretrain.models import MODELS
 

@@ -2,13 +2,13 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.outputs import new_folder
 from data_pipeline.vocabulary import Vocabulary
-from pretrain.config import BertConfig, ClipConfig, ElectraConfig, EncoderConfig, GptConfig, TextTower, VisionTower
+from pretrain.config import ClipConfig
+from pretrain.interchange.described import CONFIGS
 from pretrain.interchange.folder import CONFIG_FILE, save_weights
 from pretrain.interchange.layouts import State, export_state
 
@@ -32,8 +32,19 @@ def export_layout(directory: str | Path, layout: str, config: Any, state: State)
             own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
             save_weights(folder / part, own)
             if tree is not None:
-                (folder / part / CONFIG_FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+                (folder / part / CONFIG_FILE).write_text(
+                    json.dumps(_with_token_ids(tree), indent=2) + "\n", encoding="utf-8"
+                )
     return Path(directory)
+
+
+def _with_token_ids(tree: dict[str, Any]) -> dict[str, Any]:
+    """The special tokens of our vocabularies, for a text encoder or the text tower of a CLIP."""
+    ids = {"pad_token_id": Vocabulary.pad}
+    if "text_config" in tree:
+        ids |= {"bos_token_id": Vocabulary.cls, "eos_token_id": Vocabulary.sep}
+        return tree | {"text_config": tree["text_config"] | ids}
+    return tree | (ids if "type_vocab_size" in tree else {})
 
 
 def _put_end_of_text_last(folder: Path, config: ClipConfig, weights: State) -> None:
@@ -48,84 +59,3 @@ def _put_end_of_text_last(folder: Path, config: ClipConfig, weights: State) -> N
         f"ids in what the vocabulary gives ({TOKEN_IDS_FILE} says it too)",
         file=sys.stderr,
     )
-
-
-def _text(config: EncoderConfig, architecture: str, width: int, heads: int) -> dict[str, Any]:
-    return {
-        "architectures": [architecture],
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context,
-        "type_vocab_size": config.type_vocab,
-        "num_hidden_layers": config.layers,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_attention_heads": heads,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.norm_eps,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-        "pad_token_id": Vocabulary.pad,
-        "tie_word_embeddings": True,
-    }
-
-
-def _bert(config: BertConfig) -> dict[str, Any]:
-    return {"": {"model_type": "bert", **_text(config, "BertForPreTraining", config.width, config.heads)}}
-
-
-def _electra(config: ElectraConfig) -> dict[str, Any]:
-    shared = {"model_type": "electra", "embedding_size": config.embedding_width}
-    return {
-        "discriminator": shared | _text(config, "ElectraForPreTraining", config.width, config.heads),
-        "generator": shared | _text(config, "ElectraForMaskedLM", *config.generator_size),
-    }
-
-
-def _tower(tower: VisionTower | TextTower, config: ClipConfig) -> dict[str, Any]:
-    sizes = {"hidden_size": tower.width, "intermediate_size": 4 * tower.width, "projection_dim": config.embed_dim}
-    sizes |= {"num_hidden_layers": tower.layers, "num_attention_heads": tower.heads}
-    return sizes | {"hidden_act": config.activation, "layer_norm_eps": config.norm_eps}
-
-
-def _clip(config: ClipConfig) -> dict[str, Any]:
-    vision, text = config.vision, config.text
-    pictures = {"image_size": vision.image_size, "patch_size": vision.patch_size}
-    words = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context}
-    words |= {"pad_token_id": Vocabulary.pad, "bos_token_id": Vocabulary.cls, "eos_token_id": Vocabulary.sep}
-    return {
-        "": {
-            "model_type": "clip",
-            "architectures": ["CLIPModel"],
-            "projection_dim": config.embed_dim,
-            "vision_config": pictures | _tower(vision, config),
-            "text_config": words | _tower(text, config),
-        }
-    }
-
-
-def _gpt2(config: GptConfig) -> dict[str, Any]:
-    return {
-        "": {
-            "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
-            "vocab_size": config.image_vocab + config.text_vocab,
-            "n_positions": config.text_tokens + config.image_tokens,
-            "n_embd": config.width,
-            "n_layer": config.layers,
-            "n_head": config.heads,
-            "activation_function": config.activation,
-            "layer_norm_epsilon": config.norm_eps,
-            **{name: config.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
-            "tie_word_embeddings": False,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-    }
-
-
-CONFIGS: dict[str, Callable[[Any], dict[str, dict[str, Any]]]] = {
-    "transformers-bert": _bert,
-    "transformers-electra": _electra,
-    "transformers-clip": _clip,
-    "transformers-gpt2": _gpt2,
-}
