@@ -16,10 +16,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 from PIL import Image
+from pydantic import StringConstraints, with_config
+from typing_extensions import TypedDict
 
+from data_pipeline import gate
 from data_pipeline.errors import Overtaken, Requeue
 from data_pipeline.settings import digest, flatten
 from pretrain.config import RunConfig
@@ -79,6 +82,26 @@ def status_of(error: BaseException | None) -> str:
     if isinstance(error, Requeue | KeyboardInterrupt):
         return KILLED
     return FAILED if error else FINISHED
+
+
+_HexId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{32}$")]
+_Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+@with_config(gate.OPEN)
+class _Record(TypedDict):
+    """What mlflow.json holds. sent: bytes by name of file; `nodes` and `sent_bytes` as earlier versions wrote them."""
+
+    tag: NotRequired[_HexId]
+    uri: NotRequired[str]
+    run_id: NotRequired[_HexId]
+    sent: NotRequired[dict[str, gate.Count]]
+    nodes: NotRequired[dict[str, gate.Count]]
+    sent_bytes: NotRequired[gate.Count]
+    attempts: NotRequired[gate.Count]
+    pictures: NotRequired[list[str]]
+    due: NotRequired[_Status]
+    status: NotRequired[_Status]
 
 
 class MlflowFeed(threading.Thread):
@@ -313,7 +336,10 @@ def pictures_beside(uri: str) -> str | None:
 
 def _read_record(run: Path) -> dict[str, Any]:
     path = run / RECORD
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    record: dict[str, Any] = gate.parse(_Record, path.read_bytes(), str(path), "remove the file to begin another")
+    return record
 
 
 def _write_record(run: Path, record: dict[str, Any]) -> None:

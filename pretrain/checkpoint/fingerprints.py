@@ -96,7 +96,7 @@ def fingerprints_in(tree: Mapping[str, Any]) -> Fingerprints | None:
 def _config_of(folder: str | Path) -> dict[str, Any]:
     try:
         tree = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return tree if isinstance(tree, dict) else {}
 

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from data_pipeline.errors import DataError
 from data_pipeline.settings import load_settings
 from launchers.local import free_port
 from pretrain import mlflow_feed
 from pretrain.config import RunConfig
 from pretrain.goodput import lines_of
-from pretrain.mlflow_feed import picture_key, send
+from pretrain.mlflow_feed import FAILED, RECORD, end_run, picture_key, send
 from pretrain.tracking import MetricsLog, Writer
 from tests.pretrain.commands import (
     TRACEBACK,
@@ -332,3 +333,13 @@ def test_a_setting_changed_on_the_way_is_a_tag_also_where_the_record_of_the_run_
     found = MlflowClient(server).get_run(record["run_id"]).data
     assert found.tags["tessera.change.step-8"] == "train.steps: 20 -> 30"
     assert found.params["train.steps"] == "20"
+
+
+WRONG_RECORDS = [{"run_id": "../../x"}, {"tag": "' OR '1"}, {"sent": {"metrics.jsonl": -1}}, {"due": "GONE"}]
+
+
+@pytest.mark.parametrize("held", ["[", "[]", *map(json.dumps, WRONG_RECORDS)])
+def test_a_wrong_record_of_what_was_sent_is_refused_with_its_remedy(held: str, tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(held)
+    with pytest.raises(DataError, match=r"mlflow\.json.*remove the file to begin another"):
+        end_run(tmp_path, FAILED)

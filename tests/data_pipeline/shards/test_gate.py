@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.build.cache import RawCache
 from data_pipeline.build.report import write_report
-from data_pipeline.errors import DataError
+from data_pipeline.errors import BadSample, DataError
 from data_pipeline.shards.codes import encode_shard, meta_name, open_codes, parse_meta
 from data_pipeline.shards.manifest import (
     BLOCK,
@@ -33,7 +33,7 @@ from data_pipeline.shards.manifest import (
 from data_pipeline.shards.verify import index, verify
 from data_pipeline.storage import open_storage
 from data_pipeline.stream import cache
-from data_pipeline.stream.reader import Stream
+from data_pipeline.stream.reader import Stream, parse_json
 from tests.data_pipeline.shards.test_codes import Means
 
 HOSTILE = ["../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "..\\x", ".x.tar", "a\0b", "a\nb", "\x7f", "x" * 300]
@@ -282,3 +282,9 @@ def test_index_names_a_tar_that_no_manifest_could_list_and_leaves_hidden_files_a
     (tmp_path / "odd/a\nb.tar").write_bytes(tar)
     with pytest.raises(DataError, match="rename the tar"):
         index([str(tmp_path / "odd")], workers=1)
+
+
+@pytest.mark.parametrize("text", [b"[" * 10**5, b'{"a":' * 10**5, b"[1]", b"\xff", b""])
+def test_json_of_a_sample_that_is_none_makes_a_bad_sample(text):
+    with pytest.raises(BadSample):
+        parse_json(text, "here", "0.json")
