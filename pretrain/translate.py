@@ -5,6 +5,14 @@ from typing import Any
 
 from pretrain.best import METRICS, parsed
 
+BEFORE_FIELDS: dict[str, dict[str, Any]] = {
+    "bert": {"activation": "gelu", "norm_eps": 1e-12},
+    "electra": {"activation": "gelu", "norm_eps": 1e-12},
+    "gpt": {"activation": "gelu", "norm_eps": 1e-5},
+    "clip": {"norm_eps": 1e-5},
+}
+"""What was fixed before it became a field, by the kind of the model."""
+
 
 def saved_run(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The saved configuration, or identity, of a run."""
@@ -30,7 +38,9 @@ def saved_model(tree: Any) -> Any:
 
     A vqgan without `norm_groups` had four channels a group and at most 32 groups, which is 32 from 128 channels on.
     """
-    if not isinstance(tree, Mapping) or tree.get("kind") != "vqgan" or "norm_groups" in tree:
+    if not isinstance(tree, Mapping) or "kind" not in tree:
         return tree
     channels = tree.get("channels")
-    return {**tree, "norm_groups": "width/4" if isinstance(channels, int) and channels < 128 else 32}
+    groups = "width/4" if isinstance(channels, int) and channels < 128 else 32
+    new = {"norm_groups": groups} if tree["kind"] == "vqgan" else BEFORE_FIELDS.get(str(tree["kind"]), {})
+    return {**new, **tree}

@@ -26,7 +26,8 @@ SIZES: dict[str, Any] = {
 
 def run_tree(channels: int, **model: Any) -> dict[str, Any]:
     return {
-        "run": "unused", "model": SIZES | {"channels": channels} | model, "objective": {"kind": "reconstruction"},
+        "run": "unused", "model": SIZES | {"channels": channels} | model,
+        "objective": {"kind": "reconstruction", "discriminator_weight": 0},
         "data": {"dataset": "unused"}, "train": {"steps": 2, "global_batch": 2, "zero_stage": 0}, "optim": {"lr": 1.0},
     }  # fmt: skip
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.build.cache import RawCache
 from data_pipeline.build.report import write_report
-from data_pipeline.errors import BadSample, DataError
+from data_pipeline.errors import DataError
 from data_pipeline.shards.codes import encode_shard, meta_name, open_codes, parse_meta
 from data_pipeline.shards.manifest import (
     BLOCK,
@@ -30,10 +30,11 @@ from data_pipeline.shards.manifest import (
     read_totals,
     unpack_index,
 )
+from data_pipeline.shards.samples import Unreadable, read_sample
 from data_pipeline.shards.verify import index, verify
 from data_pipeline.storage import open_storage
 from data_pipeline.stream import cache
-from data_pipeline.stream.reader import Stream, parse_json
+from data_pipeline.stream.reader import Stream
 from tests.data_pipeline.shards.test_codes import Means
 
 HOSTILE = ["../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "..\\x", ".x.tar", "a\0b", "a\nb", "\x7f", "x" * 300]
@@ -285,6 +286,6 @@ def test_index_names_a_tar_that_no_manifest_could_list_and_leaves_hidden_files_a
 
 
 @pytest.mark.parametrize("text", [b"[" * 10**5, b'{"a":' * 10**5, b"[1]", b"\xff", b""])
-def test_json_of_a_sample_that_is_none_makes_a_bad_sample(text):
-    with pytest.raises(BadSample):
-        parse_json(text, "here", "0.json")
+def test_json_of_a_sample_that_is_none_makes_an_unreadable_sample(text):
+    with pytest.raises(Unreadable, match="."):
+        read_sample([("0.png", b"image"), ("0.json", text)])
