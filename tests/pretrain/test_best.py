@@ -22,7 +22,7 @@ def tree_of(kind: str, best: str, steps: int = 9, **objective: Any) -> dict[str,
     return {
         "run": "unused", "model": {"kind": MODELS[kind]}, "objective": {"kind": kind} | objective,
         "data": {"dataset": "d", "vocabulary": "v", "tokenizer": "t"},
-        "train": {"steps": steps, "global_batch": 1, "zero_stage": 0, "keep_best": best}, "optim": {"lr": 1.0},
+        "train": {"steps": steps, "global_batch": 2, "zero_stage": 0, "keep_best": best}, "optim": {"lr": 1.0},
     }  # fmt: skip
 
 
