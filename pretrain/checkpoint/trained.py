@@ -120,6 +120,8 @@ def newest_whole(
     for saved in reversed(rows):
         if not saved.faults():
             return saved
+    if not rows and step is None and label is None:
+        raise DataError(f"{run}: no committed checkpoint; train the run first")
     asked = ("" if step is None else f" of step {step}") + ("" if label is None else f" named {label!r}")
     raise DataError(
         f"{run}: no whole checkpoint{asked}; see `tessera checkpoint list {run}` and `tessera checkpoint verify {run}`"

@@ -160,5 +160,5 @@ def test_a_source_of_which_nothing_fits_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_source_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no whole checkpoint"):
+    with pytest.raises(DataError, match="no committed checkpoint; train the run first"):
         start_from(model_of(3), tmp_path)
