@@ -95,6 +95,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     base_name = tree.pop("base", None)
     if base_name is None:
         return tree
+    if not isinstance(base_name, str) or not base_name or "\0" in base_name:
+        raise ConfigError(
+            f"{path}: base = {base_name!r}: no name of a file; name a file beside this one, in quotation marks"
+        )
     base = _read_one(path.parent / base_name)
     if "base" in base:
         raise ConfigError(f"{path}: base {base_name} has a base of its own; one level only, name the root file instead")

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -186,7 +187,10 @@ def run_status(run: Path) -> dict[str, Any]:
     """State, attempt, step, loss of the run in folder `run`. Raises ConfigError where there is no run."""
     record, job, last = read_record(run), job_of(run), _last_metrics(run)
     if not record and not last and not job:
-        raise ConfigError(f"{run}: none of {RECORD}, {JOB} and {METRICS} is here; give the folder that `run:` names")
+        lacks = f"no whole step in {METRICS}, and no {RECORD} or {JOB}"
+        if not (run / METRICS).is_file():
+            lacks = f"none of {RECORD}, {JOB} and {METRICS} is here"
+        raise ConfigError(f"{run}: {lacks}; give the folder that `run:` names")
     status: dict[str, Any] = {"run": str(run), "state": _state(record)}
     status |= (
         look_at_job(run, job)
@@ -232,7 +236,7 @@ def job_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
 
 def _last_lines(run: Path, path: Path, lines: int, follow: bool) -> Iterator[str]:
     size = path.stat().st_size
-    found = [line for line in itertools.islice(raw_lines_back(path, end=size), lines + 1)]
+    found = [line for line in itertools.islice(raw_lines_back(path, end=size), min(lines + 1, sys.maxsize))]
     torn = len(found.pop(0)) if found and not found[0].endswith(b"\n") else 0
     yield from (line.decode(errors="replace").rstrip("\r\n") for line in reversed(found[:lines]))
     with path.open(encoding="utf-8", errors="replace") as file:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -520,9 +521,20 @@ def known_to_mlflow(uri: str) -> str:
         raise ValueError(f"MLflow knows no {kind!r}; use http(s)://HOST, sqlite:///FILE, or nothing for no tracking")
     if kind == "sqlite" and not (rest.startswith("///") and rest.strip("/")):
         raise ValueError("a database file has three slashes before its path: sqlite:///runs/mlflow.db")
-    if kind in ("http", "https") and not rest.strip("/"):
+    if kind in ("http", "https") and not _names_host(uri):
         raise ValueError(f"a server has a host: {kind}://HOST:PORT")
+    if uri and not uri.strip():
+        raise ValueError("only of spaces; leave it empty for no tracking")
     return uri
+
+
+def _names_host(address: str) -> bool:
+    """Whether an address of http(s) has a host, and a port below 65536 if any."""
+    try:
+        parts = urlsplit(address)
+        return parts.port != 0 and bool(parts.hostname)
+    except ValueError:  # brackets that do not close, a port that is none
+        return False
 
 
 TrackingUri = Annotated[str, pydantic.AfterValidator(expand_home), pydantic.AfterValidator(known_to_mlflow)]

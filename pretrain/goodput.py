@@ -124,20 +124,25 @@ def lines_back(path: Path, start: int = 0, end: int | None = None) -> Iterator[d
 
 
 def raw_lines_back(path: Path, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """Lines with their ends, the last one first. Reads no more than what is asked for and a block."""
+    """Lines with their ends, the last one first. Reads no more than what is asked for and a block.
+
+    The blocks of a line that is longer than one are kept apart until its beginning is found.
+    """
     if not path.is_file():
         return
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        at, rest = size if end is None else min(end, size), b""
+        at, rest = size if end is None else min(end, size), [b""]
         while at > start:
             size = min(BLOCK, at - start)
             at -= size
             file.seek(at)
-            rest, *lines = (file.read(size) + rest).splitlines(keepends=True)
-            yield from reversed(lines)
-        if rest:
-            yield rest
+            rest.insert(0, file.read(size))
+            if b"\n" in rest[0] or b"\r" in rest[0]:
+                first, *lines = b"".join(rest).splitlines(keepends=True)
+                yield from reversed(lines)
+                rest = [first]
+        yield from reversed(b"".join(rest).splitlines(keepends=True))
 
 
 def whole(lines: Iterable[bytes], needed: Set[str] = frozenset()) -> Iterator[dict[str, Any]]:

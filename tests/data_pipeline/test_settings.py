@@ -226,3 +226,11 @@ def test_another_kind_that_has_the_keys_is_taken(tmp_path: Path) -> None:
     path.write_text("source: {kind: csv, path: a, key: b}\noutput: c\n")
     build = load_settings(BuildConfig, path, ["source.kind=jsonl"])
     assert build.source.kind == "jsonl" and build.source.key == "b"
+
+
+@pytest.mark.parametrize("base", ["3", "true", "2024-01-01", "[a.yaml]", "{a: 1}", "''", '"a\\0b"'])
+def test_a_base_that_names_no_file_is_refused_by_name(base: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"base: {base}\ntext: a\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: base = .*name a file beside this one"):
+        load_settings(Example, path)

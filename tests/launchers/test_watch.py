@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, DataError
 from launchers import slurm_jobs
-from launchers.watch import JOB, RECORD, is_running, job_of, read_record, run_status, stop_run
+from launchers.watch import JOB, RECORD, is_running, job_of, metric_lines, read_record, run_status, stop_run
 from pretrain.faults import FAULTS, read_faults
 from pretrain.goodput import ATTEMPTS, METRICS, goodput, lines_of
 
@@ -145,3 +145,15 @@ def test_a_last_word_that_is_none_leaves_a_job_vanished(
     assert slurm_jobs.look(SLURM, tmp_path)["state"] == "vanished"
     (tmp_path / slurm_jobs.END).write_text("12_3 1 75\n")
     assert slurm_jobs.look(SLURM, tmp_path)["state"] == "stopped"
+
+
+def test_more_lines_than_a_machine_can_count_are_all_there_are(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_bytes(b"one\ntwo\r\nthree")
+    assert list(metric_lines(tmp_path, 10**23, follow=False)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("held", [b"", b'{"step": 1', b"[]\n"])
+def test_metrics_without_a_step_are_told_as_such(held: bytes, tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_bytes(held)
+    with pytest.raises(ConfigError, match="no whole step in metrics.jsonl"):
+        run_status(tmp_path)

@@ -1,6 +1,7 @@
 """Where the time went: a run of three attempts told by hand; and the save-deadline contract."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -155,3 +156,12 @@ def test_the_slowest_of_the_recent_steps_counts(tmp_path: Path) -> None:
     assert deadline.slowest_recent_step_s(tmp_path) == 0
     write(tmp_path / METRICS, [row(step, 0, step, 100 if step == 1 else step / 10) for step in range(1, 70)])
     assert deadline.slowest_recent_step_s(tmp_path) == pytest.approx(6.9)
+
+
+def test_a_line_of_many_blocks_is_read_in_time_that_grows_with_its_length(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [b"first\n", b"x" * (32 << 20) + b"\n", b"last\n"]
+    path.write_bytes(b"".join(lines))
+    began = time.process_time()
+    assert list(raw_lines_back(path)) == lines[::-1]
+    assert time.process_time() - began < 2  # joined anew at every block, it takes 8 s

@@ -28,6 +28,13 @@ from tests.pretrain.checkpoint.simulated import config_of
         ("sqlite:///", "three slashes"),
         ("sqlite:mlflow.db", "three slashes"),
         ("http://", "a server has a host"),
+        ("http://:5000", "a server has a host"),
+        ("http:server:5000", "a server has a host"),
+        ("https:///runs", "a server has a host"),
+        ("http://[", "a server has a host"),
+        ("http://server:99999", "a server has a host"),
+        ("http://server:port", "a server has a host"),
+        ("   ", "only of spaces"),
     ],
 )
 def test_an_address_that_mlflow_cannot_know_is_a_configuration_error(uri: str, rule: str) -> None:
@@ -38,7 +45,7 @@ def test_an_address_that_mlflow_cannot_know_is_a_configuration_error(uri: str, r
 @pytest.mark.parametrize(
     "uri",
     ["", "http://h:5000", "HTTPS://u:p@h/x", "sqlite:///a.db", "sqlite:////a.db", "runs/mlruns", "/tmp/a", "databricks",
-     "databricks://profile", "postgresql+psycopg2://u@h/db", "mysql://h/db", "file:///tmp/x"],
+     "databricks://profile", "http://[::1]:50/", "postgresql+psycopg2://u@h/db", "mysql://h/db", "file:///tmp/x"],
 )  # fmt: skip
 def test_an_address_that_mlflow_may_know_is_left_to_it(uri: str) -> None:
     assert check_settings(TrackingConfig, {"uri": uri}, "run.yaml").uri == uri
