@@ -248,7 +248,7 @@ def _number(text: str) -> int | float | None:
 
 
 def _explain(schema: type[Settings], tree: Any, problem: Any) -> str:
-    path = [str(part) for part in problem["loc"]]
+    path = _path(tree, problem["loc"])
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], sorted(field_names(schema)), n=1, cutoff=0.5)
@@ -261,6 +261,20 @@ def _explain(schema: type[Settings], tree: Any, problem: Any) -> str:
         message = f"YAML reads this as a {type(shown).__name__}, and text is meant; write it in quotation marks"
     value = "" if isinstance(shown, dict) else f" = {shown!r}"
     return f"{key}{value}: {message}" if key else message
+
+
+def _path(tree: Any, place: Sequence[str | int]) -> list[str]:
+    """The parts of a key as a user writes it: pydantic puts the kind of a section (model.clip.vision) among them."""
+    path = []
+    for part in place:
+        if isinstance(tree, Mapping) and part == tree.get("kind"):
+            continue
+        path.append(str(part))
+        try:
+            tree = tree[part]
+        except (KeyError, IndexError, TypeError):
+            tree = None
+    return path
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

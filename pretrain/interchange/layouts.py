@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError
 from pretrain.config import BertConfig, ClipConfig, ElectraConfig, GptConfig, VqganConfig
 from pretrain.models.vqgan import Vqgan
 
@@ -77,8 +77,9 @@ def _rules(layout: str, config: Any) -> list[Rule]:
     if layout not in LAYOUTS:
         raise DataError(f"layout {layout!r} is not known; use one of {', '.join(sorted(LAYOUTS))}")
     if LAYOUTS[layout].kind != config.kind:
-        raise DataError(
-            f"layout {layout!r} holds a {LAYOUTS[layout].kind}, the configuration describes a {config.kind}"
+        fitting = ", ".join(sorted(name for name, known in LAYOUTS.items() if known.kind == config.kind))
+        raise ConfigError(
+            f"layout {layout!r} is for {LAYOUTS[layout].kind}, and the model is of kind {config.kind}; use {fitting}"
         )
     for name, value in LAYOUTS[layout].fixed.items():
         if getattr(config, name) != value:

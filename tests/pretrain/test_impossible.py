@@ -35,6 +35,8 @@ RECIPES = {
     "vqgan": "configs/image_tokenizer/vqgan-f16-16384.yaml",
 }
 IMPOSSIBLE = [
+    ("clip", ["model.vision.patch_size=0"], "model.vision.patch_size = 0:"),  # the key that a user writes
+    ("clip", ["model.vision.heads=5"], "model.vision: width=768"),
     ("clip", ["model.text.heads=7"], "width=512 is not divisible by heads=7; use 8 heads"),
     ("clip", ["model.vision.heads=7"], "width=768 is not divisible by heads=7"),
     ("clip", ["model.vision.image_size=225"], "image_size=225 is not divisible by patch_size=32; use 224"),

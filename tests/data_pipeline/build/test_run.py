@@ -122,7 +122,7 @@ def test_another_configuration_in_the_same_output_is_refused(scenes, build_here,
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"source": {"kind": "scenes", "count": 0}, "output": "x"}, "source.scenes.count = 0"),
+        ({"source": {"kind": "scenes", "count": 0}, "output": "x"}, "source.count = 0:"),
         ({"source": {"kind": "sceness", "count": 1}, "output": "x"}, "scenes"),
         ({"source": {"kind": "scenes", "count": 1}, "output": "x", "shards": 3}, "shard"),
         ({"source": {"kind": "scenes", "count": 1}}, "output: missing"),

@@ -55,6 +55,12 @@ def test_a_format_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Pa
         verbs.export(tmp_path / "run", tmp_path / "out", form="onnx")
 
 
+def test_a_layout_of_another_family_is_refused_with_those_of_this_one(tmp_path: Path) -> None:
+    write(tmp_path / "run", 3)
+    with pytest.raises(ConfigError, match="is for clip, and the model is of kind electra; use transformers-electra"):
+        verbs.export(tmp_path / "run", tmp_path / "out", form="openai-clip")
+
+
 FORMS = ["tessera", "deepspeed", "transformers-electra"]
 
 
