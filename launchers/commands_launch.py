@@ -137,7 +137,7 @@ def slurm(
     cluster: Cluster = None,
     nodes: Nodes = None,
     procs_per_node: Procs = None,
-    seeds: Annotated[str, typer.Option(help="An array of runs: 0-3 or 1,5,9; each in RUN/seed-N.")] = "",
+    seeds: Annotated[str | None, typer.Option(help="An array of runs: 0-3 or 1,5,9; each in RUN/seed-N.")] = None,
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
@@ -146,12 +146,14 @@ def slurm(
     The steps of a pipeline wait for each other; where one is refused, none is submitted.
     """
     steps = checked(plan_steps(SlurmCluster, config, with_changes(rest, change), cluster, nodes, procs_per_node, task))
-    scripts = slurm_jobs.render_all(steps, seeds)
+    if seeds == "":
+        raise ConfigError("--seeds is empty; write 0-3 or 1,5,9, or leave --seeds out for one run")
+    scripts = slurm_jobs.render_all(steps, seeds or "")
     if dry_run:
         typer.echo(scripts, nl=False)
         return
     check_paths(steps)
-    jobs = slurm_jobs.submit_all(steps, seeds)
+    jobs = slurm_jobs.submit_all(steps, seeds or "")
     if len(jobs) == 1:
         emit(jobs[0], json)
     else:

@@ -114,6 +114,10 @@ def check_rendezvous(nodes: int, node_rank: int, master_addr: str, master_port: 
     """Raises ConfigError for a node that is none, and for nodes that could not find each other."""
     if node_rank >= nodes:
         raise ConfigError(f"--node-rank {node_rank} does not exist among {nodes} nodes; they count from 0")
+    if not master_addr.isprintable() or len(master_addr.split()) != 1 or master_addr != master_addr.strip():
+        raise ConfigError(
+            f"--master-addr {master_addr!r} is no name or address of a host; write one, as node-0 or 10.0.0.1"
+        )
     if nodes > 1 and (not master_port or master_addr.startswith("127.")):
         raise ConfigError(f"{nodes} nodes need the same --master-addr and --master-port of node 0 on each of them")
 

@@ -314,7 +314,7 @@ def seeds_of(text: str) -> list[int]:
     for part in text.split(",") if text else []:
         first, dash, last = part.partition("-")
         numbers = [first, last] if dash else [first]
-        if not all(number.isascii() and number.isdigit() and int(number) <= LARGEST_SEED for number in numbers):
+        if not all(re.fullmatch("[0-9]{1,7}", number) and int(number) <= LARGEST_SEED for number in numbers):
             raise ConfigError(
                 f"--seeds {text}: {part!r} is neither a number up to {LARGEST_SEED} nor a range; write 0-3 or 1,5,9"
             )

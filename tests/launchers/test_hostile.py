@@ -25,7 +25,7 @@ from data_pipeline.settings import check_settings
 from launchers import slurm
 from launchers.kubernetes.objects import objects
 from launchers.kubernetes.submit import render
-from launchers.local import Group, dry_run_text
+from launchers.local import Group, check_rendezvous, dry_run_text
 from launchers.quoting import comment, directive, kubelet, quoted
 from launchers.spec import KubernetesCluster, SlurmCluster, Task, describe
 from tests.launchers.kubernetes.pods import expanded
@@ -251,10 +251,25 @@ def test_an_option_that_is_none_is_refused(option: str) -> None:
         script(site(options=[option]))
 
 
-@pytest.mark.parametrize("seeds", ["$(touch owned)", "1\n2", "²", "٣", "0-99999999999", "-1", "1;2", " 1"])
+@pytest.mark.parametrize(
+    "seeds",
+    ["$(touch owned)", "1\n2", "²", "٣", "0-99999999999", "-1", "1;2", " 1", "9" * 5000, "0" * 5000, "0-" + "9" * 5000],
+)
 def test_seeds_are_numbers(seeds: str) -> None:
     with pytest.raises(ConfigError, match="neither a number"):
         script(site(), seeds=seeds)
+
+
+def test_an_empty_array_of_seeds_is_refused() -> None:
+    given_empty = ["launch", "slurm", "configs/demo/clip.yaml", "--dry-run", "--seeds", ""]
+    done = subprocess.run([sys.executable, "-m", "launchers.cli", *given_empty], capture_output=True, text=True)
+    assert done.returncode == 64 and "--seeds is empty" in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("address", ["", " ", "a b", "host\n", "host\0", "\ud800"])
+def test_an_address_of_node_0_is_one_word(address: str) -> None:
+    with pytest.raises(ConfigError, match="--master-addr .* is no name or address"):
+        check_rendezvous(1, 0, address, 0)
 
 
 # ------------------------------------------------------------------------------- Kubernetes, this machine, any text
