@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.outputs import new_folder
 from data_pipeline.settings import Settings
 from pretrain.config import ModelConfig
@@ -55,9 +55,16 @@ def save_weights(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def load_model(directory: str | Path) -> tuple[nn.Module, ModelConfig]:
-    """-> the model in evaluation mode on the CPU, and its configuration. Raises DataError naming what does not fit."""
+    """-> the model in evaluation mode on the CPU, and its configuration.
+
+    Raises ConfigError for the folder of a run, DataError naming what does not fit.
+    """
     folder = Path(directory)
     config = load_config(folder)
+    if not (folder / WEIGHTS_FILE).exists() and "train" in json.loads((folder / CONFIG_FILE).read_bytes()):
+        raise ConfigError(
+            f"{folder} is a run, not an exported model; give what `tessera checkpoint export` makes of it"
+        )
     with torch.device("meta"):
         model = MODELS[config.kind](config)
     try:

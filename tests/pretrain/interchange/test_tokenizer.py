@@ -1,5 +1,7 @@
 """An exported VQGAN as the tokenizer of the data pipeline."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,12 @@ def test_what_does_not_fit_is_refused(tmp_path):
     config = GptConfig(text_vocab=5, image_vocab=4, text_tokens=2, image_tokens=4, layers=1, width=8, heads=1)
     export_model(tmp_path, config, Gpt(config).state_dict())
     with pytest.raises(ConfigError, match="holds a gpt, an image tokenizer is a vqgan"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_run_of_a_tokenizer_in_place_of_its_export_is_told(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model": SMALL.model_dump(mode="json"), "train": {}}))
+    with pytest.raises(ConfigError, match="is a run, not an exported model; .*`tessera checkpoint export`"):
         load_tokenizer(tmp_path)
 
 
