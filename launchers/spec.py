@@ -438,8 +438,11 @@ def dns_label(text: str, longest: int = LONGEST_NAME) -> str:
 
 
 def job_name(text: str) -> str:
-    """The label of `text`; with six digits of its sha256 where it is cut or has other letters, so that names differ."""
-    if text.isascii() and len(dns_label(text, len(text) + 4)) <= LONGEST_NAME:
-        return dns_label(text)
+    """`text` where it is a label of at most 40 letters; otherwise its label and six digits of its sha256.
+
+    Names that differ in case, punctuation, other letters or behind the cut then differ as jobs and objects too.
+    """
+    if dns_label(text) == text:
+        return text
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:NAME_DIGITS]
     return f"{dns_label(text, LONGEST_NAME - NAME_DIGITS - 1)}-{digest}"
