@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from data_pipeline.shards.tar import NEWEST, NotAFile, is_litter, split_names
+from data_pipeline.shards.tar import NEWEST, NotAFile, is_litter, split_name, split_names
 from data_pipeline.text_files import decode_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ico", "ppm", "jp2")
 CAPTION_NAMES = ("captions", "caption", "text")
 NESTED_AT_MOST = 100  # levels of JSON: Python's own limit depends on who calls, and this must not
 
+_IMAGES_1 = frozenset(IMAGE_EXTENSIONS[:9])  # of version 1
 _READ = frozenset((*IMAGE_EXTENSIONS, "json", "txt"))
 _TOO_DEEP = f"nested more than {NESTED_AT_MOST} levels deep"
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
@@ -49,7 +50,9 @@ def read_sample(
     version: of the rules that the dataset was indexed by. encoding: of text without a byte order mark.
     Raises Unreadable: duplicate_file, linked_file, no_image, unreadable_caption.
     """
-    key, parts = _parts(files, version)
+    if version == 1:
+        return _read_by_version_1(files)
+    key, parts = _parts(files)
     if links := [f"{extension} is {part}" for extension, part in parts.items() if isinstance(part, NotAFile)]:
         raise Unreadable(key, "linked_file", f"{', '.join(links)}; links are not followed: pack with tar -h")
     read: dict[str, bytes] = {extension: part for extension, part in parts.items() if isinstance(part, bytes)}
@@ -57,7 +60,7 @@ def read_sample(
     if image is None:
         raise Unreadable(key, "no_image", f"no image among the files: {', '.join(sorted(read))}")
     try:
-        return Contents(key, image, *read_captions(read.get, encoding, version))
+        return Contents(key, image, *read_captions(read.get, encoding))
     except (ValueError, TypeError) as error:
         raise Unreadable(key, "unreadable_caption", str(error)) from None
 
@@ -70,12 +73,9 @@ def image_of(files: Iterable[tuple[str, bytes | NotAFile]]) -> tuple[str, bytes]
     return next(images, None)
 
 
-def _parts(files: Iterable[tuple[str, bytes | NotAFile]], version: int) -> tuple[str, dict[str, bytes | NotAFile]]:
+def _parts(files: Iterable[tuple[str, bytes | NotAFile]]) -> tuple[str, dict[str, bytes | NotAFile]]:
     """-> key of a sample, and its files by extension; links only where they stand for something that is read."""
-    if version == 1:
-        files = [(name, contents) for name, contents in files if not isinstance(contents, NotAFile)]
-    else:
-        files = [(name, contents) for name, contents in files if not is_litter(name)]
+    files = [(name, contents) for name, contents in files if not is_litter(name)]
     named = split_names([name for name, _ in files])
     key = named[-1][0] if named else ""
     parts: dict[str, bytes | NotAFile] = {}
@@ -87,25 +87,68 @@ def _parts(files: Iterable[tuple[str, bytes | NotAFile]], version: int) -> tuple
     return key, parts
 
 
+def _read_by_version_1(files: Iterable[tuple[str, bytes | NotAFile]]) -> Contents:
+    """A sample of a dataset that was built or indexed by version 1: it stays what it was, and so do runs on it.
+
+    Of several images the first counts, of several texts the last; links do not.
+    """
+    key, image, text, tree = "", None, None, dict[str, Any]()
+    for name, contents in files:
+        if isinstance(contents, NotAFile):
+            continue
+        key, extension = split_name(name)
+        if extension == "json":
+            tree = _object(key, contents)
+        elif extension == "txt":
+            text = contents
+        elif image is None and extension in _IMAGES_1:
+            image = contents
+    if image is None:
+        raise Unreadable(key, "no_image", "no image among the files")
+    try:
+        return Contents(key, image, _captions_by_version_1(tree, text), tree)
+    except (UnicodeDecodeError, TypeError) as error:
+        raise Unreadable(key, "unreadable_caption", str(error)) from None
+
+
+def _captions_by_version_1(tree: dict[str, Any], text: bytes | None) -> tuple[str, ...]:
+    """The `captions` of the .json, which are taken out, else the whole .txt, else the `caption` of the .json."""
+    captions = tree.pop("captions", None)
+    if captions is None:
+        captions = [tree.get("caption") or None] if text is None else [text.decode()]
+    return tuple(one.encode("utf-8", "replace").decode() for one in captions if isinstance(one, str))
+
+
+def _object(key: str, contents: bytes) -> dict[str, Any]:
+    """The object in a .json, NaN and integers of any size too."""
+    try:
+        try:
+            tree = orjson.loads(contents)
+        except ValueError:
+            tree = json.loads(contents)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(key, "unreadable_caption", f"not JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise Unreadable(key, "unreadable_caption", f"the JSON is {type(tree).__name__}, not an object")
+    return tree
+
+
 # --------------------------------------------------------------------------------------------- captions
 
 
 def read_captions(
-    read: Callable[[str], bytes | None], encoding: str | None = None, version: int = NEWEST
+    read: Callable[[str], bytes | None], encoding: str | None = None
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """-> (captions, attributes) of the .json and .txt of an image; read("json") -> its bytes, None where there is none.
 
-    The captions are those of the .json, else the lines of the .txt. In datasets that were indexed by version 1 a .txt
-    is one caption, and counts before a `caption` of the .json.
+    The captions are those of the .json, else the lines of the .txt.
     Raises ValueError for JSON that is none and for bytes that are no text, TypeError for captions that are no text.
     """
     contents = read("json")
     tree = {} if contents is None else parse_json(contents, encoding)
     captions, meta = captions_of_json(tree)
-    whole = version == 1 and not (isinstance(tree, dict) and tree.get("captions") is not None)
-    if (whole or not captions) and (text := read("txt")) is not None:
-        decoded = decode_text(text, encoding)
-        captions = _said([decoded] if whole else decoded.splitlines())
+    if not captions and (text := read("txt")) is not None:
+        captions = _said(decode_text(text, encoding).splitlines())
     return captions, meta
 
 
@@ -165,7 +208,7 @@ def parse_json(contents: str | bytes, encoding: str | None = None) -> Any:
 
 
 class Account:
-    """in = out + rejected over the samples of one tar, in their order."""
+    """in = out + rejected over the samples of one tar, in their order. key: the base name of a sample's files."""
 
     def __init__(self) -> None:
         self.samples = 0

@@ -15,7 +15,7 @@ from data_pipeline.remote import CONNECTIONS, RemoteStorage
 from data_pipeline.schema import Sample
 from data_pipeline.shards.codes import CodesFile, open_codes
 from data_pipeline.shards.manifest import Index, open_dataset, read_index
-from data_pipeline.shards.samples import Account, Unreadable, read_sample
+from data_pipeline.shards.samples import Account, Contents, Unreadable, read_sample
 from data_pipeline.shards.tar import BLOCK, NEWEST, checksum, parse_files
 from data_pipeline.storage import LocalStorage
 from data_pipeline.stream.cache import BlockCache, Range
@@ -80,14 +80,15 @@ class Stream:
         for start, stop in zip(self._starts.tolist(), self._ends.tolist(), strict=True):
             account = Account()
             for sample_id in range(start, stop):
+                [(place, data, codes)] = self._read_places(np.array([sample_id]))
                 try:
-                    sample = self.fetch(sample_id)
+                    contents = read_contents(data, place.where, self._manifest.version)
                 except BadSample as fault:
                     account.add(fault.key, fault.reason)
                     continue
-                account.add(sample.key, "" if sample.captions else "empty_caption")
-                if sample.captions:
-                    yield sample
+                account.add(contents.key, "" if contents.captions else "empty_caption")
+                if contents.captions:
+                    yield Sample(sample_id, 0, -1, *_with_own_key(contents), codes)
             rejected.update(account.rejected)
 
     def read_codes(self, start: int, stop: int) -> np.ndarray:
@@ -146,14 +147,19 @@ class Stream:
     # ----------------------------------------------------------------------------------------- reading
 
     def _load(self, ids: np.ndarray, epochs: list[int], positions: list[int]) -> list[Sample]:
-        places = self._places(ids)
-        codes = [None] * len(places) if self._codes is None else self._read_codes(self._codes, places)
+        version = self._manifest.version
         return [
-            Sample(sample_id, epoch, position, *parse_sample(data, place.where, self._manifest.version), mine)
-            for sample_id, epoch, position, place, data, mine in zip(
-                ids.tolist(), epochs, positions, places, self._read_tars(places), codes, strict=True
+            Sample(sample_id, epoch, position, *parse_sample(data, place.where, version), codes)
+            for sample_id, epoch, position, (place, data, codes) in zip(
+                ids.tolist(), epochs, positions, self._read_places(ids), strict=True
             )
         ]
+
+    def _read_places(self, ids: np.ndarray) -> Iterator[tuple["Place", bytes, Any]]:
+        """Place, bytes and codes of the samples with these ids, int64 [n]."""
+        places = self._places(ids)
+        codes = [None] * len(places) if self._codes is None else self._read_codes(self._codes, places)
+        return zip(places, self._read_tars(places), codes, strict=True)
 
     def _places(self, ids: np.ndarray) -> list["Place"]:
         """Where the samples with these ids lie, int64 [n]."""
@@ -304,13 +310,22 @@ def parse_sample(data: bytes, where: str, version: int = NEWEST) -> tuple[str, b
 
     version: of the manifest of its dataset. Raises BadSample with the reason of `read_sample` where it cannot be used.
     """
+    return _with_own_key(read_contents(data, where, version))
+
+
+def read_contents(data: bytes, where: str, version: int = NEWEST) -> Contents:
+    """The same by the base name of its files, whatever key its .json gives. Raises BadSample."""
     try:
-        key, image, captions, meta = read_sample(parse_files(data, where), version)
+        return read_sample(parse_files(data, where), version)
     except Unreadable as fault:
         raise BadSample(
             f"{where} ({fault.key!r}): {fault.reason}, {fault.detail}; mend the tar and build or index it again",
             fault.key,
             fault.reason,
         ) from None
-    named = meta.pop("key", None)
-    return key if named is None else str(named), image, captions, meta
+
+
+def _with_own_key(contents: Contents) -> Contents:
+    """With the `key` of its .json, where it has one."""
+    named = contents.meta.pop("key", None)
+    return contents if named is None else contents._replace(key=str(named))

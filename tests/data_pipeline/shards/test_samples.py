@@ -22,7 +22,7 @@ from data_pipeline.errors import BadSample, DataError
 from data_pipeline.images import decode_rgb
 from data_pipeline.shards.codes import encode_rows
 from data_pipeline.shards.manifest import MANIFEST, VERSION, Manifest, Shard, index_tar, open_dataset, publish_index
-from data_pipeline.shards.samples import Unreadable, captions_of_json, parse_json, read_captions
+from data_pipeline.shards.samples import Unreadable, captions_of_json, parse_json
 from data_pipeline.shards.tar import TarWriter, group_samples, is_litter, scan, split_names
 from data_pipeline.shards.verify import index, verify
 from data_pipeline.storage import open_storage
@@ -249,6 +249,16 @@ def test_images_first_and_texts_later_are_told_as_files_apart(everywhere):
     assert everywhere(entries) == (4, {"empty_caption": 2, "files_apart": 2}, {})
 
 
+def test_files_that_are_apart_are_told_by_their_names_not_by_a_key_in_the_json(tmp_path):
+    named = json.dumps({"key": "other", "caption": "a cat"}).encode()
+    entries = [("a.png", png(1)), ("a.json", named), ("b.png", png(2)), ("b.txt", b"b"), ("a.txt", b"a")]
+    (tmp_path / "00.tar").write_bytes(tar_of(entries))
+    told = index([str(tmp_path)], workers=1)
+    rejected = Counter()
+    assert [sample.key for sample in Stream(tmp_path, seed=0).readable(rejected)] == ["other", "b"]
+    assert told["rejected"] == rejected == {"files_apart": 1}
+
+
 def test_one_sample_whose_files_are_apart_does_not_cost_the_others(everywhere):
     entries = [("a.png", png(1)), CAT, ("b.png", png(2)), ("c.png", png(3)), ("c.txt", b"c"), ("b.txt", b"b")]
     assert everywhere(entries) == (4, {"empty_caption": 1, "files_apart": 1}, {"a": ("a cat",), "c": ("c",)})
@@ -400,12 +410,47 @@ def test_the_tars_of_a_build_are_the_same_samples_by_both_versions(scenes):
         assert first.offsets.tolist() == second.offsets.tolist() and first.sums.tolist() == second.sums.tolist()
 
 
-def test_text_before_version_2_is_one_caption_and_counts_before_a_caption_of_the_json():
-    files = {"json": b'{"caption": "of json", "url": "u"}', "txt": b"two\nlines"}
-    assert read_captions(files.get, version=1) == (("two\nlines",), {"url": "u"})
-    assert read_captions(files.get) == (("of json",), {"url": "u"})
-    files["json"] = b'{"captions": ["list"]}'
-    assert read_captions(files.get, version=1) == read_captions(files.get) == (("list",), {})
+OF_JSON = b'{"caption": "of json", "url": "u"}'
+VERSION_1 = [
+    # files, captions; of the image b"first" unless there is none
+    ([("jpg", b"first"), ("png", b"second")], ()),
+    ([("png", b"first"), ("png", b"second"), ("txt", b"one"), ("TXT", b"two")], ("two",)),
+    ([("png", b"first"), ("json", b'{"captions": ["one"]}'), ("json", b'{"captions": ["two"]}')], ("two",)),
+    ([("png", b"first"), ("json", OF_JSON), ("txt", b"two\nlines")], ("two\nlines",)),
+    ([("png", b"first"), ("json", OF_JSON)], ("of json",)),
+    ([("png", b"first"), ("json", b'{"captions": ["list"]}'), ("txt", b"t")], ("list",)),
+    ([("png", b"first"), ("json", b'{"captions": [], "caption": "c"}'), ("txt", b"t")], ()),
+    ([("png", b"first"), ("json", b'{"text": "seven"}')], ()),
+    ([("png", b"first"), ("txt", b" ")], (" ",)),
+    ([("png", b"first"), ("txt", "\ufeffone".encode())], ("\ufeffone",)),
+    ([("png", b"first"), ("json", '{"caption": "of json"}'.encode("utf-16"))], ("of json",)),
+    ([("05.png", b"first"), ("txt", b"t")], "no_image"),
+    ([("05.png", b"first")], "no_image"),
+    ([("ico", b"first"), ("txt", b"t")], "no_image"),
+    ([("png", b"first"), ("txt", "one".encode("utf-16"))], "unreadable_caption"),
+    ([("png", b"first"), ("json", b"["), ("json", b"{}")], "unreadable_caption"),
+    ([("png", b"first"), ("json", b'["one"]')], "unreadable_caption"),
+    ([("png", b"first"), ("json", b"[" * 10**5)], "unreadable_caption"),
+    ([("png", b"first"), ("json", b'{"caption": 5}')], ()),
+    ([("png", b"first"), ("json", b'{"captions": ["one", null]}')], ("one",)),
+    ([("png", b"first"), ("json", b'{"captions": 5}')], "unreadable_caption"),
+]
+
+
+@pytest.mark.parametrize(("files", "expected"), VERSION_1)
+def test_a_sample_of_version_1_is_read_as_it_was(files, expected):
+    data = tar_of([(f"a.{extension}", contents) for extension, contents in files])
+    if isinstance(expected, str):
+        with pytest.raises(BadSample) as raised:
+            parse_sample(data, "x", version=1)
+        assert (raised.value.reason, raised.value.key) == (expected, "a")
+    else:
+        assert parse_sample(data, "x", version=1)[:3] == ("a", b"first", expected)
+
+
+def test_attributes_and_links_of_version_1_are_those_that_it_had():
+    files = [("a.png", b"first"), ("a.json", b'{"caption": "c", "key": "k", "url": "u"}'), ("a.txt", "hard", "b.txt")]
+    assert parse_sample(tar_of(files), "x", version=1) == ("k", b"first", ("c",), {"caption": "c", "url": "u"})
 
 
 # ------------------------------------------------------------------------------------------------- codes
