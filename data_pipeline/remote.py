@@ -37,7 +37,7 @@ _MAX_PUT = 5 * 1024**3
 _MAX_PAUSE_S = 5.0
 _PAGE = 1000
 _RETRIED = frozenset((408, 409, 425, 429))
-_TOTAL = re.compile(r"bytes (\d+)-\d+/(\d+)")
+_TOTAL = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 Result = TypeVar("Result")
 
@@ -563,7 +563,7 @@ class HttpStorage(RemoteStorage):
                 return self._told(name, answer)
             answer = self._request("GET", name, {"Accept-Encoding": "identity", "Range": _range(0, 1)})
             try:
-                first = _reading(answer.read)(1) if answer.status in (200, 206) else b""
+                first = _reading_raw(answer)(1) if answer.status in (200, 206) else b""
             finally:
                 answer.close()
             if first and first in _PAGE_BEGINS and _says_page(answer.headers) and not _is_page(name):
@@ -581,7 +581,7 @@ class HttpStorage(RemoteStorage):
             if isinstance(error := self._fault(name, answer), Transient):
                 raise error
             return Head(answer.status, said, Version(-1, ""), False)
-        _, size = _content_range(total, int(answer.headers.get("Content-Length", -1)))
+        _, size = _place_of(answer)
         return Head(200, said, Version(size, _tag(answer.headers)), self._packed(name, answer.headers))
 
     def _fault(self, name: str, answer: Any) -> Exception:
@@ -607,12 +607,13 @@ class HttpStorage(RemoteStorage):
         if answer.status not in (200, 206):
             answer.close()
             raise self._fault(name, answer)
-        self._packed(name, answer.headers)
-        length = int(answer.headers.get("Content-Length", -1))
-        first, size = _content_range(answer.headers.get("Content-Range"), length)
-        # bytes as they are sent: sizes and ranges count these
-        read = functools.partial(answer.read, decode_content=False)
-        return Answer(Version(size, _tag(answer.headers)), first, _reading(read), answer.close)
+        try:
+            self._packed(name, answer.headers)
+        except DataError:
+            answer.close()
+            raise
+        first, size = _place_of(answer)
+        return Answer(Version(size, _tag(answer.headers)), first, _reading_raw(answer), answer.close)
 
     def _request(self, method: str, name: str, headers: dict[str, str]) -> Any:
         import urllib3
@@ -648,14 +649,30 @@ def _reading(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
     return checked
 
 
+def _reading_raw(answer: Any) -> Callable[[int], bytes]:
+    """Reads the bytes as they are sent: sizes and ranges count these."""
+    return _reading(functools.partial(answer.read, decode_content=False))
+
+
 def _range(start: int, stop: int | None) -> str:
     return f"bytes={start}-{'' if stop is None else stop - 1}"
 
 
 def _content_range(header: str | None, length: int) -> tuple[int, int]:
-    """-> (first byte that is sent, size of the whole object; -1 where it is not said)."""
+    """-> (first byte that is sent, size of the whole object; -1 where it is not said).
+
+    length: of the body where it is the whole object, else -1.
+    """
     found = _TOTAL.match(header or "")
-    return (int(found.group(1)), int(found.group(2))) if found else (0, length)
+    if found is None:
+        return 0, length
+    return int(found[1]), -1 if found[2] == "*" else int(found[2])
+
+
+def _place_of(answer: Any) -> tuple[int, int]:
+    """`_content_range` of an answer of http: the length of a part says nothing about the whole."""
+    length = int(answer.headers.get("Content-Length", -1)) if answer.status == 200 else -1
+    return _content_range(answer.headers.get("Content-Range"), length)
 
 
 def retry_after_s(headers: Any) -> float:

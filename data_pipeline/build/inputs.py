@@ -183,8 +183,8 @@ def _open_remote(path: str) -> tuple[BinaryIO, bool]:
 
 
 def _named_gzip(path: str) -> bool:
-    """Does the name end in .gz? Of an http address also before its query, or a value in it."""
-    return path.endswith(".gz") or (path.startswith("http") and re.search(r"\.gz[?&#]", path) is not None)
+    """Does an http address have .gz before the end of its name, or of a value in its query?"""
+    return path.startswith("http") and re.search(r"\.gz[?&#]", path) is not None
 
 
 def _checked(path: str, file: Any, packed: bool) -> BinaryIO:
@@ -254,6 +254,11 @@ class RemoteFile(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END and self._size < 0:
+            raise DataError(
+                f"{self._storage.path(self._name)}: the server does not say its size, and it is read from the "
+                "end; serve it with one that does, or copy it here"
+            )
         at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         if at != self._at:
             self._stop()

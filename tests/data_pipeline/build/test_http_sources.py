@@ -13,11 +13,12 @@ from email.utils import format_datetime
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from urllib3 import HTTPResponse
 
 from data_pipeline.build.inputs import open_input, read_input
 from data_pipeline.build.sources import open_source
 from data_pipeline.errors import DataError
-from data_pipeline.remote import Forbidden, Missing, retry_after_s
+from data_pipeline.remote import Forbidden, HttpStorage, Missing, retry_after_s
 from data_pipeline.schema import Pair
 from data_pipeline.shards.verify import verify
 from data_pipeline.storage import open_storage
@@ -29,7 +30,8 @@ PAGE = b"<!doctype html><title>Not here</title>"
 
 class Odd(http.server.BaseHTTPRequestHandler):
     """Files of a folder as the server's settings say: head (status of every HEAD, 0: answered), page (for what is not
-    there), encoding (Content-Encoding), packing (of the body), ranges."""
+    there), encoding (Content-Encoding), packing (of the body), ranges, total
+    (in Content-Range; empty: no such header)."""
 
     def log_message(self, *_):
         return None
@@ -62,7 +64,9 @@ class Odd(http.server.BaseHTTPRequestHandler):
         start, stop = int(first), min(int(last or len(data)) + 1, len(data))
         if start >= len(data):
             return self.say(416, b"", send, Content_Range=f"bytes */{len(data)}")
-        self.say(206, data[start:stop], send, Content_Range=f"bytes {start}-{stop - 1}/{len(data)}", **headers)
+        if self.server.total:
+            headers["Content_Range"] = f"bytes {start}-{stop - 1}/{self.server.total.format(len(data))}"
+        self.say(206, data[start:stop], send, **headers)
 
     def say(self, status, body, send, **headers):
         self.send_response(status)
@@ -93,6 +97,7 @@ def site(tmp_path, make_png):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
         server.folder, server.asked = folder, Counter()
         server.head, server.page, server.encoding, server.packing, server.kind, server.ranges = 0, "", "", "", "", True
+        server.total = "{}"
         server.address = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield server
@@ -125,6 +130,42 @@ def test_a_server_that_refuses_head_is_asked_for_the_first_byte(site, rows, head
     assert len(rows(kind="jsonl", path=f"{site.address}/m.jsonl")) == 2000
     with pytest.raises(Missing, match="not there"):
         storage.stat("gone.jsonl")
+
+
+@pytest.mark.parametrize("total", ["*", ""])
+def test_a_size_that_a_server_does_not_say_is_unknown(site, rows, total):
+    site.head, site.total = 405, total
+    storage = open_storage(site.address)
+    assert storage.exists("m.jsonl") and storage.stat("m.jsonl")[0] == -1
+    content = (site.folder / "m.jsonl").read_bytes()
+    assert storage.get_range("m.jsonl", 0, 9) == content[:9] and storage.get("m.jsonl") == content
+    if total:  # without the header nobody knows which bytes came
+        assert storage.get_range("m.jsonl", 5, 9) == content[5:9]
+        assert open_input(f"{site.address}/m.jsonl").read() == content
+    with pytest.raises(DataError, match="m.jsonl: the server does not say its size"):
+        open_input(f"{site.address}/m.jsonl").seek(0, 2)
+
+
+def test_the_first_byte_is_looked_at_as_it_is_sent(site, monkeypatch):
+    decoded = []
+    original = HTTPResponse.read
+    monkeypatch.setattr(
+        HTTPResponse, "read", lambda answer, *args, **more: (decoded.append(more), original(answer, *args, **more))[1]
+    )
+    site.head = 405
+    assert open_storage(site.address).exists("m.jsonl.gz") and decoded == [{"decode_content": False}]
+
+
+@pytest.mark.parametrize("ask", ["get_range", "stream"])
+def test_an_answer_in_a_packing_that_is_refused_is_closed(site, monkeypatch, ask):
+    answers = []  # held here, else they are closed when they are freed
+    original = HttpStorage._request
+    monkeypatch.setattr(HttpStorage, "_request", lambda *args: (answers.append(original(*args)), answers[-1])[1])
+    site.encoding = "br"
+    storage = open_storage(site.address)
+    with pytest.raises(DataError, match="packed as br"):
+        b"".join(storage.stream("m.jsonl")) if ask == "stream" else storage.get_range("m.jsonl", 0, 9)
+    assert [answer.closed for answer in answers] == [True]
 
 
 @pytest.mark.parametrize("wait", ["3600", "date"])
