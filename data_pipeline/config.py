@@ -194,6 +194,7 @@ class FetchRules(Settings):
     host. timeout_s: of one attempt, as a whole; the pauses between attempts are at most attempts * timeout_s.
     opt_out: directives of the X-Robots-Tag header that keep an image out. allow_networks: private networks that may be
     asked all the same, as 10.1.0.0/16; past a proxy that http_proxy or https_proxy names in the environment.
+    The names of hosts must resolve on this machine, also behind a proxy: their addresses are checked before a request.
     cache: folder or s3:// prefix that keeps fetched bytes by their sha256, for other builds too; without it they are
     kept in the output until the build is done.
     """

@@ -98,8 +98,11 @@ class Fetcher:
         self._hosts: dict[str, asyncio.Semaphore] = {}
 
     async def __aenter__(self) -> "Fetcher":
+        said = {scheme: url for scheme, url in getproxies().items() if scheme in ("http", "https")}
+        self._proxies = {scheme: _proxy(url) for scheme, url in said.items()}
+        for proxy in set(self._proxies.values()):
+            await _must_be_known(proxy)
         self._resolver = GuardedResolver(self._rules)
-        self._proxies = {scheme: _proxy(url) for scheme, url in getproxies().items() if scheme in ("http", "https")}
         self._direct = self._session(lambda info: _GuardedSocket(self._rules, *info[:3]))
         self._proxied = self._session(None)  # its peers are proxies, which a site may have on a private network
         return self
@@ -192,6 +195,18 @@ def _proxy(url: str) -> URL:
     if proxy.scheme not in ("http", "https") or not proxy.host:
         raise ConfigError(f"http_proxy or https_proxy is {url!r}; name one as http://HOST:PORT, or unset it")
     return proxy
+
+
+async def _must_be_known(proxy: URL) -> None:
+    """Raises ConfigError where no name server knows the host of a proxy; one that does not answer now may later."""
+    try:
+        await asyncio.get_running_loop().getaddrinfo(proxy.raw_host, proxy.port)
+    except (OSError, UnicodeError) as error:
+        if _is_unknown(error) or isinstance(error, UnicodeError):
+            raise ConfigError(
+                f"http_proxy or https_proxy is {proxy.with_user(None)}: its host is not known here; name another, or "
+                "unset it"
+            ) from None
 
 
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None, sock_read=None)  # asyncio.timeout holds over all

@@ -453,6 +453,14 @@ def test_a_proxy_that_does_not_speak_http_is_an_error_of_configuration(fetch, mo
             fetch("/file/a.png")
 
 
+@pytest.mark.parametrize("name", ["http_proxy", "https_proxy"])
+def test_a_proxy_whose_name_does_not_resolve_is_an_error_of_configuration(fetch, monkeypatch, name):
+    for wrong in ("http://no-such-host.invalid:3128", "no-such-host.invalid:3128", f"http://{'a' * 70}.invalid:3128"):
+        monkeypatch.setenv(name, wrong)
+        with pytest.raises(ConfigError, match="http_proxy or https_proxy is .*its host is not known"):
+            fetch("/file/a.png")
+
+
 def test_a_name_that_changes_its_mind_is_judged_by_what_is_connected_to():
     answers = iter(["93.184.216.34", "127.0.0.1"])
 
