@@ -1,6 +1,6 @@
 """Typed, frozen configuration: one YAML file, one optional `base:`, dotted overrides last.
 
-The field says what an override is: a text field takes what was written, empty included; a number is a decimal number;
+The field says what an override is: a text field takes what was written, empty included; a number has decimal digits;
 only lists, mappings, `true`, `false` and `null` are read as YAML. Imports neither torch nor ray: a login node reads
 configurations too.
 """
@@ -9,7 +9,9 @@ import datetime
 import difflib
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -62,6 +64,7 @@ MAX_SEED = 2**64 - 1
 Seed = Annotated[int, pydantic.Field(ge=0, le=MAX_SEED)]
 """Random numbers are drawn with keys of 64 bits."""
 
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: another encoding, a date that is none
 
 
@@ -152,7 +155,7 @@ def _apply_override(schema: type[Settings], tree: dict[str, Any], override: str)
     if not separator or not key:
         raise ConfigError(f"override {override!r} has no value; write key=value, for example optim.lr=3e-4")
     if "\0" in override or override.encode("utf-8", "replace").decode() != override:
-        raise ConfigError(f"override {override!r} is no UTF-8 text; write its value anew")
+        raise ConfigError(f"override {override!r} is not UTF-8; type the value again")
     *sections, leaf = key.split(".")
     kinds: list[Any] = [schema]
     for section in sections:
@@ -166,6 +169,8 @@ def _apply_override(schema: type[Settings], tree: dict[str, Any], override: str)
         _check_kind(kinds, tree, ".".join(sections), text)
     try:
         tree[leaf] = _read_value(text, _kinds_below(kinds, tree, leaf))
+    except _Grouped:
+        raise ConfigError(f"override {override!r}: a number in groups; write its digits without underscores") from None
     except _NOT_YAML as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
 
@@ -207,6 +212,10 @@ def _members(annotation: Any) -> Iterator[Any]:
             yield from _members(part)
 
 
+class _Grouped(Exception):
+    """A number such as 1_000."""
+
+
 def _is_text(kind: Any) -> bool:
     return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
 
@@ -218,6 +227,8 @@ def _read_value(text: str, kinds: Sequence[Any]) -> Any:
         return number
     if any(map(_is_text, kinds)):
         return None if not text and type(None) in kinds else text
+    if numeric and Any not in kinds and "_" in text and _number(text.replace("_", "")) is not None:
+        raise _Grouped  # pydantic would take it
     of_text = any(get_origin(kind) and all(map(_is_text, _elements(kind))) for kind in kinds)
     value = yaml.safe_load(text)
     if of_text and isinstance(value, list | dict):
@@ -235,13 +246,13 @@ def _elements(kind: Any) -> list[Any]:
 
 
 def _number(text: str) -> int | float | None:
-    """A decimal number; None where `text` is none."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return None
+    """A finite decimal number in the digits 0 to 9; None where `text` is none."""
+    text = text.strip(" ")
+    if not _DECIMAL.fullmatch(text):
+        return None
+    if text.lstrip("+-").isdecimal():
+        return int(text)
+    return float(text) if math.isfinite(float(text)) else None
 
 
 # --------------------------------------------------------------------------------------------------- errors

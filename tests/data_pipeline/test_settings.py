@@ -1,6 +1,7 @@
 """What an override means, by the type of its field; and what is said where YAML made something else of a text."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.config import BuildConfig
 from data_pipeline.errors import ConfigError
-from data_pipeline.settings import Location, OptionalLocation, Settings, load_settings
+from data_pipeline.settings import Location, OptionalLocation, Settings, load_settings, override_settings
 from pretrain.config import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -105,7 +106,8 @@ def test_a_path_that_must_be_there_is_not_empty(empty: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("number=007", 7), ("number=1e3", 1000), ("number=1_000", 1000), ("share=3e-4", 3e-4), ("share=.5", 0.5),
+        ("number=007", 7), ("number=1e3", 1000), ("number=+10", 10), ("share=-1.5E+2", -150.0),
+        ("share=3e-4", 3e-4), ("share=.5", 0.5),
         ("weight=2", 2), ("weight=1/3", "1/3"), ("maybe_number=null", None), ("maybe_number=3", 3), ("stage=1", 1),
         ("choice=b", "b"), ("flag=true", True), ("flag=no", False), ("flag=1", True), ("pair=[0.5,1e-1]", (0.5, 0.1)),
         ("names=[no, 007, 2024-01-01, 'a #b']", ("no", "007", "2024-01-01", "a #b")), ("names=[]", ()),
@@ -122,10 +124,48 @@ def test_a_value_of_no_known_type_is_a_number_or_text(empty: Path) -> None:
     assert read(empty, *words).anything == {"a": {"b": 1e-3, "c": "x #y"}, "d": True, "e": 7}
 
 
-@pytest.mark.parametrize("text", ["1:30", "0x10", "2024-01-01", "1,5", "[1]", "true", "nan", "inf", "1e999", "", "ten"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1:30",
+        "0x10",
+        "2024-01-01",
+        "1,5",
+        "[1]",
+        "true",
+        "nan",
+        "inf",
+        "1e999",
+        "",
+        "ten",
+        "1_000",
+        "1_0.5",
+        "１２",
+        "٣",
+    ],
+)
 def test_what_is_no_decimal_number_is_no_number(text: str, empty: Path) -> None:
     with pytest.raises(ConfigError, match="number"):
         read(empty, f"number={text}")
+
+
+@pytest.mark.parametrize("text", ["inf", "-Infinity", "nan", "1e999", "1_000", "１２", "٣", "0x10", "ten"])
+def test_words_and_other_digits_are_text_where_any_value_is_taken(text: str, empty: Path) -> None:
+    assert read(empty, f"anything.a={text}").anything == {"a": text}
+
+
+@pytest.mark.parametrize("override", ["share=1_000", "share=1_0.5e1_0", "maybe_number=1_0", "number=-1_0"])
+def test_a_number_in_groups_is_refused_by_name(override: str, empty: Path) -> None:
+    with pytest.raises(ConfigError, match=f"override '{override}': .* without underscores"):
+        read(empty, override)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="0123456789+-._eE٣１ aif", max_size=8))
+def test_a_value_of_no_known_type_is_text_or_a_finite_decimal_number(text: str) -> None:
+    value = override_settings(Example, {}, [f"anything.a={text}"], "x").anything["a"]
+    if isinstance(value, int | float):
+        assert math.isfinite(value) and value == float(text) and set(text.strip()) <= set("0123456789+-.eE")
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
@@ -146,6 +186,11 @@ def test_of_sections_that_differ_the_one_of_its_kind_is_meant(text: str, value: 
 def test_what_is_no_override_is_refused(override: str, empty: Path) -> None:
     with pytest.raises(ConfigError, match="override"):
         read(empty, override)
+
+
+def test_an_override_that_is_not_utf_8_is_to_be_typed_again(empty: Path) -> None:
+    with pytest.raises(ConfigError, match="is not UTF-8; type the value again"):
+        read(empty, "text=\udcff")
 
 
 # ---------------------------------------------------------------------------------------- the user's own folder
