@@ -244,7 +244,7 @@ def _check_same(config: BuildConfig, layout: Layout, pinned: dict[str, Any], sto
             "are known by their number, so give all files again, or build by a source.key into a new output"
         )
     for number, (old, part) in enumerate(zip(parts, layout.parts, strict=False)):
-        if number == len(parts) - 1 and part.rows > old["rows"] and part.bytes > old["bytes"] and _continues(part, old):
+        if number == len(parts) - 1 and part.rows > old["rows"] and _continues(part, old):
             continue
         if (part.rows, part.digest) != (old["rows"], old["digest"]):
             raise DataError(
@@ -266,10 +266,10 @@ def _check_settings(names: tuple[str, ...], config: BuildConfig, pinned: dict[st
 
 def _continues(part: Part, old: dict[str, Any]) -> bool:
     """Does the file begin with the bytes that were built, and go on in a new line?"""
-    if not old["bytes"]:
+    left = old.get("bytes", 0)
+    if not 0 < left < part.bytes:
         return False
     digest, last = xxhash.xxh3_128(), b""
-    left = old["bytes"]
     with open_input(part.path) as file:
         while left and (chunk := file.read(min(left, 1 << 22))):
             digest.update(chunk)

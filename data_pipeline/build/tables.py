@@ -164,9 +164,9 @@ class Table:
         """(path of the table, record) of rows [start, stop); parquet reads `columns` only."""
         for part, first, last in self.layout.ranges(start, stop):
             told = self._partition(part.path)
-            columns = None if columns is None or told.keys() & set(columns) else columns
+            wanted = None if columns is None or told.keys() & set(columns) else columns
             records = (
-                self._part_records(part, first, last, columns)
+                self._part_records(part, first, last, wanted)
                 if self.layout.lines is None
                 else map(parse_object, self.layout.texts(start, start + last - first))
             )

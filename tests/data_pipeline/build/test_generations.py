@@ -16,7 +16,7 @@ from data_pipeline.build import run, shard
 from data_pipeline.build.plan import make_plan
 from data_pipeline.build.run import retry
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.shards.manifest import read_manifest
+from data_pipeline.shards.manifest import canonical_json, read_manifest
 from data_pipeline.shards.verify import verify
 from data_pipeline.storage import open_storage
 from data_pipeline.stream.reader import Stream
@@ -301,6 +301,20 @@ def test_a_table_without_keys_grows_at_its_end_only(tmp_path, build_here, make_p
     stream = Stream(tmp_path / "out", seed=0)
     assert [stream.fetch(number).captions[0] for number in range(8)] == [f"c{number}" for number in range(8)]
     path.write_text(path.read_text().replace("c2", "cX") + "0.png,more\n")
+    with pytest.raises(DataError, match="not what .* was built from"):
+        build_here(**tree)
+
+
+def test_growth_of_a_build_that_noted_no_sizes_is_told_not_to_continue(tmp_path, build_here, make_png):
+    (tmp_path / "0.png").write_bytes(make_png())
+    path = tmp_path / "x.csv"
+    path.write_text("image,caption\n0.png,a\n")
+    tree = {"source": {"kind": "csv", "path": str(path)}, "output": f"{tmp_path}/out", "grow": True}
+    build_here(**tree)
+    pin = json.loads((tmp_path / "out/build.json").read_bytes())
+    pin["parts"] = [{name: part[name] for name in ("rows", "digest")} for part in pin["parts"]]
+    (tmp_path / "out/build.json").write_bytes(canonical_json(pin))
+    path.write_text(path.read_text() + "0.png,b\n")
     with pytest.raises(DataError, match="not what .* was built from"):
         build_here(**tree)
 

@@ -142,6 +142,22 @@ def test_a_large_row_group_is_decoded_once_by_a_process_that_reads_one_range_aft
     assert not tables._PAUSED  # nothing is kept behind the end
 
 
+def test_only_tables_whose_folder_says_a_wanted_column_are_read_whole(tmp_path, make_config, monkeypatch):
+    row = {"image": ["i.png"], "caption": ["c"]}
+    for name, table in (("id=7/a", row), ("z/b", {"id": ["k"], **row})):
+        path = tmp_path / f"t/{name}.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table(table), path)
+    asked = []
+    original = tables.parquet_records
+    monkeypatch.setattr(
+        tables, "parquet_records", lambda part, *rest: (asked.append(rest[-1]), original(part, *rest))[1]
+    )
+    source = opened(make_config, kind="parquet", path=f"{tmp_path}/t::{tmp_path}/t/z", key="id")
+    assert list(source.keys()) == ["7", "k"]
+    assert asked == [None, ["id"]]
+
+
 def test_a_reader_of_parquet_is_freed_with_its_range(tmp_path, make_config):
     rows = [{"image": f"http://h/{number}", "caption": "c"} for number in range(1000)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=100)
