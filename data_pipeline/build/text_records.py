@@ -236,8 +236,8 @@ class TextRecords:
         where = "" if last == line.place.number else f", up to line {last}"
         before = itertools.takewhile(lambda field: not field.startswith('"'), line.text.split(self._delimiter))
         return self._rejected(
-            f"{head}a quotation mark opens a field and does not close it{where} ({fault}); double a mark that is a "
-            f"letter, or say source.quotes=false: {line.text.strip():.80}",
+            f"{head}a quotation mark opens a field and does not close it{where} ({fault}); write a "
+            f"literal quotation mark twice, or say source.quotes=false: {line.text.strip():.80}",
             "unclosed_quote",
             dict(zip(self.names, before, strict=False)),
         )

@@ -42,6 +42,7 @@ INDEXED = 2
 Datasets that were indexed before are of version 1, and stay what they were; in the tars of a build both find the same.
 """
 
+_DAMAGED = "it is damaged, fetch or build the dataset again"
 _AT_VERSION = re.compile(r"(.+)@([0-9a-f]{12,64})")
 _KEPT = re.compile(r"manifest-([0-9a-f]{12})\.json")
 _MAGIC = b"TESSIDX\0"
@@ -192,10 +193,10 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
             f"{where}: version {manifest.version}, this program reads up to {INDEXED}; use the one that built it"
         )
     if tree["samples"] != manifest.samples:
-        raise DataError(f"{where}: says samples={tree['samples']}, its shards have {manifest.samples}; damaged")
+        raise DataError(f"{where}: says samples={tree['samples']}, its shards have {manifest.samples}; {_DAMAGED}")
     for shard in manifest.shards:
         if shard.n * BLOCK > shard.bytes:
-            raise DataError(f"{where}: {shard.name} has n={shard.n} samples in bytes={shard.bytes}; damaged")
+            raise DataError(f"{where}: {shard.name} has n={shard.n} samples in bytes={shard.bytes}; {_DAMAGED}")
     if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
         raise DataError(f"{where}: two shards of one name; a dataset has each once, build it again")
     return manifest

@@ -371,7 +371,10 @@ class _Extended(NamedTuple):
         records = dict(_pax_records(body, where))
         if kind == b"g":  # of all entries that follow, which a sample that is read alone cannot know
             if named := sorted({b"path", b"size"} & records.keys()):
-                raise DataError(f"{where}: a global PAX header gives {named[0].decode()!r} to every entry; damaged")
+                raise DataError(
+                    f"{where}: a global PAX header gives {named[0].decode()!r} to every entry; pack the tar again "
+                    "without global headers"
+                )
             return self
         size = records.get(b"size")
         if size is not None and not (size.isdigit() and len(size) < 20):

@@ -187,6 +187,7 @@ def test_inches_and_open_quotation_marks_cost_their_own_lines_of_a_csv(tmp_path,
     assert (stats["in"], stats["rejected"]) == (7, {"unclosed_quote": 3})
     numbers = {key: detail.split(":")[0] for key, (_, detail) in rejected.items()}
     assert numbers == {"c": "line 4", "e": "line 7", "g": "line 9"}
+    assert all("write a literal quotation mark twice" in detail for _, detail in rejected.values())
 
 
 def test_a_quotation_mark_is_a_letter_in_a_tsv(tmp_path, build_here, images):

@@ -230,7 +230,7 @@ def test_the_size_in_a_pax_record_counts_instead_of_the_headers(read):
 @pytest.mark.parametrize("name", [b"path", b"size"])
 def test_a_global_pax_header_that_names_or_measures_every_entry_is_refused(read, name):
     assert read(pax((b"comment", b"a commit"), kind=b"g") + entry() + END) == [("a.png", b"abc")]
-    with pytest.raises(DataError, match=f"global PAX header gives '{name.decode()}'"):
+    with pytest.raises(DataError, match=f"gives '{name.decode()}' to every entry; pack the tar again without"):
         read(pax((name, b"3"), kind=b"g") + entry() + END)
 
 
