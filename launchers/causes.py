@@ -20,7 +20,7 @@ BY_EXIT_CODE: dict[int, Cause] = {
 }
 USER_CODE_EXIT = 1
 """Python's own for an exception that nobody caught: what a scheduler's job leaves with, no node fault."""
-DECODING = " while it decoded an image, which the next attempt looks for"
+DECODING = "; it crashed while decoding an image, which the next attempt searches for"
 LONGEST_PAUSE_S = 60.0
 
 

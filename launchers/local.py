@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 POLL_S = 0.05
 LOOK_S = 1.0  # for word of other hosts: on their file system it is no cheaper
-MLFLOW_S = 30.0
 FIRST_PORT, PORTS = 20_000, 12_000
 """Where runs meet. Below 32768, where Linux begins to take ports for connections that go out."""
 
@@ -146,10 +145,10 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
             diagnosis = diagnose(end.failures, read_faults(run, faults), end.exit_code) if end.exit_code else None
             if diagnosis and any(crashed_while_decoding(run, failure.rank) for failure in end.failures):
                 diagnosis = replace(diagnosis, why=diagnosis.why + DECODING)
-            if node_rank == 0:
+            if node_rank == 0 and _owns(run):
                 told = {"cause": diagnosis.cause, "why": diagnosis.why} if diagnosis else {}
                 write_record(run, _record(group) | {"exit_code": end.exit_code} | told)
-                end_mlflow(run, KILLED if stops.count else FAILED)
+                end_run(run, KILLED if stops.count else FAILED)
             if diagnosis is None or stops.count or (several and end.exit_code == Requeue.exit_code):
                 return end.exit_code
             another = restarts > failed and worth_another_attempt(diagnosis, metrics_size(run) > steps)
@@ -162,16 +161,13 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
             group = group if several else replace(group, master_port=0)
 
 
-def end_mlflow(run: Path, status: str) -> None:
-    """Tell MLflow the end of an attempt whose rank 0 died before it could; a server that is gone costs MLFLOW_S."""
-
-    def tell() -> None:
-        with contextlib.suppress(Exception):  # whatever MLflow or its transport raises: the next attempt tells it
-            end_run(run, status)
-
-    thread = threading.Thread(target=tell, name="mlflow", daemon=True)
-    thread.start()
-    thread.join(MLFLOW_S)
+def _owns(run: Path) -> bool:
+    """Whether RUN/launcher.json is still this launcher's: a later attempt may have been started elsewhere."""
+    try:
+        record = read_record(run)
+    except DataError:  # damaged, so that nobody's word is lost
+        return True
+    return (record.get("host"), record.get("pid")) == (socket.gethostname(), os.getpid())
 
 
 def _pause(seconds: float, stops: StopSignals) -> None:

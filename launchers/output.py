@@ -36,11 +36,12 @@ class Unfailing(io.RawIOBase):
             try:
                 return os.write(self.descriptor, data)
             except BlockingIOError as error:
-                self.refused = error
+                refused: OSError = error
                 select.select([], [self.descriptor], [], PATIENCE_S)
             except OSError as error:
-                self.refused = error
+                refused = error
                 break
+        self.refused = refused
         return memoryview(data).nbytes
 
 

@@ -104,10 +104,10 @@ def check_paths(steps: Sequence[Step[Any]]) -> None:
     written: list[Path] = []
     for step in steps:
         for path in map(local_path, step.spec.reads):
-            if path is None or path.exists() or any(path.is_relative_to(made) for made in written):
+            if path is None or path.exists() or any(path.absolute().is_relative_to(made) for made in written):
                 continue
             raise ConfigError(
                 f"{step.name} reads {path}, which is not there and which no step above writes; make it first, or give "
                 "the right path"
             )
-        written += [made for made in map(local_path, step.spec.writes) if made is not None]
+        written += [made.absolute() for made in map(local_path, step.spec.writes) if made is not None]

@@ -15,6 +15,7 @@ from launchers.causes import DECODING, Diagnosis, Failure, diagnose, worth_anoth
 from launchers.watch import metrics_size
 from pretrain.faults import crashed_while_decoding, read_faults
 from pretrain.goodput import append_line, lines_of
+from pretrain.mlflow_feed import FAILED, end_run
 
 EXCLUDED = "excluded.jsonl"
 """Which nodes a job was told to do without, and why."""
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if left_out:
         append_line(args.run / EXCLUDED, {"job": args.job, "nodes": left_out, "why": diagnosis.why})
         left_out += [out] if out else []
+    if not goes_on:
+        end_run(args.run, FAILED)
     print(" ".join(["requeue", ",".join(left_out)]).strip() if goes_on else "end")
 
 

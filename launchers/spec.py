@@ -204,8 +204,8 @@ class RunSpec:
     `arguments` is what follows `tessera`. `run_folder` is where the launcher keeps its records: a training's own
     folder, runs/NAME of the others. `storage` lists what is read and written, folders and addresses; `checkpoints` is
     where a training's go, if not into its folder. `lead_s` are the seconds from the signal to stop to the kill,
-    `retries` the new attempts; image and volumes stay with the place. Of `storage`
-    what it `reads` must be there when it starts.
+    `retries` the new attempts; image and volumes stay with the place. `reads` is the part of `storage` that must exist
+    before it starts.
     """
 
     name: str

@@ -136,7 +136,11 @@ class ElectraConfig(EncoderConfig):
                 f"generator_fraction={self.generator_fraction:g} of width={self.width} leaves the generator no width; "
                 f"use {1 / self.width:.2g} or more"
             )
-        check_heads(width, heads, f"generator_fraction={self.generator_fraction:g}: the generator's width")
+        if width % heads:
+            raise ValueError(
+                f"generator_fraction={self.generator_fraction:g} of width={self.width} gives the generator {width} in "
+                f"{heads} heads, which does not divide; use another one, for example {64 * heads / self.width:.4g}"
+            )
         return self
 
 
@@ -622,8 +626,9 @@ def check_sections(config: RunConfig) -> None:
 
 
 def has_begun(config: RunConfig) -> bool:
-    """Has the run logged a step? Then it goes on from a checkpoint and reads `initial` no more."""
-    return (Path(config.run) / METRICS).exists()
+    """Has the run logged a step? It may go on from a checkpoint then, and reads `initial` no more."""
+    path = Path(config.run) / METRICS
+    return path.is_file() and path.stat().st_size > 0
 
 
 def check_initial(config: RunConfig) -> None:

@@ -32,6 +32,7 @@ RECORD = "mlflow.json"
 SYSTEM = "system-{node}.jsonl"
 INTERVAL_S = 3.0
 CLOSE_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 30.0
 LOCK_TIMEOUT_S = 5.0
 AT_ONCE = 4 << 20
 """Bytes of a file that are read and sent before their arrival is recorded."""
@@ -195,7 +196,21 @@ def _tag_changes(client: Any, run_id: str, started: list[dict[str, Any]], config
 
 
 def end_run(run: Path, status: str) -> None:
-    """Give the MLflow run of an attempt that died without a word its `status`; one that told its end keeps it."""
+    """Give the MLflow run of an attempt whose rank 0 was killed its `status`; one that told its end keeps it.
+
+    A server that is gone costs END_TIMEOUT_S; the next attempt tells it then.
+    """
+
+    def tell() -> None:
+        with contextlib.suppress(Exception):  # whatever MLflow or its transport raises
+            _end_run(run, status)
+
+    thread = threading.Thread(target=tell, name="mlflow", daemon=True)
+    thread.start()
+    thread.join(END_TIMEOUT_S)
+
+
+def _end_run(run: Path, status: str) -> None:
     record = _read_record(run)
     if record.get("due") == RUNNING and "run_id" in record:
         from mlflow import MlflowClient
@@ -228,7 +243,7 @@ def _sent(run: Path, name: str, client: Any, record: dict[str, Any]) -> Iterator
     """Send the whole lines of a file that are new, a few MB at once, and record each -> the lines."""
     while True:
         lines, end = _new_lines(run / name, record["sent"].get(name, 0))
-        rows = list(whole(lines))
+        rows = list(whole(lines, {"step", "time_ms"} | ({"attempt"} if name == METRICS else set())))
         _log(client, record, [point for row in rows for point in _points(row)])
         if rows:
             yield rows
@@ -319,8 +334,8 @@ def _check_sqlite(uri: str) -> None:
 
     MLflow would try for minutes first. The folder of the file is made.
     """
-    path = uri.removeprefix("sqlite:///")
-    if path == uri:
+    path = sqlite_file(uri)
+    if path is None:
         return
     Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(sqlite3.connect(path, timeout=LOCK_TIMEOUT_S)) as database:
@@ -330,8 +345,14 @@ def _check_sqlite(uri: str) -> None:
 
 def pictures_beside(uri: str) -> str | None:
     """Where a database file keeps its pictures: beside itself, not in whatever folder the process runs in."""
+    path = sqlite_file(uri)
+    return None if path is None else (Path(path).absolute().parent / "mlflow-artifacts").as_uri()
+
+
+def sqlite_file(uri: str) -> str | None:
+    """The file of a sqlite address, without the options behind "?"; None for an address of another kind."""
     path = uri.removeprefix("sqlite:///")
-    return None if path == uri else (Path(path).absolute().parent / "mlflow-artifacts").as_uri()
+    return None if path == uri else path.partition("?")[0]
 
 
 def _read_record(run: Path) -> dict[str, Any]:

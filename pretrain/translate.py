@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.best import METRICS, parsed
+from pretrain.best import check_best
 
 BEFORE_FIELDS: dict[str, dict[str, Any]] = {
     "bert": {"activation": "gelu", "norm_eps": 1e-12},
@@ -21,16 +21,15 @@ def saved_run(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_known_best(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A `train.keep_best` of no metric was accepted once, and kept nothing."""
-    train, objective = tree.get("train"), tree.get("objective")
-    if (
-        not isinstance(train, Mapping)
-        or not isinstance(objective, Mapping)
-        or not isinstance(train.get("keep_best"), str)
-    ):
+    """Leave out a `train.keep_best` that is refused today; it was accepted once, and kept the lowest or nothing."""
+    train, objective = tree.get("train"), tree.get("objective", {})
+    if not isinstance(train, Mapping) or not train.get("keep_best"):
         return {}
-    known = METRICS.get(str(objective.get("kind")), {})
-    return {} if parsed(train["keep_best"])[0] in known else {"train": {**train, "keep_best": ""}}
+    try:
+        check_best(train["keep_best"], objective, train["steps"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {"train": {**train, "keep_best": ""}}
+    return {}
 
 
 def saved_model(tree: Any) -> Any:

@@ -158,7 +158,10 @@ def read_manifest(storage: Storage) -> CheckpointManifest:
     """The manifest of a checkpoint. Raises DataError where it is missing, something else, or of another format."""
     manifest: CheckpointManifest = gate.parse(CheckpointManifest, storage.get(MANIFEST), storage.root, DAMAGED)
     if manifest["version"] != VERSION:
-        raise DataError(f"{storage.root}: format {manifest['version']}, this program reads {VERSION}")
+        raise DataError(
+            f"{storage.root}: format {manifest['version']}, this program reads {VERSION}; "
+            "use the version of tessera that saved it"
+        )
     names = [entry["name"] for entry in manifest["files"]]
     if len(set(names)) != len(names) or not {INDEX, STATE} <= set(names):
         raise DataError(f"{storage.root}: lists a file twice, or lacks {INDEX} or {STATE}; {DAMAGED}")

@@ -19,6 +19,8 @@ from data_pipeline.stream.mixture import Mixture, Source
 from pretrain.config import FINGERPRINTS, DataConfig, RunConfig
 
 VOCABULARY, TOKENIZER, INITIAL = "data.vocabulary", "data.tokenizer", "initial"
+UNKNOWN = "0" * 12
+"""Of initial weights where a run was begun by a version that did not record them."""
 Fingerprints = dict[str, str]
 
 

@@ -8,6 +8,7 @@ from pretrain.checkpoint.catalog import Saved, consent_since
 from pretrain.checkpoint.fingerprints import (
     INITIAL,
     TOKENIZER,
+    UNKNOWN,
     VOCABULARY,
     Fingerprints,
     compare,
@@ -58,8 +59,10 @@ def _check_fingerprints(saved: Saved, config: RunConfig, mesh: "Mesh", known: Fi
     if mesh.rank == 0 and (settings := unchecked(saved.state["identity"], config)):
         print(f"{saved.folder} does not say under which {', '.join(settings)} it was made: not checked", flush=True)
     files = {name: value for name, value in known.items() if name in (VOCABULARY, TOKENIZER)}
-    if before is not None and config.initial:
-        files |= _initial_of_resumed(before.get(INITIAL), config.initial, saved, mesh)
+    if config.initial and before is None:
+        known[INITIAL] = UNKNOWN
+    elif config.initial:
+        files |= _initial_of_resumed((before or {}).get(INITIAL), config.initial, saved, mesh)
     compare(before, files, config, saved.folder, say=mesh.rank == 0)
     known |= (before or {}) | known
 
@@ -71,6 +74,8 @@ def _initial_of_resumed(before: str | None, source: str, saved: Saved, mesh: "Me
             f"initial={source}: {saved.folder} is of a run that began without it, and weights are read at the "
             "beginning only; leave it out, or start another run"
         )
+    if before == UNKNOWN:
+        return {}
     found = from_rank_0(mesh, INITIAL, lambda: of_initial(source, before))
     if found is None and mesh.rank == 0:
         print(f"initial={source}: the weights that the run began with are not there any more: not checked", flush=True)

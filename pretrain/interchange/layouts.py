@@ -85,7 +85,8 @@ def _rules(layout: str, config: Any) -> list[Rule]:
         if getattr(config, name) != value:
             raise DataError(
                 f"programs of layout {layout!r} have {name}={value}, the configuration has "
-                f"{name}={getattr(config, name)}: the same weights compute something else there"
+                f"{name}={getattr(config, name)}: the same weights compute something else there; "
+                "use --format tessera, or train with that value"
             )
     return LAYOUTS[layout].rules(config)
 
@@ -337,7 +338,8 @@ def _taming_vqgan(config: VqganConfig) -> list[Rule]:
     if set(config.group_counts()) != {32}:
         raise DataError(
             f"programs of layout 'taming-vqgan' have 32 groups in every GroupNorm, the configuration has "
-            f"norm_groups={config.norm_groups} over {config.channels} channels: the same weights compute something else"
+            f"norm_groups={config.norm_groups} over {config.channels} channels: the same weights compute something "
+            "else; use --format tessera, or train with norm_groups=32"
         )
     with torch.device("meta"):
         return [Rule(name, (name,)) for name in Vqgan(config).state_dict()]

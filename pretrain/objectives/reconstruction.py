@@ -101,7 +101,7 @@ class Reconstruction(nn.Module):
         return self._reconstruct(batch["pixels"], step, batch.get("adversarial_weight"))
 
     def slopes(self, rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Micro-batches' gradients at the last layer -> lambda of the global batch for each; nothing where none is."""
+        """Gradients at the last layer -> lambda of the global batch for each micro-batch; empty without that loss."""
         if not rows[0]:
             return rows
         weight = self._adaptive_weight(torch.stack([row["at_last_layer"] for row in rows]).mean(0))

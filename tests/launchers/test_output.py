@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -39,6 +40,24 @@ def test_a_reader_that_stands_still_costs_the_piece_that_does_not_fit(monkeypatc
     print("again", file=stream, flush=True)
     os.close(reader)
     os.close(writer)
+
+
+def test_a_slow_reader_that_takes_everything_costs_nothing() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    raw, got = Unfailing(writer), bytearray()
+
+    def read() -> None:
+        while data := os.read(reader, 1024):
+            got.extend(data)
+
+    slow = threading.Timer(0.1, read)
+    slow.start()
+    stream = io.TextIOWrapper(io.BufferedWriter(raw))
+    print("x" * 300_000, file=stream, flush=True)
+    os.close(writer)
+    slow.join(60)
+    assert len(got) == 300_001 and raw.refused is None
 
 
 @pytest.mark.parametrize(

@@ -118,4 +118,4 @@ def test_the_node_of_a_rank_that_an_image_killed_stays(
         (tmp_path / f"faults/attempt-{attempt:05d}.rank-{rank:05d}.txt").write_text(CRASH.format(where=where))
     found, said = ask(tmp_path, 134, [LOST, LOST | {"rank": 1}], capsys)
     assert found == verdict and "rank 2 was killed by SIGABRT" in said
-    assert ("while it decoded an image" in said) == (verdict == "requeue")
+    assert ("while decoding an image" in said) == (verdict == "requeue")

@@ -94,6 +94,6 @@ def test_any_text_is_a_known_metric_or_refused_in_a_line(kind: str, best: str) -
 
 
 def test_a_saved_run_that_kept_nothing_by_such_a_name_is_still_read() -> None:
-    for best, now in (("no such metric", ""), ("loss", "loss"), ("mlm_accuracy", "mlm_accuracy")):
+    for best, now in (("no such metric", ""), ("lr", ""), ("loss", "loss"), ("mlm_accuracy", "mlm_accuracy")):
         assert saved_run(tree_of("rtd", best))["train"]["keep_best"] == now
     assert saved_run({"train": 3}) == {"train": 3}

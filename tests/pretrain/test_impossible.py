@@ -271,7 +271,7 @@ def vocab_step(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_what_a_step_above_writes_counts_as_there(tmp_path: Path) -> None:
+def test_what_a_step_above_writes_counts_as_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "raw").mkdir()
     build, vocab, train = build_step(tmp_path, f"{tmp_path}/made"), vocab_step(tmp_path), train_step(tmp_path)
     export = {"target": f"{tmp_path}/bert", "task": "export", "arguments": [f"{tmp_path}/out"]}
@@ -283,6 +283,9 @@ def test_what_a_step_above_writes_counts_as_there(tmp_path: Path) -> None:
             check_paths(pipeline(tmp_path, *[step for step in steps if step is not missing]))
     with pytest.raises(ConfigError, match="no step above writes"):
         check_paths(pipeline(tmp_path, vocab, build, train))
+    relative = pipeline(tmp_path, build_step(tmp_path, "made"), vocab, train)
+    monkeypatch.chdir(tmp_path)
+    check_paths(relative)
 
 
 def test_addresses_and_patterns_are_left_to_their_step(tmp_path: Path) -> None:

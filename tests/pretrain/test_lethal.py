@@ -255,7 +255,7 @@ def test_a_run_gets_past_images_that_abort_the_process_as_if_it_had_always_known
     lethal = {at(42): "abort", at(47): "abort"}  # both of the sixth step
     code, output = launched(material, tmp_path / "run", lethal, procs, workers=workers)
     assert code == 0, output[-3000:]
-    assert workers or "was killed by SIGABRT while it decoded an image" in output
+    assert workers or "was killed by SIGABRT; it crashed while decoding an image" in output
     attempts = (tmp_path / "run" / ATTEMPTS).read_text().splitlines()
     assert len(attempts) == 2 and f"'{Stream(material.dataset, 0).fetch(at(42)).key}'" in output
     assert {entry[2] for entry in ledger_of(tmp_path / "run")} == set(lethal)

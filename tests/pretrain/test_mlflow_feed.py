@@ -170,6 +170,23 @@ def assert_told(uri: str, remedy: str, run: Path, capfd: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
+def test_a_line_without_its_step_or_time_holds_nothing_up(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db?timeout=5"
+    config = run_with(uri, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"step": 2, "attempt": 0}\n{"time_ms": 2000}\n{"step": 3, "attempt": 0, "loss": 1, "time_ms": 3000}\n'
+        )
+    mlflow_feed.send(tmp_path, config, status="FINISHED")
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("tessera").experiment_id])
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 3]
+    assert not list(tmp_path.glob("*[?]*"))
+
+
+@pytest.mark.slow
 def test_an_outage_is_said_at_its_beginning_and_at_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

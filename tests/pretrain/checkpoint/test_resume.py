@@ -129,6 +129,19 @@ def test_weights_to_start_from_are_no_longer_read_by_a_run_that_began_without(sa
         check_resumed(saved, config, stream, mesh_of(), dict(KNOWN))
 
 
+def test_a_run_of_an_earlier_version_with_weights_to_start_from_goes_on_again_and_again(tmp_path: Path) -> None:
+    """Which weights it began with was not recorded: that is kept, and is no run that began without."""
+    root, config = tmp_path / "run" / "checkpoints", config_of(tmp_path / "run")
+    config = config.model_copy(update={"initial": "elsewhere"})
+    stream: Any = SimpleNamespace(check=lambda state: None)
+    state: dict[str, Any] = {"identity": identity(config), "stream": {"position": 64}}
+    for step in (4, 8, 12):
+        save(ranks_of(root, 1, attempt=step), step, model_of(step), **state)
+        known = dict(KNOWN)
+        check_resumed(committed(root)[-1], config, stream, mesh_of(), known)
+        state |= {"fingerprints": known}
+
+
 @pytest.mark.parametrize("nonsense", [["a"], {"initial": "aaaaaaaaaaaa@step x"}, {"data.vocabulary": 3}])
 def test_fingerprints_that_are_none_are_damage(nonsense: Any, saved: Saved) -> None:
     root = Path(saved.folder).parent
