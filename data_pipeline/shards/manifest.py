@@ -39,7 +39,8 @@ VERSION = 1
 INDEXED = 2
 """Version of manifests of tars made elsewhere, whose samples are those of version 2 of `group_samples`.
 
-Datasets that were indexed before are of version 1, and stay what they were; in the tars of a build both find the same.
+Datasets that were indexed before are of version 1, and stay what they were; so are tars in which both find the same,
+those of a build among them.
 """
 
 _DAMAGED = "it is damaged, fetch or build the dataset again"

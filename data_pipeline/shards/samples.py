@@ -7,7 +7,7 @@ vocabularies and reports see the same samples, and reject the same ones for the 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -63,6 +63,21 @@ def read_sample(
         return Contents(key, image, *read_captions(read.get, encoding))
     except (ValueError, TypeError) as error:
         raise Unreadable(key, "unreadable_caption", str(error)) from None
+
+
+def read_alike(files: Sequence[tuple[str, bytes | NotAFile]]) -> str | None:
+    """The key of a sample that version 1 and the newest rules read alike, whose files they both see; None otherwise."""
+    keys = {split_name(name)[0] for name, _ in files}
+    if len(keys) != 1 or any(isinstance(part, NotAFile) or is_litter(name) for name, part in files):
+        return None
+    return keys.pop() if _outcome(files, 1) == _outcome(files, NEWEST) else None
+
+
+def _outcome(files: Sequence[tuple[str, bytes | NotAFile]], version: int) -> Contents | tuple[str, str]:
+    try:
+        return read_sample(files, version)
+    except Unreadable as fault:
+        return fault.key, fault.reason
 
 
 def image_of(files: Iterable[tuple[str, bytes | NotAFile]]) -> tuple[str, bytes] | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import operator
 import os
 from collections import Counter as Tally
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from data_pipeline.shards.manifest import (
     INDEXED,
     MANIFEST,
     STATS,
+    VERSION,
     Manifest,
     Shard,
     ShardStats,
@@ -43,8 +45,8 @@ from data_pipeline.shards.manifest import (
     read_totals,
     read_version,
 )
-from data_pipeline.shards.samples import Account, Unreadable, read_sample
-from data_pipeline.shards.tar import parse_files, refuse_compressed
+from data_pipeline.shards.samples import Account, Unreadable, read_alike, read_sample
+from data_pipeline.shards.tar import NotAFile, parse_files, refuse_compressed
 from data_pipeline.storage import Storage, open_storage
 
 
@@ -137,12 +139,14 @@ def index(tars: list[str], workers: int | None = None) -> dict[str, Any]:
 
     tars: files or folders, local or s3://, with {00000..00099} and `::`. workers: processes, one a CPU unless told.
     Samples are counted by what can be read of them: samples = readable + the sum of rejected. Those that are rejected
-    keep their places, and raise BadSample when they are read. A folder that was indexed before stays what it was.
+    keep their places, and raise BadSample when they are read. A folder that was indexed before stays what it was; tars
+    that the rules of version 1 read alike, such as those of a build, get a manifest of version 1.
     -> {dataset, fingerprint, samples, shards, readable, rejected: {reason: count}}. Raises DataError for tars of
     several folders, cut, damaged or compressed ones, and for tars without any readable sample.
     """
     storage, names = _tars(tars)
-    version = read_manifest(storage).version if storage.exists(MANIFEST) else INDEXED
+    before = read_manifest(storage).version if storage.exists(MANIFEST) else None
+    version = before or INDEXED
     tasks = [(storage.root, name, version) for name in names]
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     if workers > 1:
@@ -150,8 +154,10 @@ def index(tars: list[str], workers: int | None = None) -> dict[str, Any]:
             indexed = list(pool.map(_index_one, *zip(*tasks, strict=True)))
     else:
         indexed = [_index_one(*task) for task in tasks]
-    manifest = Manifest(tuple(shard for shard, _ in indexed), version)
-    rejected = sum((found for _, found in indexed), Tally[str]())
+    if before is None and all(alike for *_, alike in indexed):
+        version = VERSION
+    manifest = Manifest(tuple(shard for shard, *_ in indexed), version)
+    rejected = sum((found for _, found, _ in indexed), Tally[str]())
     _check_readable(storage, names, manifest, rejected)
     publish(storage, MANIFEST, manifest.to_json())
     storage.clean()
@@ -166,10 +172,11 @@ def index(tars: list[str], workers: int | None = None) -> dict[str, Any]:
 
 
 def _check_readable(storage: Storage, names: list[str], manifest: Manifest, rejected: Tally[str]) -> None:
-    """Raises DataError where no sample of these tars can be used; images without captions have their uses."""
+    """Raises DataError where no sample can be used. Images without captions can, unless their texts stand apart."""
     if not manifest.samples:
         raise DataError(f"{storage.root}: {len(names)} tars without a sample; nothing to index")
-    if rejected.total() == manifest.samples and rejected.keys() != {"empty_caption"}:
+    of_use = "empty_caption" in rejected and "files_apart" not in rejected
+    if rejected.total() == manifest.samples and not of_use:
         raise DataError(
             f"{storage.root}: none of {manifest.samples} samples can be read, {dict(sorted(rejected.items()))}; the "
             "image, .txt and .json of a sample must be neighbours in the tar, under one name: tar --sort=name packs so"
@@ -204,22 +211,28 @@ def _tars_of(folder: str) -> list[str]:
     return [name for name in names if name.endswith(".tar")]
 
 
-def _index_one(folder: str, name: str, version: int) -> tuple[Shard, Tally[str]]:
+def _index_one(folder: str, name: str, version: int) -> tuple[Shard, Tally[str], bool]:
+    """-> the shard, its rejected samples by reason, and whether the rules of version 1 find the same in it."""
     gate.check(gate.TarName, name, folder, "rename the tar")
     storage = open_storage(folder)
     size, _ = storage.stat(name)
     account, where = Account(), f"{folder}/{name}"
+    keys: list[str | None] = []  # by version 1, which takes neighbours of one key for one sample
 
     def look(sample: bytes) -> None:
+        files: list[tuple[str, bytes | NotAFile]] = []
         try:
-            read = read_sample(parse_files(sample, where), version)
+            files = parse_files(sample, where)
+            read = read_sample(files, version)
             account.add(read.key, "" if read.captions else "empty_caption")
         except Unreadable as fault:
             account.add(fault.key, fault.reason)
+        keys.append(read_alike(files))
 
     found, digest = index_tar(storage.stream(name), where, size, version, look)
     publish_index(storage, name, found)
-    return Shard(name, found.samples, found.tar_bytes, digest), account.rejected
+    alike = not found.offsets[0] and None not in keys and all(map(operator.ne, keys, keys[1:]))
+    return Shard(name, found.samples, found.tar_bytes, digest), account.rejected, alike
 
 
 def _note(faults: list[str], check: Callable[..., None], *arguments: Any) -> None:

@@ -473,3 +473,29 @@ def test_codes_are_those_of_the_image_whatever_stands_before_it(tmp_path):
 def test_a_reason_is_a_word_and_a_detail_is_for_people():
     fault = Unreadable("k", "no_image", "why")
     assert (fault.key, fault.reason, str(fault)) == ("k", "no_image", "why")
+
+
+IMAGE, JSON = ("a.jpg", b"image"), ("a.json", b'{"captions": ["a cat"]}')
+
+
+@pytest.mark.parametrize(
+    ("files", "version"),
+    [
+        ([IMAGE, JSON], 1),
+        ([IMAGE, CAT], 1),
+        ([IMAGE, ("b.jpg", b"image")], 1),
+        ([IMAGE, ("a.txt", b"a cat\na dog")], 2),  # one caption by version 1
+        ([IMAGE, ("a.json", b'{"text": "a cat"}')], 2),
+        ([("._a.jpg", b"mac"), IMAGE, JSON], 2),
+        ([IMAGE, JSON, ("__MACOSX/a.jpg", b"mac")], 2),
+        ([IMAGE, JSON, ("a.png", "hard", "a.jpg"), ("z.jpg", b"image")], 2),
+        ([("b.txt", "symbolic", "a.txt"), IMAGE, JSON], 2),
+        ([IMAGE, ("a.jpg", b"again"), JSON, ("z.jpg", b"image")], 2),
+        ([("22.05.jpg", b"image"), ("22.06.jpg", b"image")], 2),
+    ],
+)
+def test_tars_that_both_versions_read_alike_get_the_manifest_that_they_had(files, version, tmp_path):
+    (tmp_path / "0.tar").write_bytes(tar_of(files))
+    told = index([str(tmp_path)], workers=1)
+    _, manifest = open_dataset(tmp_path)
+    assert (manifest.version, manifest.fingerprint) == (version, told["fingerprint"])
