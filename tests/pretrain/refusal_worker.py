@@ -41,7 +41,7 @@ def main() -> None:
 
     run.guards.accepts, run.log = shown, logged  # type: ignore[method-assign,assignment]
     train(run, StopSignals())
-    run.close()
+    run.close("FINISHED")
     mesh.stop()
     print(json.dumps({"digests": digests, "told": rows}))
 

@@ -35,7 +35,7 @@ def main() -> None:
         with contextlib.suppress(Requeue):
             train(run, StopAt(run, int(until)))  # type: ignore[arg-type]
     finally:
-        run.close()
+        run.close("FINISHED")
         mesh.stop()
     print(json.dumps({"from": started, "to": run.step}))
 
