@@ -149,9 +149,9 @@ def in_driver(run: Callable[..., Any], *arguments: Any) -> Any:
     context = multiprocessing.get_context("spawn")
     answers, answer = context.Pipe(duplex=False)
     driver = context.Process(target=_drive, args=(os.getpid(), answer, run, arguments))
-    driver.start()
-    answer.close()
     try:
+        driver.start()
+        answer.close()
         done = answers.recv()
     except EOFError:
         driver.join()
@@ -160,8 +160,9 @@ def in_driver(run: Callable[..., Any], *arguments: Any) -> Any:
             "answer and was given up; look at this machine's memory and load, then run the same command again"
         ) from None
     finally:
-        driver.join(_LEAVE_S)
-        driver.kill()
+        if driver.pid is not None:  # an interrupt may come before it is there
+            driver.join(_LEAVE_S)
+            driver.kill()
     if isinstance(done, BaseException):
         raise done
     return done
