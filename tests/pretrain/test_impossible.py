@@ -57,7 +57,7 @@ IMPOSSIBLE = [
     ("electra", ["model.context=1"], "model.context=1 has no room"),
     ("electra", ["model.vocab_size=2"], "model.vocab_size=2 leaves no id"),
     ("electra", ["model.generator_fraction=0.001"], "leaves the generator no width"),
-    ("electra", ["model.generator_fraction=0.77"], "the generator's width=197 is not divisible by heads=3"),
+    ("electra", ["model.generator_fraction=0.77"], "gives the generator 197 in 3 heads, which does not divide"),
     ("gpt", ["model.heads=7"], "width=768 is not divisible by heads=7"),
     ("gpt", ["model.text_vocab=2"], "model.text_vocab=2 leaves no id"),
     ("gpt", ["model.image_vocab=1"], "leaves nothing to predict"),
@@ -297,7 +297,7 @@ def test_addresses_and_patterns_are_left_to_their_step(tmp_path: Path) -> None:
 
 def test_a_run_that_has_begun_needs_its_initial_weights_no_more(tmp_path: Path) -> None:
     (tmp_path / "bert").mkdir()
-    (tmp_path / "bert/metrics.jsonl").write_text("")
+    (tmp_path / "bert/metrics.jsonl").write_text('{"step": 1, "attempt": 0}\n')
     (tmp_path / "made").mkdir()
     told = {"initial": f"{tmp_path}/gone", "data.vocabulary": f"{tmp_path}/made"}
     check_paths(pipeline(tmp_path, train_step(tmp_path, **told)))
