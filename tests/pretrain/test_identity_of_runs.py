@@ -18,6 +18,7 @@ import torch
 from data_pipeline.config import VocabConfig
 from data_pipeline.settings import check_settings
 from data_pipeline.vocabulary import train_vocabulary
+from pretrain.checkpoint.fingerprints import UNKNOWN
 from pretrain.config import RunConfig
 from pretrain.interchange.folder import export_model
 from pretrain.models import MODELS
@@ -145,7 +146,8 @@ def test_a_checkpoint_of_before_goes_on_and_says_what_could_not_be_checked(copie
     assert done.returncode == 0, done.stdout[-3000:]
     assert "does not say under which deepspeed.extra.gradient_clipping it was made" in done.stdout
     assert "whether data.vocabulary, initial is what it was trained with could not be checked" in done.stdout
-    assert set(final(run).state["fingerprints"]) == {"data.vocabulary", "data.dataset"}
+    known = final(run).state["fingerprints"]
+    assert set(known) == {"data.vocabulary", "data.dataset", "initial"} and known["initial"] == UNKNOWN
     done = again(material, run, "deepspeed.extra.gradient_clipping=0.25", steps=8)
     refused(done, "deepspeed.extra.gradient_clipping: 0.5 saved, 0.25 now")
 
