@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check lock clean
+.PHONY: help setup demo test test-fast mutants check lock clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ test: .venv/.ready ## every test, the slow ones and the real components too
 
 test-fast: .venv/.ready ## the tests that need under two minutes together, a file on each core
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not real" -n logical --maxprocesses 4 --dist loadfile
+
+mutants: .venv/.ready ## change a token of the core files at a time: do the tests notice? (FILES=, ARGS=; hours)
+	$(PY) -m tests.mutants $(FILES) $(ARGS)
 
 check: .venv/.ready ## ruff, mypy, the architecture tests
 	$(PY) -m ruff check .
