@@ -33,7 +33,6 @@ _S30, _S27, _S31 = (np.array([bits], np.uint64) for bits in (30, 27, 31))  # Spl
 _M1, _M2 = (np.array([factor], np.uint64) for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _ROUND_KEYS = np.array([[number * int(_GOLDEN) & _MASK64] for number in range(1, _ROUNDS + 1)], np.uint64)
 _KEPT_IDS = 1 << 20  # 8 MB
-_KEPT_IDS = 1 << 20  # 8 MB
 _SHIFT, _BLOCKS, _WINDOWS = range(3)  # what a key is for
 
 

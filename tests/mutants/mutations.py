@@ -128,11 +128,11 @@ def _f_strings(source: str) -> list[tuple[Place, Place]]:
 
 
 def _mutant(source: str, name: str, occurrence: int) -> Mutant | None:
-    changed = mutate_code(source, _operators()[name], occurrence)
     try:
+        changed = mutate_code(source, _operators()[name], occurrence)
         if changed is None or ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source)):
             return None
-    except SyntaxError:
+    except (SyntaxError, AttributeError):  # cosmic-ray cannot replace a dotted name in `except (a.B, C)`
         return None
     pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
     line, before, after = next((at, old, new) for at, (old, new) in enumerate(pairs, 1) if old != new)
