@@ -40,13 +40,24 @@ def make_config() -> Callable[..., BuildConfig]:
     return lambda **tree: check_settings(BuildConfig, tree, "test")
 
 
+@pytest.fixture(scope="session")
+def in_this_process(make_config: Any) -> Callable[[pytest.MonkeyPatch], Callable[..., dict[str, Any]]]:
+    """in_this_process(patch) -> build(config) with every shard made here: milliseconds instead of Ray's seconds."""
+
+    def patched(patch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+        patch.setattr(run, "ray_session", lambda *_: contextlib.nullcontext())
+        patch.setattr(run, "_submitter", lambda plan, task, _: lambda shard: task(plan, shard))
+        patch.setattr(run, "run_tasks", lambda submit, items, *_: ((item, submit(item)) for item in items))
+        return lambda **tree: run.build(make_config(**tree), progress=False)
+
+    return patched
+
+
 @pytest.fixture
-def build_here(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> Callable[..., dict[str, Any]]:
-    """build(config) with every shard made in this process, which takes milliseconds instead of Ray's seconds."""
-    monkeypatch.setattr(run, "ray_session", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(run, "_submitter", lambda plan, task, _: lambda shard: task(plan, shard))
-    monkeypatch.setattr(run, "run_tasks", lambda submit, items, *_: ((item, submit(item)) for item in items))
-    return lambda **tree: run.build(make_config(**tree), progress=False)
+def build_here(monkeypatch: pytest.MonkeyPatch, in_this_process: Any) -> Callable[..., dict[str, Any]]:
+    """build(config) in this process, for one test."""
+    built: Callable[..., dict[str, Any]] = in_this_process(monkeypatch)
+    return built
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Proportions hold at every prefix, sources keep their own epochs, and a change of weights is part of the state."""
 
+import hashlib
 import itertools
 import json
 from fractions import Fraction
@@ -34,6 +35,37 @@ def by_counting(schedule, stop):
 )
 def test_the_layout_of_a_period_is_pinned(weights, expected):
     assert "".join(map(str, Schedule([(0, weights)]).assign(np.arange(len(expected)))[0])) == expected
+
+
+MANY = [
+    (1,), (3, 5), (1, 0, 1), (5, 3, 2), (40, 7, 1, 9), (1, 1, 1, 1, 1), (0, 17, 4, 30), (97, 2, 1, 13, 5, 8),
+    (25, 24, 1),
+]  # fmt: skip
+
+
+def test_the_layouts_of_many_weights_are_pinned_by_a_digest():
+    digest = hashlib.sha256()
+    for weights in MANY:
+        sources, _ = Schedule([(0, weights)]).assign(np.arange(2 * sum(weights)))
+        digest.update("".join(map(str, sources)).encode())
+    assert digest.hexdigest()[:16] == "177604d214f1623a"
+
+
+@settings(max_examples=60, deadline=None)
+@given(WEIGHTS)
+def test_no_source_is_further_from_its_share_than_tijdeman_s_bound(weights):
+    schedule, total, live = Schedule([(0, weights)]), sum(weights), sum(map(bool, weights))
+    bound = 1 - Fraction(1, 2 * live - 2) if live > 1 else 0
+    for position in range(total + 1):
+        counts = schedule.counts(position)
+        assert max(abs(Fraction(position * w, total) - n) for w, n in zip(weights, counts, strict=True)) <= bound
+        assert sum(counts) == position and all(isinstance(count, int) for count in counts)
+
+
+@pytest.mark.parametrize(("position", "segment"), [(0, 0), (9, 0), (10, 1), (11, 1), (19, 1), (20, 2), (10**15, 2)])
+def test_a_segment_begins_at_its_position(position, segment):
+    schedule = Schedule([(0, [1]), (10, [2]), (20, [1])])
+    assert schedule.segment(position) == segment
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,13 +135,16 @@ def test_weights_that_cannot_be_laid_out_are_refused(changes, message):
 # ----------------------------------------------------------------------------------------------- samples
 
 
-@pytest.fixture
-def folders(build_here, tmp_path):
+@pytest.fixture(scope="module")
+def folders(in_this_process, tmp_path_factory):
     """Three datasets of scenes: 25, 10 and 7 samples."""
-    for number, count in enumerate((25, 10, 7)):
-        source = {"kind": "scenes", "count": count, "seed": number}
-        build_here(source=source, output=str(tmp_path / f"d{number}"), shard_size=10)
-    return [tmp_path / f"d{number}" for number in range(3)]
+    root = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        build = in_this_process(patch)
+        for number, count in enumerate((25, 10, 7)):
+            source = {"kind": "scenes", "count": count, "seed": number}
+            build(source=source, output=str(root / f"d{number}"), shard_size=10)
+    return [root / f"d{number}" for number in range(3)]
 
 
 def mixture(folders, changes, seed=3):
@@ -152,9 +187,71 @@ def test_the_shares_of_all_ranks_are_the_batches_of_one(folders, world):
 
 
 def test_an_id_beyond_the_mixture_is_refused(folders):
+    mixed = mixture(folders, [(0, [1, 1, 1])])
+    assert (mixed.samples, mixed.dataset) == (42, " + ".join(map(str, folders)))
     for sample_id in (42, -1):
         with pytest.raises(DataError, match="ids 0 to 41"):
-            mixture(folders, [(0, [1, 1, 1])]).fetch(sample_id)
+            mixed.fetch(sample_id)
+
+
+@pytest.mark.parametrize(
+    ("streams", "weights"), [(0, 1), (1, 2), (2, 1), (MOST_SOURCES + 1, MOST_SOURCES), (MOST_SOURCES, MOST_SOURCES)]
+)
+def test_a_mixture_has_a_weight_for_each_dataset(folders, streams, weights):
+    given = [Stream(folders[0], 0)] * streams, Schedule([(0, [1] * weights)]), 3
+    if streams == weights:
+        assert Mixture(*given).samples == 25 * MOST_SOURCES
+        return
+    with pytest.raises(ConfigError, match=f"^{streams} datasets, {weights} weights; one each, 16 at most"):
+        Mixture(*given)
+
+
+def test_more_datasets_than_a_state_can_name_are_refused(folders):
+    schedule = Schedule([(0, [1])])
+    for sources in (0, MOST_SOURCES + 1):
+        schedule.sources = sources
+        with pytest.raises(ConfigError, match=f"^{sources} datasets, {sources} weights"):
+            Mixture([Stream(folders[0], 0)] * sources, schedule, 3)
+
+
+def test_the_samples_of_any_positions_come_in_the_order_given(folders):
+    mixed = mixture(folders, [(0, [5, 3, 2]), (33, [1, 0, 1])])
+    whole = mixed.read(0, 60)
+    positions = np.random.default_rng(0).permutation(60)[:37]
+    assert mixed.take(positions) == [whole[position] for position in positions]
+    assert mixed.take(np.array([], np.int64)) == mixed.read(9, 9) == []
+
+
+def test_a_position_is_located_in_its_dataset(folders):
+    mixed = mixture(folders, [(0, [5, 3, 2]), (33, [1, 0, 1])])
+    ids = [range(25), range(25, 35), range(35, 42)]
+    for sample in mixed.read(0, 90):
+        its = next(span for span in ids if sample.id in span)
+        assert mixed.locate(sample.position) == (sample.epoch, sample.id, its)
+
+
+def test_a_position_s_lane_is_that_of_its_source(folders):
+    mixed = mixture(folders, [(0, [5, 3, 2])])
+    for number, stream in enumerate(mixed.streams):
+        stream.lanes = lambda places, number=number: 1000 * number + places  # which tells source and place
+    positions = np.arange(7, 90)
+    expected = [1000 * source + place for source, place, _ in itertools.islice(by_counting(mixed.schedule, 90), 7, 90)]
+    assert mixed.lanes(positions).tolist() == expected
+
+
+def test_a_rank_s_share_of_a_batch_is_sorted_by_lane(folders):
+    mixed = mixture(folders, [(0, [5, 3, 2])])
+    mixed.lanes = lambda positions: positions % 3  # of 7 to 12: 9, 12 | 7, 10 | 8, 11
+    batches = list(itertools.islice(mixed.batches(7, 6, (1, 2)), 2))
+    assert [[sample.position for sample in batch] for batch in batches] == [[10, 8, 11], [16, 14, 17]]
+    (both,) = itertools.islice(mixed.batches(7, 6), 1)
+    assert [sample.position for sample in both] == [9, 12, 7, 10, 8, 11]
+
+
+def test_seeds_of_the_sources_are_pinned():
+    assert [seed_of_source(3, 0), seed_of_source(3, 1), seed_of_source(0, 12)] == [
+        11977379827103838736, 7968242426661474818, 1077924279750421385,
+    ]  # fmt: skip
 
 
 def test_the_first_and_the_last_sample_of_each_dataset_are_fetched_by_their_ids_without_a_position(folders):
@@ -181,6 +278,37 @@ def test_the_state_of_the_largest_mixture_is_below_one_kilobyte(folders):
     state = json.loads(json.dumps(mixed.state(10**15)))
     assert len(json.dumps(state)) < 1024
     mixed.check(state)
+
+
+@pytest.mark.parametrize(
+    ("position", "weights", "first", "read"),
+    [
+        (0, [5, 3, 2], 0, [0, 0, 0]), (1, [5, 3, 2], 0, None), (10, [5, 3, 2], 0, [5, 3, 2]),
+        (20, [5, 3, 2], 0, [10, 6, 4]), (21, [1, 0, 1], 20, None), (30, [1, 0, 1], 20, [15, 6, 9]),
+        (31, [0, 1, 0], 30, [15, 7, 9]), (40, [0, 1, 0], 30, [15, 16, 9]),
+    ],
+)  # fmt: skip
+def test_a_state_holds_what_was_read_and_the_weights_of_the_last_sample(folders, position, weights, first, read):
+    mixed = mixture(folders, [(0, [5, 3, 2]), (20, [1, 0, 1]), (30, [0, 1, 0])])
+    sources, _ = mixed.schedule.assign(np.arange(position))
+    alone = mixed.streams[0].state(position)
+    del alone["dataset"], alone["samples"]
+    assert mixed.state(position) == alone | {
+        "position": position, "seed": 3, "weights": weights, "weights_from": first,
+        "datasets": [f"{stream.fingerprint[:12]}:{stream.samples}" for stream in mixed.streams],
+        "read": read or np.bincount(sources, minlength=3).tolist(),
+    }  # fmt: skip
+    mixed.check(mixed.state(position))
+
+
+def test_a_state_of_another_seed_is_refused_naming_it(folders):
+    state = mixture(folders, [(0, [1, 1, 1])]).state(12)
+    with pytest.raises(DataError, match="seed: 3 saved, 4 now") as caught:
+        Mixture(mixture(folders, [(0, [1, 1, 1])]).streams, Schedule([(0, [1, 1, 1])]), 4).check(state)
+    assert " + ".join(map(str, folders)) in str(caught.value)
+    del state["position"]
+    with pytest.raises(DataError, match=r"read\[0\]: 4 saved, 0 now"):  # without a position it is that of the beginning
+        mixture(folders, [(0, [1, 1, 1])]).check(state)
 
 
 def test_weights_may_change_later_and_never_before(folders):
