@@ -2,7 +2,7 @@
 
 Python's syntax of comparisons, and / or / not, + - * / // %, numbers, texts, lists, and the functions below; nothing
 else is understood, nothing is executed. A row passes when the condition is true; a name whose value is missing, null
-or of another type than what it is compared with makes it false.
+or of another type than what it is compared with makes it false, and so does what cannot be computed (1 / 0, min([])).
 """
 
 import ast
@@ -47,10 +47,9 @@ class Condition:
         if len(text) > _LONGEST:
             raise ConfigError(f"{where}: {len(text)} characters; a condition has at most {_LONGEST}, split it into two")
         try:
-            tree = ast.parse(text.strip(), mode="eval")
-        except (SyntaxError, ValueError) as error:
+            self._value = self._compile(ast.parse(text.strip(), mode="eval").body)
+        except (SyntaxError, ValueError, RecursionError) as error:
             raise ConfigError(f"{where}={text!r}: not a condition ({error}); for example width >= 256") from None
-        self._value = self._compile(tree.body)
 
     def why_not(self, values: Mapping[str, Any]) -> str:
         """Empty where `values` meet the condition, else what they are."""
@@ -58,13 +57,13 @@ class Condition:
             if self._value(values):
                 return ""
             problem = ""
-        except (_Missing, TypeError, ZeroDivisionError, AttributeError) as error:
+        except (_Missing, TypeError, ValueError, ArithmeticError) as error:
             problem = f" ({error})"
         shown = ", ".join(f"{name}={values.get(name)!r:.60}" for name in sorted(self.names))
         return f"{self.text}: {shown}{problem}"
 
     def _compile(self, node: ast.AST) -> Value:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | bool):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float):
             constant = node.value
             return lambda values: constant
         if isinstance(node, ast.Name):
@@ -93,7 +92,7 @@ class Condition:
     def _boolean(self, node: ast.BoolOp) -> Value:
         parts = [self._compile(part) for part in node.values]
         every = all if isinstance(node.op, ast.And) else any
-        return lambda values: every(bool(part(values)) for part in parts)
+        return lambda values: every(part(values) for part in parts)
 
     def _binary(self, op: ast.AST, left: Value, right: Value) -> Value:
         apply = _BINARY[type(op)]
