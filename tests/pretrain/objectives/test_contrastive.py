@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain.config import ClipConfig, ContrastiveConfig
 from pretrain.models.clip import Clip
-from pretrain.objectives.collectives import ONE_DEVICE
+from pretrain.objectives.collectives import ONE_DEVICE, Collectives
 from pretrain.objectives.contrastive import Contrastive, contrastive_loss
 
 BATCH = 12
@@ -43,7 +43,7 @@ def test_the_loss_is_that_of_a_loop_over_pairs() -> None:
     assert float(contrastive_loss(logits)) == pytest.approx(total / 10)
 
 
-@pytest.mark.parametrize("micro", [1, 3, 4, 6, 12])
+@pytest.mark.parametrize("micro", [1, 3, 4, 5, 6, 12])
 def test_micro_batches_carry_the_loss_and_gradient_of_the_whole_batch(
     micro: int, objective: Contrastive, batch: dict[str, Tensor]
 ) -> None:
@@ -63,6 +63,7 @@ def test_micro_batches_carry_the_loss_and_gradient_of_the_whole_batch(
             [value.item() for value in expected.values()], rel=1e-6
         )
         (found["loss"] / len(parts)).backward()  # as the engine does
+        assert [name for name, value in found.items() if value.requires_grad] == ["loss"]
     for (name, ours), theirs in zip(cut.named_parameters(), whole.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6), name
@@ -87,3 +88,48 @@ def test_each_direction_has_its_own_accuracy() -> None:
     assert float(found["text_to_image_accuracy"]) == pytest.approx(columns)
     assert float(found["logit_scale"]) == 5.0
     assert float(found["loss"]) == pytest.approx(float(contrastive_loss(torch.tensor(table))), rel=1e-5)
+
+
+def test_forward_needs_the_keys_that_it_declares_and_only_the_loss_carries_a_gradient(
+    objective: Contrastive, batch: dict[str, Tensor]
+) -> None:
+    found = objective({key: batch[key] for key in objective.keys})
+    assert [name for name, value in found.items() if value.requires_grad] == ["loss"]
+    for key in objective.keys:
+        with pytest.raises(KeyError, match=key):
+            objective({name: tensor for name, tensor in batch.items() if name != key})
+
+
+def test_every_rank_returns_the_loss_and_accuracies_of_all_ranks_rows(
+    objective: Contrastive, batch: dict[str, Tensor]
+) -> None:
+    """Two ranks of 4 and 4 rows: each gathers the images, then the texts, and finds what one device does."""
+    batch = {name: tensor[:8] for name, tensor in batch.items()}
+    expected = {name: value.item() for name, value in objective(batch).items()}
+    image, text, _ = objective.model(batch["pixels"], batch["tokens"], batch["eot"])
+    for rank in range(2):
+        mine = slice(4 * rank, 4 * rank + 4)
+        asked: list[Tensor] = []
+
+        def gather(rows: Tensor, asked: list[Tensor] = asked) -> Tensor:
+            asked.append(rows)
+            return image if len(asked) == 1 else text
+
+        on_rank = Contrastive(objective.model, ContrastiveConfig(), Collectives(gather, lambda x: x, 2))
+        found = on_rank({name: tensor[mine] for name, tensor in batch.items()})
+        assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, rel=1e-6)
+        torch.testing.assert_close(asked, [image[mine], text[mine]])
+
+
+def test_the_logits_are_float32_under_autocast_also() -> None:
+    """With bfloat16 embeddings and a scale of 100 the logits would be half a unit off."""
+    draw = torch.Generator().manual_seed(5)
+    image, text = (
+        torch.nn.functional.normalize(torch.randn(16, 8, generator=draw), dim=-1).bfloat16() for _ in range(2)
+    )
+    objective = Contrastive(Clip(CONFIG), ContrastiveConfig(), ONE_DEVICE)
+    expected = float(contrastive_loss(100 * image.double() @ text.double().T))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = objective._of_global_batch(image, text, torch.tensor([100.0]))
+    assert float(found["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(found["logit_scale"]) == 100.0

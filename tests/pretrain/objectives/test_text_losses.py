@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pretrain import config as C
 from pretrain.models import MODELS
+from pretrain.models.electra import ElectraOutput
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.collectives import ONE_DEVICE, Collectives
 from pretrain.objectives.contrastive import contrastive_loss
@@ -173,3 +174,148 @@ def test_what_no_word_was_masked_of_has_no_loss_and_no_division_by_zero() -> Non
         found = OBJECTIVES[config.kind](MODELS[model_config.kind](model_config).eval(), config, ONE_DEVICE)(batch)
         assert float(found["mlm_loss"]) == float(found["mlm_accuracy"]) == 0.0
         assert all(torch.isfinite(value) for value in found.values())
+
+
+def halves_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{key: rows[half] for key, rows in batch.items()} for half in (slice(0, 2), slice(2, 4))]
+
+
+@pytest.mark.parametrize(("model_config", "config"), CASES)
+def test_what_a_micro_batch_is_divided_by_is_counted_by_a_loop(model_config: Any, config: Any) -> None:
+    batch = uneven_batch()
+    objective = OBJECTIVES[config.kind](MODELS[model_config.kind](model_config), config, ONE_DEVICE)
+    wanted = {"masked_words": len(filled(batch))}
+    if config.kind == "rtd":
+        wanted["real_words"] = sum(sum(row) for row in batch["attention"].tolist())
+    assert {name: count.item() for name, count in objective.counts(batch).items()} == wanted
+
+
+@pytest.mark.parametrize(("model_config", "config"), CASES)
+def test_micro_batches_divided_by_their_mean_counts_have_the_loss_of_the_whole_batch(
+    model_config: Any, config: Any
+) -> None:
+    """The halves have 4 and 2 masked words, 16 and 8 real ones. Their metrics are their own."""
+    objective, batch = OBJECTIVES[config.kind](wide(model_config), config, ONE_DEVICE), uneven_batch()
+    halves = halves_of(batch)
+    counts = [objective.counts(half) for half in halves]
+    mean = {name: (counts[0][name] + counts[1][name]) / 2 for name in counts[0]}
+    found = [objective(half | mean) for half in halves]
+    assert sum(part["loss"].item() for part in found) / 2 == pytest.approx(objective(batch)["loss"].item(), rel=1e-5)
+    for half, part in zip(halves, found, strict=True):
+        alone = objective(half)
+        assert {name: value.item() for name, value in part.items() if name != "loss"} == {
+            name: value.item() for name, value in alone.items() if name != "loss"
+        }
+        assert part["loss"].item() != pytest.approx(alone["loss"].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("model_config", "config"), CASES)
+def test_forward_needs_the_keys_that_it_declares(model_config: Any, config: Any) -> None:
+    batch = uneven_batch()
+    objective = OBJECTIVES[config.kind](MODELS[model_config.kind](model_config), config, ONE_DEVICE)
+    objective({key: batch[key] for key in objective.keys})
+    for key in objective.keys:
+        with pytest.raises(KeyError, match=key):
+            objective({name: rows for name, rows in batch.items() if name != key})
+
+
+@pytest.mark.parametrize(("model_config", "config"), CASES[1:])
+@pytest.mark.parametrize("taken", ["segments", "places"])
+def test_samples_in_a_row_are_kept_apart_by_the_model(taken: str, model_config: Any, config: Any) -> None:
+    """The loss of rows with these keys is that of a model that is given them, and is another one without either."""
+    model, batch = wide(model_config), uneven_batch()
+    batch["segments"] = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]] * 4)
+    batch["places"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 4)
+    keys = [key for key in OBJECTIVES[config.kind].keys if key != "is_random"]
+    inputs = keys[:4] if config.kind == "mlm" else keys
+    out = model(**{key: batch[key] for key in [*inputs, "segments", "places"]})
+    losses = [nll(out[0][slot].tolist(), int(batch["labels"][slot])) for slot in filled(batch)]
+    objective = OBJECTIVES[config.kind](model, config, ONE_DEVICE)
+    assert objective(batch)["mlm_loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    less = {key: rows for key, rows in batch.items() if key != taken}
+    assert objective(less)["mlm_loss"].item() != pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+class Says(torch.nn.Module):
+    """Returns what it was told, whatever it is asked."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.output
+
+
+REPLACED = [
+    # logits of four words, whether each was replaced -> accuracy, precision, recall
+    ([0.0, 0.0, 0.0, 0.0], [0, 0, 0, 0], 1.0, 0.0, 0.0),
+    ([0.0, 0.0, 0.0, 0.0], [1, 0, 0, 0], 0.75, 0.0, 0.0),
+    ([0.1, 0.0, -1.0, 0.0], [1, 0, 0, 0], 1.0, 1.0, 1.0),
+    ([0.1, 0.1, -1.0, 0.0], [1, 0, 0, 0], 0.75, 0.5, 1.0),
+    ([0.1, -0.1, 0.0, -1.0], [1, 1, 1, 0], 0.5, 1.0, 1 / 3),
+    ([9.0, 9.0, 9.0, 9.0], [0, 0, 0, 0], 0.0, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("logits", "replaced", "accuracy", "precision", "recall"), REPLACED)
+def test_only_a_logit_above_0_accuses_a_word(
+    logits: list[float], replaced: list[int], accuracy: float, precision: float, recall: float
+) -> None:
+    """Beside the four words stand four of padding, which are accused and replaced and do not count."""
+    told = ElectraOutput(
+        torch.zeros(1, 1, 3), torch.tensor([logits + [5.0] * 4]), torch.tensor([replaced + [1] * 4]) > 0,
+        torch.zeros(1, 8),
+    )  # fmt: skip
+    batch = {key: torch.zeros(1, 1, dtype=torch.int64) for key in OBJECTIVES["rtd"].keys}
+    batch |= {"label_weights": torch.ones(1, 1), "attention": torch.arange(8)[None] < 4}
+    model: Any = Says(told)
+    found = {n: v.item() for n, v in OBJECTIVES["rtd"](model, C.RtdConfig(rtd_weight=3.0), ONE_DEVICE)(batch).items()}
+    rtd = sum(nll([0.0, logit], answer) for logit, answer in zip(logits, replaced, strict=True)) / 4
+    assert found == pytest.approx({
+        "loss": math.log(3) + 3.0 * rtd, "mlm_loss": math.log(3), "mlm_accuracy": 1.0, "rtd_loss": rtd,
+        "rtd_accuracy": accuracy, "rtd_precision": precision, "rtd_recall": recall,
+    }, rel=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("nsp", [True, False])
+def test_a_single_masked_word_is_divided_by_one(nsp: bool) -> None:
+    """Three words of equal logits, and one pair of which the model is sure and wrong."""
+    model: Any = Says((torch.zeros(1, 2, 3), torch.tensor([[0.0, 4.0]])))
+    batch = {key: torch.zeros(1, 2, dtype=torch.int64) for key in OBJECTIVES["mlm"].keys}
+    batch |= {"label_weights": torch.tensor([[1.0, 0.0]]), "is_random": torch.tensor([0])}
+    objective = OBJECTIVES["mlm"](model, C.MlmNspConfig(nsp=nsp), ONE_DEVICE)
+    found = {name: value.item() for name, value in objective(batch).items()}
+    wanted = {"loss": math.log(3), "mlm_loss": math.log(3), "mlm_accuracy": 1.0}
+    if nsp:
+        wrong = nll([0.0, 4.0], 0)
+        wanted |= {"loss": math.log(3) + wrong, "nsp_loss": wrong, "nsp_accuracy": 0.0}
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_single_real_word_is_divided_by_one() -> None:
+    told = ElectraOutput(torch.zeros(1, 1, 3), torch.tensor([[2.0, 2.0]]), torch.tensor([[True, True]]), torch.zeros(1))
+    batch = {key: torch.zeros(1, 1, dtype=torch.int64) for key in OBJECTIVES["rtd"].keys}
+    batch |= {"label_weights": torch.ones(1, 1), "attention": torch.tensor([[True, False]])}
+    model: Any = Says(told)
+    found = OBJECTIVES["rtd"](model, C.RtdConfig(), ONE_DEVICE)(batch)
+    assert found["rtd_loss"].item() == pytest.approx(nll([0.0, 2.0], 1), rel=1e-5)
+    assert found["loss"].item() == pytest.approx(math.log(3) + 50 * nll([0.0, 2.0], 1), rel=1e-5)
+    assert [found[f"rtd_{name}"].item() for name in ("accuracy", "precision", "recall")] == [1.0, 1.0, 1.0]
+
+
+ANSWERS = [(0, 0), (0, 0), (1, 1), (2, 2), (1, 2), (2, 1), (0, 1)]  # what the model says and what is right: 4 of 7
+
+
+def test_a_word_or_pair_is_right_where_the_largest_logit_is_the_answer_and_nowhere_else() -> None:
+    said, right = (torch.tensor(column) for column in zip(*ANSWERS, strict=True))
+    words = torch.nn.functional.one_hot(said, 3)[None] * 3.0
+    mlm: Any = Says((words.expand(5, -1, -1), torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 1, 1]), 2) * 2.0))
+    batch = {key: torch.zeros(5, 7, dtype=torch.int64) for key in OBJECTIVES["mlm"].keys}
+    batch |= {"labels": right.expand(5, -1), "label_weights": torch.ones(5, 7), "attention": torch.ones(5, 8) > 0}
+    batch |= {"is_random": torch.tensor([0, 0, 1, 0, 1]), "uniforms": torch.zeros(5, 7)}
+    found = OBJECTIVES["mlm"](mlm, C.MlmNspConfig(), ONE_DEVICE)(batch)
+    assert found["mlm_accuracy"].item() == pytest.approx(4 / 7)
+    assert found["nsp_accuracy"].item() == pytest.approx(3 / 5)
+    rtd: Any = Says(ElectraOutput(words.expand(5, -1, -1), torch.zeros(5, 8), torch.zeros(5, 8) > 0, torch.zeros(5, 8)))
+    assert OBJECTIVES["rtd"](rtd, C.RtdConfig(), ONE_DEVICE)(batch)["mlm_accuracy"].item() == pytest.approx(4 / 7)
