@@ -279,6 +279,7 @@ EVEN = {key: value for key, value in LISTED.items() if key != "files"} | {
     ("index", "fits"),
     [
         (LISTED, True),
+        (LISTED | {"later": 1}, True),
         (LISTED | {"files": {"r.safetensors": [[0, 0, 7, 8, 3]]}}, False),
         (LISTED | {"files": {"r.safetensors": [[0, 6, 6, 8, 3]]}}, False),
         (LISTED | {"files": {"r.safetensors": [[2, 0, 1, 8, 3]]}}, False),
@@ -297,7 +298,8 @@ EVEN = {key: value for key, value in LISTED.items() if key != "files"} | {
 def test_an_index_that_contradicts_itself_is_refused(index: dict[str, Any], fits: bool) -> None:
     data = json.dumps(index).encode()
     if fits:
-        assert parse_index(data, "there")["names"] == ["a", "b"]
+        found = parse_index(data, "there")
+        assert found.keys() == index.keys() and found["names"] == ["a", "b"]
     else:
         with pytest.raises(DataError, match="there"):
             parse_index(data, "there")

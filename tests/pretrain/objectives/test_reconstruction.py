@@ -286,7 +286,7 @@ def test_no_slopes_are_needed_before_the_start_and_in_the_turn_of_the_discrimina
     one, asked = objective(), {"embed": torch.tensor(1)}
     assert one(batch(4) | asked) == {} == one(batch(5, 1) | asked)
     assert one(batch(5) | asked).keys() == {"at_last_layer"}
-    assert one.slopes([{}, {}, {}]) == [{}, {}, {}]
+    assert one.slopes([{}, {}, {}]) == [{}, {}, {}] and one.slopes([{}]) == [{}]
 
 
 def test_a_batch_that_names_no_turn_is_of_the_model_and_the_declared_keys_are_enough() -> None:
