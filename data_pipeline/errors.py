@@ -65,6 +65,12 @@ class BadSample(DataError):
         self.key, self.reason = key, reason
 
 
+class Interrupted(TesseraError):
+    """Ctrl-C ended the command; the text says what is written."""
+
+    exit_code = 130
+
+
 class Requeue(TesseraError):
     """The run was asked to stop, saved its state and wants to go on later."""
 

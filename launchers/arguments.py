@@ -1,14 +1,25 @@
 """Arguments and output that every command shares."""
 
+import contextlib
 import dataclasses
 import json as json_module
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from data_pipeline.errors import Interrupted
 from data_pipeline.settings import MAX_SEED
+
+
+def finite(value: float | None) -> float | None:
+    """Callback of options that take a float. Raises BadParameter for infinity; NaN is below every minimum."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not finite; give a number")
+    return value
+
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value ...", help="Dotted overrides, for example optim.lr=3e-4.")
@@ -26,8 +37,17 @@ Changes = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
 RunOrExport = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of an exported model.")]
-Step = Annotated[int | None, typer.Option(help="Take the checkpoint of this step instead of the newest.")]
+Step = Annotated[int | None, typer.Option(min=1, help="Take the checkpoint of this step instead of the newest.")]
 Name = Annotated[str | None, typer.Option(help="Take the checkpoint of this name (`tessera checkpoint name`).")]
+
+
+@contextlib.contextmanager
+def interruptible(written: Callable[[], str]) -> Iterator[None]:
+    """Raise Ctrl-C in the block as an Interrupted that says what is `written` by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted: {written()}") from None
 
 
 def as_dict(result: Any) -> dict[str, Any]:

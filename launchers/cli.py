@@ -6,13 +6,14 @@ Commands import what they need when they run: `--help` and `--dry-run` need no t
 import errno
 import importlib.metadata
 import os
+import signal
 import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from data_pipeline.errors import FILE_SYSTEM_ERRORS, ConfigError, Requeue, TesseraError, storage_error
+from data_pipeline.errors import FILE_SYSTEM_ERRORS, ConfigError, Interrupted, Requeue, TesseraError, storage_error
 from launchers import commands_checkpoint, commands_data, commands_launch, commands_plan, commands_run
 from launchers.output import finish_output, protect_output
 
@@ -111,17 +112,19 @@ def run() -> int:
         if error.errno not in FILE_SYSTEM_ERRORS or (commands_run.trains and error.errno == errno.ENOENT):
             raise  # with its traceback: a file that a user's module misses while it trains
         return _tell(storage_error(error, error.filename or "storage"))
-    except KeyboardInterrupt:
-        return 130
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        if code == Interrupted.exit_code:  # what typer makes of Ctrl-C
+            return _tell(Interrupted("interrupted: files are written whole or not at all, and what is finished stays"))
         return ConfigError.exit_code if code == USAGE_EXIT else code
     return 0
 
 
 def _tell(error: TesseraError) -> int:
     """Print the error -> its exit code."""
-    asked_for = isinstance(error, Requeue)  # an end that was asked for, after a save
+    asked_for = isinstance(error, Requeue | Interrupted)
+    if isinstance(error, Interrupted):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would meet the interpreter's end
     text, style = (str(error), "") if asked_for else (f"error: {error}", "red")
     Console(stderr=True, soft_wrap=True).print(text, style=style, markup=False, highlight=False)
     return error.exit_code

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launchers.arguments import AsJson, Name, Overrides, Run, RunOrExport, Step, as_dict, emit
+from launchers.arguments import AsJson, Name, Overrides, Run, RunOrExport, Step, as_dict, emit, interruptible
 
 
 def list_checkpoints(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
@@ -42,7 +42,14 @@ def export(
     """Write the newest whole checkpoint as one plain folder: for other commands, other programs, or DeepSpeed."""
     from pretrain.checkpoint.verbs import export as run_export
 
-    emit({"exported": str(run_export(run, output, step, form, name, overrides or [], again))}, json)
+    with interruptible(lambda: _unwritten(output)):
+        exported = run_export(run, output, step, form, name, overrides or [], again)
+    emit({"exported": str(exported)}, json)
+
+
+def _unwritten(output: Path) -> str:
+    """What an interrupted command left at its output, which becomes what it is at once."""
+    return f"{output} is written" if output.is_dir() and any(output.iterdir()) else f"{output} was not written"
 
 
 def import_weights(
@@ -54,7 +61,9 @@ def import_weights(
     """Write weights of a public layout as an export of ours; what our model does not compute is refused by name."""
     from pretrain.checkpoint.verbs import import_
 
-    emit({"imported": str(import_(source, output, form))}, json)
+    with interruptible(lambda: _unwritten(output)):
+        imported = import_(source, output, form)
+    emit({"imported": str(imported)}, json)
 
 
 def name(

@@ -80,7 +80,9 @@ def encode(
     dataset: Dataset,
     tokenizer: Annotated[Path, typer.Option(help="Folder of an exported image tokenizer.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes that encode.")] = 1,
-    crops: Annotated[int, typer.Option(help="1: the centre; 10: corners, centre and their mirror images.")] = 1,
+    crops: Annotated[
+        int, typer.Option(min=1, max=10, help="1: the centre; 10: corners, centre and their mirror images.")
+    ] = 1,
     precision: Annotated[
         Literal["fp32", "bf16"], typer.Option(help="Of the network: fp32 or bf16; part of the codes' name.")
     ] = "fp32",

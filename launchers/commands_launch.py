@@ -12,7 +12,7 @@ import typer
 from data_pipeline.errors import ConfigError
 from launchers import commands_checkpoint, commands_data, commands_run
 from launchers import slurm as slurm_jobs
-from launchers.arguments import AsJson, Changes, Overrides, emit
+from launchers.arguments import AsJson, Changes, Overrides, emit, finite
 from launchers.local import check_rendezvous, launch_local
 from launchers.pipeline import Step, check_paths, plan_steps
 from launchers.spec import COMMANDS, KubernetesCluster, LocalCluster, RunSpec, SlurmCluster, Task
@@ -79,7 +79,7 @@ def local(
     procs_per_node: Procs = None,
     node_rank: Annotated[int, typer.Option(min=0, help="Which of the nodes this machine is.")] = 0,
     master_addr: Annotated[str, typer.Option(help="Address of node 0.")] = "127.0.0.1",
-    master_port: Annotated[int, typer.Option(min=0, help="Port on node 0; 0 takes a free one.")] = 0,
+    master_port: Annotated[int, typer.Option(min=0, max=65535, help="Port on node 0; 0 takes a free one.")] = 0,
     restarts: Annotated[int | None, typer.Option(min=0, help="New attempts after a node fault.")] = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -112,8 +112,10 @@ def preflight(
     procs_per_node: Procs = None,
     node_rank: Annotated[int, typer.Option(min=0, help="Which of the nodes this machine is.")] = 0,
     master_addr: Annotated[str, typer.Option(help="Address of node 0.")] = "127.0.0.1",
-    master_port: Annotated[int, typer.Option(min=0, help="Port on node 0; 0 takes a free one.")] = 0,
-    timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that a check may take.")] = 20,
+    master_port: Annotated[int, typer.Option(min=0, max=65535, help="Port on node 0; 0 takes a free one.")] = 0,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=1, callback=finite, help="Seconds that a check may take.")
+    ] = 20,
     json: AsJson = False,
 ) -> None:
     """Devices, collectives, storage, clock, disk, data and program on every rank, before the expensive part.

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launchers.arguments import AsJson, Overrides, emit
+from launchers.arguments import AsJson, Overrides, emit, finite
 
 
 def plan(
@@ -15,7 +15,8 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(min=1, help="Devices of each; with --gpu cpu, processes.")] = 8,
     gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200, b200, or cpu: this machine.")] = "h100",
     network_gbits: Annotated[
-        float | None, typer.Option(min=0.001, help="What leaves a node, one way; the maker's where not given.")
+        float | None,
+        typer.Option(min=0.001, callback=finite, help="What leaves a node, one way; the maker's where not given."),
     ] = None,
     json: AsJson = False,
 ) -> None:

@@ -1,12 +1,24 @@
 """`tessera train|generate|evaluate|status|logs|stop`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from data_pipeline.errors import NodeFault, Requeue
-from launchers.arguments import AsJson, Changes, Name, Overrides, Run, RunOrExport, Seed, Step, emit
+from launchers.arguments import (
+    AsJson,
+    Changes,
+    Name,
+    Overrides,
+    Run,
+    RunOrExport,
+    Seed,
+    Step,
+    emit,
+    finite,
+    interruptible,
+)
 
 trains = False
 """Has this process begun to train? Then it must not leave by the interpreter's orderly end (cli.main)."""
@@ -43,9 +55,13 @@ def generate(
     overrides: Overrides = None,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many images.")] = 4,
     out: Annotated[Path | None, typer.Option(help="Folder for the images; RUN/samples where not given.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest code.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, callback=finite, help="0 always takes the likeliest code.")
+    ] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw among the k likeliest codes; 0 among all.")] = 0,
-    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale; 1 disables it.")] = 1.0,
+    guidance: Annotated[
+        float, typer.Option(min=0, callback=finite, help="Classifier-free guidance scale; 1 disables it.")
+    ] = 1.0,
     seed: Seed = 0,
     step: Step = None,
     name: Name = None,
@@ -54,7 +70,8 @@ def generate(
     from pretrain.generate import main
 
     where = str(out) if out else None
-    main(str(run), prompt, count, where, temperature, top_k, guidance, seed, step, name, overrides or [])
+    with interruptible(lambda: "the images whose paths are printed are written, no other"):
+        main(str(run), prompt, count, where, temperature, top_k, guidance, seed, step, name, overrides or [])
 
 
 def evaluate(
@@ -71,7 +88,18 @@ def evaluate(
     """Print the figures of a run's newest checkpoint on its held-out data, then write RUN/evaluation.json."""
     from pretrain.evaluate import main
 
-    main(run, rerank, candidates, step, name, overrides or [], lambda told: emit(told, json))
+    printed: list[bool] = []
+
+    def say(told: dict[str, Any]) -> None:
+        emit(told, json)
+        printed.append(True)
+
+    def written() -> str:
+        file = run / "evaluation.json"
+        return f"the figures are printed; {file} may lack them" if printed else f"{file} was not written"
+
+    with interruptible(written):
+        main(run, rerank, candidates, step, name, overrides or [], say)
 
 
 def status(run: Run, json: AsJson = False) -> None:
@@ -99,7 +127,7 @@ def logs(
 
 def stop(
     run: Run,
-    timeout_s: Annotated[float, typer.Option(min=1, help="How long the save may take.")] = 300,
+    timeout_s: Annotated[float, typer.Option(min=1, callback=finite, help="How long the save may take.")] = 300,
     json: AsJson = False,
 ) -> None:
     """Ask a run on this machine, or its job, to save and leave for good, and wait until it has."""

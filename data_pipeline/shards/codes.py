@@ -232,6 +232,8 @@ def encode_dataset(
     crops: 1 or 10 of each image. gpus: that each worker takes.
     Raises DataError where the dataset is missing, an image does not decode, or codes of other crops are there.
     """
+    if crops not in CROPS:
+        raise ConfigError(f"crops={crops}: an image is encoded in one crop or in ten; use 1 or 10")
     storage, manifest = open_dataset(dataset)
     tokenizer = factory(str(directory))
     _check_tokenizer(tokenizer)
@@ -359,8 +361,6 @@ def _check_codes(codes: np.ndarray, images: int, tokenizer: ImageTokenizer) -> N
 
 
 def _check_crops(storage: Storage, tokenizer_id: str, crops: int) -> None:
-    if crops not in CROPS:
-        raise ConfigError(f"crops={crops}: an image is encoded in one crop or in ten")
     meta = read_meta(storage, meta_name(tokenizer_id))
     if meta is not None and meta["crops"] != crops:
         raise DataError(

@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import typer
@@ -112,6 +114,49 @@ def test_a_wrong_command_is_one_clear_line_and_exit_code_64(words: list[str], sa
     assert "Traceback" not in done.stderr
 
 
+def numbers_of(words: tuple[str, ...]) -> list[tuple[str, type]]:
+    """The options of a command that take a number: the option, and int or float."""
+    command = typer.main.get_command(cli.app)
+    for word in words:
+        command = command.commands[word]  # type: ignore[attr-defined]
+    assert command.callback is not None
+    hints = get_type_hints(command.callback).items()
+    kinds = {name: set(get_args(hint) or (hint,)) & {int, float} for name, hint in hints}
+    return [(parameter.opts[-1], kind) for parameter in command.params for kind in kinds.get(str(parameter.name), ())]
+
+
+NUMBERS = [(words, option, kind) for words in commands(cli.app) for option, kind in numbers_of(words)]
+POSITIVE = {
+    "--step", "--count", "--lines", "--candidates", "--kills", "--nodes", "--procs-per-node", "--gpus-per-node",
+    "--workers", "--sample", "--crops", "--timeout", "--timeout-s", "--network-gbits",
+}  # fmt: skip
+ASKED = {
+    "generate": ["--prompt=x"], "data encode": ["--tokenizer=x"],
+    "checkpoint export": ["out"], "checkpoint name": ["best"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "kind"),
+    NUMBERS,
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else getattr(value, "__name__", value),
+)
+def test_a_number_that_cannot_be_is_refused_by_the_command_line(
+    words: tuple[str, ...], option: str, kind: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    high = {"--master-port": ["65536"], "--crops": ["11"], "--seed": [str(2**64)]}.get(option, [])
+    zero = ["0"] if option in POSITIVE and words != ("data", "order") else []
+    for value in ["-1", *zero, *high, *(["nan", "inf", "-inf"] if kind is float else ["1.5", "many"])]:
+        more = ASKED.get(" ".join(words), [])
+        assert call(monkeypatch, *words, "x", *more, f"{option}={value}") == 64, value
+        said = capsys.readouterr().err
+        assert option in said and "Invalid value" in said, value
+
+
+def test_numbers_of_every_command_are_looked_at() -> None:
+    assert len(NUMBERS) > 30 and {option for _, option, _ in NUMBERS} >= POSITIVE
+
+
 @pytest.mark.parametrize("made", [False, True], ids=["no folder", "no run"])
 @pytest.mark.parametrize(
     "words", [["list"], ["gc"], ["verify"], ["name", "best"], ["export", "out"]], ids=lambda w: w[0]
@@ -187,12 +232,46 @@ def test_a_training_process_leaves_with_its_code_whatever_its_threads_are_doing(
     assert "terminate called" not in done.stderr and ("saved" in done.stderr) == (how == "Requeue")
 
 
-def test_interrupt_leaves_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("command", "where", "said"),
+    [
+        (["evaluate", "RUN"], "pretrain.evaluate.load_trained", "RUN/evaluation.json was not written"),
+        (["evaluate", "RUN", "--json"], "pretrain.evaluate.load_trained", "RUN/evaluation.json was not written"),
+        (
+            ["generate", "RUN", "--prompt", "x"],
+            "pretrain.generate.load_trained",
+            "the images whose paths are printed are written, no other",
+        ),
+        (["checkpoint", "export", "RUN", "OUT"], "pretrain.checkpoint.verbs.load_weights", "OUT was not written"),
+        (
+            ["checkpoint", "import", "RUN", "OUT", "--format", "x"],
+            "pretrain.checkpoint.verbs.read_layout",
+            "OUT was not",
+        ),
+        (["plan", RECIPE], "launchers.plan.make.make_plan", "files are written whole or not at all"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_an_interrupt_leaves_with_130_and_says_what_is_written(
+    command: list[str], where: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupt)
-    assert call(monkeypatch) == 130
+    monkeypatch.setattr(where, interrupt)
+    monkeypatch.setattr("pretrain.checkpoint.verbs._settings_of", lambda *_: None)
+    named = {"RUN": str(tmp_path / "run"), "OUT": str(tmp_path / "out")}
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert call(monkeypatch, *[named.get(word, word) for word in command]) == 130
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # a second one may meet the interpreter's end
+    finally:
+        signal.signal(signal.SIGINT, before)
+    told = capsys.readouterr().err
+    for name, path in named.items():
+        said = said.replace(name, path)
+    assert told.startswith("interrupted") and said in told and told.count("\n") == 1
 
 
 LOGGED = [(9, 2.0), (10, 1.5)]  # step, loss; each took half a second and ended a second after the one before
