@@ -87,11 +87,21 @@ FILE_SYSTEM_ERRORS = {
 """Errors of the operating system that a disk, a path or missing rights cause, and no mistake of the program."""
 
 
+_REMEDIES = (
+    ({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, "make room there, or name another place"),
+    ({errno.EACCES, errno.EPERM}, "give this user the right to it, or name another place"),
+    ({errno.EROFS}, "name a place that can be written to"),
+    (
+        {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP},
+        "name another path",
+    ),
+)
+
+
 def storage_error(error: OSError, where: object) -> DataError:
-    """What to tell the user of an error of the operating system at `where`."""
-    return DataError(
-        f"{where}: {error.strerror or error}; make room, or mend the path or its rights, then run it again"
-    )
+    """What to tell the user of an error of the operating system at `where`, with the remedy for its kind."""
+    remedy = next((remedy for numbers, remedy in _REMEDIES if error.errno in numbers), "see to the storage")
+    return DataError(f"{where}: {error.strerror or error}; {remedy}, then run it again")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, storage_error
 
 _OPEN_FILES = 512
 _PIECE = 1 << 20
@@ -158,12 +158,12 @@ class LocalStorage:
             return False
         with self.scratch() as folder:
             temporary = folder / "object"
-            with _named(self.root, name):
+            with _writing(self.root, name):
                 temporary.write_bytes(data)
             return self.put_file_if_absent(name, temporary)
 
     def put_file_if_absent(self, name: str, path: Path) -> bool:
-        with _named(self.root, name):
+        with _writing(self.root, name):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             try:
@@ -174,7 +174,7 @@ class LocalStorage:
         return True
 
     def replace(self, name: str, data: bytes) -> None:
-        with self.scratch() as folder, _named(self.root, name):
+        with self.scratch() as folder, _writing(self.root, name):
             with (folder / "object").open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -185,7 +185,7 @@ class LocalStorage:
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         folder = Path(self.root) / ".tmp" / uuid.uuid4().hex
-        with _named(self.root, ".tmp"):
+        with _writing(self.root, ".tmp"):
             folder.mkdir(parents=True)
         try:
             yield folder
@@ -207,7 +207,7 @@ class LocalStorage:
 
 @contextlib.contextmanager
 def _named(root: str, name: str) -> Iterator[None]:
-    """Turn what the operating system or the client says into a DataError that names the object and the remedy."""
+    """Raise what the operating system says of an object that is read or removed as a DataError with the remedy."""
     where = f"{root}/{name}"
     try:
         yield
@@ -218,7 +218,18 @@ def _named(root: str, name: str) -> Iterator[None]:
     except PermissionError as error:
         raise DataError(f"{where}: permission denied ({error}); give this user the right to it") from None
     except OSError as error:
-        raise DataError(f"{where}: {error.strerror or error}; see to the storage and run again") from None
+        raise storage_error(error, where) from None
+
+
+@contextlib.contextmanager
+def _writing(root: str, name: str) -> Iterator[None]:
+    """The same of an object that is written, of which nothing needs to be there."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise storage_error(error, f"{root}/{name}") from None
 
 
 def _unless_shared(_: object, __: str, raised: tuple[Any, Any, Any]) -> None:

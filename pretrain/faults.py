@@ -23,6 +23,7 @@ from data_pipeline.errors import (
     Overtaken,
     Requeue,
     TesseraError,
+    storage_error,
 )
 from pretrain.goodput import ATTEMPTS, append_line, lines_of, whole
 
@@ -125,7 +126,7 @@ def faults_noted(run: Path, rank: int, peer_lost: Callable[[BaseException], bool
         if not isinstance(error, TesseraError) and peer_lost(error):
             told = NodeFault(f"rank {rank} lost a peer: {str(error).splitlines()[0].partition('. ')[0]}")
         elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            told = DataError(f"rank {rank}: {error}; make room or mend the disk, then start the same command again")
+            told = storage_error(error, f"rank {rank}: {error.filename or 'storage'}")
         blamed = {"blamed": told.blamed} if isinstance(told, NodeFault) and told.blamed else {}
         record_fault(run, cause_of(told), f"{type(told).__name__}: {told}", rank, **blamed)
         if told is error:

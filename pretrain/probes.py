@@ -153,7 +153,11 @@ def disk(config: RunConfig, mesh: Mesh) -> Values:
     if "://" in root:
         return {"needed": needed, "free": None}
     there = next(path for path in (Path(root).absolute(), *Path(root).absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    total, _, free = shutil.disk_usage(there)
+    if not total:
+        raise DataError(
+            f"{root}: {there} keeps no files, it is the kernel's own; name another path as run or train.checkpoints"
+        )
     if free < needed:
         raise DataError(
             f"{root}: {free / 1e9:.3g} GB free, {config.train.keep_checkpoints + 1} checkpoints take "

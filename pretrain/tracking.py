@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 from torch import Tensor
 
+from data_pipeline.errors import storage_errors
 from pretrain.config import FINGERPRINTS, RunConfig
 from pretrain.goodput import ATTEMPTS, METRICS, append_line, raw_lines_back
 from pretrain.metrics import ProgressLine, save_grid
@@ -39,7 +40,8 @@ class Writer:
         self.config = config
         self.attempt = attempt
         self.folder = Path(config.run)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         tree = config.model_dump(mode="json") | ({FINGERPRINTS: dict(fingerprints)} if fingerprints else {})
         replace_file(self.folder / "config.json", json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
         self.metrics = MetricsLog(self.folder)

@@ -6,7 +6,6 @@ fetched is written down (`NNNNN_fetch.parquet`) before anything is made of it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -27,7 +26,7 @@ from data_pipeline.build.filters import Filters
 from data_pipeline.build.layout import Row
 from data_pipeline.build.records import RESERVED, as_unicode, json_value
 from data_pipeline.config import BuildConfig
-from data_pipeline.errors import Conflict, DataError
+from data_pipeline.errors import Conflict, DataError, storage_errors
 from data_pipeline.images import Prepared, Reject
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.manifest import (
@@ -293,7 +292,7 @@ def build_shard(plan: Plan, shard: int, after: object = None) -> Record:
     cv2.setNumThreads(1)
     plan.enter()
     storage = open_storage(plan.config.output)
-    with storage.scratch() as folder, _disk_errors(str(folder)):
+    with storage.scratch() as folder, storage_errors(folder):
         path = folder / shard_name(shard)
         stages = Stages(plan, shard, stored=True)
         with path.open("wb") as file:
@@ -367,12 +366,3 @@ def to_parquet(records: list[Record], schema: pa.Schema) -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(records, schema=schema), sink, compression="zstd")
     return sink.getvalue()
-
-
-@contextlib.contextmanager
-def _disk_errors(where: str) -> Iterator[None]:
-    """A full disk ends the build with its name, not with a traceback; what is published stays."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{where}: {error.strerror or error}; make room or mend the disk, then run again") from None

@@ -1,13 +1,17 @@
 """Folders and files of a command: whole or not at all, over nothing that was there, under the user's umask."""
 
+import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, storage_error
 from data_pipeline.outputs import new_folder, write_whole
+from data_pipeline.storage import open_storage
+from launchers.watch import write_record
 from tests.disks import make_read_only, mounted
 
 
@@ -136,3 +140,47 @@ def test_a_read_only_disk_and_a_file_on_the_way_are_named(tmp_path: Path) -> Non
         fill(tmp_path / "file" / "out")
     with pytest.raises(DataError, match="file/out: Not a directory"):
         write_whole(tmp_path / "file" / "out", b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room there"),
+        (errno.EDQUOT, "make room there"),
+        (errno.EACCES, "give this user the right"),
+        (errno.EPERM, "give this user the right"),
+        (errno.EROFS, "name a place that can be written"),
+        (errno.ENOENT, "name another path"),
+        (errno.ENOTDIR, "name another path"),
+        (errno.ENAMETOOLONG, "name another path"),
+        (errno.EIO, "see to the storage"),
+        (errno.ESTALE, "see to the storage"),
+    ],
+)
+def test_the_remedy_is_that_of_what_the_file_system_said(number: int, remedy: str) -> None:
+    told = str(storage_error(OSError(number, os.strerror(number)), "there"))
+    assert told.startswith(f"there: {os.strerror(number)}; {remedy}") and told.endswith("run it again")
+    remedies = ("make room there", "give this user", "name another path", "see to the storage", "name a place")
+    assert [other for other in remedies if other in told] == [other for other in remedies if remedy.startswith(other)]
+
+
+WRITES: dict[str, Callable[[str], object]] = {
+    "new folder": fill,
+    "file": lambda path: write_whole(path, b""),
+    "record": lambda path: write_record(Path(path), {}),
+    "put": lambda path: open_storage(path).put_if_absent("a", b""),
+    "replace": lambda path: open_storage(path).replace("a", b""),
+    "scratch": lambda path: open_storage(path).scratch().__enter__(),
+}
+
+
+@pytest.mark.parametrize("below", ["/proc", "/sys", "/dev/null", "/dev/full"])
+@pytest.mark.parametrize("write", WRITES)
+def test_an_output_that_cannot_be_made_is_told_as_a_wrong_path(below: str, write: str) -> None:
+    with pytest.raises(DataError) as told:
+        WRITES[write](f"{below}/x/y")
+    assert below in str(told.value) and "make room" not in str(told.value), told.value
+    assert (
+        "name another path" in str(told.value) or "the right" in str(told.value) or "is not a folder" in str(told.value)
+    )
+    assert "build the dataset" not in str(told.value)

@@ -53,7 +53,7 @@ def test_the_disk_of_these_tests_does_fill_up(disk):
 
 
 def test_an_output_without_room_ends_the_build_and_with_room_it_is_finished(disk, build_here, tmp_path, tree_digests):
-    with pytest.raises(DataError, match=r"disk/out/.*No space left on device.*run again") as caught:
+    with pytest.raises(DataError, match=r"disk/out/.*No space left on device.*run it again") as caught:
         build_here(**SCENES, output=f"{disk.folder}/out")
     assert caught.value.exit_code == 74
     stands = {name: data for name, data in tree_digests(disk.folder / "out").items() if name.endswith("_stats.json")}
