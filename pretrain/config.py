@@ -173,12 +173,23 @@ def group_count(channels: int, groups: "int | Literal['width/4']") -> int:
     return min(32, channels // 4) if groups == "width/4" else groups
 
 
+MIDDLE: Literal["middle"] = "middle"
+
+
+def sides_of_levels(image_size: int, levels: int) -> list[int]:
+    """Pixels a side of each level of a VQGAN, the finest first."""
+    return [image_size // 2**index for index in range(levels)]
+
+
 class VqganConfig(Settings):
     """VQGAN, Esser et al. 2021, arXiv:2012.09841 (taming f16-16384 by default).
 
     norm_groups: groups of every GroupNorm: 32, as in all published weights; where 32 does not divide the widths, which
     nothing published has, the default is "width/4": four channels a group, at most 32 groups. Narrow models of one's
     own want that too: a group of one channel forgets that channel's mean, and with it the colours of flat areas.
+
+    attention_at: sides of the levels that have attention, and the middle blocks with them; "middle": these alone, which
+    is the default where no level has the side 16; an empty list: none at all.
 
     local_encoder: every code is a function of its own patch and a rim of a few pixels. As published, normalisation and
     wide kernels put what stands elsewhere in the picture into each code, which a small model cannot compose anew.
@@ -189,7 +200,7 @@ class VqganConfig(Settings):
     channels: PositiveInt = 128
     multipliers: tuple[PositiveInt, ...] = Field((1, 1, 2, 2, 4), min_length=1)
     res_blocks: PositiveInt = 2
-    attention_at: tuple[int, ...] = (16,)
+    attention_at: tuple[int | Literal["middle"], ...] = (16,)
     latent_channels: PositiveInt = 256
     codebook_size: int = Field(16384, ge=2, le=65536)
     code_width: PositiveInt = 256
@@ -197,6 +208,11 @@ class VqganConfig(Settings):
     norm_groups: NormGroups = 32
     discriminator_channels: PositiveInt = 64
     discriminator_layers: PositiveInt = 3
+
+    @property
+    def sides(self) -> list[int]:
+        """Pixels a side of each level, the finest first."""
+        return sides_of_levels(self.image_size, len(self.multipliers))
 
     @property
     def widths(self) -> list[int]:
@@ -215,6 +231,18 @@ class VqganConfig(Settings):
         if not isinstance(channels, int) or channels % 32 == 0 or "norm_groups" in tree:
             return tree
         return tree | {"norm_groups": "width/4"}
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _attention_of_other_sides(cls, tree: Any) -> Any:
+        """The default where no level has its side."""
+        if not isinstance(tree, dict) or "attention_at" in tree:
+            return tree
+        defaults = {name: cls.model_fields[name].default for name in ("image_size", "multipliers")}
+        side, multipliers = (tree.get(name, default) for name, default in defaults.items())
+        if not isinstance(side, int) or not isinstance(multipliers, list | tuple):
+            return tree
+        return tree if 16 in sides_of_levels(side, len(multipliers)) else tree | {"attention_at": (MIDDLE,)}
 
     @pydantic.model_validator(mode="after")
     def _sides_halve(self) -> "VqganConfig":
@@ -679,6 +707,12 @@ def _check_images(config: RunConfig) -> None:
         return
     if model.image_size < SMALLEST_SIDE:
         raise ValueError(f"model.image_size={model.image_size} is too small to compare; use {SMALLEST_SIDE} or more")
+    for side in model.attention_at:
+        if side != MIDDLE and side not in model.sides:
+            raise ValueError(
+                f"model.attention_at={list(model.attention_at)}: no level has the side {side}; there are "
+                f"{', '.join(map(str, model.sides))}, and {MIDDLE} for the middle blocks alone"
+            )
     if objective.discriminator_weight:
         _check_discriminator(model)
 

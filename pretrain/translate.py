@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain.best import check_best
+from pretrain.config import MIDDLE, sides_of_levels
 
 BEFORE_FIELDS: dict[str, dict[str, Any]] = {
     "bert": {"activation": "gelu", "norm_eps": 1e-12},
@@ -16,7 +17,7 @@ BEFORE_FIELDS: dict[str, dict[str, Any]] = {
 
 def saved_run(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The saved configuration, or identity, of a run."""
-    model = {"model": saved_model(tree["model"])} if "model" in tree else {}
+    model = {"model": _with_known_sides(saved_model(tree["model"]))} if "model" in tree else {}
     return {**tree, **model, **_with_known_best(tree)}
 
 
@@ -30,6 +31,19 @@ def _with_known_best(tree: Mapping[str, Any]) -> dict[str, Any]:
     except (AttributeError, KeyError, TypeError, ValueError):
         return {"train": {**train, "keep_best": ""}}
     return {}
+
+
+def _with_known_sides(tree: Any) -> Any:
+    """Leave out sides of `attention_at` that no level of a vqgan has: alone they gave the middle blocks attention.
+
+    An exported model keeps them: its id, by which codes are known, is a digest of its configuration.
+    """
+    try:
+        at, sides = tree["attention_at"], sides_of_levels(tree["image_size"], len(tree["multipliers"]))
+        known = [side for side in at if side in (*sides, MIDDLE)]
+    except (KeyError, TypeError):
+        return tree
+    return {**tree, "attention_at": known or [MIDDLE]} if at else tree
 
 
 def saved_model(tree: Any) -> Any:

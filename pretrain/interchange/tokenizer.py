@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, DataError
-from pretrain.config import VqganConfig
+from pretrain.config import MIDDLE, VqganConfig
 from pretrain.inputs.pixels import to_images, to_tensor
 from pretrain.interchange.folder import load_model
 from pretrain.models.vqgan import Vqgan
@@ -102,7 +102,13 @@ def tokenizer_id(model: Vqgan, precision: Precision) -> str:
 
 
 def _settings_text(config: VqganConfig) -> str:
-    """Its canonical JSON; without `norm_groups` where they are what was fixed before that field: ids stay."""
+    """Its canonical JSON, as versions before wrote it so that ids stay.
+
+    Without `norm_groups` where they are what was fixed before that field; attention "middle" was said by a side that no
+    level has, mostly the default.
+    """
     as_before = config.group_counts() == config.group_counts("width/4")
     tree = config.model_dump(mode="json", exclude={"norm_groups"} if as_before else set())
+    if config.attention_at == (MIDDLE,):
+        tree["attention_at"] = [16]
     return json.dumps(tree, sort_keys=True, ensure_ascii=False)

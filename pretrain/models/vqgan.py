@@ -237,7 +237,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.down = nn.ModuleList()
         for index, width in enumerate(widths):
-            attention = config.image_size // 2**index in config.attention_at
+            attention = config.sides[index] in config.attention_at
             above = widths[index - 1] if index else config.channels
             level = Level(above, width, config.res_blocks, attention, groups, local)
             if index < len(widths) - 1:
@@ -265,7 +265,7 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1], bool(config.attention_at), groups)
         levels = []
         for index, width in enumerate(widths):
-            attention = config.image_size // 2**index in config.attention_at
+            attention = config.sides[index] in config.attention_at
             below = widths[min(index + 1, len(widths) - 1)]
             level = Level(below, width, config.res_blocks + 1, attention, groups)
             if index:

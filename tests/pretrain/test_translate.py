@@ -80,6 +80,44 @@ def test_codes_keep_their_id_where_the_groups_are_those_of_before(channels: int,
     assert (tokenizer_id(model, "fp32") == id_of_before(model)) == as_before
 
 
+ATTENTION: list[tuple[list[Any], list[Any]]] = [
+    ([], []), ([16], [16]), ([8, 16], [8, 16]), ([99, 8], [8]), ([99], ["middle"]), ([7, 0], ["middle"]),
+    (["middle"], ["middle"]), ([8, "middle"], [8, "middle"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("saved", "now"), ATTENTION)
+def test_a_run_of_before_keeps_the_attention_that_it_has(saved: list[Any], now: list[Any], tmp_path: Path) -> None:
+    """Sides that no level has were taken; alone they gave the middle blocks attention."""
+    tree = run_tree(16, attention_at=saved)
+    wanted = run_of(16, attention_at=now)
+    (tmp_path / "config.json").write_text(json.dumps(wanted.model_dump(mode="json") | {"model": tree["model"]}))
+    assert run_config(tmp_path).model == wanted.model
+    check_identity(
+        identity(wanted) | {"model": wanted.model.model_dump(mode="json") | {"attention_at": saved}}, wanted, ""
+    )
+    before = VqganConfig(**SIZES | {"channels": 16, "attention_at": saved})
+    assert list(Vqgan(before).state_dict()) == list(Vqgan(wanted.model).state_dict())
+
+
+def test_a_side_that_is_left_out_is_that_of_before(tmp_path: Path) -> None:
+    sizes = {key: value for key, value in SIZES.items() if key != "attention_at"} | {"channels": 16, "image_size": 8}
+    now = VqganConfig(**sizes)
+    assert now.attention_at == ("middle",)
+    model = Vqgan(now)
+    before = Vqgan(VqganConfig(**sizes, attention_at=(16,)))
+    before.load_state_dict(model.state_dict())
+    assert tokenizer_id(model, "fp32") == tokenizer_id(before, "fp32")
+    assert VqganConfig(**sizes | {"image_size": 32}).attention_at == (16,)
+
+
+def test_an_export_of_before_keeps_its_id(tmp_path: Path) -> None:
+    config = VqganConfig(**SIZES | {"channels": 16, "attention_at": (99,)})
+    model = Vqgan(config)
+    read, _ = load_model(export_model(tmp_path / "exported", config, model.state_dict()))
+    assert tokenizer_id(read, "fp32") == tokenizer_id(model, "fp32")
+
+
 @pytest.mark.parametrize("recipe", ["demo/vqgan.yaml", "small/vqgan.yaml"])
 def test_the_narrow_recipes_say_their_groups(recipe: str, repository: Path) -> None:
     assert load_settings(RunConfig, repository / "configs" / recipe).model.norm_groups == "width/4"
