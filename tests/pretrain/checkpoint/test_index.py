@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
@@ -182,6 +182,9 @@ def test_every_rank_writes_its_own_part_and_of_what_all_keep_an_even_one() -> No
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12), st.integers(1, 3)), max_size=6), st.integers(1, 90))
+@example([(0, 5, 1), (0, 5, 1), (0, 1, 1)], 43)  # a byte more would hold all, in the first file and in the second
+@example([(0, 10, 1), (0, 5, 1), (0, 5, 1), (0, 1, 1)], 43)
+@example([(0, 5, 1)] * 4, 40)  # two fill a file
 def test_files_are_filled_in_order_as_far_as_the_limit_lets_them(rows: list[tuple[int, int, int]], limit: int) -> None:
     shares = []
     for i, (lo, n, k) in enumerate(rows):
