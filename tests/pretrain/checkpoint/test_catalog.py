@@ -1,5 +1,6 @@
 """Names, manifests, claims and retention by tables, on folders that hold the few files which the catalog reads."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -236,6 +237,24 @@ def test_no_more_than_a_buffer_is_read_at_once(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(LocalStorage, "get_range", noted)
     assert file_fault(open_storage(tmp_path), entry("a", b"123456789")) == ""
     assert asked == [(0, 4), (4, 8), (8, 9)]
+
+
+def test_a_file_is_hashed_by_8_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, asked = (8 << 20) + 1, list[tuple[int, int]]()
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(size)
+    monkeypatch.setattr(
+        LocalStorage, "get_range", lambda _, name, start, stop: asked.append((start, stop)) or bytes(stop - start)
+    )
+    assert file_fault(open_storage(tmp_path), entry("a", bytes(size))) == ""
+    assert asked == [(0, size - 1), (size - 1, size)]
+
+
+@pytest.mark.parametrize("value", [Saved("root/a"), Retention(2)])
+def test_equal_values_are_one_and_do_not_change(value: Any) -> None:
+    assert len({value, dataclasses.replace(value)}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, dataclasses.fields(value)[0].name, "other")
 
 
 def test_parts_of_the_files_are_every_so_many_th_one(tmp_path: Path) -> None:

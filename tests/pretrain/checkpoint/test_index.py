@@ -1,6 +1,7 @@
 """What rank 0 is told of the ranks' files, the index it makes of that, and the pieces that a reader finds by it."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import random
@@ -210,6 +211,28 @@ def test_files_are_filled_in_order_as_far_as_the_limit_lets_them(rows: list[tupl
         assert share.shape == (50,) and list(share.views) == list(KINDS[: rows[int(share.name[1:])][2]])
         for at, view in enumerate(share.views.values()):
             assert view.tolist() == [value + 100.0 * at for value in range(share.lo, share.hi)]
+
+
+def test_a_file_holds_at_most_a_gibibyte_of_tensors() -> None:
+    size = (1 << 28) + 1
+    share = Share("w", (size,), 0, size, {"param": torch.empty(size, device="meta")})
+    parts = list(parts_of(Shard(0, "r00000.safetensors", [share], {}), layout.PART))
+    assert [[(share.lo, share.hi) for share in part.shares] for part in parts] == [[(0, size - 1)], [(size - 1, size)]]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Share("w", (1,), 0, 1, {}),
+        Shard(0, "f", [], {}),
+        layout.Range("f", 0, 4, torch.zeros(1)),
+        Piece(0, 1, "f", 8, 3),
+    ],
+)
+def test_what_stands_for_a_part_does_not_change(value: Any) -> None:
+    for field in dataclasses.fields(value):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, field.name, None)
 
 
 # ------------------------------------------------------------------------------------------------- staging
