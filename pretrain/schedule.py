@@ -13,7 +13,7 @@ def learning_rate(step: int, steps: int, optim: AdamWConfig) -> float:
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
-    done = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    done = (step - optim.warmup_steps) / (steps - optim.warmup_steps)
     left = {
         "constant": 1.0,
         "linear": 1.0 - done,

@@ -46,6 +46,8 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _UNICAST = ipaddress.ip_network("2000::/3")  # what of IPv6 is given out
 _EMBEDDING = [ipaddress.ip_network(text) for text in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96")]
 """IPv6 networks whose last 32 bits are an IPv4 address: compatible, mapped, translated, NAT64."""
+_RESERVED = [ipaddress.ip_network(text) for text in ("192.0.0.0/24", "3fff::/20")]
+"""Networks that IANA's registries reserve and Python 3.11.7 takes for public; some clouds have their metadata there."""
 
 
 @dataclass(frozen=True)
@@ -306,13 +308,15 @@ def is_allowed(address: str, rules: FetchRules) -> bool:
     number = _number(address)
     if is_named(address, rules):
         return True
-    return number.is_global and not number.is_multicast and (number.version == 4 or number in _UNICAST)
+    if number.is_multicast or any(number in network for network in _RESERVED):
+        return False
+    return number.is_global and (number.version == 4 or number in _UNICAST)
 
 
 def is_named(address: str, rules: FetchRules) -> bool:
     """Is this IP address in one of `allow_networks`? Raises ValueError for what is none."""
     number = _number(address)
-    return any(number.version == network.version and number in network for network in rules.allow_networks)
+    return any(number in network for network in rules.allow_networks)
 
 
 def _number(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

@@ -6,7 +6,7 @@
 time only), /stall/..., /drip/..., /cut/NAME (half of what it announced), /endless/..., /huge/..., /packed-bomb/...,
 /said/CONTENT-ENCODING/PACKINGS/NAME, /later/RETRY-AFTER/NAME, /packed/NAME, /deflate/NAME, /bare-deflate/NAME (without
 zlib's header), /badly-packed/HOW/NAME, /redirect/COUNT/NAME,
-/to?URL, /robots/DIRECTIVES/NAME, /garbage/..., /closed/....
+/moved/STATUS/NAME, /open/PACKING/NAME (without a length), /to?URL, /robots/DIRECTIVES/NAME, /garbage/..., /closed/....
 """
 
 import contextlib
@@ -39,6 +39,7 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(self.path)
         self.server.asked[path] += 1
+        self.server.headers[path] = dict(self.headers)
         path, _, query = path.partition("?")
         way, _, rest = path.lstrip("/").partition("/")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -142,6 +143,22 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
         left = int(count) - 1
         self.answer(status=302, Location=f"/redirect/{left}/{name}" if left else f"/file/{name}")
 
+    def way_moved(self, rest):
+        """/moved/STATUS/NAME: to the file by a relative address, and a cookie that nobody should bring back."""
+        status, _, name = rest.partition("/")
+        self.answer(status=int(status), Location=f"../../file/{name}", Set_Cookie="who=me; Path=/")
+
+    def way_open(self, rest):
+        """/open/PACKING/NAME: the file until the connection is closed."""
+        packing, _, name = rest.partition("/")
+        data = (self.server.folder / name).read_bytes()
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.send_header("Content-Encoding", packing)
+        self.end_headers()
+        self.wfile.write(gzip.compress(data) if packing == "gzip" else data)
+        self.close_connection = True
+
     def way_to(self, url):
         self.answer(status=301, Location=url.encode().decode("latin-1"))  # as UTF-8
 
@@ -165,7 +182,7 @@ def packed_bomb():
 
 
 class Web(http.server.ThreadingHTTPServer):
-    """address; asked: how often each path was; folder: what /file/ serves."""
+    """address; asked: how often each path was, headers: with which the last time; folder: what /file/ serves."""
 
     daemon_threads = True
     request_queue_size = 512
@@ -173,6 +190,7 @@ class Web(http.server.ThreadingHTTPServer):
     def __init__(self, folder, port=0):
         super().__init__(("127.0.0.1", port), Misbehaving)
         self.folder, self.asked, self.ended = Path(folder), Counter(), threading.Event()
+        self.headers = {}
         packed_bomb()
         self.address = f"http://127.0.0.1:{self.server_port}"
 

@@ -301,6 +301,13 @@ def test_a_state_holds_what_was_read_and_the_weights_of_the_last_sample(folders,
     mixed.check(mixed.state(position))
 
 
+def test_a_mixture_of_one_dataset_has_a_state(folders):
+    mixed = mixture(folders[1:2], [(0, [4])])
+    state = mixed.state(12)
+    assert (state["read"], state["weights"], len(state["datasets"])) == ([12], [1], 1)
+    mixed.check(state)
+
+
 def test_a_state_of_another_seed_is_refused_naming_it(folders):
     state = mixture(folders, [(0, [1, 1, 1])]).state(12)
     with pytest.raises(DataError, match="seed: 3 saved, 4 now") as caught:
