@@ -181,3 +181,64 @@ def test_a_step_at_the_limit_itself_is_accepted() -> None:
 )  # fmt: skip
 def test_a_step_may_be_left_out_where_a_guard_skips(settings: dict[str, Any], may: bool) -> None:
     assert guards(**settings).may_skip == may
+
+
+def test_nothing_was_judged_yet() -> None:
+    judge = guards()
+    assert (judge.action, judge.reason, judge.told()) == ("accept", "", {})
+    assert judge.state() == {"accepted": {}, "events": 0, "in_a_row": 0}
+    judge.refuse_to_go_on(1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "turns", "told"),
+    [
+        ({}, [(NAN, 1.0, "main")], "stop: loss nan"),
+        ({}, [(1.0, -INF, "main")], "stop: gradient norm -inf"),
+        ({"non_finite": "skip"}, [(NAN, INF, "judge")], "skip: judge loss nan"),
+        ({"non_finite": "roll_back"}, [(1.0, 1.0, "main"), (1.0, INF, "judge")], "roll_back: judge gradient norm inf"),
+        ({"non_finite": "skip"}, [(INF, 1.0, "main"), (NAN, 1.0, "judge"), (1.0, 1.0, "third")], "skip: loss inf"),
+        ({"spike": "stop"}, [(2.5, 1.0, "main")], "stop: loss 2.5 above 2"),
+        ({"spike": "roll_back"}, [(2.0, 1.0 + 2e-9, "main")], "roll_back: gradient norm 1 above 1"),
+        ({"spike": "skip"}, [(1.0, 1234567.0, "main")], "skip: gradient norm 1.23457e+06 above 1"),
+        ({"spike": "ignore"}, [(99.0, 99.0, "main")], None),
+        ({"spike": "skip"}, [(99.0, 99.0, "judge")], None),  # which has no past
+    ],
+)
+def test_a_refusal_names_the_role_the_number_and_the_limit(
+    settings: dict[str, Any], turns: list[tuple[float, float, str]], told: str | None
+) -> None:
+    """The past of main: losses 2, norms 1."""
+    judge = guards(window_steps=4, **settings)
+    judge.load({"accepted": {"main": [[2.0, 1.0]] * 3}, "events": 5, "in_a_row": 0})
+    for number, (loss, norm, role) in enumerate(turns, 1):
+        judge.accepts(loss, norm, role, last=number == len(turns))
+    assert judge.told() == ({"guard": told} if told else {})
+    assert (judge.events, judge.in_a_row) == ((6, 1) if told else (5, 0))
+    assert judge.accepts(1.5, 0.5) and judge.told() == {} and judge.in_a_row == 0
+
+
+def test_only_a_stop_ends_the_run_and_says_what_to_do() -> None:
+    for action in ("skip", "roll_back"):
+        judge = guards(non_finite=action)
+        judge.accepts(NAN, 1.0)
+        judge.refuse_to_go_on(3)
+    judge = guards()
+    judge.accepts(NAN, 1.0)
+    with pytest.raises(TrainingFault) as caught:
+        judge.refuse_to_go_on(3)
+    assert str(caught.value) == (
+        "step 3: loss nan; the update was not made. Go on from the last checkpoint with guards.non_finite=skip or "
+        "guards.spike=skip (or roll_back), or start again with a lower optim.lr"
+    )
+
+
+def test_a_window_of_steps_is_remembered_for_each_role() -> None:
+    judge = guards(window_steps=3)
+    for step in range(5):
+        judge.accepts(step, 10.0 * step, last=False)
+        judge.accepts(-step, 0.5, "judge")
+    past = {"main": [[2, 20.0], [3, 30.0], [4, 40.0]], "judge": [[-2, 0.5], [-3, 0.5], [-4, 0.5]]}
+    assert judge.state() == {"accepted": past, "events": 0, "in_a_row": 0}
+    judge.load({"accepted": {"judge": [[9.0, 9.0]] * 4}, "events": 7, "in_a_row": 2})
+    assert judge.state() == {"accepted": {"judge": [[9.0, 9.0]] * 3}, "events": 7, "in_a_row": 2}

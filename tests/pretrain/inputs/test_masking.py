@@ -1,5 +1,6 @@
 """Whole words are masked whole, Chinese ones as jieba cuts them, n-grams as often as they should be."""
 
+import hashlib
 import sys
 from typing import Any
 
@@ -10,7 +11,15 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
 from pretrain.inputs import masking
-from pretrain.inputs.masking import draw_positions, mask_slots, masked_positions, masked_words, word_starts
+from pretrain.inputs.masking import (
+    draw_positions,
+    mask_slots,
+    masked_positions,
+    masked_words,
+    replace_bert,
+    replace_electra,
+    word_starts,
+)
 
 
 class Pieces:
@@ -242,3 +251,104 @@ def test_a_masked_piece_becomes_mask_itself_or_a_piece_that_is_no_special() -> N
     draws = Draws(0.0, 0.84, 0.86, 0.9, 0.99, 0.5)
     assert masking.replace_electra(tokens, places, vocabulary, draws).tolist() == [2, 4, 4, 7, 7, 7, 4, 3]
     assert tokens.tolist() == [2, 7, 7, 7, 7, 7, 7, 3]
+    draws = Draws(0.8, 0.9, 0.8, 0.9, 0.5, 0.5)  # a bound itself belongs to what is behind it
+    assert replace_bert(tokens, places, vocabulary, draws).tolist() == [2, 7, 6, 7, 6, 4, 4, 3]
+    draws = Draws(0.85, 0.85, 0.5, 0.5, 0.5, 0.5)
+    assert replace_electra(tokens, places, vocabulary, draws).tolist() == [2, 7, 7, 4, 4, 4, 4, 3]
+
+
+# ------------------------------------------------------------------- what is pinned: another draw is another run
+
+
+@pytest.mark.parametrize(("longest", "expected"), [(1, "d45a8ad65298792f"), (3, "d07ea5a61b95b7dc")])
+def test_drawn_positions_are_pinned_by_a_digest(longest: int, expected: str) -> None:
+    digest = hashlib.sha256()
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        length = int(generator.integers(3, 60))
+        tokens, starts = generator.integers(0, 40, length), generator.random(length) < 0.6
+        for rate in (0.05, 0.15, 0.4):
+            digest.update(masked_words(tokens, starts, rate, 48, longest, generator).astype("<i8").tobytes())
+            digest.update(masked_positions(tokens, rate, 48, generator).astype("<i8").tobytes())
+    assert digest.hexdigest()[:16] == expected
+
+
+def test_replaced_pieces_are_pinned() -> None:
+    vocabulary: Any = Pieces(*map(str, range(55)))
+    tokens, places = np.arange(5, 25), np.arange(2, 18)
+    found = [
+        replace(tokens, places, vocabulary, np.random.default_rng(7)) for replace in (replace_bert, replace_electra)
+    ]
+    assert found[0].tolist() == [5, 6, 4, 8, 4, 4, 4, 12, 4, 14, 4, 4, 4, 4, 4, 4, 4, 4, 23, 24]
+    assert found[1].tolist() == [5, 6, 4, 8, 4, 4, 4, 12, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 23, 24]
+    few: Any = Pieces("a", "b", "c")
+    drawn = replace_bert(np.full(2000, 7), np.arange(2000), few, np.random.default_rng(0))
+    assert set(drawn.tolist()) == {4, 5, 6, 7}  # every piece, no special one but [MASK]
+
+
+@pytest.mark.parametrize("kind", ["piece", "word", "ngram"])
+def test_a_kind_of_masking_is_its_rule_with_the_same_generator(kind: str) -> None:
+    vocabulary: Any = Pieces("\u2581a", "b", "\u2581c")
+    tokens = np.array(vocabulary.ids(*["\u2581a", "b", "b", "\u2581c"] * 8))
+    starts = word_starts(tokens.tolist(), vocabulary)
+    for seed in range(20):
+        found = draw_positions(tokens, kind, 0.3, 25, vocabulary, np.random.default_rng(seed)).tolist()
+        generator = np.random.default_rng(seed)
+        if kind == "piece":
+            expected = masked_positions(tokens, 0.3, 25, generator)
+        else:
+            expected = masked_words(tokens, starts, 0.3, 25, {"word": 1, "ngram": 3}[kind], generator)
+        assert found == expected.tolist()
+
+
+class InOrder:
+    """A generator that takes words in their order and draws one chance."""
+
+    def __init__(self, chance: float) -> None:
+        self.chance = chance
+
+    def permutation(self, count: int) -> np.ndarray:
+        return np.arange(count)
+
+    def random(self) -> float:
+        return self.chance
+
+
+@pytest.mark.parametrize(
+    ("chance", "longest", "count"),
+    [
+        (0.0, 3, 1), (0.54, 3, 1), (0.55, 3, 2), (0.81, 3, 2), (9 / 11, 3, 3), (0.99, 3, 3), (0.99, 1, 1),
+        (0.66, 2, 1), (0.67, 2, 2), (2 / 3, 2, 2),
+    ],
+)  # fmt: skip
+def test_an_ngram_of_n_words_has_a_chance_in_proportion_to_one_nth(chance: float, longest: int, count: int) -> None:
+    """Two pieces a word, room for one n-gram and a rest that no second one of its length fits in."""
+    starts = np.array([True, *[True, False] * 12, True])
+    tokens = np.array([2, *[7] * 24, 3])
+    generator: Any = InOrder(chance)
+    rate = 2 * count / 26
+    found = masked_words(tokens, starts, rate, 99, longest, generator).tolist()
+    assert found == list(range(1, 2 * count + 1))
+    wider = masked_words(tokens, starts, 6 / 26, 99, longest, generator)
+    assert len(wider) == 6 and wider.tolist() == list(range(1, 7))
+
+
+def test_an_ngram_that_does_not_fit_is_shortened_and_no_word_is_taken_twice() -> None:
+    starts, tokens = np.array([True, *[True, False] * 4, True]), np.array([2, *[7] * 8, 3])
+    generator: Any = InOrder(0.99)
+    for wanted, expected in ((2, 2), (3, 2), (4, 4), (5, 4), (6, 6), (7, 6), (8, 8), (9, 8)):
+        found = masked_words(tokens, starts, wanted / 10, 99, 3, generator)
+        assert found.tolist() == list(range(1, expected + 1))
+
+
+def test_jieba_reads_its_dictionary_and_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache in the temporary folder may be anybody's."""
+    import jieba
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("jieba's own start-up would load a cache")
+
+    monkeypatch.setattr(jieba.Tokenizer, "initialize", refuse)
+    masking._segmenter.cache_clear()
+    assert cut("\u2581北", "京", "大", "学") == ["_北京大学"]
+    assert masking._segmenter() is masking._segmenter()

@@ -1,5 +1,6 @@
 """Several samples in a row give the loss and the gradients that each gives alone."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from data_pipeline.stream.reader import Stream
 from data_pipeline.vocabulary import Vocabulary
 from pretrain.config import RunConfig
 from pretrain.inputs import INPUTS
-from pretrain.inputs.packing import Example, fill, packed, padded
+from pretrain.inputs.packing import Example, fill, packed, pad, padded, stack
 from pretrain.models import MODELS
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.collectives import ONE_DEVICE
@@ -128,3 +129,78 @@ def test_a_batch_without_a_masked_piece_has_one_empty_slot() -> None:
 def test_the_longest_come_first_and_a_row_is_filled_to_its_end() -> None:
     assert fill([3, 5, 5, 2, 8], 8) == [[4], [1, 0], [2, 3]]
     assert fill([4, 4, 4], 8) == [[0, 1], [2]]
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), max_size=30), room=st.integers(9, 20))
+def test_a_sample_goes_into_the_first_row_that_has_room_for_it(lengths: list[int], room: int) -> None:
+    rows: list[list[int]] = []
+    for length in range(room, 0, -1):
+        for index in (index for index, its in enumerate(lengths) if its == length):
+            for row in rows:
+                if sum(lengths[i] for i in row) + length <= room:
+                    row.append(index)
+                    break
+            else:
+                rows.append([index])
+    assert fill(lengths, room) == rows
+
+
+def test_padding_keeps_the_kind_of_the_values() -> None:
+    for values, expected in (
+        ([3, 4], np.array([3, 4, 0], np.int64)),
+        ([], np.zeros(3, np.int64)),
+        (np.array([0.5], np.float32), np.array([0.5, 0, 0], np.float32)),
+        (np.array([True, True, True]), np.ones(3, bool)),
+        (np.array([7], np.int32), np.array([7, 0, 0], np.int32)),
+    ):
+        found = pad(values, 3)
+        assert found.tolist() == expected.tolist() and found.dtype == expected.dtype
+    with pytest.raises(ValueError, match="broadcast"):
+        pad([1, 2, 3, 4], 3)
+
+
+def test_rows_are_stacked_by_their_keys() -> None:
+    batch = stack([{"a": np.array([1, 2]), "b": np.int64(3)}, {"a": np.array([4, 5]), "b": np.int64(6)}])
+    assert as_lists(batch) == {"a": [[1, 2], [4, 5]], "b": [3, 6]}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_each_part_of_a_batch_has_its_kind(packing: bool) -> None:
+    given = example([2, 7, 8, 3], [1], 11, uniforms=np.array([0.25, 0.5], np.float32), is_random=False)
+    batch = packed([given], 6) if packing else padded([given], 6, 0.3)
+    kinds = {name: tensor.dtype for name, tensor in batch.items()}
+    assert kinds == {
+        **dict.fromkeys(("tokens", "types", "noise", "positions", "labels", "is_random"), torch.int64),
+        **dict.fromkeys(("label_weights", "uniforms"), torch.float32),
+        **(dict.fromkeys(("segments", "places"), torch.int64) if packing else {}),
+        "attention": torch.bool,
+    }
+    assert batch["is_random"].tolist() == [0]
+
+
+def test_padded_rows_have_a_slot_for_each_piece_that_a_full_context_masks() -> None:
+    given = example([2, 7, 8, 3], [2], 11, uniforms=np.array([0.25, 0.5, 0.75, 1.0], np.float32))
+    batch = as_lists(padded([given, given], 6, 0.5))
+    assert batch["uniforms"] == [[0.25, 0.5, 0.75]] * 2 and batch["label_weights"] == [[1.0, 0.0, 0.0]] * 2
+    assert (batch["positions"], batch["labels"]) == ([[2, 0, 0]] * 2, [[8, 0, 0]] * 2)
+
+
+def test_rows_of_three_samples_are_these() -> None:
+    """A row of one sample takes as many uniforms as the batch has slots, one of several as many as it masks."""
+    drawn = np.array([0.25, 0.5, 0.75, 1.0], np.float32)
+    lengths = [(5, [1, 2, 3]), (2, []), (1, []), (1, [0]), (7, [2, 5])]
+    given = [example(list(range(5, 5 + n)), at, 10 + n, uniforms=drawn) for n, at in lengths]
+    batch = as_lists(packed(given, 8))
+    assert batch["tokens"] == [[5, 6, 4, 8, 9, 4, 11, 5], [5, 4, 4, 4, 9, 5, 6, 4]]
+    assert batch["segments"] == [[0] * 7 + [1], [0] * 5 + [1, 1, 2]]
+    assert batch["places"] == [[0, 1, 2, 3, 4, 5, 6, 0], [0, 1, 2, 3, 4, 0, 1, 0]]
+    assert batch["positions"] == [[2, 5, 0, 0], [1, 2, 3, 7]] and batch["labels"] == [[7, 10, 0, 0], [6, 7, 8, 5]]
+    assert batch["uniforms"] == [[0.25, 0.5, 0.0, 0.0], [0.25, 0.5, 0.75, 0.25]]
+    assert batch["noise"] == [[17] * 7 + [11], [15] * 5 + [12, 12, 11]]
+    assert batch["label_weights"] == [[1.0, 1.0, 0.0, 0.0], [1.0] * 4]
+
+
+def test_an_example_does_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        example([2, 3], [], 1).noise = 2  # type: ignore[misc]
