@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import ipaddress
 import random
@@ -465,6 +466,30 @@ def test_pauses_double_follow_the_server_and_end_with_the_patience(pauses, resul
     assert fetcher.attempts == [("http://a/?x=1&y=2", number + 1, 10) for number in range(len(expected) + 1)]
 
 
+@pytest.mark.parametrize(
+    ("error", "pause_s"),
+    [
+        (OSError("x"), 0.375), (TimeoutError(), 0.375), (aiohttp.ClientPayloadError("x"), 0.375),
+        (FetchError("r", transient=True), 0.375), (FetchError("r", transient=True, wait_s=3.5), 3.5),
+        (FetchError("r", wait_s=3.5), None), (ValueError("x"), None), (PrivateAddress("x"), None),
+    ],
+)  # fmt: skip
+def test_what_may_be_different_next_time_is_tried_again_after_its_pause(monkeypatch, pauses, error, pause_s) -> None:
+    async def get(url: str) -> tuple[bytes, int]:
+        if asked:
+            return b"data", 200
+        asked.append(url)
+        raise error
+
+    asked: list[str] = []
+    cache: Any = type("Cache", (), {"root": "/cache", "put": lambda self, data: "digest"})()
+    fetcher = Fetcher(FetchRules(attempts=2), cache)
+    monkeypatch.setattr(fetcher, "_get", get)
+    outcome = asyncio.run(fetcher.fetch(Link("k", "http://a/", ())))
+    assert pauses == ([pause_s] if pause_s else [])
+    assert (outcome.sha256, outcome.attempts, outcome.http_status) == (("digest", 2, 200) if pause_s else ("", 1, 0))
+
+
 @pytest.mark.parametrize(("root", "threaded"), [("s3://bucket/cache", True), ("/cache", False), ("s3:/cache", False)])
 def test_a_put_to_s3_is_made_in_a_thread_of_its_own(monkeypatch, root, threaded) -> None:
     asked: list[bool] = []
@@ -644,6 +669,10 @@ def test_a_target_is_asked_by_the_proxy_of_its_scheme(monkeypatch, url, no_proxy
             fetcher._resolver._lookup = lookup
             session, proxy = await fetcher._way_to(URL(url))
             assert session is (fetcher._proxied if proxy else fetcher._direct)
+            direct, behind_proxy = fetcher._direct.connector, fetcher._proxied.connector
+            assert isinstance(direct, aiohttp.TCPConnector) and isinstance(behind_proxy, aiohttp.TCPConnector)
+            assert (direct.limit, behind_proxy.limit) == (0, 0)  # the semaphores limit, which count by host too
+            assert (direct.use_dns_cache, behind_proxy.use_dns_cache) == (False, True)  # the resolver remembers itself
         assert fetcher._direct.closed and fetcher._proxied.closed
         return proxy
 
@@ -652,5 +681,7 @@ def test_a_target_is_asked_by_the_proxy_of_its_scheme(monkeypatch, url, no_proxy
 
 def test_an_outcome_says_nothing_that_did_not_happen() -> None:
     assert Outcome() == Outcome("", "", "", 0, 1, False)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Outcome().reason = "other"  # type: ignore[misc]
     error = FetchError("r")
     assert (str(error), error.detail, error.status, error.transient, error.wait_s) == ("r: ", "", 0, False, 0.0)
