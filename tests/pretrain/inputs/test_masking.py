@@ -59,10 +59,19 @@ def cut(*pieces: str) -> list[str]:
         (("\u2581我", "来到", "北京", "清华", "大学"), ["_我", "来到", "北京", "清华大学"]),
         (("\u2581", "北", "京", "\u2581cat", "s", "大", "学"), ["_", "北京", "_cats", "大学"]),
         (("\u2581北", "京", "[UNK]", "大", "学"), ["_北京", "[UNK]", "大学"]),
+        (("\u2581北", "京", "\u2581", "大", "学"), ["_北京", "_", "大学"]),
+        (("\u2581北", "京", "[UNK]", "[UNK]", "大", "学"), ["_北京", "[UNK]", "[UNK]", "大学"]),
     ],
 )
 def test_words_are_what_spaces_or_jieba_part(pieces: tuple[str, ...], words: list[str]) -> None:
     assert cut(*pieces) == words
+
+
+def test_a_text_may_begin_without_a_special() -> None:
+    vocabulary: Any = Pieces("北", "京", "\u2581a", "b")
+    assert word_starts([5, 6], vocabulary).tolist() == [True, False]
+    assert word_starts([7, 8, 5, 6, 3], vocabulary).tolist() == [True, False, True, False, True]
+    assert word_starts([8, 7, 2], vocabulary).tolist() == [False, True, True]
 
 
 def test_without_jieba_chinese_words_are_refused_and_not_masked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +172,7 @@ def test_the_number_counts_both_ends_and_is_at_most_that_of_a_full_context(
         ("110", 0.5, 99, [1, 2]),  # a word that fills the number exactly is taken
         ("110", 0.15, 14, [1, 2]),  # one that exceeds it, if a full context has room for it
         ("110", 0.15, 7, []),
+        ("110", 0.15, 20, [1, 2]),  # a full context has room for three
         ("111", 0.5, 99, [1, 2]),
     ],
 )

@@ -129,6 +129,7 @@ def test_a_batch_without_a_masked_piece_has_one_empty_slot() -> None:
 def test_the_longest_come_first_and_a_row_is_filled_to_its_end() -> None:
     assert fill([3, 5, 5, 2, 8], 8) == [[4], [1, 0], [2, 3]]
     assert fill([4, 4, 4], 8) == [[0, 1], [2]]
+    assert fill([5] * 600, 8) == [[index] for index in range(600)]
 
 
 @settings(deadline=None)
