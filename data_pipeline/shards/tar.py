@@ -409,7 +409,7 @@ def _pax_records(body: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:
         digits = body[at:space] if space > at else b""
         end = at + (int(digits) if digits.isdigit() else 0)
         key, equals, value = body[space + 1 : end - 1].partition(b"=")
-        if not space < end <= len(body) or not equals or body[end - 1 : end] != b"\n":
+        if not at < space < end <= len(body) or not equals or body[end - 1 : end] != b"\n":
             raise DataError(f"{where}: a PAX header says {body[at : at + 40]!r}; the tar is damaged, fetch it again")
         yield key, value
         at = end

@@ -59,3 +59,8 @@ def test_every_mutant_compiles_and_changes_one_line_that_computes() -> None:
     assert removed == {
         "start += value * 2", 'raise ValueError(f"{start - 1} is less than 0")', "check(start)"
     }  # fmt: skip
+
+
+def test_an_exception_with_a_dot_is_passed_over():
+    mutants = mutants_of("try:\n    act()\nexcept (json.Error, OSError):\n    raise\n", 100, 0)
+    assert {mutant.after for mutant in mutants} == {"pass", "except (json.Error, CosmicRayTestingException):"}
