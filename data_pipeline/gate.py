@@ -15,9 +15,9 @@ from data_pipeline.errors import DataError
 LARGEST = 2**48
 """Bytes or samples that a file may state: sums over a dataset stay far from the end of an int64."""
 
-OPEN = pydantic.ConfigDict(strict=True, extra="allow")
+OPEN = pydantic.ConfigDict(extra="allow")
 """Of a kind whose further keys are not checked: nothing is built from them."""
-CLOSED = pydantic.ConfigDict(strict=True, extra="forbid")
+CLOSED = pydantic.ConfigDict(extra="forbid")
 
 _LONGEST = 255
 _LETTER = r"[^/\\\p{Cc}]"
