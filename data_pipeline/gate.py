@@ -72,7 +72,7 @@ def _adapter(kind: Any) -> "pydantic.TypeAdapter[Any]":
 
 
 def _refused(error: pydantic.ValidationError, where: str, remedy: str) -> DataError:
-    first = error.errors(include_url=False)[0]
+    first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
     rule = _RULES.get(first.get("ctx", {}).get("pattern", ""), first["msg"])
     shown = "" if isinstance(first["input"], dict | bytes) or not place else f"={first['input']!r:.80}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -176,6 +177,16 @@ def test_numbers_of_a_description_have_bounds(field, most):
             parse_meta(json.dumps({**META, field: value}).encode(), "here")
 
 
+def test_the_entry_of_a_shard_has_three_keys():
+    entry = {"name": "a.bin", "bytes": 2, "digest": SHA}
+    assert parse_meta(json.dumps({**META, "shards": [entry]}).encode(), "here")["shards"] == [entry]
+    for wrong, key in (({**entry, "more": 1}, "more"), ({"name": "a.bin", "bytes": 2}, "digest")):
+        with pytest.raises(
+            DataError, match=rf"^here: shards\.0\.{key}.*remove the codes of this tokenizer and encode again"
+        ):
+            parse_meta(json.dumps({**META, "shards": [wrong]}).encode(), "here")
+
+
 # ------------------------------------------------------------------------------------------- opening codes
 
 
@@ -295,6 +306,16 @@ def test_a_crowd_of_crops_is_encoded_an_image_at_a_time(tmp_path, monkeypatch):
     storage, manifest = open_dataset(folder)
     assert encode_rows(storage, manifest.shards[0], [0, 1], tokenizer, 10).shape == (2, 10, 16)
     assert [shape[0] for shape, _ in tokenizer.seen] == [10, 10]
+
+
+def test_images_are_decoded_by_one_thread_as_every_worker_has_one_core(tmp_path):
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(2)
+        encode_rows(*rows_of(dataset(tmp_path, 1)), [0], Means())
+        assert cv2.getNumThreads() == 1
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_rows_are_encoded_in_the_order_that_is_asked_for(tmp_path):

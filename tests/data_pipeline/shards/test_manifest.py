@@ -38,7 +38,7 @@ from data_pipeline.shards.manifest import (
     side_name,
     unpack_index,
 )
-from data_pipeline.shards.tar import TarWriter
+from data_pipeline.shards.tar import TarWriter, header
 from data_pipeline.storage import open_storage
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -316,6 +316,18 @@ def test_an_index_is_made_by_the_rules_of_the_version_that_it_is_for():
     writer.close()
     found = [index_tar([file.getvalue()], "x", None, *version)[0].samples for version in ((), (1,), (2,))]
     assert found == [1, 1, 2]
+
+
+def test_a_damaged_tar_is_named_and_a_member_beyond_its_size_is_not_waited_for():
+    with pytest.raises(DataError, match="^here: ends at byte 0 without the closing blocks"):
+        index_tar([], "here")
+
+    def pieces():
+        yield header("a.txt", 10**6)
+        pytest.fail("read on")
+
+    with pytest.raises(DataError, match="^here: 'a.txt' claims 1000000 bytes, 512 are there"):
+        index_tar(pieces(), "here", 1024)
 
 
 def test_a_tar_without_samples_has_an_index_of_none():
