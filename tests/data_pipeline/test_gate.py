@@ -142,7 +142,7 @@ def test_what_is_refused_is_named_with_its_value_the_rule_and_the_remedy(name: s
 
 @pytest.mark.parametrize("read", ["parse", "check"])
 def test_the_first_of_several_wrong_entries_is_named_by_its_path(read: str) -> None:
-    files = holder(list[holder(gate.Count)])  # type: ignore[misc]
+    files = holder(list[holder(gate.Count)])
     tree, data = {"value": [{"value": 1}, {"value": -1}, {"value": -2}]}, b'{"value": [{"value": 1}, {"value": -1}]}'
     with pytest.raises(DataError, match=r"^here: value\.1\.value=-1: Input should be greater"):
         gate.parse(files, data, "here", "x") if read == "parse" else gate.check(files, tree, "here", "x")

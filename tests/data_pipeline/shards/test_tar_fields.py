@@ -239,12 +239,11 @@ def test_every_spelling_of_a_checksum_is_read(written, name):
 
 
 @pytest.mark.parametrize(
-    "written", [b"", b"        ", b"\0" * 8, b"xx%05o\0", b"-%06o\0", b"0o%05o\0", b"0%o8", b"%05o\0 "[:3]]
+    "written",
+    [b"", b" " * 8, b"\0" * 8, b"xx%05o\0", b"-%06o\0", b"0o%05o\0", b"%05o8", b"0 %05o\0", b"0000001\0", b"\0%06o"],
 )
 def test_another_checksum_is_refused_unless_it_is_not_looked_at(written):
-    block = block_of(written=written) if b"o" in written or not written.strip(b"\0 ") else block_of(written=b"%o")
-    if written == b"%05":
-        block = block[:148] + b"0000001\0" + block[156:]
+    block = block_of(written=written)
     with pytest.raises(DataError, match="^here: no tar header at byte 1024; the file is damaged or no tar$"):
         parse_header(block, "here", 1024)
     assert parse_header(block, "here", 1024, checked=False) == ("a.png", 3, b"0", "")
