@@ -426,6 +426,14 @@ def test_codes_that_are_there_in_another_length_are_refused_before_they_are_desc
     assert not (folder / meta_name(ID)).exists()
 
 
+def test_codes_that_are_described_but_damaged_since_are_refused_when_encoded_again(tmp_path):
+    folder = dataset(tmp_path, 2)
+    encoded(folder)
+    (folder / f"00000.vq-{ID}.bin").write_bytes(bytes(62))
+    with pytest.raises(DataError, match=f"00000.vq-{ID}.bin: 62 bytes instead of 64; delete it and encode again"):
+        encode_dataset(folder, lambda directory: Means(), "dir", progress=False)
+
+
 def test_a_sample_that_has_no_image_or_one_that_does_not_decode_is_named(tmp_path):
     folder = dataset(tmp_path / "text", 2, files=[("txt", b"a")])
     with pytest.raises(

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import Conflict, DataError
 from data_pipeline.shards.manifest import (
+    INDEXED,
+    VERSION,
     Index,
     Manifest,
     Shard,
@@ -38,7 +40,7 @@ from data_pipeline.shards.manifest import (
     side_name,
     unpack_index,
 )
-from data_pipeline.shards.tar import TarWriter, header
+from data_pipeline.shards.tar import NEWEST, TarWriter, header
 from data_pipeline.storage import open_storage
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -315,7 +317,7 @@ def test_an_index_is_made_by_the_rules_of_the_version_that_it_is_for():
     writer.add("1.06", [("txt", b"b")])
     writer.close()
     found = [index_tar([file.getvalue()], "x", None, *version)[0].samples for version in ((), (1,), (2,))]
-    assert found == [1, 1, 2]
+    assert found == [1, 1, 2] and (VERSION, INDEXED) == (1, 2) == (1, NEWEST)
 
 
 def test_a_damaged_tar_is_named_and_a_member_beyond_its_size_is_not_waited_for():
