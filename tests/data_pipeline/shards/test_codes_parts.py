@@ -57,6 +57,11 @@ class Noting(Means):
         return super().encode(images)
 
 
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    monkeypatch.setattr(codes, "ray_session", lambda *_: pytest.fail("Ray was to start"))
+
+
 def pixels_of(number: int, side: int = 16) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
 
