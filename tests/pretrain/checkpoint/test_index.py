@@ -366,6 +366,18 @@ def test_only_where_every_rank_has_one_file_of_an_even_split_the_index_is_short(
         assert "parts" not in index and list(index["files"]) == [report["name"] for report in others]
 
 
+def test_ranks_count_by_themselves_where_their_parts_are_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has half of four elements: by its size alone a file may be of either."""
+    slices = [["a", [4], 0, 2, 100, 3]]
+    first = {"name": "x", "rank": 0, "head": 100, "bytes": 124, "buffers": {}, "slices": slices}
+    second = {"name": "y", "head": 100, "bytes": 124, "buffers": {}}
+    monkeypatch.setattr(layout, "_slices_in", lambda *_: [["a", [4], 2, 4, 100, 3]])
+    assert "parts" in index_of([first, second | {"rank": 1}])
+    for rank, size in ((0, 124), (2, 124), (2, 100)):
+        index = index_of([first, second | {"rank": rank, "bytes": size}])
+        assert index["files"] == {"x": [[0, 0, 2, 100, 3]], "y": [[0, 2, 4, 100, 3]]}
+
+
 def test_who_told_no_slices_and_is_no_part_of_an_even_split_is_asked_by_its_file(tmp_path: Path) -> None:
     full = reports_of(tmp_path, [even_shard(rank, 3) for rank in range(3)])
     silent = [{key: value for key, value in report.items() if key != "slices"} for report in full]

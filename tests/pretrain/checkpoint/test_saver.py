@@ -466,11 +466,12 @@ def test_a_choice_waits_for_the_save_under_way(tmp_path: Path, monkeypatch: pyte
 
 
 def test_steps_between_the_regular_ones_are_passed_over_where_that_is_asked(tmp_path: Path) -> None:
-    for step in (4, 8, 9, 10):
+    for step in (4, 8, 9, 11):
         write(tmp_path, step)
     (checkpoints,) = ranks_of(tmp_path / "checkpoints", 1)
     found = {every: checkpoints.newest(every) for every in (1, 2, 3, 4, 7)}
-    assert {every: saved and saved.step for every, saved in found.items()} == {1: 10, 2: 10, 3: 9, 4: 8, 7: None}
+    assert {every: saved and saved.step for every, saved in found.items()} == {1: 11, 2: 8, 3: 9, 4: 8, 7: None}
+    assert checkpoints.newest() == found[1]
     for index in range(4):
         flip_a_bit(folder_of(tmp_path, index) / "r00001.safetensors")
     with pytest.raises(DataError, match="checkpoints: none of 2 checkpoints is whole; restore one or empty the folder"):
