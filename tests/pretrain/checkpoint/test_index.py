@@ -259,6 +259,12 @@ def test_staging_takes_new_memory_only_for_a_larger_shard() -> None:
     assert addresses[0] == addresses[1] == addresses[2] and addresses[3] == addresses[4]
 
 
+def test_a_copy_of_a_trained_tensor_carries_no_gradient() -> None:
+    weights = torch.ones(4, requires_grad=True)
+    copied = Staging().copy(Shard(0, "f", [Share("w", (4,), 0, 4, {"param": weights})], {"b": weights[:1]}))
+    assert not copied.shares[0].views["param"].requires_grad and not copied.buffers["b"].requires_grad
+
+
 class OnDevice(torch.Tensor):
     """Says of itself that it lies on a GPU."""
 
