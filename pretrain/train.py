@@ -416,7 +416,7 @@ def start_from_initial(config: RunConfig, objective: nn.Module, mesh: Mesh, know
     from pretrain.checkpoint.trained import start_from
 
     source = str(config.initial)
-    table = start_from(objective.get_submodule("model"), source)
+    table = start_from(objective.get_submodule("model"), source, config.model)
     known[INITIAL] = from_rank_0(mesh, INITIAL, lambda: of_initial(source))
     if mesh.rank == 0:
         print(table, flush=True)

@@ -42,6 +42,7 @@ from data_pipeline.build.tables import Table, load_json, parquet_errors, publish
 from data_pipeline.build.unreadable import UNREADABLE
 from data_pipeline.config import CocoSource, FolderSource, ScenesSource, SourceConfig, TarsSource
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.foreign import foreign_model
 from data_pipeline.remote import Forbidden, S3Storage
 from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.samples import IMAGE_EXTENSIONS, Unreadable, as_captions, read_captions, read_sample
@@ -124,7 +125,8 @@ class Folder:
 
     def count(self) -> int:
         if not self.layout.rows:
-            raise DataError(f"{self._path}: no images ({', '.join(IMAGE_EXTENSIONS)}) here; check source.path")
+            known, hint = ", ".join(IMAGE_EXTENSIONS), foreign_model(self._path)
+            raise DataError(f"{self._path}: no images ({known}) here; check source.path{hint}")
         return self.layout.rows
 
     def keys(self) -> Iterator[str]:
@@ -228,7 +230,7 @@ class Coco:
 
     def count(self) -> int:
         if not self.layout.rows:
-            raise DataError(f"{self._config.path}: no images; check source.path")
+            raise DataError(f"{self._config.path}: no images; check source.path{foreign_model(self._config.path)}")
         return self.layout.rows
 
     def keys(self) -> Iterator[str]:

@@ -27,6 +27,7 @@ from typing_extensions import TypedDict
 
 from data_pipeline import gate
 from data_pipeline.errors import Conflict, DataError
+from data_pipeline.foreign import foreign_model
 from data_pipeline.shards.tar import BLOCK, checksum, samples_of
 from data_pipeline.storage import Storage, open_storage
 
@@ -180,7 +181,7 @@ def read_manifest(storage: Storage, name: str = MANIFEST) -> Manifest:
     if not storage.exists(name):
         raise DataError(
             f"{storage.root}: no {name}, so no finished dataset; run `tessera data build` to the end, "
-            "or `tessera data index` for tars made elsewhere"
+            f"or `tessera data index` for tars made elsewhere{foreign_model(storage.root)}"
         )
     return parse_manifest(storage.get(name), f"{storage.root}/{name}")
 

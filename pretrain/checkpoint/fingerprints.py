@@ -17,6 +17,7 @@ import torch
 from data_pipeline.errors import ConfigError, DataError, TesseraError
 from data_pipeline.stream.mixture import Mixture, Source
 from pretrain.config import FINGERPRINTS, DataConfig, RunConfig
+from pretrain.interchange.folder import NOTES_FILE
 
 VOCABULARY, TOKENIZER, INITIAL = "data.vocabulary", "data.tokenizer", "initial"
 UNKNOWN = "0" * 12
@@ -85,19 +86,25 @@ def _digest(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def recorded(folder: str | Path) -> Fingerprints | None:
-    """What a run's or an exported folder's config.json has of them; None where it was written before they were kept."""
-    return fingerprints_in(_config_of(folder))
+    """Those of a run or an exported folder; None where it was written before they were kept.
+
+    An export in another layout has them in its tessera.json, ours in their config.json.
+    """
+    found = fingerprints_in(_config_of(folder))
+    return fingerprints_in(_config_of(folder, NOTES_FILE)) if found is None else found
 
 
 def fingerprints_in(tree: Mapping[str, Any]) -> Fingerprints | None:
     """Those of a config.json or of a checkpoint's state; None where there are none."""
     found = tree.get(FINGERPRINTS)
-    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        return None
+    return dict(found)
 
 
-def _config_of(folder: str | Path) -> dict[str, Any]:
+def _config_of(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
     try:
-        tree = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        tree = json.loads(Path(folder, name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return tree if isinstance(tree, dict) else {}

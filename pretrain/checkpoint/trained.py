@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.settings import override_settings
+from data_pipeline.foreign import foreign_model
+from data_pipeline.settings import flatten, override_settings
 from data_pipeline.storage import open_storage
 from pretrain.checkpoint.catalog import Saved, checkpoint_root, committed, names, read_json
 from pretrain.checkpoint.layout import Slices
@@ -59,7 +60,10 @@ def saved_tree(source: str | Path) -> dict[str, Any]:
         raise no_run(source)
     tree = saved_run(read_json(open_storage(source), CONFIG_FILE))
     if not isinstance(tree.get("model"), dict):
-        raise DataError(f"{source}/{CONFIG_FILE} describes no model of tessera; restore it, or export the model again")
+        hint = foreign_model(source)
+        raise DataError(
+            f"{source}/{CONFIG_FILE} describes no model of tessera; restore it, or export the model again{hint}"
+        )
     return tree
 
 
@@ -89,6 +93,8 @@ def _of_export(source: str | Path, tree: Mapping[str, Any]) -> dict[str, Any]:
 def root_of(run: str | Path, overrides: Sequence[str] = ()) -> str:
     """Where the checkpoints of a run lie. Raises ConfigError for an exported model, which has none."""
     if not (Path(run) / CONFIG_FILE).is_file():
+        if foreign_model(run):
+            raise no_run(run)
         return checkpoint_root(run, None)
     if is_export(saved_tree(run)):
         raise ConfigError(f"{run} is an exported model and has no checkpoints; name the run that it was exported from")
@@ -98,7 +104,7 @@ def root_of(run: str | Path, overrides: Sequence[str] = ()) -> str:
 def no_run(run: str | Path) -> ConfigError:
     """For a path that a user took for a run's folder."""
     what = "is no run: it has no config.json" if Path(run).is_dir() else "is no folder"
-    return ConfigError(f"{run} {what}; give the folder that a configuration names as `run:`")
+    return ConfigError(f"{run} {what}; give the folder that a configuration names as `run:`{foreign_model(run)}")
 
 
 def newest_whole(
@@ -170,11 +176,14 @@ def weights_of(saved: Saved) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------- partial load
 
 
-def start_from(model: nn.Module, source: str | Path) -> str:
+def start_from(model: nn.Module, source: str | Path, config: ModelConfig | None = None) -> str:
     """Copy what fits by name and shape from a run or an exported folder -> a table of what matched, for people.
 
     Raises DataError when nothing fits: a run that starts from nothing by mistake looks like one that learns slowly.
+    config: of the model; then a source that computes something else with the same tensors is refused by ConfigError.
     """
+    if config is not None:
+        check_same_model(config, source)
     weights = weights_in(source)
     target = model.state_dict()
     fits = {name for name in target.keys() & weights.keys() if target[name].shape == weights[name].shape}
@@ -185,6 +194,34 @@ def start_from(model: nn.Module, source: str | Path) -> str:
         target[name].copy_(weights[name])
     counts = f"{len(fits)} of {len(target)} tensors start from {source}, {len(weights) - len(fits)} of it are left out"
     return "\n".join([counts, *lines])
+
+
+INVISIBLE = ("activation", "norm_eps", "heads", "norm_groups")
+"""Settings of a model that change what it computes, and that no tensor's shape shows."""
+SHAPED_BY = {"heads": "width", "norm_groups": "channels"}
+"""A setting that means nothing to weights of another size than this one."""
+
+
+def check_same_model(config: ModelConfig, source: str | Path) -> None:
+    """Raises ConfigError naming the INVISIBLE settings that the source's config.json has otherwise, if it has one."""
+    if not (Path(source) / CONFIG_FILE).is_file():
+        return
+    tree = saved_tree(source)
+    there = load_config(source) if is_export(tree) else run_config(source).model
+    if there.kind != config.kind:
+        return
+    theirs, ours = (flatten(one.model_dump(mode="json")) for one in (there, config))
+    lines = []
+    for key, value in ours.items():
+        section, dot, name = key.rpartition(".")
+        size = section + dot + SHAPED_BY.get(name, name)
+        if name in INVISIBLE and theirs[key] != value and (name not in SHAPED_BY or theirs[size] == ours[size]):
+            lines.append(f"model.{key}: {theirs[key]} there, {value} here")
+    if lines:
+        raise ConfigError(
+            f"initial={source}: the same weights compute something else in this model; use the values that they were "
+            "trained with\n  " + "\n  ".join(lines)
+        )
 
 
 def _row(name: str, ours: Tensor | None, theirs: Tensor | None) -> str:

@@ -1,6 +1,7 @@
 """What `tessera checkpoint` does: what is saved and why it stays, is it whole, name it, take it elsewhere, tidy up."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from pretrain.checkpoint.trained import (
 )
 from pretrain.checkpoint.universal import export_universal
 from pretrain.config import FINGERPRINTS, RunConfig
-from pretrain.interchange.folder import export_model
+from pretrain.interchange.folder import export_model, read_notes
 from pretrain.interchange.foreign import read_layout
 from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import LAYOUTS
@@ -83,8 +84,9 @@ def export(
     tessera: config.json and model.safetensors, which every other command reads; `overrides` change the settings that
     are noted in it. deepspeed: a universal checkpoint with the optimizer's state. One of LAYOUTS: model.safetensors
     under the names of that public model; those of transformers with its config.json, so that `from_pretrained` takes
-    the folder. again: accept a folder that holds this export already. Raises ConfigError for a used folder, and where
-    the run names another vocabulary or image tokenizer by now than it was trained with.
+    the folder. Both have a tessera.json, which says what the config.json of ours does. again: accept a folder that
+    holds this export already. Raises ConfigError for a used folder, and where the run names another vocabulary or image
+    tokenizer by now than it was trained with.
     """
     if form not in ("tessera", "deepspeed", *LAYOUTS):
         raise ConfigError(f"--format {form} is not known; use tessera, deepspeed, {', '.join(sorted(LAYOUTS))}")
@@ -94,19 +96,23 @@ def export(
     settings = _settings_of(run, overrides)
     if settings:
         check_files(run, settings, missing_ok=True)
+    noted = _noted(settings, recorded(run))
     if form == "deepspeed":
-        return export_universal(newest_whole(run, step, label, overrides), output)
+        saved = newest_whole(run, step, label, overrides)
+        return export_universal(saved, output, run_config(run, overrides).model, noted | {"step": saved.step})
     model, config, at = load_weights(run, step, label, overrides)
-    if form == "tessera":
-        return export_model(output, config, model.state_dict(), _noted(settings, recorded(run)) | {"step": at})
-    return export_layout(output, form, config, model.state_dict())
+    write = export_model if form == "tessera" else functools.partial(export_layout, layout=form)
+    return write(output, config=config, state=model.state_dict(), more=noted | {"step": at})
 
 
 def import_(source: str | Path, output: str | Path, form: str) -> Path:
-    """A folder of a public layout -> a new folder as `export` writes it. Raises DataError naming what does not fit."""
+    """A folder of a public layout -> a new folder as `export` writes it. Raises DataError naming what does not fit.
+
+    What `export` noted in it of data and fingerprints is kept.
+    """
     refuse_used(output)
     config, state = read_layout(source, form)
-    return export_model(output, config, state)
+    return export_model(output, config, state, read_notes(source, config))
 
 
 def _settings_of(source: str | Path, overrides: Sequence[str]) -> RunConfig | None:

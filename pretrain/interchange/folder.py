@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.foreign import foreign_model
 from data_pipeline.outputs import new_folder
 from data_pipeline.settings import Settings
 from pretrain.config import ModelConfig
@@ -24,12 +25,14 @@ from pretrain.translate import saved_model
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+NOTES_FILE = "tessera.json"
+"""Beside an export in another layout: what its own files cannot say, fingerprints among it."""
 
 
 def export_model(
     directory: str | Path,
-    model_config: Settings,
-    state_dict: Mapping[str, Tensor],
+    config: Settings,
+    state: Mapping[str, Tensor],
     more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a new folder -> its path. Raises ConfigError for a used one, DataError where it cannot be written.
@@ -38,11 +41,28 @@ def export_model(
     and the "step".
     """
     with new_folder(directory) as folder:
-        save_weights(folder, state_dict)
-        tree = {"model": model_config.model_dump(mode="json"), **(more or {})}
-        text = json.dumps(tree, indent=2, ensure_ascii=False)
-        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        save_weights(folder, state)
+        write_notes(folder, config, more, CONFIG_FILE)
     return Path(directory)
+
+
+def write_notes(
+    folder: Path, model_config: Settings, more: Mapping[str, Any] | None = None, name: str = NOTES_FILE
+) -> None:
+    """Write what is known of a model into `folder`: the config.json of an export of ours, tessera.json of any other."""
+    tree = {"model": model_config.model_dump(mode="json"), **(more or {})}
+    (folder / name).write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_notes(directory: str | Path, model_config: Settings) -> dict[str, Any]:
+    """What tessera.json in the folder of another layout says beside the model; nothing where that is another one."""
+    try:
+        tree = json.loads(Path(directory, NOTES_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(tree, dict) or tree.pop("model", None) != model_config.model_dump(mode="json"):
+        return {}
+    return tree
 
 
 def save_weights(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
@@ -84,6 +104,8 @@ def load_config(directory: str | Path) -> ModelConfig:
         tree = json.loads(path.read_text(encoding="utf-8"))
         return pydantic.TypeAdapter(ModelConfig).validate_python(saved_model(tree["model"]))
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist; give a folder that `tessera checkpoint export` wrote") from None
+        hint = foreign_model(directory)
+        raise DataError(f"{path} does not exist; give a folder that `tessera checkpoint export` wrote{hint}") from None
     except (ValueError, RecursionError, KeyError, TypeError) as error:  # pydantic's is a ValueError
-        raise DataError(f"{path} does not describe a model ({error}); export the model again") from None
+        hint = foreign_model(directory)
+        raise DataError(f"{path} does not describe a model ({error}); export the model again{hint}") from None

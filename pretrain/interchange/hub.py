@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,21 @@ from data_pipeline.outputs import new_folder
 from data_pipeline.vocabulary import Vocabulary
 from pretrain.config import ClipConfig
 from pretrain.interchange.described import CONFIGS
-from pretrain.interchange.folder import CONFIG_FILE, save_weights
-from pretrain.interchange.layouts import State, export_state
+from pretrain.interchange.folder import CONFIG_FILE, save_weights, write_notes
+from pretrain.interchange.layouts import State, check_derived, export_state
 
 TOKEN_IDS_FILE = "token_ids.json"
 
 
-def export_layout(directory: str | Path, layout: str, config: Any, state: State) -> Path:
+def export_layout(
+    directory: str | Path, layout: str, config: Any, state: State, more: Mapping[str, Any] | None = None
+) -> Path:
     """Our state dict in a public layout -> the new folder; a folder in it for each model where there are several.
 
     Layouts of transformers get their config.json, OpenAI's a list of the ids that changed places. Raises DataError
-    naming the keys that differ.
+    naming the keys or settings that differ. more: what tessera.json says beside the model.
     """
+    check_derived(layout, config)
     weights = export_state(layout, config, state)
     describe = CONFIGS.get(layout)
     with new_folder(directory) as folder:
@@ -35,6 +39,7 @@ def export_layout(directory: str | Path, layout: str, config: Any, state: State)
                 (folder / part / CONFIG_FILE).write_text(
                     json.dumps(_with_token_ids(tree), indent=2) + "\n", encoding="utf-8"
                 )
+        write_notes(folder, config, more)
     return Path(directory)
 
 

@@ -4,6 +4,7 @@ A layout is the complete list of rules for one configuration, so that a key too 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ class Layout:
     """kind: of the model configuration; rules: configuration -> every rule; ignored: endings of weightless keys.
 
     fixed: settings that no file of this layout says, as its programs have them built in.
+    derived: settings that its programs compute from the shapes of what is exported.
     unpack and pack: what no rule can say, done to their state before import and after export.
     """
 
@@ -49,6 +51,7 @@ class Layout:
     unpack: Callable[[Any, State], State] = _as_is
     pack: Callable[[Any, State], State] = _as_is
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    derived: Mapping[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
 
 
 def import_state(layout: str, config: Any, state: Mapping[str, Tensor]) -> State:
@@ -73,7 +76,8 @@ def export_state(layout: str, config: Any, state: Mapping[str, Tensor]) -> State
     return LAYOUTS[layout].pack(config, exported)
 
 
-def _rules(layout: str, config: Any) -> list[Rule]:
+def _layout_of(layout: str, config: Any) -> Layout:
+    """Raises DataError for a name that is not known, ConfigError for a layout of another family."""
     if layout not in LAYOUTS:
         raise DataError(f"layout {layout!r} is not known; use one of {', '.join(sorted(LAYOUTS))}")
     if LAYOUTS[layout].kind != config.kind:
@@ -81,14 +85,29 @@ def _rules(layout: str, config: Any) -> list[Rule]:
         raise ConfigError(
             f"layout {layout!r} is for {LAYOUTS[layout].kind}, and the model is of kind {config.kind}; use {fitting}"
         )
-    for name, value in LAYOUTS[layout].fixed.items():
-        if getattr(config, name) != value:
+    return LAYOUTS[layout]
+
+
+def _rules(layout: str, config: Any) -> list[Rule]:
+    known = _layout_of(layout, config)
+    _check_settings(layout, config, known.fixed)
+    return known.rules(config)
+
+
+def check_derived(layout: str, config: Any) -> None:
+    """Raises DataError for a setting that programs of the layout would derive otherwise from an exported file."""
+    wanted = {name: value(config) for name, value in _layout_of(layout, config).derived.items()}
+    _check_settings(layout, config, wanted)
+
+
+def _check_settings(layout: str, config: Any, wanted: Mapping[str, Any]) -> None:
+    for name, value in wanted.items():
+        has = functools.reduce(getattr, name.split("."), config)
+        if has != value:
             raise DataError(
-                f"programs of layout {layout!r} have {name}={value}, the configuration has "
-                f"{name}={getattr(config, name)}: the same weights compute something else there; "
-                "use --format tessera, or train with that value"
+                f"programs of layout {layout!r} have {name}={value}, the configuration has {name}={has}: the same "
+                "weights compute something else there; use --format tessera, or train with that value"
             )
-    return LAYOUTS[layout].rules(config)
 
 
 def _refuse(layout: str, missing: set[str], unknown: set[str]) -> None:
@@ -334,7 +353,12 @@ def _pack_gpt2(config: GptConfig, state: State) -> State:
 
 
 def _taming_vqgan(config: VqganConfig) -> list[Rule]:
-    """Our names are theirs. Raises DataError for another number of groups, which no tensor's shape shows."""
+    """Our names are theirs. Raises DataError for another number of groups, and for a middle without attention."""
+    if not config.attention_at:
+        raise DataError(
+            "programs of layout 'taming-vqgan' have attention in the middle blocks, the configuration has "
+            "attention_at=[]; use --format tessera, or train with attention_at=[middle]"
+        )
     if set(config.group_counts()) != {32}:
         raise DataError(
             f"programs of layout 'taming-vqgan' have 32 groups in every GroupNorm, the configuration has "
@@ -350,14 +374,33 @@ def _without(prefix: str) -> Callable[[Any, State], State]:
     return lambda config, state: {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
 
 
+def _heads_of_64(tower: str) -> Callable[[ClipConfig], int | float]:
+    """Heads that OpenAI's programs give a tower: one for every 64 of its width."""
+
+    def heads(config: ClipConfig) -> int | float:
+        width: int = getattr(config, tower).width
+        return width / 64 if width % 64 else width // 64
+
+    return heads
+
+
 MINGPT = {"activation": "gelu", "norm_eps": 1e-5}
 # open_clip writes the same names as OpenAI, whose files carry three numbers besides the weights
 LAYOUTS: dict[str, Layout] = {
     "transformers-clip": Layout("clip", _transformers_clip, ignored=("embeddings.position_ids",)),
     "openai-clip": Layout(
-        "clip", _openai_clip, ignored=("input_resolution", "context_length", "vocab_size"), fixed={"norm_eps": 1e-5}
+        "clip",
+        _openai_clip,
+        ignored=("input_resolution", "context_length", "vocab_size"),
+        fixed={"norm_eps": 1e-5},
+        derived={f"{tower}.heads": _heads_of_64(tower) for tower in ("vision", "text")},
     ),
-    "transformers-bert": Layout("bert", _transformers_bert, ignored=("embeddings.position_ids",)),
+    "transformers-bert": Layout(
+        "bert",
+        _transformers_bert,
+        ignored=("embeddings.position_ids",),
+        derived={"embedding_width": lambda config: config.width},
+    ),
     "transformers-electra": Layout("electra", _transformers_electra, ignored=("embeddings.position_ids",)),
     "mingpt": Layout("gpt", _mingpt, ignored=("attn.mask",), fixed=MINGPT),
     "easynlp-gpt": Layout(

@@ -1,8 +1,10 @@
 """What a checkpoint becomes elsewhere: an exported model, a public layout, the start of another run."""
 
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.foreign import LAYOUT_KINDS, foreign_model
+from data_pipeline.shards.manifest import open_dataset
 from pretrain.checkpoint import verbs
-from pretrain.checkpoint.trained import load_trained, start_from
+from pretrain.checkpoint.fingerprints import recorded
+from pretrain.checkpoint.trained import load_trained, root_of, start_from, weights_in
 from pretrain.interchange.folder import load_model
 from pretrain.interchange.layouts import import_state
 from pretrain.models import MODELS
@@ -123,7 +128,103 @@ def test_exported_files_follow_the_umask(form: str, tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
 
 
+@pytest.mark.parametrize("form", ["deepspeed", "transformers-electra"])
+def test_what_a_model_depends_on_is_noted_beside_every_format(form: str, tmp_path: Path) -> None:
+    write(tmp_path / "run", 3)
+    note_fingerprints(tmp_path / "run", {"data.vocabulary": "ab" * 32})
+    folder = verbs.export(tmp_path / "run", tmp_path / "out", form=form)
+    noted = json.loads((folder / "tessera.json").read_text())
+    plain = verbs.export(tmp_path / "run", tmp_path / "plain")
+    assert noted == json.loads((plain / "config.json").read_text()) and noted["step"] == 3
+    assert recorded(folder) == {"data.vocabulary": "ab" * 32}
+
+
+def test_a_public_layout_that_is_imported_again_says_what_it_was_trained_with(tmp_path: Path) -> None:
+    write(tmp_path / "run", 3)
+    note_fingerprints(tmp_path / "run", {"data.vocabulary": "ab" * 32})
+    public = verbs.export(tmp_path / "run", tmp_path / "public", form="transformers-electra")
+    back = verbs.import_(public, tmp_path / "back", "transformers-electra")
+    assert (back / "config.json").read_bytes() == (
+        verbs.export(tmp_path / "run", tmp_path / "x") / "config.json"
+    ).read_bytes()
+    for broken in ("", "[]", "{", '{"model": 3, "fingerprints": {"data.vocabulary": 7}}', '{"fingerprints": []}'):
+        (public / "tessera.json").write_text(broken)
+        again = verbs.import_(public, tmp_path / f"again-{len(broken)}", "transformers-electra")
+        assert recorded(again) is None and load_model(again)
+
+
+def note_fingerprints(run: Path, fingerprints: dict[str, str]) -> None:
+    tree = config_of(run).model_dump(mode="json") | {"fingerprints": fingerprints}
+    (run / "config.json").write_text(json.dumps(tree))
+
+
+# ------------------------------------------------------------------------------- folders of other programs
+
+
+FOREIGN: dict[str, dict[str, str]] = {
+    "bert": {"config.json": '{"model_type": "bert", "architectures": ["BertModel"]}', "model.safetensors": ""},
+    "clip": {"config.json": '{"model_type": "clip"}', "pytorch_model.bin": ""},
+    "other": {"config.json": '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'},
+    "electra": {"discriminator/config.json": '{"model_type": "electra"}', "generator/config.json": "{}"},
+    "weights": {"model.safetensors": ""},
+    "sharded": {"model.safetensors.index.json": "{}", "config.json": "{}"},
+    "open_clip": {"open_clip_config.json": "{}", "open_clip_pytorch_model.bin": ""},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_folder_of_another_program_is_told_with_the_way_to_import_it(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    for name, text in FOREIGN[kind].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    wanted = f"tessera checkpoint import {folder} OUT --format transformers-" + (
+        kind if kind in LAYOUT_KINDS else "{bert,clip,electra}"
+    )
+    uses = {
+        "run": load_trained, "tokenizer": load_model, "root": root_of, "dataset": open_dataset,
+        "export": lambda path: verbs.export(path, tmp_path / "out"), "list": verbs.list_, "initial": weights_in,
+    }  # fmt: skip
+    for name, use in uses.items():
+        if name == "initial" and "model.safetensors" in FOREIGN[kind]:
+            continue
+        with pytest.raises((ConfigError, DataError)) as told:
+            use(folder)
+        assert wanted in str(told.value), (name, str(told.value))
+
+
+def test_a_folder_of_ours_is_not_taken_for_one_of_another_program(tmp_path: Path) -> None:
+    write(tmp_path / "run", 3)
+    assert foreign_model(tmp_path / "run") == "" == foreign_model(tmp_path / "nowhere") == foreign_model(tmp_path)
+    assert foreign_model(verbs.export(tmp_path / "run", tmp_path / "out")) == ""
+
+
 # ------------------------------------------------------------------------------------------- partial load
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize(("field", "value"), [("heads", 4), ("activation", "relu"), ("norm_eps", 1e-3)])
+def test_weights_that_compute_something_else_here_are_refused_by_name(
+    field: str, value: Any, exported: bool, tmp_path: Path
+) -> None:
+    write(tmp_path / "run", 3)
+    note_fingerprints(tmp_path / "run", {})
+    place = verbs.export(tmp_path / "run", tmp_path / "exported") if exported else tmp_path / "run"
+    config = config_of(Path("unused")).model
+    changed = config.model_copy(update={field: value})
+    other = MODELS["electra"](changed)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ConfigError, match=rf"model\.{field}: {getattr(config, field)} there, {value} here"):
+        start_from(other, place, changed)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_heads_of_another_width_are_no_matter(tmp_path: Path) -> None:
+    write(tmp_path / "run", 3)
+    config = config_of(Path("unused")).model
+    wider = config.model_copy(update={"width": 64, "heads": 4})
+    note_fingerprints(tmp_path / "run", {})
+    assert "tensors start from" in start_from(MODELS["electra"](wider), tmp_path / "run", wider)
 
 
 def other_model(layers: int = 2, vocabulary: int = 200) -> nn.Module:

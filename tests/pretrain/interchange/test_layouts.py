@@ -59,6 +59,42 @@ def test_openai_names_and_orientation() -> None:
     assert theirs["visual.proj"].shape == (16, 8) and theirs["logit_scale"].shape == ()
 
 
+CLIP, BERT = CONFIGS["clip"], CONFIGS["bert"]
+WIDE = CLIP.model_copy(
+    update={"vision": C.VisionTower(image_size=8, patch_size=4, width=128, layers=2, heads=2),
+            "text": C.TextTower(**TOWER | {"width": 128})}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "config", "said"),
+    [
+        ("openai-clip", CLIP, "have vision.heads=0.25, the configuration has vision.heads=2"),
+        ("openai-clip", WIDE.model_copy(update={"vision": WIDE.vision.model_copy(update={"heads": 4})}),
+         "have vision.heads=2, the configuration has vision.heads=4"),
+        ("openai-clip", WIDE.model_copy(update={"text": WIDE.text.model_copy(update={"heads": 1})}),
+         "have text.heads=2, the configuration has text.heads=1"),
+        ("openai-clip", WIDE.model_copy(update={"norm_eps": 1e-3}), "have norm_eps=1e-05, .*norm_eps=0.001"),
+        ("transformers-bert", BERT.model_copy(update={"embedding_width": 12}),
+         "have embedding_width=16, the configuration has embedding_width=12"),
+    ],
+)  # fmt: skip
+def test_an_export_that_its_layout_cannot_express_is_refused_by_name(
+    layout: str, config: Any, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=f"programs of layout '{layout}' {said}"):
+        export_layout(tmp_path / "out", layout, config, weights(config))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vqgan_without_attention_in_the_middle_is_none_of_taming(tmp_path: Path) -> None:
+    config = C.VqganConfig(image_size=8, channels=32, multipliers=(1, 2), res_blocks=1, attention_at=(), norm_groups=32)
+    with pytest.raises(DataError, match="attention_at"):
+        export_layout(tmp_path / "out", "taming-vqgan", config, weights(config))
+    config = config.model_copy(update={"attention_at": ("middle",)})
+    assert (export_layout(tmp_path / "out", "taming-vqgan", config, weights(config)) / "model.safetensors").is_file()
+
+
 def pooled_by_argmax(weights: dict[str, Tensor], tokens: Tensor, heads: int) -> Tensor:
     """OpenAI's `encode_text` over weights of its layout, pooled at the largest id: int64 [B, S] -> [B, E], length 1."""
     x = weights["token_embedding.weight"][tokens] + weights["positional_embedding"][: tokens.shape[1]]
@@ -87,7 +123,7 @@ def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
 
 def test_an_exported_openai_clip_pools_at_our_end_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Among them a text with every id, one that is cut at the context, and an empty one."""
-    config, model = CONFIGS["clip"], MODELS["clip"](CONFIGS["clip"]).eval()
+    config, model = WIDE, MODELS["clip"](WIDE).eval()
     torch.nn.init.normal_(model.text.word.weight), torch.nn.init.normal_(model.text.positions)
     folder = export_layout(tmp_path / "out", "openai-clip", config, model.state_dict())
     theirs, told = load_file(folder / "model.safetensors"), json.loads((folder / "token_ids.json").read_text())
