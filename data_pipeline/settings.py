@@ -124,13 +124,24 @@ def _read_one(path: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{path}: no such configuration file; give the path of a YAML file, for example one in configs/"
             )
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _with_whole_letters(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}; give this user the right to read it") from None
     except _NOT_YAML as error:
         raise ConfigError(f"{path}: not YAML in UTF-8: {error}; mend the file, or save it as UTF-8") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}; a configuration is a mapping of keys to values")
+    return tree
+
+
+def _with_whole_letters(tree: Any) -> Any:
+    """The same with one letter for each pair of JSON's escapes \\uD83D\\uDE00. Raises ValueError for half a pair."""
+    if isinstance(tree, str):
+        return tree if tree.isascii() else tree.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    if isinstance(tree, list):
+        return [_with_whole_letters(value) for value in tree]
+    if isinstance(tree, dict):
+        return {_with_whole_letters(key): _with_whole_letters(value) for key, value in tree.items()}
     return tree
 
 
@@ -263,7 +274,8 @@ def _explain(schema: type[Settings], tree: Any, problem: Any) -> str:
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], sorted(field_names(schema)), n=1, cutoff=0.5)
-        return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "; see the schema in config.py")
+        known = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_keys_beside(schema, tree, path))}"
+        return f"{key}: unknown key; {known}"
     if problem["type"] == "missing":
         return f"{key}: missing; this key has no default"
     message = problem["msg"].removeprefix("Value error, ")
@@ -272,6 +284,22 @@ def _explain(schema: type[Settings], tree: Any, problem: Any) -> str:
         message = f"YAML reads this as a {type(shown).__name__}, and text is meant; write it in quotation marks"
     value = "" if isinstance(shown, dict) else f" = {shown!r}"
     return f"{key}{value}: {message}" if key else message
+
+
+def _keys_beside(schema: type[Settings], tree: Any, path: Sequence[str]) -> list[str]:
+    """The keys of the section in which the last key of `path` stands."""
+    kinds: list[Any] = [schema]
+    for section in path[:-1]:
+        kinds = _kinds_below(kinds, tree, section) if isinstance(tree, Mapping) else _elements_of(kinds)
+        tree = tree.get(section) if isinstance(tree, Mapping) else tree[int(section)]
+    chosen = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)]
+    told = tree.get("kind") if isinstance(tree, Mapping) else None
+    own = [kind for kind in chosen if "kind" in kind.model_fields and told == kind.model_fields["kind"].default]
+    return sorted({name for kind in own or chosen for name in kind.model_fields})
+
+
+def _elements_of(kinds: Sequence[Any]) -> list[Any]:
+    return [member for kind in kinds for member in _elements(kind)]
 
 
 def _path(tree: Any, place: Sequence[str | int]) -> list[str]:

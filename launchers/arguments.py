@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json as json_module
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,7 +65,8 @@ def as_dict(result: Any) -> dict[str, Any]:
 def emit(result: Mapping[str, Any], as_json: bool) -> None:
     """Print `result` as one JSON line, or as `name  value` lines for a person, where a table is its number of rows."""
     if as_json:
-        typer.echo(json_module.dumps(result, ensure_ascii=False, sort_keys=True, default=str))
+        escaped = "utf" not in (sys.stdout.encoding or "").lower()  # by JSON's escapes, not the stream's
+        typer.echo(json_module.dumps(result, ensure_ascii=escaped, sort_keys=True, default=str))
         return
     width = max((len(name) for name in result), default=0)
     for name, value in result.items():

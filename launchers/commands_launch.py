@@ -14,6 +14,7 @@ from launchers import commands_checkpoint, commands_data, commands_run
 from launchers import slurm as slurm_jobs
 from launchers.arguments import AsJson, Changes, Overrides, emit, finite
 from launchers.local import check_rendezvous, launch_local
+from launchers.output import print_program
 from launchers.pipeline import Step, check_paths, plan_steps
 from launchers.spec import COMMANDS, KubernetesCluster, LocalCluster, RunSpec, SlurmCluster, Task
 
@@ -152,7 +153,7 @@ def slurm(
         raise ConfigError("--seeds is empty; write 0-3 or 1,5,9, or leave --seeds out for one run")
     scripts = slurm_jobs.render_all(steps, seeds or "")
     if dry_run:
-        typer.echo(scripts, nl=False)
+        print_program(scripts)
         return
     check_paths(steps)
     jobs = slurm_jobs.submit_all(steps, seeds or "")
@@ -180,7 +181,7 @@ def kubernetes(
         checked(plan_steps(KubernetesCluster, config, with_changes(rest, change), cluster, nodes, procs_per_node, task))
     )
     if dry_run:
-        typer.echo(render(step.spec, step.cluster), nl=False)
+        print_program(render(step.spec, step.cluster))
         return
     emit(submit(step.spec, step.cluster), json)
 

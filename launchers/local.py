@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue
 from launchers.causes import DECODING, USER_CODE_EXIT, Failure, diagnose, pause_s, worth_another_attempt
 from launchers.children import die_with
+from launchers.output import print_program
 from launchers.quoting import command_line
 from launchers.watch import JOB, metrics_size, read_record, refuse_second_launch, start_ticks, write_record
 from pretrain.deadline import LEAD_VARIABLE, lead_s
@@ -104,7 +105,7 @@ def launch_local(
         env=tuple(spec.environment.items()),
     )
     if dry_run:
-        print(dry_run_text(group))
+        print_program(dry_run_text(group) + "\n")
         return 0
     return _attempts(group, Path(spec.run_folder), node_rank, restarts, Patience(spec.lead_s))
 

@@ -74,6 +74,16 @@ def _protected(stream: Any, descriptor: int) -> io.TextIOWrapper:
     )
 
 
+def print_program(text: str) -> None:
+    """Print a rendered job as it would be submitted: in UTF-8, whatever the encoding of standard output.
+
+    An escape in the place of a letter would change what the job runs.
+    """
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+    sys.stdout.flush()
+
+
 def finish_output(code: int, needed: bool) -> int:
     """Flush both streams -> the exit code: 74 for 0 where standard output is `needed` and did not arrive.
 

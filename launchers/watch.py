@@ -148,7 +148,10 @@ def job_of(run: Path) -> dict[str, Any]:
     """RUN/job.json, if that run belongs to a scheduler; empty otherwise. Raises ConfigError for an unknown place."""
     record = read_record(run, JOB)
     if record and record.get("place") not in PLACES:
-        raise ConfigError(f"{run / JOB}: place={record.get('place')!r} is none of {sorted(PLACES)}")
+        raise ConfigError(
+            f"{run / JOB}: place={record.get('place')!r} is none of {', '.join(sorted(PLACES))}; launch the run again, "
+            "or remove the file if nothing of it runs"
+        )
     if record and (missing := [key for key in _OF_PLACES[record["place"]] if key not in record]):
         raise DataError(f"{run / JOB}: no {', '.join(missing)}; remove the file if nothing of it runs")
     return record

@@ -3,17 +3,27 @@
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import pydantic
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.config import BuildConfig
+from data_pipeline.config import BuildConfig, VocabConfig
 from data_pipeline.errors import ConfigError
-from data_pipeline.settings import Location, OptionalLocation, Settings, load_settings, override_settings
+from data_pipeline.settings import (
+    Location,
+    OptionalLocation,
+    Settings,
+    _members,
+    check_settings,
+    load_settings,
+    override_settings,
+)
+from launchers.spec import KubernetesCluster, LocalCluster, SlurmCluster
 from pretrain.config import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -279,3 +289,67 @@ def test_a_base_that_names_no_file_is_refused_by_name(base: str, tmp_path: Path)
     path.write_text(f"base: {base}\ntext: a\n")
     with pytest.raises(ConfigError, match=r"run\.yaml: base = .*name a file beside this one"):
         load_settings(Example, path)
+
+
+def choices(kinds: list[Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """Every key of the sections that takes one of a few words, with these words."""
+    for kind in kinds:
+        for name, field in kind.model_fields.items():
+            members = list(_members(field.annotation))
+            words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
+            if words and name != "kind":
+                yield (*prefix, name), [str(word) for word in words]
+            below = [member for member in members if isinstance(member, type) and issubclass(member, Settings)]
+            if len(below) == 1:
+                yield from choices(below, (*prefix, name))
+
+
+PLACES: list[type[Settings]] = [LocalCluster, SlurmCluster, KubernetesCluster, BuildConfig, VocabConfig, RunConfig]
+CHOICES = [(schema, path, words) for schema in PLACES for path, words in choices([schema])]
+
+
+@pytest.mark.parametrize(
+    ("schema", "path", "words"), CHOICES, ids=lambda value: ".".join(value) if isinstance(value, tuple) else ""
+)
+def test_a_word_that_is_no_choice_is_refused_with_those_that_are(
+    schema: type[Settings], path: tuple[str, ...], words: list[str]
+) -> None:
+    tree: dict[str, Any] = {}
+    place = tree
+    for section in path[:-1]:
+        place = place.setdefault(section, {})
+    place[path[-1]] = "nowhere"
+    with pytest.raises(ConfigError) as told:
+        check_settings(schema, tree, "file")
+    line = next(line for line in str(told.value).splitlines() if ".".join(path) in line)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("schema", "tree", "known"),
+    [
+        (SlurmCluster, {"place": "nowhere"}, "account, "),
+        (LocalCluster, {"kind": "local", "xyzzy": 1}, "there are env, kind, nodes, procs_per_node"),
+        (RunConfig, {"model": {"kind": "clip", "vision": {"xyzzy": 1}}}, "are heads, image_size, layers"),
+        (RunConfig, {"model": {"kind": "gpt", "xyzzy": 1}}, "text_tokens"),
+        (RunConfig, {"data": {"datasets": [{"path": "a", "xyzzy": 1}]}}, "there are path, weight"),
+        (RunConfig, {"optim": {"roles": {"discriminator": {"xyzzy": 1}}}}, "betas"),
+        (RunConfig, {"xyzzy": 1}, "there are data, deepspeed, "),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_without_a_near_one_is_refused_with_those_of_its_section(
+    schema: type[Settings], tree: dict[str, Any], known: str
+) -> None:
+    with pytest.raises(ConfigError) as told:
+        check_settings(schema, tree, "file")
+    assert known in next(line for line in str(told.value).splitlines() if "unknown key" in line)
+
+
+def test_json_with_escapes_of_letters_beyond_16_bits_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "build.json"
+    tree = {"source": {"kind": "folder", "path": "a 😀 é"}, "output": "out-😀"}
+    path.write_text(json.dumps(tree))
+    assert load_settings(BuildConfig, path) == check_settings(BuildConfig, tree, "")
+    path.write_text(json.dumps(tree).replace("\\ude00", ""))
+    with pytest.raises(ConfigError, match="not YAML in UTF-8"):
+        load_settings(BuildConfig, path)

@@ -3,17 +3,21 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import pty
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from launchers.arguments import emit
 from launchers.output import Unfailing, finish_output
-from tests.pretrain.commands import Material, command, environment, recipe, steps_of, vqgan
+from tests.pretrain.commands import Material, command, electra, environment, recipe, steps_of, vqgan
+from tests.pretrain.processes import ROOT
 
 HELP = command("--help")
 
@@ -129,3 +133,35 @@ def test_a_closed_terminal_asks_for_a_save(material: Material, tmp_path: Path) -
     assert os.waitstatus_to_exitcode(status) == 75, said[-3000:]
     saved = [path.name for path in (tmp_path / "run/checkpoints").glob("step-*/MANIFEST.json")]
     assert saved, said[-3000:]
+
+
+IMAGE = {"kubernetes": {"image": "tessera:1", "claims": {"work": "/work"}}}
+LETTERS = "é字 😀 'q"
+ASCII = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["local", "slurm", "kubernetes"])
+@pytest.mark.parametrize("locale", ASCII, ids=lambda locale: next(iter(locale)))
+def test_a_dry_run_prints_the_same_program_under_every_locale(
+    place: str, locale: dict[str, str], tmp_path: Path
+) -> None:
+    tree = electra(Material(Path("data"), Path("vocab")), Path("runs") / LETTERS, checkpoints=f"s3://bucket/{LETTERS}")
+    config = recipe(tree, tmp_path / "run.yaml")
+    cluster = recipe({"kind": place, "env": {"NAME": LETTERS}, **IMAGE.get(place, {})}, tmp_path / "cluster.yaml")
+    words = ["launch", place, str(config), "--cluster", str(cluster), "--dry-run"]
+    port = ["--master-port", "29500"] if place == "local" else []
+    plain, bare = (
+        subprocess.run(command(*words, *port), env=environment(**more), cwd=ROOT, capture_output=True, timeout=120)
+        for more in ({"PYTHONUTF8": "1"}, locale)
+    )
+    assert (plain.returncode, bare.returncode) == (0, 0), bare.stderr
+    assert plain.stdout == bare.stdout and (place == "kubernetes" or "é字 😀".encode() in bare.stdout), bare.stdout
+
+
+def test_json_stays_json_where_the_encoding_lacks_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii", errors="backslashreplace"))
+    emit({"prompt": LETTERS}, as_json=True)
+    sys.stdout.flush()
+    assert json.loads(raw.getvalue()) == {"prompt": LETTERS}
