@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from data_pipeline.addresses import is_public
 from data_pipeline.errors import ConfigError, DataError
 
 PATIENCE_S = 60.0
@@ -507,6 +509,7 @@ class Head(NamedTuple):
 class HttpStorage(RemoteStorage):
     """A folder behind http(s), read only. The server must know ranges, except for whole objects.
 
+    Redirects lead to no private network, but for the host that the root itself names.
     takes_packed: what the server sends packed as gzip is given as it comes; it is refused otherwise.
     """
 
@@ -620,6 +623,11 @@ class HttpStorage(RemoteStorage):
 
         try:
             return self.client.request(method, self.path(name), headers=headers, preload_content=False)
+        except _PrivateTarget as target:
+            raise DataError(
+                f"{self.path(name)}: the server redirects to {target}, on a private network; name that address itself "
+                "where it may be asked"
+            ) from None
         except urllib3.exceptions.LocationValueError as error:
             raise DataError(f"{self.path(name)}: not an address ({error})") from None
         except urllib3.exceptions.HTTPError as error:
@@ -628,11 +636,53 @@ class HttpStorage(RemoteStorage):
     def _connect(self) -> Any:
         import urllib3
 
-        return urllib3.PoolManager(
+        manager = urllib3.PoolManager(
             maxsize=CONNECTIONS,
             timeout=urllib3.Timeout(connect=CONNECT_S, read=STALL_S),
             retries=urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5, respect_retry_after_header=False),
         )
+        with contextlib.suppress(urllib3.exceptions.LocationParseError):  # told when it is asked
+            manager.pool_classes_by_scheme = _guarded_pools(urllib3.util.parse_url(self.root).host or "")
+        return manager
+
+
+class _PrivateTarget(Exception):
+    """A redirect to a host on a private network, which it names."""
+
+
+def _guarded_pools(named: str) -> dict[str, Any]:
+    """Pools by scheme whose connections reach public addresses alone, but for the host that the user named."""
+    from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+
+    own = named.strip("[]").rstrip(".").lower()
+
+    class Guarded:
+        def _new_conn(self: Any) -> Any:
+            if self.host.strip("[]").rstrip(".").lower() == own:
+                return super()._new_conn()  # type: ignore[misc]
+            with contextlib.suppress(socket.gaierror):  # raised again below, as urllib3's own
+                for found in socket.getaddrinfo(self._dns_host, self.port, type=socket.SOCK_STREAM):
+                    _refuse_private(str(found[4][0]), self.host)
+            opened = super()._new_conn()  # type: ignore[misc]
+            try:
+                _refuse_private(opened.getpeername()[0], self.host)  # the name may have changed its meaning since
+            except _PrivateTarget:
+                opened.close()
+                raise
+            return opened
+
+    plain = type("GuardedConnection", (Guarded, HTTPConnection), {})
+    secure = type("GuardedSecureConnection", (Guarded, HTTPSConnection), {})
+    return {
+        "http": type("GuardedPool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
+        "https": type("GuardedSecurePool", (HTTPSConnectionPool,), {"ConnectionCls": secure}),
+    }
+
+
+def _refuse_private(address: str, host: str) -> None:
+    if not is_public(address):
+        raise _PrivateTarget(host)
 
 
 def _reading(read: Callable[[int], bytes]) -> Callable[[int], bytes]:

@@ -11,7 +11,6 @@ transient: it never counts as bad data, and `tessera data retry` asks once more.
 import asyncio
 import contextlib
 import hashlib
-import ipaddress
 import random
 import socket
 import ssl
@@ -27,6 +26,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from data_pipeline.addresses import is_public, is_within
 from data_pipeline.build.cache import RawCache
 from data_pipeline.config import FetchRules
 from data_pipeline.errors import ConfigError
@@ -43,11 +43,6 @@ _REDIRECTS = {301, 302, 303, 307, 308}
 _BUSY = {408, 425, 429}
 _GZIP = 16 + zlib.MAX_WBITS  # as zlib is told that it is gzip
 _GZIP_MAGIC = b"\x1f\x8b"
-_UNICAST = ipaddress.ip_network("2000::/3")  # what of IPv6 is given out
-_EMBEDDING = [ipaddress.ip_network(text) for text in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96")]
-"""IPv6 networks whose last 32 bits are an IPv4 address: compatible, mapped, translated, NAT64."""
-_RESERVED = [ipaddress.ip_network(text) for text in ("192.0.0.0/24", "3fff::/20")]
-"""Networks that IANA's registries reserve and Python 3.11.7 takes for public; some clouds have their metadata there."""
 
 
 @dataclass(frozen=True)
@@ -305,28 +300,12 @@ def check_address(url: str) -> URL:
 
 def is_allowed(address: str, rules: FetchRules) -> bool:
     """May this IP address be asked? Raises ValueError for what is none."""
-    number = _number(address)
-    if is_named(address, rules):
-        return True
-    if number.is_multicast or any(number in network for network in _RESERVED):
-        return False
-    return number.is_global and (number.version == 4 or number in _UNICAST)
+    return is_public(address, rules.allow_networks)
 
 
 def is_named(address: str, rules: FetchRules) -> bool:
     """Is this IP address in one of `allow_networks`? Raises ValueError for what is none."""
-    number = _number(address)
-    return any(number in network for network in rules.allow_networks)
-
-
-def _number(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An IP address without its scope; of IPv6 that stands for an IPv4 address, that one."""
-    number = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(number, ipaddress.IPv4Address) or number.is_loopback or number.is_unspecified:
-        return number
-    if any(number in network for network in _EMBEDDING):
-        return ipaddress.IPv4Address(int(number) & 0xFFFFFFFF)
-    return number.sixtofour or (number.teredo[1] if number.teredo else number)
+    return is_within(address, rules.allow_networks)
 
 
 class _GuardedSocket(socket.socket):

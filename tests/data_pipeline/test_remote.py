@@ -3,8 +3,10 @@
 import functools
 import http.server
 import pickle
+import socket
 import threading
 import time
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -210,3 +212,88 @@ def test_an_unusable_endpoint_is_a_fault_of_the_configuration(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "no address")
     with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL"):
         open_storage("s3://bucket/x").get("a")
+
+
+# -------------------------------------------------------------------------------------------- redirects
+
+
+class Elsewhere(http.server.BaseHTTPRequestHandler):
+    """Answers /to?URL by a redirect, all else by b"here"; remembers the hosts that it was asked for."""
+
+    def log_message(self, *_):
+        return None
+
+    def do_GET(self):
+        self.server.asked.append(self.headers["Host"])
+        where = unquote(self.path.partition("?")[2])
+        self.send_response(self.server.status if where else 200)
+        self.send_header("Content-Length", "0" if where else "4")
+        if where:
+            self.send_header("Location", where.encode().decode("latin-1"))
+        self.end_headers()
+        if not where and self.command == "GET":
+            self.wfile.write(b"here")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def elsewhere():
+    with http.server.ThreadingHTTPServer(("", 0), Elsewhere) as server:
+        server.asked, server.status = [], 302
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+PRIVATE = ["localhost", "127.0.0.2", "2130706434", "0x7f.2", "0.0.0.0", "[::ffff:127.0.0.1]", "10.0.0.1", "[::1]"]
+PRIVATE += ["169.254.169.254", "user@127.0.0.2", "[fe80::1%25lo]"]
+UNREAD = ["localhost.", "127。0。0。2", "①②⑦.0.0.2"]
+"""Spellings that the client may read as no address, or as a name: none of which leads to the server."""
+
+
+@pytest.mark.parametrize("host", PRIVATE + UNREAD)
+@pytest.mark.parametrize("scheme", ["http", "https", "//"])
+def test_a_redirect_to_a_private_network_is_refused(elsewhere, monkeypatch, host, scheme):
+    monkeypatch.setattr(remote, "PATIENCE_S", 0.01)
+    port, to = elsewhere.server_port, "" if scheme == "//" else f"{scheme}:"
+    storage = open_storage(f"http://127.0.0.1:{port}")
+    for ask in (storage.get, storage.stat, lambda name: b"".join(storage.stream(name))):
+        with pytest.raises(DataError, match=None if host in UNREAD else "redirects to .*, on a private network; name"):
+            ask(f"to?{to}//{host}:{port}/x")
+    assert set(elsewhere.asked) == {f"127.0.0.1:{port}"}
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_within_the_host_that_the_user_named_is_followed(elsewhere, status):
+    elsewhere.status, port = status, elsewhere.server_port
+    storage = open_storage(f"http://localhost:{port}")
+    assert storage.get(f"to?http://LOCALHOST:{port}/x") == storage.get("to?/x") == b"here"
+    with pytest.raises(DataError, match="private network"):
+        storage.get(f"to?http://localhost:{port}/to?http://127.0.0.1:{port}/x")
+
+
+def test_a_redirect_to_a_public_address_is_followed(elsewhere, monkeypatch):
+    monkeypatch.setattr(remote, "is_public", lambda address: address == "127.0.0.2")
+    port = elsewhere.server_port
+    storage = open_storage(f"http://127.0.0.1:{port}")
+    assert storage.get(f"to?http://127.0.0.2:{port}/x") == b"here"
+    assert elsewhere.asked[-1] == f"127.0.0.2:{port}"
+    with pytest.raises(DataError, match="private network"):
+        storage.get(f"to?http://127.0.0.3:{port}/x")
+
+
+def test_a_name_that_changes_its_address_is_judged_by_the_connection(elsewhere, monkeypatch):
+    port, real = elsewhere.server_port, socket.getaddrinfo
+    calls = []
+
+    def looked_up(host, *args, **more):
+        if host != "changes.example":
+            return real(host, *args, **more)
+        calls.append(host)
+        return real("93.184.216.34" if len(calls) == 1 else "127.0.0.1", *args, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+    with pytest.raises(DataError, match="private network"):
+        open_storage(f"http://127.0.0.1:{port}").get(f"to?http://changes.example:{port}/x")
+    assert len(calls) == 2 and set(elsewhere.asked) == {f"127.0.0.1:{port}"}
