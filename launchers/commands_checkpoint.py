@@ -40,9 +40,9 @@ def export(
     json: AsJson = False,
 ) -> None:
     """Write the newest whole checkpoint as one plain folder: for other commands, other programs, or DeepSpeed."""
-    from pretrain.checkpoint.verbs import export as run_export
-
     with interruptible(lambda: _unwritten(output)):
+        from pretrain.checkpoint.verbs import export as run_export
+
         exported = run_export(run, output, step, form, name, overrides or [], again)
     emit({"exported": str(exported)}, json)
 
@@ -59,9 +59,9 @@ def import_weights(
     json: AsJson = False,
 ) -> None:
     """Write weights of a public layout as an export of ours; what our model does not compute is refused by name."""
-    from pretrain.checkpoint.verbs import import_
-
     with interruptible(lambda: _unwritten(output)):
+        from pretrain.checkpoint.verbs import import_
+
         imported = import_(source, output, form)
     emit({"imported": str(imported)}, json)
 

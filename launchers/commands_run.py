@@ -67,10 +67,10 @@ def generate(
     name: Name = None,
 ) -> None:
     """Draw images from text; prints their paths, a labelled grid first."""
-    from pretrain.generate import main
-
     where = str(out) if out else None
     with interruptible(lambda: "the images whose paths are printed are written, no other"):
+        from pretrain.generate import main
+
         main(str(run), prompt, count, where, temperature, top_k, guidance, seed, step, name, overrides or [])
 
 
@@ -86,8 +86,6 @@ def evaluate(
     json: AsJson = False,
 ) -> None:
     """Print the figures of a run's newest checkpoint on its held-out data, then write RUN/evaluation.json."""
-    from pretrain.evaluate import main
-
     printed: list[bool] = []
 
     def say(told: dict[str, Any]) -> None:
@@ -99,6 +97,8 @@ def evaluate(
         return f"the figures are printed; {file} may lack them" if printed else f"{file} was not written"
 
     with interruptible(written):
+        from pretrain.evaluate import main
+
         main(run, rerank, candidates, step, name, overrides or [], say)
 
 

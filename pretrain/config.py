@@ -589,6 +589,10 @@ FINGERPRINTS = "fingerprints"
 """The key of config.json under which a run or an export keeps the fingerprints of what it depends on."""
 
 
+NOTES_FILE = "tessera.json"
+"""Beside an export in another layout: what its own files cannot say, fingerprints among it."""
+
+
 class RunConfig(Settings):
     """One training run. `initial`: a run or an exported model to start from, as far as its tensors fit."""
 

@@ -16,8 +16,7 @@ import torch
 
 from data_pipeline.errors import ConfigError, DataError, TesseraError
 from data_pipeline.stream.mixture import Mixture, Source
-from pretrain.config import FINGERPRINTS, DataConfig, RunConfig
-from pretrain.interchange.folder import NOTES_FILE
+from pretrain.config import FINGERPRINTS, NOTES_FILE, DataConfig, RunConfig
 
 VOCABULARY, TOKENIZER, INITIAL = "data.vocabulary", "data.tokenizer", "initial"
 UNKNOWN = "0" * 12

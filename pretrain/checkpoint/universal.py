@@ -6,17 +6,15 @@ Under stage 3 DeepSpeed gives every group the settings of the first one: set wei
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_pipeline.outputs import new_folder
-from data_pipeline.settings import Settings
 from pretrain.checkpoint.catalog import Saved
 from pretrain.checkpoint.layout import Slices
-from pretrain.interchange.folder import write_notes
 
 TAG = "universal"
 DEEPSPEED_VERSION = "0.19.8"  # whose layout this is
@@ -25,12 +23,10 @@ MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_st
 """Stages 1 and 2 look for the first, stage 3 for the second."""
 
 
-def export_universal(
-    saved: Saved, output: str | Path, model_config: Settings, more: Mapping[str, Any] | None = None
-) -> Path:
+def export_universal(saved: Saved, output: str | Path, note: Callable[[Path], None] = lambda folder: None) -> Path:
     """Write the new folder OUTPUT, one parameter in memory at a time -> its path.
 
-    more: what tessera.json says beside the model.
+    note: writes into the folder what DeepSpeed's files do not say.
     """
     groups: dict[str, Any] = saved.state["optimizer"]["groups"]
     updates = {name: group["updates"] for group in groups.values() for name in group["names"]}
@@ -46,7 +42,7 @@ def export_universal(
         _write(_optimizer_state(groups, updates), folder / TAG / "zero" / "optimizer_state.pt")
         for file in MODEL_FILES:
             _write(_model_state(saved, slices), folder / TAG / file)
-        write_notes(folder, model_config, more)
+        note(folder)
         (folder / "latest_universal").write_text(TAG)
     return Path(output)
 

@@ -33,7 +33,7 @@ from pretrain.checkpoint.trained import (
 )
 from pretrain.checkpoint.universal import export_universal
 from pretrain.config import FINGERPRINTS, RunConfig
-from pretrain.interchange.folder import export_model, read_notes
+from pretrain.interchange.folder import export_model, read_notes, write_notes
 from pretrain.interchange.foreign import read_layout
 from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import LAYOUTS
@@ -99,7 +99,8 @@ def export(
     noted = _noted(settings, recorded(run))
     if form == "deepspeed":
         saved = newest_whole(run, step, label, overrides)
-        return export_universal(saved, output, run_config(run, overrides).model, noted | {"step": saved.step})
+        model_config, more = run_config(run, overrides).model, noted | {"step": saved.step}
+        return export_universal(saved, output, lambda folder: write_notes(folder, model_config, more))
     model, config, at = load_weights(run, step, label, overrides)
     write = export_model if form == "tessera" else functools.partial(export_layout, layout=form)
     return write(output, config=config, state=model.state_dict(), more=noted | {"step": at})

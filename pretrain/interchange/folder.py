@@ -19,14 +19,12 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.foreign import foreign_model
 from data_pipeline.outputs import new_folder
 from data_pipeline.settings import Settings
-from pretrain.config import ModelConfig
+from pretrain.config import NOTES_FILE, ModelConfig
 from pretrain.models import MODELS
 from pretrain.translate import saved_model
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-NOTES_FILE = "tessera.json"
-"""Beside an export in another layout: what its own files cannot say, fingerprints among it."""
 
 
 def export_model(
