@@ -466,6 +466,13 @@ def test_ranges_are_read_in_runs_that_touch_of_at_most_a_buffer(monkeypatch: pyt
     assert list(layout._runs([])) == []
 
 
+def test_a_tensor_in_training_is_filled_too(tmp_path: Path) -> None:
+    slices = read_all(tmp_path, index_of(even_reports(tmp_path), open_storage(tmp_path)))
+    into = torch.zeros(12, requires_grad=True)
+    slices.fill([("exp_avg", "a", 0, into)])
+    assert torch.equal(into.detach().view(3, 4), VALUES["exp_avg/a"]) and into.is_leaf
+
+
 def test_what_reading_asks_beyond_the_end_or_of_another_name_is_refused_by_what_there_is(tmp_path: Path) -> None:
     index = index_of(even_reports(tmp_path), open_storage(tmp_path))
     slices = read_all(tmp_path, index)
