@@ -230,9 +230,11 @@ class BuildConfig(Settings):
 
     filters: name -> condition that a row must meet, else it is rejected under that name; over the columns of the
     source and width, height, aspect, area, bytes, key, caption, chars. grow: add the rows that a finished output lacks.
-    tokenizer: folder of an exported image tokenizer, whose codes are added once the shards stand: one crop, float32, on
-    CPUs; `tessera data encode` has the choice.
+    image_tokenizer: folder of an exported image tokenizer, whose codes are added once the shards stand: one crop,
+    float32, on CPUs; `tessera data encode` has the choice.
     """
+
+    renamed = {"tokenizer": "image_tokenizer"}
 
     source: SourceConfig
     output: Location
@@ -244,7 +246,7 @@ class BuildConfig(Settings):
     filters: dict[str, str] = {}
     dedup: DedupRules = DedupRules()
     grow: bool = False
-    tokenizer: OptionalLocation = None
+    image_tokenizer: OptionalLocation = None
     ray_address: str | None = None
 
 

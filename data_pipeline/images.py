@@ -66,7 +66,7 @@ class Decoded(NamedTuple):
     frames: int = 1
 
 
-class Prepared(NamedTuple):
+class PreparedImage(NamedTuple):
     """An image as it is stored, W and H, and what it was before; frames: of which the first was taken."""
 
     data: bytes
@@ -86,12 +86,12 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return decode(data, max_pixels).pixels
 
 
-def prepare(data: bytes, rules: ImageRules) -> Prepared:
+def prepare(data: bytes, rules: ImageRules) -> PreparedImage:
     """The file as the rules want it stored. Raises Reject; also too_small."""
     return store(data, decode(data, rules.max_pixels, rules if rules.decode == "scaled" else None), rules)
 
 
-def store(data: bytes, decoded: Decoded, rules: ImageRules) -> Prepared:
+def store(data: bytes, decoded: Decoded, rules: ImageRules) -> PreparedImage:
     """The same for an image that is decoded already."""
     check_side(decoded, rules)
     width, height = decoded.width, decoded.height
@@ -103,7 +103,9 @@ def store(data: bytes, decoded: Decoded, rules: ImageRules) -> Prepared:
             pixels = resize(pixels, rules.mode, rules.size, (width, height))
         kind = rules.format if rules.format != "keep" else ("jpeg" if data.startswith(_JPEG) else "png")
         stored = encode(pixels, kind, rules.quality)
-    return Prepared(stored, EXTENSIONS[kind], pixels.shape[1], pixels.shape[0], width, height, frames=decoded.frames)
+    return PreparedImage(
+        stored, EXTENSIONS[kind], pixels.shape[1], pixels.shape[0], width, height, frames=decoded.frames
+    )
 
 
 def check_side(decoded: Decoded, rules: ImageRules) -> None:

@@ -61,7 +61,7 @@ class Answer:
     close: Callable[[], None]
 
 
-class Missing(DataError):
+class NotFound(DataError):
     """There is no such object."""
 
 
@@ -265,7 +265,7 @@ class RemoteStorage:
         if status >= 500 or status in _RETRIED:
             return Transient(f"status {status} {said}")
         if status in (404, 410):
-            return Missing(f"{where}: not there; check the path, or build the dataset first")
+            return NotFound(f"{where}: not there; check the path, or build the dataset first")
         if status in (401, 403):
             return Forbidden(f"{where}: permission denied ({said}); give these credentials the right to it")
         if status == 416:
@@ -374,7 +374,7 @@ class S3Storage(RemoteStorage):
     def _head(self, name: str) -> Version | None:
         try:
             answer = self._call(name, "head_object", Key=self._key(name))
-        except Missing:
+        except NotFound:
             return None
         return Version(int(answer["ContentLength"]), answer["ETag"].strip('"'))
 
@@ -383,7 +383,7 @@ class S3Storage(RemoteStorage):
         while True:
             try:
                 page = self._call("", "list_objects_v2", Delimiter=delimiter, **options)
-            except Missing:
+            except NotFound:
                 return
             yield from page.get(field, ())
             if not page["IsTruncated"]:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, cast
 
 from data_pipeline.config import ImageRules
 from data_pipeline.errors import NodeFault
-from data_pipeline.images import Prepared, Reject, check_side, decode, store
+from data_pipeline.images import PreparedImage, Reject, check_side, decode, store
 
 CPU_SECONDS = 10.0
 MEMORY_BYTES = 2 * 1024**3
@@ -42,12 +42,12 @@ class Looked:
     phash: its perceptual hash, None for a plain image. colours: its colour signature, in hex.
     """
 
-    prepared: Prepared
+    prepared: PreparedImage
     phash: int | None
     colours: str | None = None
 
 
-class Decoder:
+class SandboxDecoder:
     """Decodes and prepares images by `rules`, in a child process that is started when it is needed.
 
     hashed: also compute perceptual hashes and colour signatures. stored: make the files to be stored, else only look.
@@ -123,12 +123,12 @@ class Decoder:
         return child.wait()
 
 
-_DECODERS: dict[bytes, Decoder] = {}
+_DECODERS: dict[bytes, SandboxDecoder] = {}
 
 
-def decoder(rules: ImageRules, hashed: bool = False, stored: bool = True) -> Decoder:
+def decoder(rules: ImageRules, hashed: bool = False, stored: bool = True) -> SandboxDecoder:
     """The decoder of this process for these orders, kept from shard to shard; another's is ended."""
-    made = Decoder(rules, hashed, stored)
+    made = SandboxDecoder(rules, hashed, stored)
     if made._orders not in _DECODERS:
         close_decoders()
         _DECODERS[made._orders] = made
@@ -170,7 +170,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def _look(data: bytes, rules: ImageRules, hashed: bool, stored: bool) -> Looked:
-    from data_pipeline.build.dedup import colour_signature, perceptual_hash
+    from data_pipeline.signatures import colour_signature, perceptual_hash
 
     decoded = decode(data, rules.max_pixels, rules if rules.decode == "scaled" else None)
     phash = perceptual_hash(decoded.pixels) if hashed else None
@@ -179,13 +179,13 @@ def _look(data: bytes, rules: ImageRules, hashed: bool, stored: bool) -> Looked:
         return Looked(store(data, decoded, rules), phash, colours)
     check_side(decoded, rules)
     shape = (decoded.width, decoded.height)
-    return Looked(Prepared(b"", "", *shape, *shape, decoded.frames), phash, colours)
+    return Looked(PreparedImage(b"", "", *shape, *shape, decoded.frames), phash, colours)
 
 
 def _unpacked(tree: dict[str, Any], data: bytes, asked: bytes) -> Looked:
     if "reason" in tree:
         raise Reject(tree["reason"], tree["detail"])
-    prepared = Prepared(**tree["prepared"])._replace(data=asked if tree["same"] else data)
+    prepared = PreparedImage(**tree["prepared"])._replace(data=asked if tree["same"] else data)
     return Looked(prepared, tree["phash"], tree["colours"])
 
 

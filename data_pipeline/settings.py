@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
@@ -25,6 +25,8 @@ from data_pipeline.errors import ConfigError
 class Settings(pydantic.BaseModel):
     """Base of every configuration section: frozen; unknown keys, infinity and NaN refused."""
 
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Of a whole configuration: dotted keys of earlier versions -> what they are called today."""
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
@@ -273,6 +275,8 @@ def _explain(schema: type[Settings], tree: Any, problem: Any) -> str:
     path = _path(tree, problem["loc"])
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
+        if key in schema.renamed:
+            return f"{key}: is called {schema.renamed[key]} now; rename it"
         near = difflib.get_close_matches(path[-1], sorted(field_names(schema)), n=1, cutoff=0.5)
         known = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_keys_beside(schema, tree, path))}"
         return f"{key}: unknown key; {known}"

@@ -192,7 +192,7 @@ def open_codes(storage: Storage, manifest: Manifest, tokenizer_id: str) -> Codes
         there = tokenizers_of(storage)
         raise DataError(
             f"{storage.root}: no codes of tokenizer {tokenizer_id}; there are codes of {', '.join(there) or 'none'}; "
-            f"run `tessera data encode {storage.root} --tokenizer DIR` with the tokenizer {tokenizer_id}"
+            f"run `tessera data encode {storage.root} --image-tokenizer DIR` with the tokenizer {tokenizer_id}"
         )
     codes = CodesFile(storage, _files(meta), meta["codes_per_image"], meta["codebook_size"], meta["crops"])
     names = [codes_name(shard.name, tokenizer_id) for shard in manifest.shards]
@@ -380,12 +380,12 @@ def _check_tokenizer(tokenizer: ImageTokenizer) -> None:
 def blame_image(job: Job, shard: int) -> None:
     """Raises DataError naming an image of this shard that ends the process which decodes it, if one does."""
     from data_pipeline.config import ImageRules  # here, where it is seldom needed: readers of codes decode nothing
-    from data_pipeline.sandbox import LETHAL, Decoder
+    from data_pipeline.sandbox import LETHAL, SandboxDecoder
 
     storage = open_storage(job.dataset)
     entry = read_manifest(storage).shards[shard]
     offsets = read_index(storage, entry).offsets.tolist()
-    with contextlib.closing(Decoder(ImageRules(max_pixels=MAX_PIXELS), stored=False, cpu_s=DECODE_S)) as decoder:
+    with contextlib.closing(SandboxDecoder(ImageRules(max_pixels=MAX_PIXELS), stored=False, cpu_s=DECODE_S)) as decoder:
         for blocks in itertools.pairwise(offsets):
             where, contents = _image(storage, entry.name, blocks)
             try:

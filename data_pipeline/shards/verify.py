@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline import gate
-from data_pipeline.build.inputs import expand_braces, is_remote
 from data_pipeline.errors import DataError
+from data_pipeline.patterns import expand_braces, is_remote
 from data_pipeline.shards.codes import (
     ImageTokenizer,
     encode_rows,

@@ -38,7 +38,7 @@ _LOCK_PAUSE_S = 0.005
 _MOST_SOUND = 1 << 18
 _AHEAD_AT_ONCE = 512  # samples
 
-Range = tuple[str, int, int]
+ByteRange = tuple[str, int, int]
 """Object, first byte, end."""
 Block = tuple[str, int]
 """Object and number of a block in it."""
@@ -69,7 +69,7 @@ class BlockCache:
         """Make an object known. digest: of its contents, by which its blocks are named."""
         self._objects[name] = size, digest
 
-    def get_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
+    def get_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         """The bytes of each range. Raises DataError where an object is missing or has another size."""
         process = self._process()
         for _ in range(2):  # the first may wait for what was read ahead and left to another process
@@ -77,7 +77,7 @@ class BlockCache:
                 future.result()
         return [self._read(process, *wanted) for wanted in ranges]
 
-    def prefetch(self, ranges: Callable[[], Sequence[Range]]) -> None:
+    def prefetch(self, ranges: Callable[[], Sequence[ByteRange]]) -> None:
         """Fetch what is missing of these ranges in the background, in their order; they are asked for there too."""
         self._process().ahead.put(ranges)
 
@@ -85,7 +85,7 @@ class BlockCache:
         """Held by the thread of this process that reads indices."""
         return self._process().opening
 
-    def drop(self, wanted: Range) -> None:
+    def drop(self, wanted: ByteRange) -> None:
         """Forget the blocks of a range, whose contents were not right."""
         name, start, stop = wanted
         for number in _blocks(start, stop):
@@ -118,7 +118,7 @@ class BlockCache:
         if rest:
             self._store(process, (name, number), rest)
 
-    def missing(self, process: "_Process", ranges: Iterable[Range]) -> Iterator[Block]:
+    def missing(self, process: "_Process", ranges: Iterable[ByteRange]) -> Iterator[Block]:
         """Each block that is not in the folder, once, in the order of need."""
         wanted = {(name, number): None for name, start, stop in ranges for number in _blocks(start, stop)}
         return (block for block in wanted if not (process.trusts(block) or self.holds(block)))
@@ -215,7 +215,7 @@ class _Process:
         self.pid = os.getpid()
         self.seen: dict[str, Version] = {}
         self._sound: set[Block] = set()
-        self.ahead: queue.SimpleQueue[Callable[[], Sequence[Range]]] = queue.SimpleQueue()
+        self.ahead: queue.SimpleQueue[Callable[[], Sequence[ByteRange]]] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="get")
         self.opening = threading.Lock()
         self._lock = threading.Lock()
@@ -224,7 +224,7 @@ class _Process:
         self._making_room = threading.Lock()
         threading.Thread(target=_read_ahead, args=(weakref.ref(cache), self), daemon=True, name="read-ahead").start()
 
-    def request(self, cache: BlockCache, ranges: Sequence[Range], patient: bool = True) -> list[Future[None]]:
+    def request(self, cache: BlockCache, ranges: Sequence[ByteRange], patient: bool = True) -> list[Future[None]]:
         """Start to fetch what is missing and not on its way -> what to wait for."""
         blocks = list(cache.missing(self, ranges))
         parts: dict[Block, list[Block]] = {}

@@ -18,7 +18,7 @@ from data_pipeline.shards.manifest import Index, open_dataset, read_index
 from data_pipeline.shards.samples import Account, Contents, Unreadable, read_sample
 from data_pipeline.shards.tar import BLOCK, NEWEST, checksum, parse_files
 from data_pipeline.storage import LocalStorage
-from data_pipeline.stream.cache import BlockCache, Range
+from data_pipeline.stream.cache import BlockCache, ByteRange
 from data_pipeline.stream.order import DEFAULT, ORDER, ORDER_VERSION, Geometry, Windows, lanes_of, order, share
 from data_pipeline.stream.state import check_state
 
@@ -155,13 +155,13 @@ class Stream:
             )
         ]
 
-    def _read_places(self, ids: np.ndarray) -> Iterator[tuple["Place", bytes, Any]]:
+    def _read_places(self, ids: np.ndarray) -> Iterator[tuple["SamplePlace", bytes, Any]]:
         """Place, bytes and codes of the samples with these ids, int64 [n]."""
         places = self._places(ids)
         codes = [None] * len(places) if self._codes is None else self._read_codes(self._codes, places)
         return zip(places, self._read_tars(places), codes, strict=True)
 
-    def _places(self, ids: np.ndarray) -> list["Place"]:
+    def _places(self, ids: np.ndarray) -> list["SamplePlace"]:
         """Where the samples with these ids lie, int64 [n]."""
         numbers = np.searchsorted(self._ends, ids, side="right")
         indices = self._indices_of(np.unique(numbers).tolist())
@@ -170,7 +170,7 @@ class Stream:
             name, index = indices[shard]
             start, stop = index.offsets[row : row + 2].tolist()
             expected = None if index.sums is None else int(index.sums[row])
-            places.append(Place(shard, row, self.dataset, (name, start * BLOCK, stop * BLOCK), expected))
+            places.append(SamplePlace(shard, row, self.dataset, (name, start * BLOCK, stop * BLOCK), expected))
         return places
 
     def _indices_of(self, shards: list[int]) -> dict[int, tuple[str, Index]]:
@@ -209,7 +209,7 @@ class Stream:
                 )
         return shard.name, read_index(self._storage, shard)
 
-    def _read_tars(self, places: list["Place"]) -> Iterator[bytes]:
+    def _read_tars(self, places: list["SamplePlace"]) -> Iterator[bytes]:
         """The bytes of each sample, checked."""
         for place, data in zip(places, self._read_ranges([place.range for place in places]), strict=True):
             if place.fits(data):
@@ -217,13 +217,13 @@ class Stream:
             else:
                 yield place.refuse() if self._cache is None else self._again(self._cache, place)
 
-    def _read_ranges(self, ranges: list[Range]) -> Iterable[bytes]:
+    def _read_ranges(self, ranges: list[ByteRange]) -> Iterable[bytes]:
         """One at a time from a local disk, all at once over a network."""
         if self._cache is not None:
             return self._cache.get_ranges(ranges)
         return (self._storage.get_range(*wanted) for wanted in ranges)
 
-    def _read_codes(self, codes: CodesFile, places: list["Place"]) -> list[Any]:
+    def _read_codes(self, codes: CodesFile, places: list["SamplePlace"]) -> list[Any]:
         """-> uint16 [codes per image] of each sample, or [crops, codes per image]."""
         ranges = [codes.place(place.shard, place.row) for place in places]
         return [np.frombuffer(data, "<u2").reshape(codes.shape) for data in self._read_ranges(ranges)]
@@ -239,7 +239,7 @@ class Stream:
             cache.add(name, size, digest)
         return cache
 
-    def _again(self, cache: BlockCache, place: "Place") -> bytes:
+    def _again(self, cache: BlockCache, place: "SamplePlace") -> bytes:
         """What came over a network and did not fit is asked for once more."""
         cache.drop(place.range)
         [data] = cache.get_ranges([place.range])
@@ -264,7 +264,7 @@ class Stream:
             cache.prefetch(partial(self._ranges_at, coming[np.isin(self.lanes(coming), lanes)]))
             self._ahead += 1
 
-    def _ranges_at(self, positions: np.ndarray) -> list[Range]:
+    def _ranges_at(self, positions: np.ndarray) -> list[ByteRange]:
         _, ids = order(positions, self.samples, self.seed, self.geometry)
         return [place.range for place in self._places(ids)]
 
@@ -278,13 +278,13 @@ def _keep_freed_memory() -> None:
     bytes(16 << 20)
 
 
-class Place(NamedTuple):
+class SamplePlace(NamedTuple):
     """Where a sample lies. expected: the sum that its index has of its bytes; None in indices before version 2."""
 
     shard: int
     row: int
     dataset: str
-    range: Range
+    range: ByteRange
     expected: int | None
 
     @property

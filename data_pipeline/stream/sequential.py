@@ -7,8 +7,8 @@ on where it was only if the server knows ranges after all. `tessera data index` 
 from collections import Counter
 from collections.abc import Iterator
 
-from data_pipeline.build.inputs import expand_braces
 from data_pipeline.errors import BadSample
+from data_pipeline.patterns import expand_braces
 from data_pipeline.schema import Sample
 from data_pipeline.shards.tar import samples_of
 from data_pipeline.storage import open_storage

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.build import run
 from data_pipeline.config import BuildConfig
+from data_pipeline.ingest import run
 from data_pipeline.settings import check_settings
 
 

@@ -12,9 +12,9 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin
 
-from data_pipeline.build.report import write_report
 from data_pipeline.config import ImageRules
 from data_pipeline.images import Reject, decode, decode_rgb, encode, prepare, resize, scaled_size
+from data_pipeline.ingest.report import write_report
 from data_pipeline.shards.verify import verify
 
 

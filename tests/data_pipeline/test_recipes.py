@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.build import run
 from data_pipeline.config import BuildConfig, VocabConfig
 from data_pipeline.images import decode_rgb, encode
+from data_pipeline.ingest import run
 from data_pipeline.settings import load_settings
 from data_pipeline.shards.verify import verify
 from data_pipeline.stream.reader import Stream

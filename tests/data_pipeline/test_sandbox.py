@@ -40,7 +40,7 @@ sandbox._main()
 
 @pytest.fixture
 def decoder(monkeypatch):
-    made = sandbox.Decoder(ImageRules(), hashed=True)
+    made = sandbox.SandboxDecoder(ImageRules(), hashed=True)
     yield made
     made.close()
 
@@ -99,7 +99,7 @@ def test_a_child_killed_between_two_images_costs_nothing(decoder, make_png):
 
 
 def test_looking_only_says_what_storing_would(make_png):
-    looks, stores = (sandbox.Decoder(ImageRules(min_side=16), stored=stored) for stored in (False, True))
+    looks, stores = (sandbox.SandboxDecoder(ImageRules(min_side=16), stored=stored) for stored in (False, True))
     for data in (make_png(), make_png(1, 15), b"x", make_png(2)[:200]):
         outcomes = []
         for made in (looks, stores):
@@ -122,7 +122,7 @@ def outcome(decoder, data):
 def test_every_nasty_image_ends_as_its_index_says_in_bounded_time_and_memory(shared):
     folder = shared / "data/nasty-images"
     cases = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
-    decoder, wrong = sandbox.Decoder(ImageRules(mode="center_crop", size=64, format="jpeg"), hashed=True), []
+    decoder, wrong = sandbox.SandboxDecoder(ImageRules(mode="center_crop", size=64, format="jpeg"), hashed=True), []
     with tarfile.open(folder / "images.tar") as tar:
         for case in cases:
             start = time.monotonic()

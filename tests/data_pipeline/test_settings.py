@@ -227,11 +227,11 @@ def test_a_tilde_of_nobody_is_refused(empty: Path) -> None:
 
 def test_every_path_of_a_run_and_of_a_build_knows_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/h")
-    words = ["run", "initial", "data.dataset", "data.vocabulary", "data.tokenizer", "data.evaluation",
+    words = ["run", "initial", "data.dataset", "data.text_tokenizer", "data.image_tokenizer", "data.evaluation",
              "train.checkpoints", "tracking.uri"]  # fmt: skip
     run = load_settings(RunConfig, REPOSITORY / "configs/demo/gpt.yaml", [f"{word}=~/{word}" for word in words])
     assert all(f'"/h/{word}"' in run.model_dump_json() for word in words)
-    words = ["source.path", "output", "tokenizer", "captions.deny", "fetch.cache"]
+    words = ["source.path", "output", "image_tokenizer", "captions.deny", "fetch.cache"]
     build = load_settings(BuildConfig, REPOSITORY / "configs/data/folder.yaml", [f"{word}=~/{word}" for word in words])
     assert all(f'"/h/{word}"' in build.model_dump_json() for word in words)
 
@@ -264,7 +264,7 @@ def test_the_home_of_this_user_is_the_one_of_the_system(empty: Path) -> None:
         ),
         (
             "configs/image_tokenizer/vqgan-f16-16384.yaml",
-            "objective.kind=mlm",
+            "task.kind=mlm",
             "kind 'reconstruction', and 'mlm' has no",
         ),
     ],

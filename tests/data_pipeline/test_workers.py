@@ -15,7 +15,7 @@ from rich.console import Console
 from data_pipeline import workers
 from data_pipeline.errors import Conflict, DataError, NodeFault
 from data_pipeline.workers import Counter, in_driver
-from tests.data_pipeline.build.cluster import wait_for
+from tests.data_pipeline.ingest.cluster import wait_for
 
 PARENT = """
 import time

@@ -221,7 +221,7 @@ def test_codes_that_are_not_there_name_those_that_are(tmp_path):
     with pytest.raises(
         DataError,
         match=f"^{root}: no codes of tokenizer {ID}; there are codes of none; "
-        f"run `tessera data encode {root} --tokenizer DIR` with the tokenizer {ID}$",
+        f"run `tessera data encode {root} --image-tokenizer DIR` with the tokenizer {ID}$",
     ):
         read_codes(folder, ID)
     encoded(folder)
@@ -602,7 +602,7 @@ def test_only_an_image_that_ends_its_decoder_is_to_blame(tmp_path, monkeypatch, 
         def close(self):
             asked.append("closed")
 
-    monkeypatch.setattr(sandbox, "Decoder", Decoder)
+    monkeypatch.setattr(sandbox, "SandboxDecoder", Decoder)
     job = Job(str(folder), Means, "dir", ID, 1)
     if blamed:
         with pytest.raises(

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.build.cache import RawCache
-from data_pipeline.build.report import write_report
 from data_pipeline.errors import DataError
+from data_pipeline.ingest.cache import RawCache
+from data_pipeline.ingest.report import write_report
 from data_pipeline.shards.codes import encode_shard, meta_name, open_codes, parse_meta
 from data_pipeline.shards.manifest import (
     BLOCK,

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset import tariterators
 
-from data_pipeline.build.plan import FINAL_REASONS
-from data_pipeline.build.report import write_report
-from data_pipeline.build.sources import open_source
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.images import decode_rgb
+from data_pipeline.ingest.plan import FINAL_REASONS
+from data_pipeline.ingest.report import write_report
+from data_pipeline.ingest.sources import open_source
 from data_pipeline.shards.codes import encode_rows
 from data_pipeline.shards.manifest import MANIFEST, VERSION, Manifest, Shard, index_tar, open_dataset, publish_index
 from data_pipeline.shards.samples import Unreadable, captions_of_json, parse_json
