@@ -1,1 +1,1 @@
-"""What a run will need, before anything starts: memory, FLOPs, traffic, time. Imports no torch."""
+"""What a run will need, before anything starts: memory, FLOPs, traffic, time. Torch is imported only by a trace."""

@@ -1,48 +1,53 @@
 """The plan of a recipe on a cluster, and the advice: the fastest setting whose memory is enough, error included."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
 from data_pipeline.errors import ConfigError
 from launchers.plan.clusters import Cluster
+from launchers.plan.figures import Traced
 from launchers.plan.memory import Memory, memory_of
-from launchers.plan.models import trace, trace_contrast
 from launchers.plan.pace import Pace, Work, paces, sent_by_node
-from launchers.plan.tape import Tape
 from launchers.plan.textbook import states_bytes
 from launchers.plan.traffic import Transfer, transfers_of
-from pretrain.config import RunConfig, micro_batch_of
-from pretrain.sharding import settings_of
+from pretrain.config import RunConfig, check_sections, micro_batch_of
+from pretrain.engine.sharding import settings_of
 
 DAY_S = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """One setting of a run on a cluster; `paces`: at low, usual and high shares of the makers' figures."""
 
     config: RunConfig
     cluster: Cluster
     micro: int
     accumulation: int
-    tapes: tuple[Tape, Tape | None]
+    traced: Traced
     memory: Memory
     transfers: tuple[Transfer, ...]
     paces: tuple[Pace, Pace, Pace]
 
     @property
-    def tape(self) -> Tape:
-        """Of a micro-batch."""
-        return self.tapes[0]
+    def parameters(self) -> int:
+        return self.traced.parameters
 
     @property
-    def parameters(self) -> int:
-        return sum(weight.numel for weight in self.tape.weights)
+    def forward_flops(self) -> float:
+        """Of the model, of one sample."""
+        return self.traced.micro.forward / self.micro
 
     @property
     def sample_flops(self) -> float:
         """Forward and backward of one sample; what is computed twice counts once, logits of the global batch do not."""
-        return (self.tape.forward_flops + self.tape.backward_flops) / self.micro
+        return (self.traced.micro.forward + self.traced.micro.backward) / self.micro
+
+    @property
+    def tokens(self) -> int:
+        """Of a sample, where a sample is tokens alone; else 0."""
+        return round(self.traced.micro.tokens / self.micro)
 
     @property
     def step_flops(self) -> float:
@@ -76,31 +81,25 @@ class Plan:
         return sent_by_node(list(self.transfers), self.cluster)
 
 
-def make_plan(config: RunConfig, cluster: Cluster, tapes: "Tapes | None" = None) -> Plan:
+def make_plan(config: RunConfig, cluster: Cluster, traced: Traced | None = None) -> RunPlan:
     """Raises ConfigError when the batch does not divide, or there are more processes than samples."""
     micro, accumulation = check_batch(config, cluster.world)
-    tape, loss = tapes or trace_all(config, micro, cluster.device.on_gpu)
-    size = sum(weight.numel for weight in tape.weights)
+    traced = traced or trace_step(config, cluster)
+    size = traced.parameters
     settings = settings_of(config, size, cluster.world, micro, accumulation, overlap=cluster.device.on_gpu)
-    recompute = config.train.recompute
-    memory = memory_of(tape, loss, settings, cluster.world, accumulation, recompute)
-    transfers = transfers_of(config, tape, settings, accumulation)
-    again = sum(block.flops for block in tape.blocks) / tape.forward_flops if recompute else 0
-    cached = loss is not None and accumulation > 1
-    own = size / cluster.world if config.train.zero_stage else float(size)
-    work = Work.of(tape, accumulation, 1 + cached + again, own)
-    work += Work.of(loss, 1, 1) if loss is not None else Work(0, 0, 0)
+    memory = memory_of(traced, settings, cluster.world, accumulation)
+    transfers = transfers_of(traced, settings, accumulation)
+    work = Work.of(traced, accumulation, size / cluster.world if config.train.zero_stage else float(size))
     pace = paces(work, transfers, cluster, config.train.precision)
-    return Plan(config, cluster, micro, accumulation, (tape, loss), memory, tuple(transfers), pace)
+    return RunPlan(config, cluster, micro, accumulation, traced, memory, tuple(transfers), pace)
 
 
-Tapes = tuple[Tape, Tape | None]
+def trace_step(config: RunConfig, cluster: Cluster) -> Traced:
+    """A step of the real task on one rank; imports torch."""
+    from launchers.plan.trace import trace
 
-
-def trace_all(config: RunConfig, micro: int, on_gpu: bool) -> Tapes:
-    """-> the micro-batch, and the loss where it is the global batch's."""
-    loss = trace_contrast(config, on_gpu) if config.model.kind == "clip" else None
-    return trace(config, micro, on_gpu), loss
+    micro, accumulation = check_batch(config, cluster.world)
+    return trace(config, micro, accumulation, cluster.world, cluster.device.on_gpu)
 
 
 def check_batch(config: RunConfig, world: int) -> tuple[int, int]:
@@ -119,13 +118,15 @@ def check_batch(config: RunConfig, world: int) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------- advice
 
 
-def advise(config: RunConfig, cluster: Cluster) -> Plan | None:
+def advise(config: RunConfig, cluster: Cluster, planned: RunPlan | None = None) -> RunPlan | None:
     """The fastest setting with a margin, without computing again where that is possible; None where none has one.
 
     Of settings that are equally fast within 1 % the recipe's own is taken, else the lower stage and larger micro-batch.
+    planned: the recipe's own, which is not traced once more.
     """
     for recompute in (False, True):
-        plans = [plan for plan in candidates(config, cluster, recompute) if plan.margin > 0]
+        known = planned.traced if planned and config.train.recompute == recompute else None
+        plans = [plan for plan in candidates(config, cluster, recompute, known) if plan.margin > 0]
         if plans:
             fastest = min(plan.paces[1].step for plan in plans)
             near = [plan for plan in plans if plan.paces[1].step <= 1.01 * fastest]
@@ -134,26 +135,56 @@ def advise(config: RunConfig, cluster: Cluster) -> Plan | None:
     return None
 
 
-def _choice(plan: Plan) -> tuple[int, int]:
+def _choice(plan: RunPlan) -> tuple[int, int]:
     return plan.config.train.zero_stage, plan.micro
 
 
-def candidates(config: RunConfig, cluster: Cluster, recompute: bool) -> list[Plan]:
+def candidates(config: RunConfig, cluster: Cluster, recompute: bool, known: Traced | None = None) -> list[RunPlan]:
     """Every stage that the model trains under, with every micro-batch that divides a rank's part of the batch."""
     per_rank = config.train.global_batch // cluster.world
-    stages = [0] if config.model.kind == "vqgan" else [0, 1, 2, 3]
+    sizes = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+    train = config.train.model_copy(update={"recompute": recompute})
+    traces = _traces(config.model_copy(update={"train": train}), cluster, sizes, known)
     found = []
-    for micro in (size for size in range(1, per_rank + 1) if per_rank % size == 0):
-        tapes = None
-        for stage in stages:
-            train = config.train.model_copy(update={"micro_batch": micro, "zero_stage": stage, "recompute": recompute})
-            plan = make_plan(config.model_copy(update={"train": train}), cluster, tapes)
-            tapes = plan.tapes
-            found.append(plan)
+    for size, traced in zip(sizes, traces, strict=True):
+        for stage in stages_of(config):
+            update = {"micro_batch": size, "zero_stage": stage}
+            run = config.model_copy(update={"train": train.model_copy(update=update)})
+            found.append(make_plan(run, cluster, traced))
     return found
 
 
-def first_limit(plan: Plan, best: Plan | None) -> str:
+def _traces(config: RunConfig, cluster: Cluster, sizes: list[int], known: Traced | None) -> list[Traced]:
+    """A step in micro-batches of each of these sizes, ascending: the ends are traced, the others lie on their line.
+
+    Where the loss is one of the whole batch, the end of the line is the largest size that splits the batch.
+    """
+
+    def traced(size: int) -> Traced:
+        if known and known.rows == size:
+            return known
+        train = config.train.model_copy(update={"micro_batch": size})
+        return trace_step(config.model_copy(update={"train": train}), cluster)
+
+    found = {size: traced(size) for size in dict.fromkeys((sizes[-1], sizes[0]))}
+    low, high = found[sizes[0]], found[sizes[-1]]
+    if low.first.flops and len(sizes) > 2:
+        high = found.setdefault(sizes[-2], traced(sizes[-2]))
+    return [found.get(size) or low.at(size, high) for size in sizes]
+
+
+def stages_of(config: RunConfig) -> list[int]:
+    """The ZeRO stages that the run's task trains under: what the schema refuses, it does not."""
+    found = []
+    for stage in range(4):
+        with contextlib.suppress(ValueError):
+            train = config.train.model_copy(update={"zero_stage": stage})
+            check_sections(config.model_copy(update={"train": train}))
+            found.append(stage)
+    return found
+
+
+def first_limit(plan: RunPlan, best: RunPlan | None) -> str:
     """What stops first: memory, the batch, or what the step waits for."""
     if plan.margin < 0:
         return (
@@ -168,10 +199,10 @@ def first_limit(plan: Plan, best: Plan | None) -> str:
 # ------------------------------------------------------------------------------------------- as plain data
 
 
-def as_json(plan: Plan, best: Plan | None) -> dict[str, Any]:
+def as_json(plan: RunPlan, best: RunPlan | None) -> dict[str, Any]:
     """Everything, with units in the names."""
     train, device = plan.config.train, plan.cluster.device
-    tokens = tokens_of(plan.config)
+    tokens = plan.tokens
     usual = plan.paces[1]
     return {
         "run": plan.config.run,
@@ -184,7 +215,7 @@ def as_json(plan: Plan, best: Plan | None) -> dict[str, Any]:
         "memory_bytes": {item.what: round(item.bytes) for item in plan.memory.items}
         | {"used": round(plan.memory.used), "error": round(plan.memory.error)}
         | {"available": round(plan.cluster.memory), "margin": round(plan.margin)},
-        "flops": {"forward_per_sample": plan.tape.forward_flops / plan.micro, "per_sample": plan.sample_flops}
+        "flops": {"forward_per_sample": plan.forward_flops, "per_sample": plan.sample_flops}
         | {"per_token": plan.sample_flops / tokens if tokens else None, "per_step": plan.step_flops},
         "traffic_bytes": {f"{t.what} ({t.kind})": t.bytes * t.times for t in plan.transfers}
         | {"sent_per_rank": plan.sent_per_rank, "sent_per_node": plan.sent_per_node},
@@ -199,7 +230,7 @@ def as_json(plan: Plan, best: Plan | None) -> dict[str, Any]:
     }
 
 
-def setting(plan: Plan) -> dict[str, Any]:
+def setting(plan: RunPlan) -> dict[str, Any]:
     """What the advice chooses."""
     return {
         "zero_stage": plan.config.train.zero_stage,
@@ -207,11 +238,3 @@ def setting(plan: Plan) -> dict[str, Any]:
         "accumulation": plan.accumulation,
         "recompute": plan.config.train.recompute,
     }
-
-
-def tokens_of(config: RunConfig) -> int:
-    """Of a sample, where a sample is tokens; else 0."""
-    model = config.model
-    if model.kind in ("bert", "electra"):
-        return model.context
-    return model.text_tokens + model.image_tokens - 1 if model.kind == "gpt" else 0

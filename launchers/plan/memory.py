@@ -4,8 +4,7 @@ import dataclasses
 from typing import Any
 
 from launchers.plan.clusters import GIB
-from launchers.plan.models import FEATURES, LOGITS
-from launchers.plan.tape import BATCH, FP32, Tape, Weight
+from launchers.plan.figures import FP32, Figures, Traced
 from launchers.plan.traffic import released_share
 
 STATE, WORKING, ACTIVATION, FIXED = "states", "working set", "activations", "fixed"
@@ -41,20 +40,15 @@ class Memory:
         return sum(item.bytes * ERRORS[item.kind] for item in self.items)
 
 
-def memory_of(
-    tape: Tape, loss: Tape | None, settings: dict[str, Any], world: int, accumulation: int, recompute: bool
-) -> Memory:
-    """Of a step whose micro-batch `tape` has traced, and whose loss, where it is the global batch's, `loss`.
-
-    The worst moment is the end of a forward, or the update, when activations are gone and gradients are flattened.
+def memory_of(traced: Traced, settings: dict[str, Any], world: int, accumulation: int) -> Memory:
+    """Of a step. The worst moment is near the end of a forward, or the update, when activations are gone and gradients
+    are flattened.
     """
-    size, zero = sum(weight.numel for weight in tape.weights), settings["zero_optimization"]
-    held = [*states(size, world, zero["stage"], accumulation), *working_set(tape, zero, world)]
-    used = activations(tape, zero["stage"], zero.get("memory_efficient_linear", False), recompute)
-    used = used if loss is None else _with_loss(used, loss, world, accumulation)
+    size, zero = traced.parameters, settings["zero_optimization"]
+    held = [*states(size, world, zero["stage"], accumulation), *working_set(traced, zero)]
     flat = flattened(size, world, zero["stage"])
-    held += max(used, flat, key=lambda items: sum(item.bytes for item in items))
-    if tape.on_gpu:
+    held += max(activations(traced, zero), flat, key=lambda items: sum(item.bytes for item in items))
+    if traced.on_gpu:
         loose = sum(item.bytes for item in held if item.kind == ACTIVATION) * SLACK
         held += [Item("allocator", ACTIVATION, loose), Item("CUDA and NCCL", FIXED, CONTEXT)]
     return Memory(tuple(item for item in held if item.bytes))
@@ -83,53 +77,43 @@ def flattened(size: int, world: int, stage: int) -> list[Item]:
     return [Item("flat gradients", WORKING, float(FP32 * number))]
 
 
-def working_set(tape: Tape, zero: dict[str, Any], world: int) -> list[Item]:
+def working_set(traced: Traced, zero: dict[str, Any]) -> list[Item]:
     """Buckets, and under stage 3 the gathered weights."""
     if zero["stage"] == 0:
         return []
-    precisions = len({weight.low for weight in tape.weights}) if tape.low != FP32 else 1
+    precisions = len({weight.low for weight in traced.weights}) if traced.low != FP32 else 1
     buffers = zero["reduce_bucket_size"] * FP32 * precisions
     if zero["stage"] < 3:
         return [Item("buckets", WORKING, float(buffers * (2 if zero["overlap_comm"] else 1)))]
-    return [Item("buckets", WORKING, float(buffers)), Item("gathered weights", WORKING, gathered(tape, zero))]
+    return [Item("buckets", WORKING, float(buffers)), Item("gathered weights", WORKING, gathered(traced, zero))]
 
 
-def gathered(tape: Tape, zero: dict[str, Any]) -> float:
+def gathered(traced: Traced, zero: dict[str, Any]) -> float:
     """Stage 3: all that stay until their backward, else the kept ones and what is fetched ahead."""
-    sizes = [(weight.numel, tape.low if weight.low else FP32) for weight in tape.weights]
+    sizes = [(weight.numel, traced.low if weight.low else FP32) for weight in traced.weights]
     threshold = zero["stage3_param_persistence_threshold"]
     kept = sum(numel * width for numel, width in sizes if numel <= threshold)
     rest = sum(numel * width for numel, width in sizes if numel > threshold)
-    stays = 1 - released_share(tape.weights, zero)
-    ahead = min(rest, zero["stage3_prefetch_bucket_size"] * tape.low + max(n * w for n, w in sizes))
+    stays = 1 - released_share(traced.weights, zero)
+    ahead = min(rest, zero["stage3_prefetch_bucket_size"] * traced.low + max(n * w for n, w in sizes))
     return kept + max(rest * stays, ahead)
 
 
-def activations(tape: Tape, stage: int, spares_copies: bool, recompute: bool) -> list[Item]:
-    """What waits for the backward, and the largest of what comes and goes beside it."""
-    logits, features, batch = (tape.saved_bytes(part) for part in (LOGITS, FEATURES, BATCH))
-    layers = tape.saved_bytes() - logits - features - batch
-    transient = tape.transient
-    inside: frozenset[Weight] = frozenset()
-    if recompute:
-        inside = inside.union(*(block.copies for block in tape.blocks))
-        layers -= sum(block.saved - block.input for block in tape.blocks)
-        transient = max(transient, max((block.saved + block.transient for block in tape.blocks), default=0))
-    # stage 3 gathers linear layers in the autocast's precision already
-    copies = 0 if stage == 3 and spares_copies else tape.copied_bytes(False if stage == 3 else None, inside)
-    named = {"layers": layers, "logits": logits, "features": features, "batch": batch}
-    named |= {"copies of weights": copies, "temporary": transient}
-    return [Item(name, ACTIVATION, float(size)) for name, size in named.items()]
+def activations(traced: Traced, zero: dict[str, Any]) -> list[Item]:
+    """What waits for the backward, and the most that lives beside it.
 
-
-def _with_loss(towers: list[Item], loss: Tape, world: int, accumulation: int) -> list[Item]:
-    """A loss of the global batch lives beside the towers' activations; with gradient caching before there are any.
-
-    Then the greater of both counts, and the embeddings and their gradients are held for all micro-batches.
+    With gradient caching the loss of the whole batch is computed before there are activations of a micro-batch: the
+    greater of both counts, and what is known of all micro-batches is held beside either.
     """
-    own = activations(loss, stage=0, spares_copies=False, recompute=False)
-    if accumulation == 1:
-        return [Item(a.what, ACTIVATION, a.bytes + b.bytes) for a, b in zip(towers, own, strict=True)]
-    cache = Item("cached features", ACTIVATION, 4 / 3 * loss.saved_bytes(FEATURES) / world)
-    greater = max(towers, own, key=lambda items: sum(item.bytes for item in items))
-    return [*greater, cache]
+    moments = [_items(figures, zero) for figures in (traced.micro, traced.whole)]
+    greater = max(moments, key=lambda items: sum(item.bytes for item in items))
+    return [*greater, Item("cached features", ACTIVATION, traced.cached)]
+
+
+def _items(figures: Figures, zero: dict[str, Any]) -> list[Item]:
+    # stage 3 gathers linear layers in the autocast's precision already
+    copies = figures.cast + (0 if zero["stage"] == 3 else figures.cast_low)
+    spares = zero["stage"] == 3 and zero.get("memory_efficient_linear", False)
+    named = {"layers": figures.layers, "loss": figures.loss, "batch": figures.batch}
+    named |= {"copies of weights": 0 if spares else copies, "temporary": figures.temporary}
+    return [Item(name, ACTIVATION, float(size)) for name, size in named.items()]

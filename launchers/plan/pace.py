@@ -8,7 +8,7 @@ Three times come out, for shares that are low, usual and high; the true one shou
 import dataclasses
 
 from launchers.plan.clusters import Cluster
-from launchers.plan.tape import FP32, Tape
+from launchers.plan.figures import FP32, Traced
 from launchers.plan.traffic import Transfer
 
 
@@ -23,14 +23,12 @@ class Shares:
 
 
 SHARES = {
-    "gpu": (Shares(0.3, 0.5, 0.5, 0.3), Shares(0.6, 0.7, 0.7, 0.7), Shares(0.8, 0.85, 0.85, 0.95)),
+    "gpu": (Shares(0.3, 0.5, 0.5, 0.3), Shares(0.6, 0.6, 0.7, 0.7), Shares(0.8, 0.85, 0.85, 0.95)),
     "cpu": (Shares(0.4, 0.3, 0.3, 0.0), Shares(0.7, 0.6, 0.6, 0.0), Shares(0.95, 1.2, 1.0, 0.0)),
 }
 """Low, usual, high. Published runs on GPUs lie between (tests/launchers/plan/test_published.py); a CPU's are set by the
 recipes of configs/demo and configs/small (bench_planner.py), whose tensors fit its caches: above its copying rate.
 """
-BACKWARD_MOVES = 2.0
-"""Element-wise work of the backward, of the forward's."""
 UPDATE_BYTES = 7 * FP32
 """AdamW reads weight, gradient and moments, and writes all but the gradient."""
 
@@ -64,13 +62,12 @@ class Work:
     updated: float
 
     @classmethod
-    def of(cls, tape: Tape, times: int, forwards: float, updated: float = 0) -> "Work":
-        """A tape and its backward, `times` a step; forwards: 1 and what is run again."""
-        flops = times * (forwards * tape.forward_flops + tape.backward_flops + tape.repeated_flops)
-        return cls(flops, times * (forwards + BACKWARD_MOVES) * tape.moved, updated)
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.moved + other.moved, self.updated + other.updated)
+    def of(cls, traced: Traced, accumulation: int, updated: float) -> "Work":
+        """A step."""
+        parts = ((traced.micro, accumulation), (traced.first, accumulation), (traced.whole, 1))
+        flops = sum(times * figures.flops for figures, times in parts)
+        moved = sum(times * (figures.moved + figures.moved_back) for figures, times in parts)
+        return cls(flops, moved, updated)
 
 
 def paces(work: Work, transfers: list[Transfer], cluster: Cluster, precision: str) -> tuple[Pace, Pace, Pace]:

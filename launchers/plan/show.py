@@ -4,22 +4,21 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers.plan.clusters import GIB
-from launchers.plan.make import Plan, first_limit, tokens_of
+from launchers.plan.make import RunPlan, first_limit
 from launchers.plan.memory import ERRORS, STATE
 from launchers.plan.textbook import states_bytes
-from pretrain.config import RunConfig
 
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def show(plan: Plan, best: Plan | None, console: Console) -> None:
+def show(plan: RunPlan, best: RunPlan | None, console: Console) -> None:
     """Print the table, the advice and what the figures rest on."""
     console.print(_table(plan, best))
     for line in notes(plan, best):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(plan: Plan, best: Plan | None) -> Table:
+def _table(plan: RunPlan, best: RunPlan | None) -> Table:
     train, cluster = plan.config.train, plan.cluster
     title = f"{plan.config.run} on {cluster.nodes} x {cluster.per_node} {cluster.device.name}"
     table = Table(title=title, show_header=False, title_justify="left")
@@ -46,7 +45,7 @@ def _table(plan: Plan, best: Plan | None) -> Table:
     return table
 
 
-def memory_line(plan: Plan) -> str:
+def memory_line(plan: RunPlan) -> str:
     """Used of available, its error and the margin: never a bare yes or no."""
     text = f"{gib(plan.memory.used)} of {gib(plan.cluster.memory)}, off by {gib(plan.memory.error)} at most"
     if plan.margin >= 0:
@@ -55,14 +54,13 @@ def memory_line(plan: Plan) -> str:
     return f"{text}: {'more than there is' if short > 0 else 'may or may not be enough'}"
 
 
-def _flops_line(plan: Plan) -> str:
-    tokens = tokens_of(plan.config)
-    a_token = f", {unit(plan.sample_flops / tokens, '')} a token" if tokens else ""
-    forward = unit(plan.tape.forward_flops / plan.micro, "")
+def _flops_line(plan: RunPlan) -> str:
+    a_token = f", {unit(plan.sample_flops / plan.tokens, '')} a token" if plan.tokens else ""
+    forward = unit(plan.forward_flops, "")
     return f"{unit(plan.sample_flops, '')} a sample (forward {forward}){a_token}, {unit(plan.step_flops, '')} a step"
 
 
-def _time_rows(plan: Plan) -> list[tuple[str, str]]:
+def _time_rows(plan: RunPlan) -> list[tuple[str, str]]:
     slow, usual, fast = plan.paces
     parts = f"products {usual.products:.3g}, memory {usual.moved + usual.update:.3g}, network {usual.network:.3g}"
     batch = plan.config.train.global_batch
@@ -76,14 +74,14 @@ def _time_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def notes(plan: Plan, best: Plan | None) -> list[str]:
+def notes(plan: RunPlan, best: RunPlan | None) -> list[str]:
     """The advice, what is not counted, and what the figures rest on."""
     kinds = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in ERRORS.items())
     size, world, stage = plan.parameters, plan.cluster.world, plan.config.train.zero_stage
     own = sum(item.bytes for item in plan.memory.items if item.kind == STATE)
     lines = [
         advice_line(plan, best),
-        *not_counted(plan.config),
+        *not_counted(plan),
         f"States: {gib(own)}, weights in float32, of which autocast makes copies; in bf16 with a float32 master, as "
         f"textbooks have it, {gib(states_bytes(size, world, stage))}.",
         f"Memory may be off by: {kinds}; all but the fixed part was measured, on a CPU.",
@@ -95,19 +93,17 @@ def notes(plan: Plan, best: Plan | None) -> list[str]:
     return lines
 
 
-def not_counted(config: RunConfig) -> list[str]:
+def not_counted(plan: RunPlan) -> list[str]:
     """What makes this run's steps differ from the one that was planned."""
-    objective = config.objective
-    if objective.kind in ("mlm", "rtd") and objective.packing:
-        return ["Counted with a row a sample; packing needs fewer rows, by how much depends on the captions."]
-    if objective.kind == "reconstruction" and objective.discriminator_weight:
-        start = objective.discriminator_start_step
-        if config.train.steps > start:
-            return [f"Counted before step {start:,}; from then on the discriminator computes too."]
-    return []
+    lines = []
+    if getattr(plan.config.task, "packing", False):
+        lines.append("Counted with a row a sample; packing needs fewer rows, by how much depends on the captions.")
+    if plan.traced.later:
+        lines.append(f"Counted as the run begins; later on the {' and the '.join(plan.traced.later)} computes too.")
+    return lines
 
 
-def advice_line(plan: Plan, best: Plan | None) -> str:
+def advice_line(plan: RunPlan, best: RunPlan | None) -> str:
     """As overrides that can be put behind the command."""
     if best is None:
         return "Advice: no stage and no micro-batch has a margin here."

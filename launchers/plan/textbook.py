@@ -1,4 +1,4 @@
-"""The formulas of papers and reports, for comparison: what our engine holds and computes is in tape, memory, traffic.
+"""The formulas of papers and reports, for comparison: what our engine holds and computes is in trace, memory, traffic.
 
 Letters: L layers, D width, S sequence, B rows, H heads, V vocabulary, N parameters, W ranks.
 """

@@ -7,8 +7,7 @@ rank, a reduction to all twice that. gloo scatters by reducing to all, NCCL does
 import dataclasses
 from typing import Any
 
-from launchers.plan.tape import FP32, Tape, Weight
-from pretrain.config import RunConfig
+from launchers.plan.figures import FP32, Traced, Weight
 
 PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "reduce_scatter by gloo": 2}
 REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's own, in elements: what is used again sooner stays gathered
@@ -28,11 +27,11 @@ class Transfer:
         return PASSES[self.kind] * self.bytes * self.times * (world - 1) / world
 
 
-def transfers_of(config: RunConfig, tape: Tape, settings: dict[str, Any], accumulation: int) -> list[Transfer]:
+def transfers_of(traced: Traced, settings: dict[str, Any], accumulation: int) -> list[Transfer]:
     """All of a step, but for a few hundred bytes of metrics and agreements."""
-    weights, low = tape.weights, tape.low
+    weights, low = traced.weights, traced.low
     zero = settings["zero_optimization"]
-    stage, size = zero["stage"], sum(weight.numel for weight in weights)
+    stage, size = zero["stage"], traced.parameters
     reduced = sum(weight.numel * (low if weight.low else FP32) for weight in weights)
     if stage == 0:
         found = [Transfer("gradients", "all_reduce", size * FP32, 1)]
@@ -40,13 +39,13 @@ def transfers_of(config: RunConfig, tape: Tape, settings: dict[str, Any], accumu
         found = [Transfer("gradients", "all_reduce", reduced, accumulation if stage == 2 else 1)]
         found.append(Transfer("weights", "all_gather", size * FP32, 1))
     else:
-        kind = "reduce_scatter" if tape.on_gpu else "reduce_scatter by gloo"
+        kind = "reduce_scatter" if traced.on_gpu else "reduce_scatter by gloo"
         found = [Transfer("gradients", kind, reduced, accumulation)]
         found += _gathers(weights, zero, low, accumulation)
-    return found + _features(config, accumulation)
+    return found + _features(traced, accumulation)
 
 
-def _gathers(weights: list[Weight], zero: dict[str, Any], low: int, accumulation: int) -> list[Transfer]:
+def _gathers(weights: tuple[Weight, ...], zero: dict[str, Any], low: int, accumulation: int) -> list[Transfer]:
     """Stage 3: small weights once a step, others in every forward, and in every backward where they did not stay.
 
     A block that is computed again has its backward right behind, before its weights are let go: nothing is added.
@@ -63,7 +62,7 @@ def _gathers(weights: list[Weight], zero: dict[str, Any], low: int, accumulation
     return found
 
 
-def released_share(weights: list[Weight], zero: dict[str, Any]) -> float:
+def released_share(weights: tuple[Weight, ...], zero: dict[str, Any]) -> float:
     """Of the weights, how many are let go after the forward: those used again only after `reuse distance` elements.
 
     From the forward of a layer to its backward lie, twice, all the layers behind it. What the prefetch has looked at
@@ -74,9 +73,11 @@ def released_share(weights: list[Weight], zero: dict[str, Any]) -> float:
     return max(0.0, (size - stays) / size)
 
 
-def _features(config: RunConfig, accumulation: int) -> list[Transfer]:
-    """CLIP: embeddings of the global batch to all, their gradients back."""
-    if config.model.kind != "clip":
-        return []
-    size = 2 * config.train.global_batch * config.model.embed_dim * FP32
-    return [Transfer("features", "all_gather", size, 1), Transfer("their gradients", "all_reduce", size, 1)]
+def _features(traced: Traced, accumulation: int) -> list[Transfer]:
+    """What a loss of the global batch gathers from all ranks, and its gradients back."""
+    found = []
+    for figures, times in ((traced.micro, accumulation), (traced.whole, 1)):
+        if figures.gathered:
+            found.append(Transfer("features", "all_gather", figures.gathered, times))
+            found.append(Transfer("their gradients", "all_reduce", figures.returned, times))
+    return found

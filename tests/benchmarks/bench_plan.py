@@ -25,7 +25,7 @@ from tests.benchmarks.processes import REPOSITORY, Cost, measure
 
 PLAN = """
 import json, resource, sys, time
-from data_pipeline.build.plan import make_plan
+from data_pipeline.ingest.plan import make_plan
 from data_pipeline.config import BuildConfig
 from data_pipeline.settings import check_settings
 start = time.monotonic()
@@ -33,14 +33,14 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 plan = make_plan(check_settings(BuildConfig, json.loads(sys.argv[1]), "bench"))
 planned = time.monotonic() - start
 start = time.monotonic()
-last = [row.url for row in __import__("data_pipeline.build.sources", fromlist=["x"]).open_source(
+last = [row.url for row in __import__("data_pipeline.ingest.sources", fromlist=["x"]).open_source(
     plan.config.source, plan.layout).rows(plan.rows - 1000, plan.rows)]
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([planned, time.process_time(), (peak - before) / 1024, time.monotonic() - start]))
 """
 BUILD = """
 import sys
-from data_pipeline.build.run import build
+from data_pipeline.ingest.run import build
 from data_pipeline.config import BuildConfig
 from data_pipeline.settings import check_settings
 source = dict(kind="parquet", path=sys.argv[1])

@@ -16,12 +16,12 @@ from typing import NamedTuple
 from data_pipeline.settings import load_settings
 from launchers.plan.clusters import GIGA, GPUS, Cluster, Device, cluster_of
 from launchers.plan.make import make_plan
-from launchers.plan.models import trace
 from launchers.plan.textbook import flops_per_token, mfu
+from launchers.plan.trace import trace
 from pretrain.config import RunConfig
 from tests.launchers.plan import measured
 from tests.launchers.plan.engine_runs import RUNS, between, in_backward, on_ranks
-from tests.launchers.plan.recipes import computed, desk, kept, recipes, run_of, tapes_of
+from tests.launchers.plan.recipes import desk, figures_of, recipes, run_of
 from tests.launchers.plan.test_published import LLM_FOUNDRY
 from tests.launchers.plan.test_published import RUNS as PUBLISHED
 
@@ -60,14 +60,15 @@ def parameters() -> Iterator[Row]:
     """Elements, every recipe."""
     for recipe in recipes():
         config = run(recipe)
-        yield Row(name(recipe), sum(w.numel for w in trace(config, 1).weights), sum(measured.parameters(config)))
+        planned = trace(config, 1, accumulation=1, world=1, on_gpu=True)
+        yield Row(name(recipe), planned.parameters, measured.parameters(config))
 
 
 def flops() -> Iterator[Row]:
     """Of a forward and backward by torch's counter, attention as plain products."""
     for recipe in DESKTOP:
         config = run(recipe)
-        yield Row(name(recipe), computed(tapes_of(config, 2)), measured.flops(config, 2)[1])
+        yield Row(name(recipe), figures_of(config, 2).flops, measured.flops(config, 2)[1])
 
 
 def activations() -> Iterator[Row]:
@@ -76,7 +77,7 @@ def activations() -> Iterator[Row]:
     for recipe, rows, overrides in sizes:
         for precision in ("fp32", "bf16"):
             config = run(recipe, f"train.precision={precision}", *overrides)
-            yield Row(f"{name(recipe)} {precision}", kept(tapes_of(config, rows)), measured.saved_bytes(config, rows))
+            yield Row(f"{name(recipe)} {precision}", figures_of(config, rows).kept, measured.saved_bytes(config, rows))
 
 
 def peak() -> Iterator[Row]:
@@ -84,9 +85,7 @@ def peak() -> Iterator[Row]:
     for recipe in DESKTOP:
         for precision in ("fp32", "bf16"):
             config = run(recipe, f"train.precision={precision}")
-            tapes = tapes_of(config, 8)
-            planned = kept(tapes) + sum(tape.transient for tape in tapes)
-            yield Row(f"{name(recipe)} {precision}", planned, measured.peak_bytes(config, 8))
+            yield Row(f"{name(recipe)} {precision}", figures_of(config, 8).most, measured.peak_bytes(config, 8))
 
 
 def engine() -> Iterator[Row]:

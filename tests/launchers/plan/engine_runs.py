@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launchers.plan.make import Plan
+from launchers.plan.make import RunPlan
 from launchers.plan.memory import STATE, WORKING
 from tests.pretrain.processes import ROOT, run_ranks
 
@@ -39,14 +39,14 @@ KEPT = {"weights", "master weights", "Adam's moments"}
 KEPT_BY_STAGE_3 = KEPT | {"gradients", "buckets", "gathered weights"}
 
 
-def between(plan: Plan) -> float:
+def between(plan: RunPlan) -> float:
     """What stays from step to step; gathered weights that are not kept are let go."""
     kept = KEPT_BY_STAGE_3 if plan.config.train.zero_stage == 3 else KEPT
     kept = kept - {"gathered weights"} if "threshold" in str(plan.config.deepspeed.extra) else kept
     return sum(item.bytes for item in plan.memory.items if item.what in kept)
 
 
-def in_backward(plan: Plan) -> float:
+def in_backward(plan: RunPlan) -> float:
     """The most of a step, without activations and what only the update flattens."""
     held = [item for item in plan.memory.items if item.kind in (STATE, WORKING) and item.what != "flat gradients"]
     return sum(item.bytes for item in held)

@@ -17,18 +17,18 @@ from pretrain.config import RunConfig
 from pretrain.inputs.masking import mask_slots
 from pretrain.models import MODELS
 from pretrain.models.layers import recompute
-from pretrain.objectives import OBJECTIVES
-from pretrain.objectives.collectives import ONE_DEVICE, Collectives
+from pretrain.tasks import TASKS
+from pretrain.tasks.collectives import ONE_DEVICE, Collectives
 
 
-def objective_of(config: RunConfig, device: str = "cpu", collectives: Collectives = ONE_DEVICE) -> nn.Module:
+def task_of(config: RunConfig, device: str = "cpu", collectives: Collectives = ONE_DEVICE) -> nn.Module:
     """The real module, training."""
     torch.manual_seed(0)
     with torch.device(device):
         model = MODELS[config.model.kind](config.model)
         if config.train.recompute:
             recompute(model)
-        return OBJECTIVES[config.objective.kind](model, config.objective, collectives).train()
+        return TASKS[config.task.kind](model, config.task, collectives).train()
 
 
 def batch_of(config: RunConfig, rows: int, rank: int = 0) -> dict[str, Tensor]:
@@ -53,10 +53,11 @@ def batch_of(config: RunConfig, rows: int, rank: int = 0) -> dict[str, Tensor]:
 
 def words(config: RunConfig, rows: int, ids: Any) -> dict[str, Tensor]:
     """Of BERT and ELECTRA: whole rows, every slot filled."""
-    model, objective = config.model, config.objective
-    assert model.kind in ("bert", "electra") and objective.kind in ("mlm", "rtd")
-    slots = mask_slots(objective.mask_rate, model.context)
-    return {
+    model, task = config.model, config.task
+    assert model.kind in ("bert", "electra") and task.kind in ("mlm", "rtd")
+    slots = mask_slots(task.mask_rate, model.context)
+    own = {"segments": ids(2, rows, model.context), "places": ids(model.context, rows, model.context)}
+    return (own if task.packing else {}) | {
         "tokens": ids(model.vocab_size, rows, model.context),
         "types": ids(model.type_vocab, rows, model.context),
         "attention": torch.ones(rows, model.context, dtype=torch.bool),
@@ -84,7 +85,7 @@ class Kept:
 
 def saved_bytes(config: RunConfig, rows: int) -> int:
     """Of the tensors that wait for the backward: each memory once, without parameters and the batch."""
-    module, batch = objective_of(config), batch_of(config, rows)
+    module, batch = task_of(config), batch_of(config, rows)
     there, graph = storages(module, batch), weakref.WeakSet[Kept]()
 
     def pack(tensor: Tensor) -> Kept:
@@ -104,7 +105,7 @@ def saved_bytes(config: RunConfig, rows: int) -> int:
 
 def held_bytes(config: RunConfig, rows: int) -> int:
     """Of all that a forward leaves alive for its backward, in whatever way: without parameters and the batch."""
-    module, batch = objective_of(config), batch_of(config, rows)
+    module, batch = task_of(config), batch_of(config, rows)
     with Live() as live, torch.autocast("cpu", torch.bfloat16, config.train.precision == "bf16"):
         loss = module(batch)["loss"]
     assert loss.requires_grad
@@ -113,7 +114,7 @@ def held_bytes(config: RunConfig, rows: int) -> int:
 
 def flops(config: RunConfig, rows: int) -> tuple[int, int]:
     """-> (forward, forward and backward) by torch's own counter, attention as plain products."""
-    module, batch = objective_of(config), batch_of(config, rows)
+    module, batch = task_of(config), batch_of(config, rows)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             loss = module(batch)["loss"]
@@ -122,9 +123,9 @@ def flops(config: RunConfig, rows: int) -> tuple[int, int]:
     return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
 
 
-def parameters(config: RunConfig) -> list[int]:
-    """Elements of every parameter, on the meta device."""
-    return [parameter.numel() for parameter in objective_of(config, "meta").parameters()]
+def parameters(config: RunConfig) -> int:
+    """Elements of all parameters, on the meta device."""
+    return sum(parameter.numel() for parameter in task_of(config, "meta").parameters())
 
 
 class Live(TorchDispatchMode):
@@ -156,7 +157,7 @@ class Live(TorchDispatchMode):
 
 def peak_bytes(config: RunConfig, rows: int) -> int:
     """The most that a forward and its backward hold, gradients of parameters among it, parameters and batch not."""
-    module, batch = objective_of(config), batch_of(config, rows)
+    module, batch = task_of(config), batch_of(config, rows)
     low = config.train.precision == "bf16"
     with Live() as live:
         with torch.autocast("cpu", torch.bfloat16, low):

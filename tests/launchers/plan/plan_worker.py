@@ -22,10 +22,10 @@ import torch
 
 from data_pipeline.settings import load_settings
 from pretrain.config import RunConfig, micro_batch_of
-from pretrain.engine import Engine
-from pretrain.mesh import Mesh
-from pretrain.objectives.collectives import Collectives
-from tests.launchers.plan.measured import batch_of, objective_of
+from pretrain.engine.engine import Engine
+from pretrain.runtime.mesh import Mesh
+from pretrain.tasks.collectives import Collectives
+from tests.launchers.plan.measured import batch_of, task_of
 
 STEPS, WARM, LR = 2, 3, 1e-3
 BYTES_ACKED = 120
@@ -67,7 +67,7 @@ def measured(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
     batches = [batch_of(config, micro, mesh.rank * accumulation + i) for i in range(accumulation)]
     before = held()
     collectives = Collectives(gather=mesh.gather, sum=mesh.sum, world=mesh.world)
-    engine = Engine(objective_of(config, collectives=collectives), config, mesh, micro, accumulation)
+    engine = Engine(task_of(config, collectives=collectives), config, mesh, micro, accumulation)
     for _ in range(WARM):  # DeepSpeed learns the order of modules from the first two
         step(engine, batches)
     mesh.maximum([0])

@@ -1,4 +1,4 @@
-"""Runs for the planner's tests: whole configurations from a few words. Imports no torch."""
+"""Runs for the planner's tests: whole configurations from a few words."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,10 +6,9 @@ from typing import Any
 
 from data_pipeline.settings import check_settings, read_yaml
 from launchers.plan.clusters import GIGA, Cluster, Device
-from launchers.plan.memory import activations
-from launchers.plan.models import trace, trace_contrast
-from launchers.plan.tape import BATCH, Tape
-from pretrain.config import OBJECTIVE_OF, RunConfig
+from launchers.plan.figures import Figures
+from pretrain.config import RunConfig
+from pretrain.schema import tasks_of
 
 ROOT = Path(__file__).parents[3]
 DESK = Device("cpu", {"fp32": 50e9, "bf16": 50e9}, 24e9, 10e9, GIGA, GIGA)
@@ -28,8 +27,8 @@ def run_of(model: dict[str, Any], **train: Any) -> RunConfig:
     tree = {
         "run": "runs/planned",
         "model": model,
-        "objective": {"kind": OBJECTIVE_OF[model["kind"]]},
-        "data": {"dataset": "unused", "vocabulary": "unused", "tokenizer": "unused"},
+        "task": {"kind": tasks_of(model["kind"])[0]},
+        "data": {"dataset": "unused", "text_tokenizer": "unused", "image_tokenizer": "unused"},
         "train": {"steps": 1000, "global_batch": 8, "zero_stage": 0 if model["kind"] == "vqgan" else 1} | train,
         "optim": {"lr": 1e-3},
     }
@@ -41,25 +40,8 @@ def desk(processes: int) -> Cluster:
     return Cluster(DESK, 1, processes, GIGA)
 
 
-def tapes_of(config: RunConfig, rows: int) -> list[Tape]:
-    """A micro-batch on a CPU, and CLIP's loss, of a global batch of `rows`."""
-    train = config.train.model_copy(update={"global_batch": rows})
-    config = config.model_copy(update={"train": train})
-    loss = [trace_contrast(config, on_gpu=False)] if config.model.kind == "clip" else []
-    return [trace(config, rows, on_gpu=False), *loss]
+def figures_of(config: RunConfig, rows: int, on_gpu: bool = False) -> Figures:
+    """A micro-batch of `rows` samples, which is the global batch, on one device; imports torch."""
+    from launchers.plan.trace import trace
 
-
-def kept(tapes: list[Tape]) -> int:
-    """Bytes that wait for the backward, without the batch."""
-    return sum(tape.saved_bytes() - tape.saved_bytes(BATCH) + tape.copied_bytes() for tape in tapes)
-
-
-def kept_by_recomputing(tapes: list[Tape]) -> float:
-    """Bytes that wait for the backward where the blocks are computed again in it, without the batch."""
-    items = [item for tape in tapes for item in activations(tape, stage=0, spares_copies=False, recompute=True)]
-    return sum(item.bytes for item in items if item.what not in ("batch", "temporary"))
-
-
-def computed(tapes: list[Tape]) -> int:
-    """FLOPs of a forward and backward, what is computed twice counted twice."""
-    return sum(tape.forward_flops + tape.backward_flops + tape.repeated_flops for tape in tapes)
+    return trace(config, rows, accumulation=1, world=1, on_gpu=on_gpu).micro

@@ -1,51 +1,55 @@
-"""The plan beside the real modules and the real engine: parameters, FLOPs, activations, states, bytes on the wire."""
+"""The plan beside the real modules and the real engine: FLOPs, activations, states, bytes on the wire."""
 
 import pytest
 
 from data_pipeline.settings import load_settings
 from launchers.plan.make import make_plan
-from launchers.plan.models import trace
 from pretrain.config import RunConfig
 from tests.launchers.plan import measured
 from tests.launchers.plan.engine_runs import RUNS, between, in_backward, on_ranks
-from tests.launchers.plan.recipes import computed, desk, kept, kept_by_recomputing, recipes, tapes_of
+from tests.launchers.plan.recipes import desk, figures_of, recipes
 from tests.pretrain.processes import ROOT
 
 SMALL = [recipe for recipe in recipes() if "/small/" in recipe]
+AGAIN = "train.recompute=true"
+VARIANTS: list[tuple[str, ...]] = [
+    *((recipe, *more) for recipe in SMALL for more in ((), (AGAIN,))),
+    ("configs/small/gpt.yaml", "model.dropout=0.1"),
+    ("configs/small/gpt.yaml", "model.dropout=0.1", AGAIN),
+    ("configs/small/bert.yaml", "model.dropout=0", "task.packing=true", "task.nsp=false"),
+    ("configs/small/electra.yaml", "task.packing=true", AGAIN),
+]
+
+
+def within(recipe: str) -> float:
+    """A hundredth; of a VQGAN more: a CPU's convolutions lay pictures out in another order, which is kept as well."""
+    return 0.06 if "vqgan" in recipe else 0.01
 
 
 def run(recipe: str, *overrides: str) -> RunConfig:
     return load_settings(RunConfig, ROOT / recipe, overrides)
 
 
-@pytest.mark.parametrize("recipe", recipes())
-def test_a_recipe_has_exactly_the_parameters_of_its_module(recipe: str) -> None:
-    config = run(recipe)
-    assert sorted(weight.numel for weight in trace(config, 1).weights) == sorted(measured.parameters(config))
-
-
-@pytest.mark.parametrize("recipe", SMALL)
-def test_flops_are_those_that_torch_counts(recipe: str) -> None:
-    tapes = tapes_of(run(recipe), 3)
-    forward, both = measured.flops(run(recipe), 3)
-    assert sum(tape.forward_flops for tape in tapes) == forward
-    assert computed(tapes) == both
+@pytest.mark.parametrize("words", VARIANTS, ids=" ".join)
+def test_flops_are_those_that_torch_counts(words: tuple[str, ...]) -> None:
+    config = run(*words)
+    forward, both = measured.flops(config, 3)
+    figures = figures_of(config, 3)
+    assert figures.flops == both
+    assert figures.forward <= forward  # the loss of CLIP is not the model's
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recipe", SMALL)
-def test_activations_are_within_a_tenth_of_what_autograd_keeps(recipe: str, precision: str) -> None:
-    config = run(recipe, f"train.precision={precision}")
-    assert kept(tapes_of(config, 3)) == pytest.approx(measured.saved_bytes(config, 3), rel=0.1)
+@pytest.mark.parametrize("words", VARIANTS, ids=" ".join)
+def test_activations_are_what_is_alive_after_a_forward(words: tuple[str, ...], precision: str) -> None:
+    config = run(*words, f"train.precision={precision}")
+    assert figures_of(config, 3).kept == pytest.approx(measured.held_bytes(config, 3), rel=within(words[0]))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recipe", SMALL)
-def test_activations_that_are_computed_again_are_within_a_tenth_of_what_is_alive_after_a_forward(
-    recipe: str, precision: str
-) -> None:
-    config = run(recipe, f"train.precision={precision}", "train.recompute=true")
-    assert kept_by_recomputing(tapes_of(config, 8)) == pytest.approx(measured.held_bytes(config, 8), rel=0.1)
+def test_activations_are_what_autograd_keeps(recipe: str) -> None:
+    config = run(recipe, "train.precision=fp32")
+    assert figures_of(config, 3).kept == pytest.approx(measured.saved_bytes(config, 3), rel=within(recipe))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -54,9 +58,7 @@ def test_activations_and_temporaries_are_within_a_tenth_of_the_peak_of_forward_a
     recipe: str, precision: str
 ) -> None:
     config = run(recipe, f"train.precision={precision}")
-    tapes = tapes_of(config, 8)
-    planned = kept(tapes) + sum(tape.transient for tape in tapes)
-    assert planned == pytest.approx(measured.peak_bytes(config, 8), rel=0.1)
+    assert figures_of(config, 8).most == pytest.approx(measured.peak_bytes(config, 8), rel=0.1)
 
 
 # ------------------------------------------------------------------------------------------- the engine

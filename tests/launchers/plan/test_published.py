@@ -1,15 +1,16 @@
 """Published figures: FLOPs of models, utilisation of runs, and throughputs that lie where the planner expects them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_pipeline.settings import load_settings
 from launchers.plan.clusters import GPUS, cluster_of
 from launchers.plan.make import make_plan
-from launchers.plan.models import trace
 from launchers.plan.textbook import flops_per_token, layer_activation_bytes, mfu, states_bytes, transformer_flops
 from pretrain.config import RunConfig
-from tests.launchers.plan.recipes import run_of
+from tests.launchers.plan.recipes import figures_of, run_of
 
 LLM_FOUNDRY = [  # its tables of bf16 runs: parameters, layers, width, length, H100s, tokens/s, MFU in %
     (6_658_859_008, 32, 4096, 2048, 8, 85_144, 46.44),
@@ -28,8 +29,22 @@ def test_the_throughputs_of_llm_foundry_give_its_utilisation(
     assert 100 * share == pytest.approx(published, abs=0.03)
 
 
+PARAMETERS = {  # of OpenAI's CLIP, of transformers' BertForPreTraining and of EasyNLP's base model
+    "configs/clip/vit-b-32.yaml": 151_277_313,
+    "configs/clip/vit-b-16.yaml": 149_620_737,
+    "configs/text/bert-base.yaml": 110_106_428,
+    "configs/text_to_image/pai-painter-base.yaml": 126_669_312,
+}
+
+
+@pytest.mark.parametrize("recipe", PARAMETERS)
+def test_a_recipe_of_published_size_has_its_published_parameters(recipe: str, repository: Path) -> None:
+    run = load_settings(RunConfig, repository / recipe, ["train.global_batch=8"])
+    assert make_plan(run, cluster_of("h100", 1, 1)).parameters == PARAMETERS[recipe]
+
+
 def test_a_forward_of_clip_has_its_published_flops() -> None:
-    vit_b_32 = trace(run_of({"kind": "clip"}, global_batch=8), rows=1).forward_flops
+    vit_b_32 = figures_of(run_of({"kind": "clip"}, global_batch=8), rows=1, on_gpu=True).forward
     assert vit_b_32 / 1e9 == pytest.approx(14.78, abs=0.005)
     # g/14 has another width in the middle than our towers: by the formula, open_clip's profile of it says 581.15
     image = transformer_flops(40, 1408, 6144, 257) + 2 * 256 * 3 * 14**2 * 1408 + 2 * 1408 * 1024
@@ -37,21 +52,21 @@ def test_a_forward_of_clip_has_its_published_flops() -> None:
     assert (image + text) / 1e9 == pytest.approx(581.15, rel=1e-3)
 
 
-def test_the_formula_of_papers_and_the_tape_count_the_same_flops_of_a_gpt() -> None:
-    run = run_of(gpt(12, 768, 12, 1024))
-    tape, tokens = trace(run, rows=1), 1024
-    inside = sum(w.numel for w in tape.weights) - 50_369 * 768 - 1025 * 768  # what is looked up is not computed with
-    assert (tape.forward_flops + tape.backward_flops) / tokens == pytest.approx(
-        flops_per_token(inside, 12, 768, tokens), rel=2e-3
-    )
+def test_the_formula_of_papers_and_the_trace_count_the_same_flops_of_a_gpt() -> None:
+    plan, tokens = make_plan(run_of(gpt(12, 768, 12, 1024)), cluster_of("h100", 1, 8)), 1024
+    inside = plan.parameters - 50_369 * 768 - 1025 * 768  # what is looked up is not computed with
+    assert plan.tokens == tokens
+    assert plan.sample_flops / tokens == pytest.approx(flops_per_token(inside, 12, 768, tokens), rel=2e-3)
 
 
 def test_the_textbooks_states_and_activations_differ_from_ours_where_they_should() -> None:
     assert [states_bytes(1000, 4, stage) for stage in range(4)] == [16_000, 7_000, 5_500, 4_000]
-    tape = trace(run_of({"kind": "bert", "context": 512}), rows=1)
-    ours = tape.blocks[0].saved
-    # ours keeps the residual in float32 and makes no mask of half precision, theirs has all in 16 bits
-    assert ours / layer_activation_bytes(512, 1, 768, 12) == pytest.approx(1.2, abs=0.1)
+    model = {"kind": "bert", "context": 512, "dropout": 0.0}
+    two, three = (figures_of(run_of(model | {"layers": n}), rows=1, on_gpu=True).layers for n in (2, 3))
+    # ours keeps the residual in float32, theirs has all in 16 bits and the masks of dropout, 3 bytes an element
+    masks = 3 * 512 * 768
+    theirs = layer_activation_bytes(512, 1, 768, 12) - masks
+    assert (three - two) / theirs == pytest.approx(1.2, abs=0.1)
 
 
 # ------------------------------------------------------------------------- throughputs of other people's runs
