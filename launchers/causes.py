@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault, Requeue
-from pretrain.faults import Cause
+from pretrain.runtime.faults import Cause
 
 BY_EXIT_CODE: dict[int, Cause] = {
     ConfigError.exit_code: "configuration",

@@ -30,16 +30,16 @@ def build(config: Config, overrides: Overrides = None, json: AsJson = False) -> 
 
 
 def _build(settings: "BuildConfig", progress: bool) -> dict[str, Any]:
-    from data_pipeline.build.run import build as run_build
+    from data_pipeline.ingest.run import build as run_build
 
-    if settings.tokenizer is None:
+    if settings.image_tokenizer is None:
         return run_build(settings, progress)
     from data_pipeline.shards.codes import encode_dataset
-    from pretrain.interchange.tokenizer import load_tokenizer
+    from pretrain.inputs.image_tokenizer import load_tokenizer
 
-    load_tokenizer(settings.tokenizer)  # a wrong folder is told before the build
+    load_tokenizer(settings.image_tokenizer)  # a wrong folder is told before the build
     built = run_build(settings, progress)
-    where = (load_tokenizer, settings.tokenizer, settings.workers, progress, settings.ray_address)
+    where = (load_tokenizer, settings.image_tokenizer, settings.workers, progress, settings.ray_address)
     return {**built, "codes": encode_dataset(settings.output, *where)["tokenizer"]}
 
 
@@ -53,7 +53,7 @@ def retry(config: Config, overrides: Overrides = None, json: AsJson = False) -> 
 
 
 def _retry(settings: "BuildConfig", progress: bool) -> dict[str, Any]:
-    from data_pipeline.build.run import retry as run_retry
+    from data_pipeline.ingest.run import retry as run_retry
 
     return run_retry(settings, progress)
 
@@ -61,24 +61,26 @@ def _retry(settings: "BuildConfig", progress: bool) -> dict[str, Any]:
 def report(
     dataset: Dataset,
     output: Annotated[Path | None, typer.Option(help="The page; DATASET/report.html unless named.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Image tokenizer whose reconstructions are shown.")] = None,
+    image_tokenizer: Annotated[
+        Path | None, typer.Option(help="Image tokenizer whose reconstructions are shown.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="What it was built by: shows rejected images too.")] = None,
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:
     """One HTML page that shows a dataset: what went in and out, examples, sizes, captions, codes."""
-    from data_pipeline.build.report import write_report
     from data_pipeline.config import BuildConfig
+    from data_pipeline.ingest.report import write_report
     from data_pipeline.settings import load_settings
 
     built = None if config is None else load_settings(BuildConfig, config, overrides or [])
-    model = None if tokenizer is None else _tokenizer_of(dataset, tokenizer)
+    model = None if image_tokenizer is None else _tokenizer_of(dataset, image_tokenizer)
     emit({"report": write_report(dataset, output, model, built)}, json)
 
 
 def encode(
     dataset: Dataset,
-    tokenizer: Annotated[Path, typer.Option(help="Folder of an exported image tokenizer.")],
+    image_tokenizer: Annotated[Path, typer.Option(help="Folder of an exported image tokenizer.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes that encode.")] = 1,
     crops: Annotated[
         int, typer.Option(min=1, max=10, help="1: the centre; 10: corners, centre and their mirror images.")
@@ -95,7 +97,7 @@ def encode(
     """Add image codes beside the shards of a dataset."""
     from data_pipeline.workers import in_driver
 
-    words = (str(tokenizer), precision, device, workers, not json, ray_address, crops)
+    words = (str(image_tokenizer), precision, device, workers, not json, ray_address, crops)
     emit(as_dict(in_driver(_encode, dataset, *words)), json)
 
 
@@ -112,7 +114,7 @@ def _encode(
     from functools import partial
 
     from data_pipeline.shards.codes import encode_dataset
-    from pretrain.interchange.tokenizer import load_tokenizer
+    from pretrain.inputs.image_tokenizer import load_tokenizer
 
     factory, gpus = partial(load_tokenizer, precision=precision, device=device), int(device == "cuda")
     return encode_dataset(dataset, factory, tokenizer, workers, progress, ray_address, crops, gpus)
@@ -133,7 +135,7 @@ def index(
 
 def verify(
     dataset: Dataset,
-    tokenizer: Annotated[Path | None, typer.Option(help="Encode a sample of every shard again with it.")] = None,
+    image_tokenizer: Annotated[Path | None, typer.Option(help="Encode a sample of every shard again with it.")] = None,
     sample: Annotated[int, typer.Option(min=1, help="Images of a shard that are encoded again.")] = 16,
     min_agreement: Annotated[float, typer.Option(min=0, max=1, help="Share of equal codes in each shard.")] = 0.95,
     seed: Seed = 0,
@@ -142,7 +144,7 @@ def verify(
     """Digests, accounting and codes; leaves with 74 when something is off."""
     from data_pipeline.shards.verify import verify as run_verify
 
-    model = None if tokenizer is None else _tokenizer_of(dataset, tokenizer)
+    model = None if image_tokenizer is None else _tokenizer_of(dataset, image_tokenizer)
     emit(as_dict(run_verify(dataset, model, sample, min_agreement, seed)), json)
 
 
@@ -150,7 +152,7 @@ def _tokenizer_of(dataset: str, directory: Path) -> "ImageTokenizer":
     """The tokenizer in the precision in which the dataset was encoded."""
     from data_pipeline.shards.codes import find_meta
     from data_pipeline.shards.manifest import open_dataset
-    from pretrain.interchange.tokenizer import load_tokenizer_of
+    from pretrain.inputs.image_tokenizer import load_tokenizer_of
 
     storage, manifest = open_dataset(dataset)
     return load_tokenizer_of(directory, lambda name: find_meta(storage, manifest, name))

@@ -32,7 +32,8 @@ def plan(
     run = load_settings(RunConfig, config, overrides or [])
     check_batch(run, nodes * gpus_per_node)
     cluster = cluster_of(gpu, nodes, gpus_per_node, network_gbits)
-    planned, best = make_plan(run, cluster), advise(run, cluster)
+    planned = make_plan(run, cluster)
+    best = advise(run, cluster, planned)
     if json:
         emit(as_json(planned, best), json)
         return

@@ -37,7 +37,7 @@ def train(
     run_config = load_run(config, overrides or [], change or [])
     check_initial(run_config)
     refuse_other_folder(run_config.run)
-    from pretrain.signals import ignore_stop_signals
+    from pretrain.runtime.signals import ignore_stop_signals
 
     trains = True
     from pretrain.train import main  # after the configuration: a mistake in it need not wait for torch

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers.watch import METRICS, read_record
-from pretrain.goodput import ATTEMPTS, lines_of
+from pretrain.runtime.goodput import ATTEMPTS, lines_of
 
 ROOT = Path("runs/demo")
 PROCESSES = 2
@@ -101,7 +101,7 @@ def prepare(demo: Demo) -> None:
     demo.run("train vocabulary", "vocab", "train", "configs/demo/vocab.yaml")
     demo.run("train VQGAN", *demo.launch("vqgan"))
     demo.run("export tokenizer", "checkpoint", "export", str(ROOT / "vqgan"), str(ROOT / "tokenizer"))
-    demo.run("encode codes", "data", "encode", str(ROOT / "data"), "--tokenizer", str(ROOT / "tokenizer"))
+    demo.run("encode codes", "data", "encode", str(ROOT / "data"), "--image-tokenizer", str(ROOT / "tokenizer"))
 
 
 def pretrain(demo: Demo) -> dict[str, Any]:

@@ -25,10 +25,10 @@ from launchers.children import die_with
 from launchers.output import print_program
 from launchers.quoting import command_line
 from launchers.watch import JOB, metrics_size, read_record, refuse_second_launch, start_ticks, write_record
-from pretrain.deadline import LEAD_VARIABLE, lead_s
-from pretrain.faults import crashed_while_decoding, faults_size, read_faults
-from pretrain.mlflow_feed import FAILED, KILLED, end_run
-from pretrain.signals import StopSignals
+from pretrain.runtime.deadline import LEAD_VARIABLE, lead_s
+from pretrain.runtime.faults import crashed_while_decoding, faults_size, read_faults
+from pretrain.runtime.mlflow_feed import FAILED, KILLED, end_run
+from pretrain.runtime.signals import StopSignals
 
 if TYPE_CHECKING:
     from launchers.spec import RunSpec
@@ -40,7 +40,7 @@ FIRST_PORT, PORTS = 20_000, 12_000
 
 
 @dataclass(frozen=True)
-class Patience:
+class ExitPatience:
     """How long the launcher waits before it goes on to the next, rougher means."""
 
     stop_s: float = 300.0  # for the save, after a stop signal
@@ -107,7 +107,7 @@ def launch_local(
     if dry_run:
         print_program(dry_run_text(group) + "\n")
         return 0
-    return _attempts(group, Path(spec.run_folder), node_rank, restarts, Patience(spec.lead_s))
+    return _attempts(group, Path(spec.run_folder), node_rank, restarts, ExitPatience(spec.lead_s))
 
 
 def check_rendezvous(nodes: int, node_rank: int, master_addr: str, master_port: int) -> None:
@@ -122,7 +122,7 @@ def check_rendezvous(nodes: int, node_rank: int, master_addr: str, master_port: 
         raise ConfigError(f"{nodes} nodes need the same --master-addr and --master-port of node 0 on each of them")
 
 
-def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: Patience) -> int:
+def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: ExitPatience) -> int:
     """Attempt after attempt while the cause of the end is worth one and `restarts` lasts.
 
     Of several nodes each starts its own processes again: they wait for each other at node 0's port. A stop of one is a
@@ -209,12 +209,12 @@ class End:
     failures: tuple[Failure, ...]
 
 
-def run_group(group: Group, stops: StopSignals, patience: Patience = Patience()) -> int:
+def run_group(group: Group, stops: StopSignals, patience: ExitPatience = ExitPatience()) -> int:
     """`attend`, for who wants the exit code alone."""
     return attend(group, stops, patience).exit_code
 
 
-def attend(group: Group, stops: StopSignals, patience: Patience = Patience(), run: Path | None = None) -> End:
+def attend(group: Group, stops: StopSignals, patience: ExitPatience = ExitPatience(), run: Path | None = None) -> End:
     """Start the group, wait for its end. Nothing of it is left running on return.
 
     run: where ranks of other hosts say that one of ours hangs, which nobody here may see.
@@ -239,7 +239,7 @@ def _wait(
     children: list["subprocess.Popen[str]"],
     first_rank: int,
     stops: StopSignals,
-    patience: Patience,
+    patience: ExitPatience,
     failures: list[Failure],
     given_up: "GivenUp | None" = None,
 ) -> None:

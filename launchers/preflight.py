@@ -24,13 +24,13 @@ from rich.console import Console
 from data_pipeline.errors import ConfigError, NodeFault, TesseraError
 from data_pipeline.settings import load_settings
 from launchers import findings
-from launchers.local import Group, Patience, attend, check_rendezvous, free_port
+from launchers.local import ExitPatience, Group, attend, check_rendezvous, free_port
 from launchers.spec import LocalCluster, load_cluster
 from pretrain.config import RunConfig, check_initial, micro_batch_of
-from pretrain.signals import StopSignals
+from pretrain.runtime.signals import StopSignals
 
 if TYPE_CHECKING:
-    from pretrain.mesh import Mesh
+    from pretrain.runtime.mesh import Mesh
 
 CLOCK_ROUNDS = 5
 MARGIN_S = 5.0
@@ -84,7 +84,7 @@ def start_group(
         env=tuple(sorted(cluster.env.items())),
     )
     with StopSignals() as stops:  # ranks end by themselves, and rank 0 has to say why
-        return attend(group, stops, Patience(MARGIN_S, 4 * asked.timeout_s, MARGIN_S)).exit_code
+        return attend(group, stops, ExitPatience(MARGIN_S, 4 * asked.timeout_s, MARGIN_S)).exit_code
 
 
 # ------------------------------------------------------------------------------------------------ one rank
@@ -93,7 +93,7 @@ def start_group(
 def run_rank(asked: Asked) -> int:
     """This process's part -> exit code, the same on every rank that is heard of. Threads that hang are left behind."""
     began = time.monotonic()
-    from pretrain.mesh import Mesh
+    from pretrain.runtime.mesh import Mesh
 
     config = read_config(asked)
     rank = Rank(Mesh.start(asked.timeout_s, asked.timeout_s), asked.timeout_s)
@@ -151,14 +151,15 @@ class Rank:
 
     def look(self, config: RunConfig | None) -> None:
         """All checks, in an order in which the cheap ones come first and the common ones last."""
-        from pretrain import probes
+        from pretrain.inputs.source import open_data
+        from pretrain.runtime import probes
 
         mesh = self.mesh
         absent = probes.absent_places(config) if config else []  # before the ranks meet for their clocks
         self.check("clock", self._clock)
         self.check("program", lambda: probes.program(config, mesh))
         if config is not None:
-            self.check("data", lambda: probes.data(config, mesh))
+            self.check("data", lambda: probes.data(config, mesh, open_data))
             self.check("storage", lambda: probes.storage(config, mesh))
             self.check("disk", lambda: probes.disk(config, mesh))
         self.check("health", lambda: probes.health(mesh))
@@ -180,7 +181,7 @@ class Rank:
             if together:
                 self.meet(name)
             self.values[name] = within(self.timeout_s, self._bound(probe))
-        except Missing as error:
+        except Absent as error:
             self.together = False
             self._note(name, error)
         except Exception as error:
@@ -204,7 +205,7 @@ class Rank:
     def meet(self, name: str) -> float:
         """Wait until all have come here -> seconds by which this clock is ahead of rank 0's, and the way of the word.
 
-        Rank 0 waits for each for as long as a check may take, the others as long for rank 0's word. Raises Missing.
+        Rank 0 waits for each for as long as a check may take, the others as long for rank 0's word. Raises Absent.
         """
         store, mesh = self.mesh.store, self.mesh
         keys = [f"{name}/{rank}" for rank in range(mesh.world)]
@@ -213,11 +214,11 @@ class Rank:
             gone = [] if self._all(keys, self.timeout_s + MARGIN_S) else self._gone(keys)
             store.set(f"{name}/word", json.dumps({"now": time.time(), "gone": gone}))
         elif not self._all([f"{name}/word"], 2 * (self.timeout_s + MARGIN_S)):
-            raise Missing("rank 0, which holds the store, gives no answer")
+            raise Absent("rank 0, which holds the store, gives no answer")
         word = json.loads(store.get(f"{name}/word"))
         now = time.time()
         if word["gone"]:
-            raise Missing("; ".join(word["gone"]))
+            raise Absent("; ".join(word["gone"]))
         return now - float(word["now"])
 
     def _all(self, keys: list[str], seconds: float) -> bool:
@@ -239,7 +240,7 @@ class Rank:
 
     def _hosts(self) -> dict[str, list[int]]:
         """Host -> its ranks; the same on every rank."""
-        from pretrain.mesh import read_all
+        from pretrain.runtime.mesh import read_all
 
         store, mesh = self.mesh.store, self.mesh
         keys = [f"host/{rank}" for rank in range(mesh.world)]
@@ -279,7 +280,7 @@ class Rank:
 
     def _gather(self) -> dict[int, dict[str, Any]]:
         """Rank -> report, of those who give one in time."""
-        from pretrain.mesh import read_all
+        from pretrain.runtime.mesh import read_all
 
         store, others = self.mesh.store, range(1, self.mesh.world)
         keys = [f"report/{rank}" for rank in others]
@@ -301,5 +302,5 @@ class Rank:
         print(f"{verdict}; {seconds:.1f} s", flush=True)
 
 
-class Missing(NodeFault):
+class Absent(NodeFault):
     """Somebody did not come to where all meet."""

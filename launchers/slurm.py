@@ -18,8 +18,8 @@ from launchers.quoting import Shell, command_line, comment, directive, quoted
 from launchers.slurm_jobs import END, hand_in, take_back
 from launchers.spec import RAY_OPTION, RunSpec, SlurmCluster, check_gpus, seconds_of
 from launchers.watch import JOB, refuse_second_launch, write_record
-from pretrain.faults import FAULTS
-from pretrain.goodput import METRICS
+from pretrain.runtime.faults import FAULTS
+from pretrain.runtime.goodput import METRICS
 
 SCRIPT_NAME = "job.sbatch"
 

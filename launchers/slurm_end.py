@@ -13,9 +13,9 @@ from typing import Any
 from data_pipeline.errors import NodeFault, Requeue
 from launchers.causes import DECODING, Diagnosis, Failure, diagnose, worth_another_attempt
 from launchers.watch import metrics_size
-from pretrain.faults import crashed_while_decoding, read_faults
-from pretrain.goodput import append_line, lines_of
-from pretrain.mlflow_feed import FAILED, end_run
+from pretrain.runtime.faults import crashed_while_decoding, read_faults
+from pretrain.runtime.goodput import append_line, lines_of
+from pretrain.runtime.mlflow_feed import FAILED, end_run
 
 EXCLUDED = "excluded.jsonl"
 """Which nodes a job was told to do without, and why."""

@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from data_pipeline.build.filters import Condition
 from data_pipeline.config import BuildConfig, VocabConfig
 from data_pipeline.errors import ConfigError
+from data_pipeline.ingest.filters import Condition
 from data_pipeline.settings import Location, Settings, check_settings, digest, load_settings, read_yaml
 from launchers.quoting import command_line
 from launchers.watch import refuse_other_folder
 from pretrain.config import has_begun, load_run, micro_batch_of
-from pretrain.deadline import LEAD_VARIABLE, refusal
+from pretrain.runtime.deadline import LEAD_VARIABLE, refusal
 
 CLUSTER_DIR = Path("configs/cluster")
 
@@ -364,7 +364,7 @@ def split_changes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _build(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
     config = load_settings(BuildConfig, target, overrides)
     source = getattr(config.source, "path", None)
-    storage = tuple(path for path in (config.output, source, config.tokenizer) if path)
+    storage = tuple(path for path in (config.output, source, config.image_tokenizer) if path)
     for name, condition in config.filters.items():
         Condition(condition, f"filters.{name}")
     name = job_name(f"build-{Path(config.output).name}")
@@ -397,7 +397,7 @@ def _named_folders(task: Task, arguments: Sequence[str]) -> list[str]:
     if task == "export":
         return [word for word in arguments[:1] if not word.startswith("-")]
     pairs = zip(arguments, [*arguments[1:], ""], strict=False)
-    told = (after if word == "--tokenizer" else word.partition("--tokenizer=")[2] for word, after in pairs)
+    told = (after if word == "--image-tokenizer" else word.partition("--image-tokenizer=")[2] for word, after in pairs)
     return [folder for folder in told if folder]
 
 

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from data_pipeline import gate
 from data_pipeline.errors import ConfigError, DataError, NodeFault, storage_errors
 from data_pipeline.outputs import write_whole
-from pretrain.goodput import METRICS, goodput, lines_back, raw_lines_back
+from pretrain.runtime.goodput import METRICS, goodput, lines_back, raw_lines_back
 
 RECORD = "launcher.json"
 JOB = "job.json"
@@ -32,7 +32,7 @@ ASK_AGAIN_S = 10.0  # to stop
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPlace:
     """How a scheduler is asked about the job of a record, in the run's folder.
 
     look -> "state" (queued, running, done, stopped, cancelled, failed or vanished) and what is known besides; stop
@@ -45,19 +45,19 @@ class Place:
     output: Callable[[Mapping[str, Any], int, bool], Iterator[str]] | None = None
 
 
-def _slurm() -> Place:
+def _slurm() -> RunPlace:
     from launchers import slurm_jobs
 
-    return Place(slurm_jobs.look, slurm_jobs.stop)
+    return RunPlace(slurm_jobs.look, slurm_jobs.stop)
 
 
-def _kubernetes() -> Place:
+def _kubernetes() -> RunPlace:
     from launchers.kubernetes import jobs
 
-    return Place(jobs.look, jobs.stop, jobs.output)
+    return RunPlace(jobs.look, jobs.stop, jobs.output)
 
 
-PLACES: dict[str, Callable[[], Place]] = {"slurm": _slurm, "kubernetes": _kubernetes}
+PLACES: dict[str, Callable[[], RunPlace]] = {"slurm": _slurm, "kubernetes": _kubernetes}
 """What a place needs is imported when a run turns out to be there."""
 
 # ---------------------------------------------------------------------------- the launcher's record of itself

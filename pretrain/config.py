@@ -1,6 +1,7 @@
 """The schema of a training run. Read with `load_settings(RunConfig, path, overrides)`; imports no torch.
 
-Sections: what is learnt (`model`, `objective`), from what (`data`), how (`train`, `optim`), and where it is written.
+Sections: what is learnt (`model`, `task`, see schema/), from what (`data`), how (`train`, `optim`),
+and where it is written.
 """
 
 import re
@@ -25,322 +26,16 @@ from data_pipeline.settings import (
     local_path,
 )
 from data_pipeline.stream.weights import check_changes
-from pretrain.best import check_best
-from pretrain.goodput import METRICS
-
-# ---------------------------------------------------------------------------------------------- models
-
-
-def check_heads(width: int, heads: int, name: str = "width") -> None:
-    """Raise ValueError where the heads of an attention do not share its width evenly."""
-    if width % heads:
-        near = [number for number in range(1, width + 1) if width % number == 0]
-        best = min(near, key=lambda number: (abs(number - heads), number))
-        raise ValueError(f"{name}={width} is not divisible by heads={heads}; use {best} heads, or another width")
-
-
-class VisionTower(Settings):
-    """ViT of CLIP: patches -> one embedding."""
-
-    image_size: PositiveInt = 224
-    patch_size: PositiveInt = 32
-    width: PositiveInt = 768
-    layers: PositiveInt = 12
-    heads: PositiveInt = 12
-
-    @pydantic.model_validator(mode="after")
-    def _shapes_fit(self) -> "VisionTower":
-        if self.image_size % self.patch_size:
-            fits = self.image_size // self.patch_size * self.patch_size or self.patch_size
-            raise ValueError(
-                f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}; use {fits} pixels, or "
-                "another patch"
-            )
-        check_heads(self.width, self.heads)
-        return self
-
-
-class TextTower(Settings):
-    """Causal transformer of CLIP, pooled at the end-of-text token."""
-
-    vocab_size: PositiveInt = 49408
-    context: PositiveInt = 77
-    width: PositiveInt = 512
-    layers: PositiveInt = 12
-    heads: PositiveInt = 8
-
-    @pydantic.model_validator(mode="after")
-    def _shapes_fit(self) -> "TextTower":
-        check_heads(self.width, self.heads)
-        return self
-
-
-class ClipConfig(Settings):
-    """CLIP, Radford et al. 2021, arXiv:2103.00020."""
-
-    kind: Literal["clip"] = "clip"
-    vision: VisionTower = VisionTower()
-    text: TextTower = TextTower()
-    embed_dim: PositiveInt = 512
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    norm_eps: PositiveFloat = 1e-5
-
-
-Activation = Literal["gelu", "gelu_new", "relu"]
-"""gelu is exact; gelu_new its approximation by tanh, as in GPT-2 and Google's BERT."""
-
-
-class EncoderConfig(Settings):
-    """The bidirectional encoder that BERT and ELECTRA share."""
-
-    vocab_size: PositiveInt = 30522
-    context: PositiveInt = 512
-    layers: PositiveInt = 12
-    width: PositiveInt = 768
-    heads: PositiveInt = 12
-    embedding_width: PositiveInt = 768
-    type_vocab: PositiveInt = 2
-    activation: Activation = "gelu"
-    norm_eps: PositiveFloat = 1e-12
-    dropout: NonNegativeFloat = Field(0.1, lt=1.0)
-
-    @pydantic.model_validator(mode="after")
-    def _shapes_fit(self) -> "EncoderConfig":
-        check_heads(self.width, self.heads)
-        return self
-
-
-class BertConfig(EncoderConfig):
-    """BERT for pretraining (MLM + NSP), Devlin et al. 2018, arXiv:1810.04805."""
-
-    kind: Literal["bert"] = "bert"
-
-
-class ElectraConfig(EncoderConfig):
-    """ELECTRA, Clark et al. 2020, arXiv:2003.10555: the encoder fields are the discriminator's."""
-
-    kind: Literal["electra"] = "electra"
-    generator_fraction: PositiveFloat = Field(0.25, le=1.0)
-
-    @property
-    def generator_size(self) -> tuple[int, int]:
-        """Width and heads of the generator: the fraction of the width, in heads of 64, at least one."""
-        width = round(self.width * self.generator_fraction)
-        return width, max(1, width // 64)
-
-    @pydantic.model_validator(mode="after")
-    def _generator_fits(self) -> "ElectraConfig":
-        width, heads = self.generator_size
-        if not width:
-            raise ValueError(
-                f"generator_fraction={self.generator_fraction:g} of width={self.width} leaves the generator no width; "
-                f"use {1 / self.width:.2g} or more"
-            )
-        if width % heads:
-            raise ValueError(
-                f"generator_fraction={self.generator_fraction:g} of width={self.width} gives the generator {width} in "
-                f"{heads} heads, which does not divide; use another one, for example {64 * heads / self.width:.4g}"
-            )
-        return self
-
-
-class GptConfig(Settings):
-    """Autoregressive text-to-image transformer over text tokens and image codes (EasyNLP's pai-painter)."""
-
-    kind: Literal["gpt"] = "gpt"
-    text_vocab: PositiveInt = 21128
-    image_vocab: PositiveInt = 16384
-    text_tokens: PositiveInt = 32
-    image_tokens: PositiveInt = 256
-    layers: PositiveInt = 12
-    width: PositiveInt = 768
-    heads: PositiveInt = 12
-    activation: Activation = "gelu"
-    norm_eps: PositiveFloat = 1e-5
-    dropout: NonNegativeFloat = Field(0.0, lt=1.0)
-
-    @pydantic.model_validator(mode="after")
-    def _shapes_fit(self) -> "GptConfig":
-        check_heads(self.width, self.heads)
-        return self
-
-
-NormGroups = PositiveInt | Literal["width/4"]
-
-
-def group_count(channels: int, groups: "int | Literal['width/4']") -> int:
-    """Groups of a GroupNorm over so many channels."""
-    return min(32, channels // 4) if groups == "width/4" else groups
-
-
-MIDDLE: Literal["middle"] = "middle"
-
-
-def sides_of_levels(image_size: int, levels: int) -> list[int]:
-    """Pixels a side of each level of a VQGAN, the finest first."""
-    return [image_size // 2**index for index in range(levels)]
-
-
-class VqganConfig(Settings):
-    """VQGAN, Esser et al. 2021, arXiv:2012.09841 (taming f16-16384 by default).
-
-    norm_groups: groups of every GroupNorm: 32, as in all published weights; where 32 does not divide the widths, which
-    nothing published has, the default is "width/4": four channels a group, at most 32 groups. Narrow models of one's
-    own want that too: a group of one channel forgets that channel's mean, and with it the colours of flat areas.
-
-    attention_at: sides of the levels that have attention, and the middle blocks with them; "middle": these alone, which
-    is the default where no level has the side 16; an empty list: none at all.
-
-    local_encoder: every code is a function of its own patch and a rim of a few pixels. As published, normalisation and
-    wide kernels put what stands elsewhere in the picture into each code, which a small model cannot compose anew.
-    """
-
-    kind: Literal["vqgan"] = "vqgan"
-    image_size: PositiveInt = 256
-    channels: PositiveInt = 128
-    multipliers: tuple[PositiveInt, ...] = Field((1, 1, 2, 2, 4), min_length=1)
-    res_blocks: PositiveInt = 2
-    attention_at: tuple[int | Literal["middle"], ...] = (16,)
-    latent_channels: PositiveInt = 256
-    codebook_size: int = Field(16384, ge=2, le=65536)
-    code_width: PositiveInt = 256
-    local_encoder: bool = False
-    norm_groups: NormGroups = 32
-    discriminator_channels: PositiveInt = 64
-    discriminator_layers: PositiveInt = 3
-
-    @property
-    def sides(self) -> list[int]:
-        """Pixels a side of each level, the finest first."""
-        return sides_of_levels(self.image_size, len(self.multipliers))
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of each level, the finest first."""
-        return [self.channels * multiplier for multiplier in self.multipliers]
-
-    def group_counts(self, groups: "int | Literal['width/4'] | None" = None) -> list[int]:
-        """Groups of the norms of each width, the finest first."""
-        return [group_count(width, groups or self.norm_groups) for width in (self.channels, *self.widths)]
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _groups_of_narrow_widths(cls, tree: Any) -> Any:
-        """The default where 32 groups are impossible."""
-        channels = tree.get("channels", 128) if isinstance(tree, dict) else 128
-        if not isinstance(channels, int) or channels % 32 == 0 or "norm_groups" in tree:
-            return tree
-        return tree | {"norm_groups": "width/4"}
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _attention_of_other_sides(cls, tree: Any) -> Any:
-        """The default where no level has its side."""
-        if not isinstance(tree, dict) or "attention_at" in tree:
-            return tree
-        defaults = {name: cls.model_fields[name].default for name in ("image_size", "multipliers")}
-        side, multipliers = (tree.get(name, default) for name, default in defaults.items())
-        if not isinstance(side, int) or not isinstance(multipliers, list | tuple):
-            return tree
-        return tree if 16 in sides_of_levels(side, len(multipliers)) else tree | {"attention_at": (MIDDLE,)}
-
-    @pydantic.model_validator(mode="after")
-    def _sides_halve(self) -> "VqganConfig":
-        """Each level but the last halves the side."""
-        factor = 2 ** (len(self.multipliers) - 1)
-        if self.image_size % factor:
-            raise ValueError(
-                f"image_size={self.image_size} is not divisible by {factor}, the pixels of a code with "
-                f"{len(self.multipliers)} multipliers; use {max(factor, self.image_size // factor * factor)}"
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _groups_divide(self) -> "VqganConfig":
-        for width, groups in zip((self.channels, *self.widths), self.group_counts(), strict=True):
-            if not groups or width % groups:
-                raise ValueError(
-                    f"norm_groups={self.norm_groups}: {width} channels are not divisible by {groups} groups; take "
-                    "channels that are a multiple of 32, or of 4 with norm_groups=width/4"
-                )
-        if self.grid == 1 and self.group_counts()[-1] == self.widths[-1]:
-            raise ValueError(
-                f"norm_groups={self.norm_groups}: {self.widths[-1]} channels of one code are groups of a single value, "
-                "which a norm makes 0; use fewer groups or a larger image"
-            )
-        return self
-
-    @property
-    def grid(self) -> int:
-        """Codes per side."""
-        return self.image_size // 2 ** (len(self.multipliers) - 1)
-
-
-ModelConfig = Annotated[ClipConfig | BertConfig | ElectraConfig | GptConfig | VqganConfig, Field(discriminator="kind")]
-
-# ------------------------------------------------------------------------------------------ objectives
-
-
-class ContrastiveConfig(Settings):
-    """Symmetric cross-entropy over the global batch (CLIP)."""
-
-    kind: Literal["contrastive"] = "contrastive"
-
-
-class MaskingConfig(Settings):
-    """What is masked: pieces, whole words (Chinese ones by jieba), or n-grams of one to three words.
-
-    packing: several samples share a row, each attending to itself alone, so that next to no padding is computed.
-    """
-
-    mask_rate: PositiveFloat = Field(0.15, lt=1.0)
-    masking: Literal["piece", "word", "ngram"] = "piece"
-    packing: bool = False
-
-
-class MlmNspConfig(MaskingConfig):
-    """Masked language model, with next-sentence prediction where `nsp` is set (BERT)."""
-
-    kind: Literal["mlm"] = "mlm"
-    nsp: bool = True
-
-
-class RtdConfig(MaskingConfig):
-    """Replaced-token detection: MLM + weight * RTD (ELECTRA)."""
-
-    kind: Literal["rtd"] = "rtd"
-    rtd_weight: NonNegativeFloat = 50.0
-
-
-class AutoregressiveConfig(Settings):
-    """Cross-entropy of the image codes given the text (and, with `caption_drop`, given nothing, for guidance)."""
-
-    kind: Literal["autoregressive"] = "autoregressive"
-    caption_drop: NonNegativeFloat = Field(0.0, lt=1.0)
-
-
-class ReconstructionConfig(Settings):
-    """Training of the VQGAN: pixels + perceptual + adversarial + codebook."""
-
-    kind: Literal["reconstruction"] = "reconstruction"
-    codebook_weight: PositiveFloat = 1.0
-    commitment: PositiveFloat = 0.25
-    legacy_commitment: bool = False
-    perceptual_weight: NonNegativeFloat = 1.0
-    discriminator_weight: NonNegativeFloat = 0.8
-    discriminator_start_step: NonNegativeInt = 250_001
-    revive_after_steps: NonNegativeInt = 0
-
-
-ObjectiveConfig = Annotated[
-    ContrastiveConfig | MlmNspConfig | RtdConfig | AutoregressiveConfig | ReconstructionConfig,
-    Field(discriminator="kind"),
-]
+from pretrain.runtime.goodput import METRICS
+from pretrain.schema import ModelConfig, TaskConfig, tasks_of
+from pretrain.schema.common import TextRead
+from pretrain.schema.names import RENAMED
+from pretrain.schema.tasks import check_best
 
 # ---------------------------------------------------------------------------------------- the run itself
 
 
-class SourceConfig(Settings):
+class MixedDataset(Settings):
     """One dataset of a mixture; `weight` is relative to the others: a number, or a fraction such as "1/3"."""
 
     path: Location
@@ -380,18 +75,18 @@ Span = Annotated[tuple[PositiveFloat, PositiveFloat], pydantic.AfterValidator(_a
 
 
 class DataConfig(Settings):
-    """The dataset (or `datasets`, mixed by weight), the vocabulary and how samples become tensors.
+    """The dataset (or `datasets`, mixed by weight), the tokenizers and how samples become tensors.
 
     workers: processes that prepare batches; 0 is a thread. max_bad_rate: share of samples that may be replaced because
     they cannot be used, before the run stops.
     """
 
     dataset: OptionalLocation = None
-    datasets: tuple[SourceConfig, ...] = ()
+    datasets: tuple[MixedDataset, ...] = ()
     reweigh: tuple[ReweighConfig, ...] = ()
     shuffle: ShuffleConfig = ShuffleConfig()
-    vocabulary: OptionalLocation = None
-    tokenizer: OptionalLocation = None
+    text_tokenizer: OptionalLocation = None
+    image_tokenizer: OptionalLocation = None
     evaluation: OptionalLocation = None
     crop_scale: Span = (1.0, 1.0)
     crop_ratio: Span = (1.0, 1.0)
@@ -419,11 +114,10 @@ class DataConfig(Settings):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Everything that is read: datasets, vocabulary, image tokenizer, held-out data."""
+        """Everything that is read: datasets, text and image tokenizer, held-out data."""
         sources = (source.path for source in self.datasets)
-        return tuple(
-            path for path in (self.dataset, *sources, self.vocabulary, self.tokenizer, self.evaluation) if path
-        )
+        named = (self.dataset, *sources, self.text_tokenizer, self.image_tokenizer, self.evaluation)
+        return tuple(path for path in named if path)
 
     @property
     def changes(self) -> list[tuple[int, tuple[float | str, ...]]]:
@@ -461,8 +155,6 @@ class TrainConfig(Settings):
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-MAIN = "main"
-"""The role of all parameters that no other optimizer of an objective has."""
 
 
 class AdamWConfig(Settings):
@@ -596,11 +288,12 @@ NOTES_FILE = "tessera.json"
 class RunConfig(Settings):
     """One training run. `initial`: a run or an exported model to start from, as far as its tensors fit."""
 
+    renamed = RENAMED
     run: Location
     initial: OptionalLocation = None
     seed: Seed = 0
     model: ModelConfig
-    objective: ObjectiveConfig
+    task: TaskConfig
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig
@@ -614,46 +307,38 @@ class RunConfig(Settings):
         """RUN/config.json is a configuration too; the fingerprints that the program adds there are no setting."""
         return {key: tree[key] for key in tree if key != FINGERPRINTS} if isinstance(tree, dict) else tree
 
+    @property
+    def checkpoint_root(self) -> str:
+        """Where the checkpoints lie: in the run's folder, unless `train.checkpoints` names another place."""
+        return self.train.checkpoints or f"{self.run}/checkpoints"
+
     @pydantic.model_validator(mode="after")
     def _sections_fit(self) -> "RunConfig":
         check_sections(self)
         return self
 
 
-OBJECTIVE_OF = {
-    "clip": "contrastive",
-    "bert": "mlm",
-    "electra": "rtd",
-    "gpt": "autoregressive",
-    "vqgan": "reconstruction",
-}
-ROLES = {"reconstruction": ("discriminator",)}
-"""Objectives that train by optimizers beside the main one."""
-
-
 def check_sections(config: RunConfig) -> None:
     """The rules that span sections; raises ValueError with value, rule and remedy."""
-    wanted = OBJECTIVE_OF[config.model.kind]
-    if config.objective.kind != wanted:
+    model, task, reads = config.model, config.task, config.model.reads
+    if not isinstance(model, task.trains):
+        fitting = " or ".join(map(repr, tasks_of(model.kind)))
+        raise ValueError(f"task.kind={task.kind!r} does not train a {model.kind}; use {fitting}")
+    if reads.text and config.data.text_tokenizer is None:
+        raise ValueError(f"data.text_tokenizer is missing; a {model.kind} reads text, name a SentencePiece .model file")
+    if reads.codes and config.data.image_tokenizer is None:
         raise ValueError(
-            f"objective.kind={config.objective.kind!r} does not train a {config.model.kind}; use {wanted!r}"
+            f"data.image_tokenizer is missing; a {model.kind} reads image codes, name the folder of the image tokenizer"
         )
-    if config.model.kind != "vqgan" and config.data.vocabulary is None:
+    if task.replicated and config.train.zero_stage != 0:
         raise ValueError(
-            f"data.vocabulary is missing; a {config.model.kind} reads text, name a SentencePiece .model file"
+            f"train.zero_stage={config.train.zero_stage}: a {model.kind} trains replicated, its codebook is revived in "
+            "place; use 0"
         )
-    if config.objective.kind == "mlm" and config.objective.nsp and config.objective.packing:
-        raise ValueError("objective.packing leaves no row of its own to a pair of sentences; set objective.nsp=false")
-    if config.model.kind == "gpt" and config.data.tokenizer is None:
-        raise ValueError("data.tokenizer is missing; a gpt reads image codes, name the folder of the image tokenizer")
-    if config.model.kind == "vqgan" and config.train.zero_stage != 0:
-        raise ValueError(
-            f"train.zero_stage={config.train.zero_stage}: a vqgan trains replicated, its codebook is revived in place; "
-            "use 0"
-        )
-    check_best(config.train.keep_best, config.objective.model_dump(), config.train.steps)
-    _check_text(config)
-    _check_images(config)
+    check_best(config.train.keep_best, task, config.train.steps)
+    if reads.text:
+        _check_text(reads.text, task.shortest_row())
+    task.check(model, config.train.global_batch)
     _check_optimizers(config)
 
 
@@ -672,83 +357,25 @@ def check_initial(config: RunConfig) -> None:
         )
 
 
-def _check_text(config: RunConfig) -> None:
-    """What the inputs of a family need of its text model: ids for the special pieces, room for them and a word."""
-    model, pairs = config.model, config.objective.kind == "mlm" and config.objective.nsp
-    if model.kind == "vqgan":
-        return
-    if model.kind == "gpt":
-        name, size = "text_vocab", model.text_vocab
-    else:
-        of_clip = model.kind == "clip"
-        text = model.text if model.kind == "clip" else model
-        name, size = f"{'text.' if of_clip else ''}vocab_size", text.vocab_size
-        least, row = (5, "[CLS] a [SEP] b [SEP]") if pairs else (3, "[CLS] a [SEP]")
-        if text.context < least:
-            raise ValueError(
-                f"model.{'text.' if of_clip else ''}context={text.context} has no room for {row}; use {least} or more"
-            )
-    if size <= len(SPECIALS):
+def _check_text(text: TextRead, shortest: str) -> None:
+    """There are ids beside the special ones, and room for the task's shortest row."""
+    if shortest and text.context < len(shortest.split()):
         raise ValueError(
-            f"model.{name}={size} leaves no id beside the {len(SPECIALS)} special ones; use the size of the vocabulary"
+            f"model.{text.context_field}={text.context} has no room for {shortest}; use {len(shortest.split())} or more"
         )
-    if model.kind == "bert" and pairs and model.type_vocab < 2:
-        raise ValueError("model.type_vocab=1 cannot tell two sentences apart; use 2, or objective.nsp=false")
-
-
-SMALLEST_SIDE = 8
-"""Pixels of the least image that a reconstruction is compared in: its edges are looked at down to a quarter."""
-
-
-def _check_images(config: RunConfig) -> None:
-    """What the losses of a family need of its images."""
-    model, objective = config.model, config.objective
-    if objective.kind == "contrastive" and config.train.global_batch < 2:
-        raise ValueError("train.global_batch=1 has no other pair to tell a pair from; use 2 or more")
-    if model.kind == "gpt" and model.image_vocab < 2:
-        raise ValueError(f"model.image_vocab={model.image_vocab} leaves nothing to predict; use the codebook's size")
-    if model.kind != "vqgan" or objective.kind != "reconstruction":
-        return
-    if model.image_size < SMALLEST_SIDE:
-        raise ValueError(f"model.image_size={model.image_size} is too small to compare; use {SMALLEST_SIDE} or more")
-    for side in model.attention_at:
-        if side != MIDDLE and side not in model.sides:
-            raise ValueError(
-                f"model.attention_at={list(model.attention_at)}: no level has the side {side}; there are "
-                f"{', '.join(map(str, model.sides))}, and {MIDDLE} for the middle blocks alone"
-            )
-    if objective.discriminator_weight:
-        _check_discriminator(model)
-
-
-def _check_discriminator(model: VqganConfig) -> None:
-    """The widths of its norms must divide into groups, and its convolutions must leave a patch to judge."""
-    channels, layers = model.discriminator_channels, model.discriminator_layers
-    for wider in discriminator_widths(channels, layers):
-        groups = group_count(wider, "width/4")
-        if not groups or wider % groups:
-            raise ValueError(
-                f"model.discriminator_channels={channels}: {wider} channels are not divisible by {groups} groups; use "
-                "a multiple of 2 up to 16, or of 16"
-            )
-    if model.image_size // 2**layers < 3:
+    if text.vocab_size <= len(SPECIALS):
         raise ValueError(
-            f"model.discriminator_layers={layers} leave no patch of {model.image_size} pixels; use fewer, or "
-            "objective.discriminator_weight=0"
+            f"model.{text.vocab_field}={text.vocab_size} leaves no id beside the {len(SPECIALS)} special ones; use the "
+            "size of the vocabulary"
         )
-
-
-def discriminator_widths(channels: int, layers: int) -> list[int]:
-    """Channels of the discriminator's normalised layers."""
-    return [channels * min(2**index, 8) for index in range(1, layers + 1)]
 
 
 def _check_optimizers(config: RunConfig) -> None:
-    known = ROLES.get(config.objective.kind, ())
+    known = config.task.roles[1:]
     for role in config.optim.roles:
         if role not in known:
             raise ValueError(
-                f"optim.roles.{role}: {config.objective.kind!r} has no such optimizer beside the main one; "
+                f"optim.roles.{role}: {config.task.kind!r} has no such optimizer beside the main one; "
                 + (f"use {', '.join(known)}" if known else "leave optim.roles out")
             )
     for name, own in [("optim", config.optim), *((f"optim.roles.{role}", o) for role, o in config.optim.roles.items())]:

@@ -21,10 +21,11 @@ from data_pipeline.shards.codes import ImageTokenizer
 from data_pipeline.vocabulary import Vocabulary
 from pretrain.checkpoint.fingerprints import check_files
 from pretrain.checkpoint.trained import load_trained
-from pretrain.inputs.codes import text_ids
-from pretrain.interchange.tokenizer import load_tokenizer
-from pretrain.metrics import png
+from pretrain.inputs.image_tokenizer import load_tokenizer
+from pretrain.inputs.text import text_ids
 from pretrain.models.gpt import Gpt
+from pretrain.runtime.show import png
+from pretrain.schema.tasks import AutoregressiveConfig
 
 BATCH = 64  # prompts decoded side by side; guidance doubles the rows
 LABEL_LINES, LINE_HEIGHT = 2, 12
@@ -77,12 +78,15 @@ def main(
     sampling = Sampling(temperature, top_k, guidance, seed)
     check_text(prompt)
     model, config, at = load_trained(run, step, label, overrides)
-    if not isinstance(model, Gpt) or config.objective.kind != "autoregressive":
+    if not isinstance(model, Gpt) or not isinstance(config.task, AutoregressiveConfig):
         raise ConfigError(f"{run} trained a {config.model.kind}, which draws nothing; name the run of a gpt")
     check_files(run, config)
-    tokenizer, vocabulary = load_tokenizer(str(config.data.tokenizer)), Vocabulary(str(config.data.vocabulary))
+    tokenizer, vocabulary = (
+        load_tokenizer(str(config.data.image_tokenizer)),
+        Vocabulary(str(config.data.text_tokenizer)),
+    )
     check_fit(model, tokenizer, vocabulary)
-    for sentence in notes(prompt, vocabulary, model.config.text_tokens, guidance, config.objective.caption_drop):
+    for sentence in notes(prompt, vocabulary, model.config.text_tokens, guidance, config.task.caption_drop):
         print(f"note: {sentence}", file=sys.stderr)
     folder = Path(out) if out else Path(run) / "samples"
     with storage_errors(folder):
@@ -122,7 +126,7 @@ def notes(prompt: str, vocabulary: Vocabulary, room: int, guidance: float, capti
         found.append(f"the prompt has {len(ids)} tokens and the model reads {room}: it is cut to {read!r}")
     if guidance != 1.0 and not caption_drop:
         found.append(
-            f"guidance={guidance:g} needs a model trained with objective.caption_drop, which was 0: what it draws "
+            f"guidance={guidance:g} needs a model trained with task.caption_drop, which was 0: what it draws "
             "without a prompt was never learnt"
         )
     return found

@@ -1,6 +1,6 @@
 """READ FIRST. The training loop: next batch -> forward -> backward -> update -> log -> save, the same lines everywhere.
 
-Where an objective has several optimizers, forward to update are made once for each: a step is a sequence of turns.
+Where a task has several optimizers, forward to update are made once for each: a step is a sequence of turns.
 
 `train` is the loop; `Run.start` builds what it needs. Nothing in the loop depends on when it was started or how often
 it was interrupted: batches and randomness are functions of the position, the learning rate is one of the step.
@@ -17,45 +17,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.errors import ConfigError, NodeFault, Overtaken, Requeue, TrainingFault
 from data_pipeline.settings import digest
 from data_pipeline.stream.mixture import Source
-from data_pipeline.vocabulary import Vocabulary
-from pretrain import deadline
-from pretrain.checkpoint.catalog import Retention, Saved, checkpoint_root
+from pretrain.checkpoint.catalog import Retention, Saved
 from pretrain.checkpoint.fingerprints import INITIAL, Fingerprints, of_datasets, of_files, of_initial, warn_of_others
 from pretrain.checkpoint.identity import Changes, identity, values_of, versions
 from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.resume import check_resumed
 from pretrain.checkpoint.saver import Checkpoints, from_rank_0, start_attempt
-from pretrain.config import FINGERPRINTS, MAIN, RunConfig, micro_batch_of
-from pretrain.engine import Engine
-from pretrain.faults import faults_noted, may_have_been_killed
-from pretrain.goodput import METRICS, PhaseClock, lines_back
-from pretrain.guards import Guards
-from pretrain.inputs import INPUTS
+from pretrain.config import FINGERPRINTS, RunConfig, micro_batch_of
+from pretrain.engine.engine import Engine
+from pretrain.engine.schedule import learning_rate
 from pretrain.inputs.bad import FOLDER, Ledger
 from pretrain.inputs.feed import Batch, Feed
 from pretrain.inputs.lethal import Screened, known_to_all, remember, remembered, screened, search
-from pretrain.inputs.source import open_stream
-from pretrain.interchange.folder import load_config
-from pretrain.mesh import Mesh, own_rank, peer_lost
-from pretrain.mlflow_feed import status_of
+from pretrain.inputs.source import open_data
 from pretrain.models import MODELS
 from pretrain.models.layers import recompute
 from pretrain.models.noise import name_noise
-from pretrain.objectives import OBJECTIVES, CachesGradients, FollowsSteps, Previews
-from pretrain.objectives.collectives import Collectives
-from pretrain.optim import TakesTurns
-from pretrain.schedule import learning_rate
-from pretrain.signals import StopSignals, leave_at_once
+from pretrain.runtime import deadline
+from pretrain.runtime.faults import faults_noted, may_have_been_killed
+from pretrain.runtime.goodput import METRICS, PhaseClock, lines_back
+from pretrain.runtime.guards import Guards
+from pretrain.runtime.mesh import Mesh, own_rank, peer_lost
+from pretrain.runtime.mlflow_feed import status_of
+from pretrain.runtime.signals import StopSignals, leave_at_once
+from pretrain.runtime.watchdog import Watchdog
+from pretrain.schema.common import MAIN
+from pretrain.tasks import TASKS
+from pretrain.tasks.collectives import Collectives
+from pretrain.tasks.task import PREVIEWED, Task
 from pretrain.tracking import SystemLog, Writer
-from pretrain.watchdog import Watchdog
-
-PREVIEWED = 16
-"""Samples of a preview: the first of the stream."""
 
 
 def main(config: RunConfig, changes: Iterable[str] = ()) -> None:
@@ -104,7 +99,7 @@ def train(run: "Run", stop: StopSignals) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One optimizer's part of a step. number: int64 [], its role among the objective's, for `forward`."""
+    """One optimizer's part of a step. number: int64 [], its role among the task's, for `forward`."""
 
     role: str
     number: Tensor
@@ -119,7 +114,7 @@ class Run:
     mesh: Mesh
     stream: Source
     feed: Feed
-    objective: nn.Module
+    task: Task
     engine: Engine
     checkpoints: Checkpoints
     guards: Guards
@@ -142,26 +137,26 @@ class Run:
         anything is written.
         """
         micro_batch, accumulation = check_batch(config, mesh.world)
-        stream, vocabulary = open_data(config)
+        stream, tokenizer = open_data(config)
         known = of_files(config.data) | of_datasets(config.data, stream)
-        objective = build_objective(config, mesh)
-        root = checkpoint_root(config.run, config.train.checkpoints)
+        task = build_task(config, mesh)
+        root = config.checkpoint_root
         attempt = start_attempt(root, mesh, attempts_noted(Path(config.run)), values_of(config, changes))
         checkpoints = Checkpoints(root, mesh, attempt, Retention.of(config.train))
         saved = checkpoints.newest()
         changed = {} if saved is None else check_resumed(saved, config, stream, mesh, known)
         if saved is None and config.initial:
-            start_from_initial(config, objective, mesh, known)
-        inputs = screened(INPUTS[config.objective.kind](config, stream, vocabulary))
+            start_from_initial(config, task, mesh, known)
+        inputs = screened(task.inputs(config, stream, tokenizer))
         shard = (mesh.rank, mesh.world)
         bad = Path(config.run) / FOLDER
         ledgers = Ledger(bad / f"rank-{mesh.rank:05d}.jsonl", config.data.max_bad_rate), Ledger(bad / "preview.jsonl")
         ahead, workers = config.data.prefetch_steps, config.data.workers
         feed = Feed(stream, inputs, config.train.global_batch, shard, micro_batch, ahead, workers, *ledgers)
-        engine = Engine(objective, config, mesh, micro_batch, accumulation)
+        engine = Engine(task, config, mesh, micro_batch, accumulation)
         clock, guards = PhaseClock(), Guards(config.guards)
         watchdog = Watchdog(mesh, Path(config.run), attempt, clock, config.train.collective_timeout_s)
-        run = cls(config, mesh, stream, feed, objective, engine, checkpoints, guards, clock, watchdog, known=known)
+        run = cls(config, mesh, stream, feed, task, engine, checkpoints, guards, clock, watchdog, known=known)
         if saved is not None:
             run.resume(saved, changed)
         run.refuse_lethal_images(killed)
@@ -226,8 +221,8 @@ class Run:
         self.checkpoints.save(self.engine, self.step, state)
 
     def turns(self) -> Iterator[Turn]:
-        """Who learns in this step, one after another; most objectives have one optimizer and one turn."""
-        roles = self.objective.turns(self.step) if isinstance(self.objective, TakesTurns) else (MAIN,)
+        """Who learns in this step, one after another; most tasks have one optimizer and one turn."""
+        roles = self.task.turns(self.step)
         for role in roles:
             last = role == roles[-1]
             self.engine.take_turn(role, keep=self.guards.may_skip and not last)
@@ -244,12 +239,12 @@ class Run:
         """What follows a step's turns: a refused step is taken back, dead codes are revived, pictures drawn."""
         self.engine.settle(self.guards.action == "accept")
         self.step, self.position = self.step + 1, self.position + self.config.train.global_batch
-        if isinstance(self.objective, FollowsSteps):
-            self.objective.after_step(self.step)
+        self.task.after_step(self.step)
         every = self.config.train.sample_every_steps
-        if self.writer and every and self.step % every == 0 and isinstance(self.objective, Previews):
-            shown = self.objective.preview(self.feed.preview(PREVIEWED))
-            self.writer.picture(shown, "reconstructions", self.step)
+        if self.writer and every and self.step % every == 0:
+            shown = self.task.preview(self.feed.preview)
+            if shown is not None:
+                self.writer.picture(shown, "reconstructions", self.step)
 
     def log(self, positions: tuple[int, int], means: dict[str, float]) -> None:
         """One line of metrics.jsonl, and now and then one for the person who watches."""
@@ -289,25 +284,24 @@ class Run:
 
     def with_whole_step(self, batches: list[Batch], turn: Turn) -> list[Batch]:
         """Each micro-batch with what it must know of the whole step: accumulation must not be visible in the loss."""
-        if len(batches) > 1 and isinstance(self.objective, CachesGradients):
-            return self.with_slopes(self.objective, batches, turn)
+        if len(batches) > 1 and self.task.compares_batch:
+            return self.with_slopes(batches, turn)
         return self.with_counts(batches)
 
     @torch.no_grad()
-    def with_slopes(self, objective: CachesGradients, batches: list[Batch], turn: Turn) -> list[Batch]:
+    def with_slopes(self, batches: list[Batch], turn: Turn) -> list[Batch]:
         """Gradient caching: one forward of all micro-batches first, then each one's slope of the global loss."""
         first = {"step": torch.tensor(self.step), "turn": turn.number, "embed": torch.tensor(1)}
         rows = [self.engine.forward(batch | first) for batch in batches]
         with torch.enable_grad():
-            slopes = objective.slopes(rows)
+            slopes = self.task.slopes(rows)
         return [batch | more for batch, more in zip(batches, slopes, strict=True)]
 
     def with_counts(self, batches: list[Batch]) -> list[Batch]:
         """Accumulation must not weigh words by the micro-batch they stand in: each gets the step's mean counts."""
-        counts = getattr(self.objective, "counts", None)
-        if len(batches) == 1 or counts is None:
+        rows = [self.task.counts(batch) for batch in batches] if len(batches) > 1 else [{}]
+        if not rows[0]:
             return batches
-        rows = [counts(batch) for batch in batches]
         means = self.mesh.mean([sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]])
         shared = {name: torch.tensor(max(mean, 1e-9)) for name, mean in zip(rows[0], means, strict=True)}
         return [batch | shared for batch in batches]
@@ -341,58 +335,15 @@ def check_batch(config: RunConfig, world: int) -> tuple[int, int]:
         raise ConfigError(str(error)) from None
 
 
-def open_data(config: RunConfig, dataset: str | None = None) -> tuple[Source, Vocabulary | None]:
-    """The stream of the run's dataset (or of another one read the same way) and its vocabulary, checked for fit."""
-    vocabulary = Vocabulary(config.data.vocabulary) if config.data.vocabulary else None
-    entries = getattr(config.model, "text_vocab", getattr(config.model, "vocab_size", None))
-    if config.model.kind == "clip":
-        entries = config.model.text.vocab_size
-    if vocabulary and entries is not None and vocabulary.size > entries:
-        raise ConfigError(
-            f"the vocabulary {config.data.vocabulary} has {vocabulary.size} pieces, the model room for {entries}; "
-            "raise the model's vocabulary size or train a smaller vocabulary"
-        )
-    codes = None
-    if config.model.kind == "gpt":
-        assert config.data.tokenizer is not None
-        codes = tokenizer_id_of(config, dataset)
-    data = config.data.model_copy(update={"dataset": dataset, "datasets": ()}) if dataset else config.data
-    return open_stream(data, config.seed, codes), vocabulary
-
-
-def tokenizer_id_of(config: RunConfig, dataset: str | None = None) -> str:
-    """The id of the image tokenizer that the run names, in the precision in which the data were encoded.
-
-    Raises ConfigError when its codes do not fit the model.
-    """
-    from data_pipeline.shards.codes import find_meta
-    from data_pipeline.shards.manifest import open_dataset
-    from pretrain.interchange.tokenizer import load_tokenizer_of
-
-    assert config.model.kind == "gpt" and config.data.tokenizer is not None
-    tokenizer = load_config(config.data.tokenizer)
-    if tokenizer.kind == "vqgan" and (tokenizer.grid**2, tokenizer.codebook_size) != (
-        config.model.image_tokens,
-        config.model.image_vocab,
-    ):
-        raise ConfigError(
-            f"{config.data.tokenizer} makes {tokenizer.grid**2} codes of {tokenizer.codebook_size}, the model reads "
-            f"{config.model.image_tokens} of {config.model.image_vocab}; set model.image_tokens and model.image_vocab"
-        )
-    read = [dataset] if dataset else [config.data.dataset, *(source.path for source in config.data.datasets)]
-    datasets = [open_dataset(path) for path in read if path is not None]
-    return load_tokenizer_of(config.data.tokenizer, lambda name: all(find_meta(*one, name) for one in datasets)).id
-
-
-def build_objective(config: RunConfig, mesh: Mesh) -> nn.Module:
-    """Model and objective with the initial weights of the seed, the same on every rank."""
+def build_task(config: RunConfig, mesh: Mesh) -> Task:
+    """Model and task with the initial weights of the seed, the same on every rank."""
     torch.manual_seed(config.seed)
     model = MODELS[config.model.kind](config.model)
     name_noise(model)
     if config.train.recompute:
         recompute(model)
     collectives = Collectives(gather=mesh.gather, sum=mesh.sum, world=mesh.world)
-    return OBJECTIVES[config.objective.kind](model, config.objective, collectives).train()
+    return TASKS[config.task.kind](model, config.task, collectives).train()
 
 
 def attempts_noted(run: Path) -> int:
@@ -408,7 +359,7 @@ def last_position(run: Path) -> int:
     return max((span[1] for span in spans if isinstance(span, list) and [*map(type, span)] == [int, int]), default=0)
 
 
-def start_from_initial(config: RunConfig, objective: nn.Module, mesh: Mesh, known: Fingerprints) -> None:
+def start_from_initial(config: RunConfig, task: Task, mesh: Mesh, known: Fingerprints) -> None:
     """Weights of another run or of an exported model, as far as they fit; rank 0 prints what did.
 
     Their fingerprint is added to `known`.
@@ -416,7 +367,7 @@ def start_from_initial(config: RunConfig, objective: nn.Module, mesh: Mesh, know
     from pretrain.checkpoint.trained import start_from
 
     source = str(config.initial)
-    table = start_from(objective.get_submodule("model"), source, config.model)
+    table = start_from(task.get_submodule("model"), source, config.model)
     known[INITIAL] = from_rank_0(mesh, INITIAL, lambda: of_initial(source))
     if mesh.rank == 0:
         print(table, flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from launchers.children import die_with
-from pretrain.goodput import METRICS
+from pretrain.runtime.goodput import METRICS
 
 PATIENCE_S = 600.0
 """How long an attempt may make no step before it is given up."""

@@ -23,7 +23,7 @@ from launchers.chaos.storage import Ground, damage, empty, ground
 from launchers.spec import LocalCluster, describe
 from pretrain.checkpoint.catalog import checkpoint_root, committed
 from pretrain.config import RunConfig
-from pretrain.goodput import METRICS, lines_of
+from pretrain.runtime.goodput import METRICS, lines_of
 
 MARKER = "chaos.json"
 HANG_TIMEOUT_S = 60

@@ -14,7 +14,7 @@ from data_pipeline.storage import open_storage
 from launchers.chaos.campaign import Campaign, Event
 from launchers.chaos.plan import Whom
 from pretrain.checkpoint.catalog import CLAIM, FOLDER, MANIFEST, committed, numbers
-from pretrain.goodput import ATTEMPTS, METRICS, lines_of
+from pretrain.runtime.goodput import ATTEMPTS, METRICS, lines_of
 
 ENDS: dict[Whom, set[int | None]] = {
     "rank": {70}, "launcher": {-9}, "tree": {-9}, "stop": {75, 0}, "freeze": {70}, "storage": {None, 0},

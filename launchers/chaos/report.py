@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.chaos.campaign import MARKER, Campaign, Event
-from pretrain.goodput import ATTEMPTS, METRICS, goodput, lines_of
+from pretrain.runtime.goodput import ATTEMPTS, METRICS, goodput, lines_of
 
 
 def figures(campaign: Campaign) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Ground(Protocol):
 # -------------------------------------------------------------------------------------------------- a folder
 
 
-class Folder:
+class FaultyFolder:
     """A folder; where this user may mount, on a file system of its own that can be filled to the last byte."""
 
     def __init__(self, root: str, world: int, model: str = "") -> None:
@@ -223,7 +223,7 @@ def damage(root: str, strike: Strike, spared: set[str]) -> str:
 
 def ground(root: str, world: int, model: str) -> Ground:
     """Where a run with its checkpoints in `root` is struck."""
-    return Gate() if root.startswith("s3://") else Folder(root, world, model)
+    return Gate() if root.startswith("s3://") else FaultyFolder(root, world, model)
 
 
 def empty(root: str) -> None:

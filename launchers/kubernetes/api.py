@@ -44,7 +44,7 @@ class Refused(ConfigError):
         self.status = status
 
 
-class Cluster:
+class ApiServer:
     """Kinds of the core and of extensions, called alike. Raises Refused, or NodeFault where nobody answers."""
 
     def __init__(self, client: Any) -> None:
@@ -106,7 +106,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[Cluster]:
+def connected() -> Iterator[ApiServer]:
     """The cluster that the kubeconfig names. Raises ConfigError without the client or a kubeconfig."""
     try:
         from kubernetes import client, config
@@ -116,7 +116,7 @@ def connected() -> Iterator[Cluster]:
         config.load_kube_config(os.environ.get("KUBECONFIG"))  # its own default was read when it was imported
     except config.ConfigException as error:
         raise ConfigError(f"no usable kubeconfig: {error}; set KUBECONFIG, or use --dry-run") from None
-    yield Cluster(client)
+    yield ApiServer(client)
 
 
 def _asked(what: str, call: Any, *arguments: Any, **options: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, NodeFault
-from launchers.kubernetes.api import APPLICATION, CONTAINER, Cluster, Refused, Tree, connected
+from launchers.kubernetes.api import APPLICATION, CONTAINER, ApiServer, Refused, Tree, connected
 
 END = "job.end"
 """Written when a stop is asked for: which object."""
@@ -51,7 +51,7 @@ def stop(record: Mapping[str, Any], folder: Path) -> None:
         api.delete(record["kind"], record["namespace"], record["job"])
 
 
-def clear(api: Cluster, record: Mapping[str, Any]) -> None:
+def clear(api: ApiServer, record: Mapping[str, Any]) -> None:
     """Delete a job that has ended, so that its name is free again. Raises NodeFault where it does not go."""
     until = time.monotonic() + CLEAR_S
     if _found(api, record) is not None:
@@ -104,7 +104,7 @@ def state_of(tree: Tree) -> dict[str, Any]:
     return told | {"state": "running" if ready else "queued"}
 
 
-def _found(api: Cluster, record: Mapping[str, Any]) -> Tree | None:
+def _found(api: ApiServer, record: Mapping[str, Any]) -> Tree | None:
     """The object; None where it is gone, or another one has its name by now."""
     try:
         tree = api.read(record["kind"], record["namespace"], record["job"])
@@ -123,7 +123,7 @@ def _left_behind(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {"state": "vanished", "why": "the cluster knows it no more: somebody deleted it; the same command goes on"}
 
 
-def _waits_for(api: Cluster, record: Mapping[str, Any]) -> str:
+def _waits_for(api: ApiServer, record: Mapping[str, Any]) -> str:
     """Why a pod has not begun: no machine with room, no image, a volume or a Secret that is not there."""
     for pod in api.pods(record["namespace"], f"{APPLICATION}/instance={record['job']}"):
         status = pod.get("status", {})

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipeline.errors import ConfigError
-from pretrain.deadline import LEAD_VARIABLE
+from pretrain.runtime.deadline import LEAD_VARIABLE
 
 Tree = Mapping[str, Any]
 

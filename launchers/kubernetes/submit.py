@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from data_pipeline.errors import NodeFault, TesseraError
-from launchers.kubernetes.api import Cluster, Refused, Tree, connected
+from launchers.kubernetes.api import ApiServer, Refused, Tree, connected
 from launchers.kubernetes.jobs import clear
 from launchers.kubernetes.lint import check
 from launchers.kubernetes.objects import objects
@@ -79,7 +79,7 @@ def submit(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, object]:
     return record
 
 
-def _take_back(api: Cluster, trees: Sequence[Tree], token: str) -> None:
+def _take_back(api: ApiServer, trees: Sequence[Tree], token: str) -> None:
     """Delete what stands of a submission that failed, and nothing of another. Raises NodeFault where that fails too."""
     left = []
     for tree in reversed(trees):

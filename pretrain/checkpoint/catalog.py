@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from data_pipeline import gate
 from data_pipeline.errors import DataError, Overtaken
 from data_pipeline.storage import Storage, open_storage
-from pretrain.best import parsed
+from pretrain.schema.tasks import parsed
 
 if TYPE_CHECKING:
     from pretrain.config import TrainConfig

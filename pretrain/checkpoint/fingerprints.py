@@ -1,8 +1,8 @@
-"""What a run depends on beside its settings, by content: vocabulary, image tokenizer, initial weights, datasets.
+"""What a run depends on beside its settings, by content: text tokenizer, image tokenizer, initial weights, datasets.
 
-A fingerprint stands under the name of the setting that says where the thing lies ("data.vocabulary"). They are written
-into RUN/config.json, into the state of every checkpoint and into exported folders; another thing of the same shape is
-refused at every use.
+A fingerprint stands under the name of the setting that says where the thing lies ("data.text_tokenizer"). They are
+written into RUN/config.json, into the state of every checkpoint and into exported folders; another thing of the same
+shape is refused at every use.
 """
 
 import hashlib
@@ -17,24 +17,28 @@ import torch
 from data_pipeline.errors import ConfigError, DataError, TesseraError
 from data_pipeline.stream.mixture import Mixture, Source
 from pretrain.config import FINGERPRINTS, NOTES_FILE, DataConfig, RunConfig
+from pretrain.schema.saved import saved_fingerprints, saved_run
 
-VOCABULARY, TOKENIZER, INITIAL = "data.vocabulary", "data.tokenizer", "initial"
+TEXT_TOKENIZER, IMAGE_TOKENIZER, INITIAL = "data.text_tokenizer", "data.image_tokenizer", "initial"
 UNKNOWN = "0" * 12
 """Of initial weights where a run was begun by a version that did not record them."""
 Fingerprints = dict[str, str]
 
 
 def of_files(data: DataConfig, missing_ok: bool = False) -> Fingerprints:
-    """Of the text vocabulary and the image tokenizer that are named: sha256 of the one, the fp32 id of the other.
+    """Of the text tokenizer and the image tokenizer that are named: sha256 of the one, the fp32 id of the other.
 
     missing_ok: leave out what cannot be read instead of raising DataError.
     """
     from data_pipeline.vocabulary import Vocabulary
-    from pretrain.interchange.tokenizer import load_tokenizer
+    from pretrain.inputs.image_tokenizer import load_tokenizer
 
     found: Fingerprints = {}
-    makers = {VOCABULARY: lambda path: Vocabulary(path).fingerprint, TOKENIZER: lambda path: load_tokenizer(path).id}
-    for name, path in ((VOCABULARY, data.vocabulary), (TOKENIZER, data.tokenizer)):
+    makers = {
+        TEXT_TOKENIZER: lambda path: Vocabulary(path).fingerprint,
+        IMAGE_TOKENIZER: lambda path: load_tokenizer(path).id,
+    }
+    for name, path in ((TEXT_TOKENIZER, data.text_tokenizer), (IMAGE_TOKENIZER, data.image_tokenizer)):
         try:
             found |= {name: makers[name](path)} if path is not None else {}
         except DataError:
@@ -98,7 +102,7 @@ def fingerprints_in(tree: Mapping[str, Any]) -> Fingerprints | None:
     found = tree.get(FINGERPRINTS)
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         return None
-    return dict(found)
+    return saved_fingerprints(found)
 
 
 def _config_of(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
@@ -106,11 +110,11 @@ def _config_of(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
         tree = json.loads(Path(folder, name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return tree if isinstance(tree, dict) else {}
+    return saved_run(tree) if isinstance(tree, dict) else {}
 
 
 def check_files(folder: str | Path, config: RunConfig, missing_ok: bool = False) -> None:
-    """Raises ConfigError where `config` names another vocabulary or image tokenizer than the model in `folder` had.
+    """Raises ConfigError where `config` names another text or image tokenizer than the model in `folder` had.
 
     folder: of a run or an export. missing_ok: what cannot be read is not checked.
     """
@@ -130,9 +134,9 @@ def check_datasets(folder: str | Path, config: RunConfig, stream: Source) -> Non
 
 
 def warn_of_others(source: str | Path, known: Fingerprints) -> None:
-    """Say it when the weights to start from are of another vocabulary or image tokenizer: their rows mean others."""
+    """Say it when the weights to start from are of another text or image tokenizer: their rows mean others."""
     theirs = recorded(source) or {}
-    for name in (VOCABULARY, TOKENIZER):
+    for name in (TEXT_TOKENIZER, IMAGE_TOKENIZER):
         if theirs.get(name, known.get(name)) != known.get(name, theirs.get(name)):
             print(
                 f"warning: initial={source} was trained with another {name} ({_short(theirs.get(name))}) than this run "
@@ -174,7 +178,11 @@ def _short(fingerprint: str | None) -> str:
 
 def _named(config: RunConfig) -> list[str]:
     """The settings of `config` that name something with a fingerprint, datasets aside."""
-    values = {VOCABULARY: config.data.vocabulary, TOKENIZER: config.data.tokenizer, INITIAL: config.initial}
+    values = {
+        TEXT_TOKENIZER: config.data.text_tokenizer,
+        IMAGE_TOKENIZER: config.data.image_tokenizer,
+        INITIAL: config.initial,
+    }
     return [name for name, value in values.items() if value]
 
 

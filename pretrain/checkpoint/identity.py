@@ -13,8 +13,8 @@ import pydantic
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import flatten
-from pretrain.config import CHANGEABLE, ROLES, RunConfig
-from pretrain.translate import saved_run
+from pretrain.config import CHANGEABLE, RunConfig
+from pretrain.schema.saved import saved_run
 
 FREE_TO_CHANGE = {
     "run": None,
@@ -22,8 +22,8 @@ FREE_TO_CHANGE = {
     "guards": None,
     "tracking": None,
     "data": (
-        "dataset", "datasets", "reweigh", "shuffle", "vocabulary", "tokenizer", "evaluation", "prefetch_steps",
-        "workers", "max_bad_rate",
+        "dataset", "datasets", "reweigh", "shuffle", "text_tokenizer", "image_tokenizer", "evaluation",
+        "prefetch_steps", "workers", "max_bad_rate",
     ),
     "train": (
         "global_batch", "zero_stage", "micro_batch", "recompute", "checkpoint_every_steps", "keep_checkpoints",
@@ -31,7 +31,7 @@ FREE_TO_CHANGE = {
     ),
 }  # fmt: skip
 """Settings that a resumed run may have differently: where things lie, how work is split, what is written when.
-Datasets, their order and mixture are compared with the state of the stream; vocabulary, image tokenizer and initial
+Datasets, their order and mixture are compared with the state of the stream; text tokenizer, image tokenizer and initial
 weights with their fingerprints (fingerprints.py)."""
 
 FREE_IN_DEEPSPEED = frozenset((
@@ -54,7 +54,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
             tree.pop(section, None)
         else:
             tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
-    roles = {role: config.optim.of(role) for role in ROLES.get(config.objective.kind, ())}
+    roles = {role: config.optim.of(role) for role in config.task.roles[1:]}
     tree["optim"]["roles"] = {role: own.model_dump(mode="json", exclude={"roles"}) for role, own in roles.items()}
     tree["deepspeed"] = {"extra": _deciding(tree["deepspeed"]["extra"])}
     return tree

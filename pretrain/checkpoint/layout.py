@@ -31,8 +31,8 @@ from data_pipeline.storage import Storage, open_storage
 from pretrain.checkpoint.catalog import BUFFER, DAMAGED, INDEX, file_fault
 
 if TYPE_CHECKING:
-    from pretrain.engine import Engine
-    from pretrain.mesh import Mesh
+    from pretrain.engine.engine import Engine
+    from pretrain.runtime.mesh import Mesh
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 ITEM = 4  # bytes of a float32
@@ -57,7 +57,7 @@ class Share:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
+class RankShard:
     """One rank's file before it is written: shares, and buffers by name."""
 
     rank: int
@@ -72,7 +72,7 @@ class Shard:
         yield from ((f"buffer/{name}", tensor) for name, tensor in self.buffers.items())
 
 
-def shard_of(engine: "Engine", mesh: "Mesh") -> Shard:
+def shard_of(engine: "Engine", mesh: "Mesh") -> RankShard:
     """What this rank writes, as views of the engine: its own parts; of what every rank keeps whole, an even part."""
     shares = []
     for owned in engine.owned():
@@ -82,25 +82,25 @@ def shard_of(engine: "Engine", mesh: "Mesh") -> Shard:
         if lo < hi:
             views = {kind: view[lo - owned.lo : hi - owned.lo] for kind, view in owned.tensors.items()}
             shares.append(Share(owned.name, owned.shape, lo, hi, views))
-    return Shard(mesh.rank, _file(mesh.rank, 0), shares, dict(engine.deepspeed.module.named_buffers()))
+    return RankShard(mesh.rank, _file(mesh.rank, 0), shares, dict(engine.deepspeed.module.named_buffers()))
 
 
 def _file(rank: int, part: int) -> str:
     return f"r{rank:05d}.safetensors" if part == 0 else f"r{rank:05d}.part-{part:05d}.safetensors"
 
 
-def parts_of(shard: Shard, limit: int) -> Iterator[Shard]:
+def parts_of(shard: RankShard, limit: int) -> Iterator[RankShard]:
     """The shard as files of at most `limit` bytes of slices each; the buffers go with the first."""
     part, held, buffers = list[Share](), 0, shard.buffers
     number = 0
     for share in (piece for whole in shard.shares for piece in _cut_share(whole, limit)):
         size = (share.hi - share.lo) * ITEM * len(share.views)
         if part and held + size > limit:
-            yield Shard(shard.rank, _file(shard.rank, number), part, buffers)
+            yield RankShard(shard.rank, _file(shard.rank, number), part, buffers)
             part, held, buffers, number = [], 0, {}, number + 1
         part.append(share)
         held += size
-    yield Shard(shard.rank, _file(shard.rank, number), part, buffers)
+    yield RankShard(shard.rank, _file(shard.rank, number), part, buffers)
 
 
 def _cut_share(whole: Share, limit: int) -> Iterator[Share]:
@@ -118,7 +118,7 @@ class Staging:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     @torch.no_grad()
-    def copy(self, shard: Shard) -> Shard:
+    def copy(self, shard: RankShard) -> RankShard:
         """The same shard in host memory. Returns when the device may change its tensors again."""
         sizes = [_padded(tensor) for _, tensor in shard.tensors()]
         on_cuda = any(tensor.is_cuda for _, tensor in shard.tensors())
@@ -133,7 +133,7 @@ class Staging:
         buffers = {name: staged[f"buffer/{name}"] for name in shard.buffers}
         if on_cuda:
             torch.cuda.synchronize()
-        return Shard(shard.rank, shard.file, shares, buffers)
+        return RankShard(shard.rank, shard.file, shares, buffers)
 
 
 def _padded(tensor: Tensor) -> int:
@@ -150,7 +150,7 @@ def _staged(tensor: Tensor, block: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def write_shard(storage: Storage, shard: Shard) -> dict[str, Any]:
+def write_shard(storage: Storage, shard: RankShard) -> dict[str, Any]:
     """Write and hash in one pass -> {name, bytes, sha256, rank, slices, buffers}: what manifest and index need.
 
     slices: [name, shape, lo, hi, begin, kinds] each, begin counted in the file; buffers: name -> [dtype, shape,
@@ -212,7 +212,7 @@ def even_part(size: int, rank: int, world: int) -> tuple[int, int]:
     return min(rank * part, size), min((rank + 1) * part, size)
 
 
-def _header(shard: Shard) -> tuple[bytes, dict[str, int]]:
+def _header(shard: RankShard) -> tuple[bytes, dict[str, int]]:
     """-> (length and JSON as safetensors has them, key -> where its bytes begin in the file)."""
     entries: dict[str, Any] = {}
     at = 0

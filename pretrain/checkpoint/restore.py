@@ -9,7 +9,7 @@ from pretrain.checkpoint.catalog import Saved
 from pretrain.checkpoint.layout import Slices
 
 if TYPE_CHECKING:
-    from pretrain.engine import Engine
+    from pretrain.engine.engine import Engine
 
 
 @torch.no_grad()

@@ -6,10 +6,10 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.stream.mixture import Source
 from pretrain.checkpoint.catalog import Saved, consent_since
 from pretrain.checkpoint.fingerprints import (
+    IMAGE_TOKENIZER,
     INITIAL,
-    TOKENIZER,
+    TEXT_TOKENIZER,
     UNKNOWN,
-    VOCABULARY,
     Fingerprints,
     compare,
     fingerprints_in,
@@ -20,14 +20,14 @@ from pretrain.checkpoint.saver import from_rank_0
 from pretrain.config import RunConfig
 
 if TYPE_CHECKING:
-    from pretrain.mesh import Mesh
+    from pretrain.runtime.mesh import Mesh
 
 
 def check_resumed(saved: Saved, config: RunConfig, stream: Source, mesh: "Mesh", known: Fingerprints) -> Changes:
     """Compare a checkpoint with the run that goes on from it -> the settings that change here, with consent.
 
     known: the fingerprints of the run; those that only the checkpoint has are added. Raises ConfigError for another
-    configuration, vocabulary, image tokenizer or other initial weights, DataError for other data.
+    configuration, text tokenizer, image tokenizer or other initial weights, DataError for other data.
     """
     changed = _agreed_changes(saved, config)
     _check_fingerprints(saved, config, mesh, known)
@@ -58,7 +58,7 @@ def _check_fingerprints(saved: Saved, config: RunConfig, mesh: "Mesh", known: Fi
     before = fingerprints_in(saved.state)
     if mesh.rank == 0 and (settings := unchecked(saved.state["identity"], config)):
         print(f"{saved.folder} does not say under which {', '.join(settings)} it was made: not checked", flush=True)
-    files = {name: value for name, value in known.items() if name in (VOCABULARY, TOKENIZER)}
+    files = {name: value for name, value in known.items() if name in (TEXT_TOKENIZER, IMAGE_TOKENIZER)}
     if config.initial and before is None:
         known[INITIAL] = UNKNOWN
     elif config.initial:

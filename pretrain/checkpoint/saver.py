@@ -31,11 +31,11 @@ from pretrain.checkpoint.catalog import (
     refuse_overtaken,
     tidy,
 )
-from pretrain.checkpoint.layout import PART, Shard, Staging, index_of, parts_of, shard_of, told_of, write_shard
+from pretrain.checkpoint.layout import PART, RankShard, Staging, index_of, parts_of, shard_of, told_of, write_shard
 
 if TYPE_CHECKING:
-    from pretrain.engine import Engine
-    from pretrain.mesh import KeyValues, Mesh
+    from pretrain.engine.engine import Engine
+    from pretrain.runtime.mesh import KeyValues, Mesh
 
 COMMIT_TIMEOUT_S = 600.0
 """How long a rank waits for the others once its own part is written."""
@@ -161,7 +161,7 @@ class Save(threading.Thread):
     """One save under way: this rank's file, its report, and on rank 0 the commit."""
 
     def __init__(
-        self, owner: Checkpoints, number: int, step: int, shard: Shard | None, state: dict[str, Any], began: float
+        self, owner: Checkpoints, number: int, step: int, shard: RankShard | None, state: dict[str, Any], began: float
     ) -> None:
         super().__init__(name=f"save-{step}", daemon=True)  # a dead disk must not keep the process alive
         self.owner = owner

@@ -14,13 +14,14 @@ from data_pipeline.settings import flatten, override_settings
 from data_pipeline.storage import open_storage
 from pretrain.checkpoint.catalog import Saved, checkpoint_root, committed, names, read_json
 from pretrain.checkpoint.layout import Slices
-from pretrain.config import OBJECTIVE_OF, ModelConfig, RunConfig
+from pretrain.config import RunConfig
 from pretrain.interchange.folder import CONFIG_FILE, WEIGHTS_FILE, load_config, load_model
 from pretrain.models import MODELS
-from pretrain.translate import saved_run
+from pretrain.schema import ModelConfig, tasks_of
+from pretrain.schema.saved import saved_run
 
 PREFIX = "model."
-"""Objectives hold their model under this name."""
+"""Tasks hold their model under this name."""
 NOT_SAID = "(the export does not say it)"
 """Stands for a dataset that an exported model does not name."""
 
@@ -78,7 +79,7 @@ def _of_export(source: str | Path, tree: Mapping[str, Any]) -> dict[str, Any]:
     known = {key: value for key, value in tree.items() if key in RunConfig.model_fields}
     unsaid = {
         "run": str(source),
-        "objective": {"kind": OBJECTIVE_OF[kind]},
+        "task": {"kind": tasks_of(kind)[0]},
         "data": {"dataset": NOT_SAID},
         "train": {"steps": 1, "global_batch": 2, "zero_stage": 0},
         "optim": {"lr": 1.0},
@@ -208,7 +209,7 @@ def check_same_model(config: ModelConfig, source: str | Path) -> None:
         return
     tree = saved_tree(source)
     there = load_config(source) if is_export(tree) else run_config(source).model
-    if there.kind != config.kind:
+    if type(there) is not type(config):
         return
     theirs, ours = (flatten(one.model_dump(mode="json")) for one in (there, config))
     lines = []

@@ -124,7 +124,7 @@ def _settings_of(source: str | Path, overrides: Sequence[str]) -> RunConfig | No
 
 def _noted(settings: RunConfig | None, known: Mapping[str, str] | None) -> dict[str, Any]:
     """What an export says beside its model."""
-    tree = settings.model_dump(mode="json", include={"objective", "data", "seed"}) if settings else {}
+    tree = settings.model_dump(mode="json", include={"task", "data", "seed"}) if settings else {}
     return tree | ({FINGERPRINTS: dict(known)} if known else {})
 
 

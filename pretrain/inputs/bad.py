@@ -17,7 +17,7 @@ import numpy as np
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
-from pretrain.goodput import append_line
+from pretrain.runtime.goodput import append_line
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source

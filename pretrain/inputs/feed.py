@@ -29,7 +29,7 @@ from data_pipeline.errors import NodeFault
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import share
 from pretrain.inputs.bad import Ledger, Replaced, Usable
-from pretrain.signals import ignore_stop_signals, stop_signals_held
+from pretrain.runtime.signals import ignore_stop_signals, stop_signals_held
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
@@ -39,7 +39,7 @@ Inputs = Callable[[list[Sample]], Batch]
 
 
 @dataclasses.dataclass
-class Prepared:
+class PreparedStep:
     """One step of a rank."""
 
     batches: list[Batch]
@@ -56,14 +56,14 @@ class Preparer:
     shard: tuple[int, int]
     micro_batch: int
 
-    def at(self, position: int) -> Prepared:
+    def at(self, position: int) -> PreparedStep:
         """The step [position, position + G)."""
         positions = np.arange(position, position + self.global_batch, dtype=np.int64)
         mine = share(positions, self.stream.lanes(positions), self.shard)
         usable = Usable(self.stream, self.inputs)
         samples = usable.take(mine)
         parts = (samples[at : at + self.micro_batch] for at in range(0, len(samples), self.micro_batch))
-        return Prepared([usable.batch(part) for part in parts], usable.replaced)
+        return PreparedStep([usable.batch(part) for part in parts], usable.replaced)
 
 
 class Feed:
@@ -103,7 +103,7 @@ class Feed:
         """
         position = start * self.global_batch if position is None else position
         with self._pool() as pool, _worker_death_told():
-            ahead: collections.deque[Future[Prepared]] = collections.deque()
+            ahead: collections.deque[Future[PreparedStep]] = collections.deque()
             try:
                 for step in range(start, stop):
                     while len(ahead) <= self.ahead and step + len(ahead) < stop:
@@ -132,14 +132,14 @@ class Feed:
         self.previews.note([entry for entry in usable.replaced if entry not in self.previews.entries], samples)
         return batch
 
-    def _wait(self, future: Future[Prepared]) -> Prepared:
+    def _wait(self, future: Future[PreparedStep]) -> PreparedStep:
         began = time.monotonic()
         try:
             return tensors(future.result()) if self.workers else future.result()
         finally:
             self.waited_s += time.monotonic() - began
 
-    def _submit(self, pool: Executor, position: int) -> Future[Prepared]:
+    def _submit(self, pool: Executor, position: int) -> Future[PreparedStep]:
         with stop_signals_held():  # the first submit starts the workers
             return pool.submit(_prepare_here if self.workers else self.preparer.at, position)
 
@@ -184,15 +184,15 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _prepare_here(position: int) -> Prepared:
+def _prepare_here(position: int) -> PreparedStep:
     """What a worker does; tensors travel as arrays through the pipe: /dev/shm is small in containers."""
     assert _preparer is not None
     prepared = _preparer.at(position)
     arrays = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in prepared.batches]
-    return Prepared(arrays, prepared.replaced)  # type: ignore[arg-type]
+    return PreparedStep(arrays, prepared.replaced)  # type: ignore[arg-type]
 
 
-def tensors(prepared: Prepared) -> Prepared:
+def tensors(prepared: PreparedStep) -> PreparedStep:
     """What a worker sent -> with tensors for arrays."""
     batches = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in prepared.batches]
-    return Prepared(batches, prepared.replaced)
+    return PreparedStep(batches, prepared.replaced)

@@ -18,10 +18,10 @@ import xxhash
 from data_pipeline.config import ImageRules
 from data_pipeline.errors import BadSample, NodeFault
 from data_pipeline.images import MAX_PIXELS, Reject, encode
-from data_pipeline.sandbox import LETHAL, Decoder
+from data_pipeline.sandbox import LETHAL, SandboxDecoder
 from data_pipeline.schema import Sample
-from pretrain.goodput import append_line, lines_of
 from pretrain.inputs.bad import Usable
+from pretrain.runtime.goodput import append_line, lines_of
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
@@ -48,7 +48,7 @@ class Screened:
     """
 
     def __init__(
-        self, inputs: Callable[[list[Sample]], Any], known: Iterable[int] = (), decoder: Decoder | None = None
+        self, inputs: Callable[[list[Sample]], Any], known: Iterable[int] = (), decoder: SandboxDecoder | None = None
     ) -> None:
         self.inputs = inputs
         self.known = set(known)
@@ -71,7 +71,7 @@ class Screened:
             raise BadSample(f"sample {sample.key!r}: its image ends the process that decodes it")
 
 
-def _death(decoder: Decoder, image: bytes) -> str:
+def _death(decoder: SandboxDecoder, image: bytes) -> str:
     """How the image ends its decoder; empty where it does not. Raises NodeFault where every image does."""
     try:
         decoder.look(image)
@@ -83,7 +83,9 @@ def _death(decoder: Decoder, image: bytes) -> str:
     return ""
 
 
-def screened(inputs: Callable[[list[Sample]], Any], known: Iterable[int] = (), decoder: Decoder | None = None) -> Any:
+def screened(
+    inputs: Callable[[list[Sample]], Any], known: Iterable[int] = (), decoder: SandboxDecoder | None = None
+) -> Any:
     """The inputs, screened where they decode images."""
     return Screened(inputs, known, decoder) if isinstance(inputs, DecodesImages) else inputs
 
@@ -93,9 +95,9 @@ def image_number(data: bytes) -> int:
     return xxhash.xxh3_64_intdigest(data) >> 1
 
 
-def looking_decoder(cpu_s: float) -> Decoder:
+def looking_decoder(cpu_s: float) -> SandboxDecoder:
     """A sandbox that decodes as training does and gives an image so many seconds of processor time."""
-    return Decoder(ImageRules(max_pixels=MAX_PIXELS), stored=False, cpu_s=cpu_s)
+    return SandboxDecoder(ImageRules(max_pixels=MAX_PIXELS), stored=False, cpu_s=cpu_s)
 
 
 def search(stream: Source, inputs: Screened, positions: np.ndarray, cpu_s: float, maximum: Maximum) -> None:

@@ -95,8 +95,7 @@ def _segmenter() -> Any:
         import jieba
     except ImportError:
         raise ConfigError(
-            "objective.masking by whole words needs jieba for Chinese text; pip install 'tessera[chinese]', or mask by "
-            "piece"
+            "task.masking by whole words needs jieba for Chinese text; pip install 'tessera[chinese]', or mask by piece"
         ) from None
     tokenizer = jieba.Tokenizer()
     # its own start-up would load a cache from the temporary folder, where anybody may have put one

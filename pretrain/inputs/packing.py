@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.inputs.masking import mask_slots
+from pretrain.schema.tasks import MaskingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Example:
     noise: int
     is_random: bool | None = None
     uniforms: np.ndarray | None = None
+
+
+def rows_of(examples: list[Example], context: int, task: MaskingConfig) -> dict[str, Tensor]:
+    """A sample a row, or as few rows as they fit in."""
+    return packed(examples, context) if task.packing else padded(examples, context, task.mask_rate)
 
 
 def padded(examples: list[Example], context: int, rate: float) -> dict[str, Tensor]:

@@ -17,28 +17,18 @@ from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
 
 if TYPE_CHECKING:
-    from data_pipeline.stream.mixture import Source
-    from data_pipeline.vocabulary import Vocabulary
-    from pretrain.config import RunConfig
+    from pretrain.config import DataConfig
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], as in the authors' preprocessing
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class ReconstructionInputs:
-    """Samples -> {"pixels": float32 [b, 3, S, S] in [-1, 1]}, for the VQGAN."""
-
-    def __init__(self, config: RunConfig, stream: Source, vocabulary: Vocabulary | None) -> None:
-        assert config.model.kind == "vqgan"
-        self.image_size = config.model.image_size
-        self.data = config.data
-        self.seed = config.seed
-
-    def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """The batch of these samples, in their order."""
-        data = self.data
-        pictures = [
-            pixels(s, self.image_size, data.crop_scale, data.flip, crop_generator(self.seed, s), data.crop_ratio)
-            for s in samples
-        ]
-        return {"pixels": to_tensor(np.stack(pictures))}
+def drawn_pixels(samples: list[Sample], image_size: int, data: DataConfig, seed: int) -> np.ndarray:
+    """uint8 [b, S, S, 3], RGB: the crop that each sample draws."""
+    pictures = [
+        pixels(s, image_size, data.crop_scale, data.flip, crop_generator(seed, s), data.crop_ratio) for s in samples
+    ]
+    return np.stack(pictures)
 
 
 def crop_generator(seed: int, sample: Sample) -> np.random.Generator:
@@ -95,6 +85,13 @@ def _draw_crop(
 def to_tensor(images: np.ndarray) -> Tensor:
     """uint8 [b, S, S, 3] -> float32 [b, 3, S, S], x / 127.5 - 1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+
+
+def normalise(images: np.ndarray) -> Tensor:
+    """uint8 [b, H, W, 3] -> float32 [b, 3, H, W], (x / 255 - mean) / deviation per channel."""
+    scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return scaled.sub_(mean).div_(std).contiguous()
 
 
 def to_images(pictures: Tensor) -> np.ndarray:

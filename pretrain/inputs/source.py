@@ -1,9 +1,32 @@
-"""What a run reads: one dataset, or several mixed, as its configuration says."""
+"""What a run reads: one dataset, or several mixed, with the text and image tokenizers that its configuration names."""
 
+from data_pipeline.errors import ConfigError
+from data_pipeline.shards.codes import find_meta
+from data_pipeline.shards.manifest import open_dataset
 from data_pipeline.stream.mixture import Mixture, Schedule, Source, seed_of_source
 from data_pipeline.stream.order import Geometry
 from data_pipeline.stream.reader import Stream
-from pretrain.config import DataConfig
+from data_pipeline.vocabulary import Vocabulary
+from pretrain.config import DataConfig, RunConfig
+from pretrain.inputs.image_tokenizer import load_tokenizer_of
+from pretrain.interchange.folder import load_config
+from pretrain.schema.common import CodesRead, TextRead
+
+
+def open_data(
+    config: RunConfig, dataset: str | None = None, with_codes: bool = True
+) -> tuple[Source, Vocabulary | None]:
+    """The stream of the run's datasets (or of another one read the same way) and its text tokenizer, checked for fit.
+
+    with_codes: open the image codes too where the model reads some.
+    """
+    reads, data = config.model.reads, config.data
+    tokenizer = Vocabulary(data.text_tokenizer) if data.text_tokenizer else None
+    if tokenizer and reads.text:
+        _check_room(tokenizer, reads.text, str(data.text_tokenizer))
+    codes = codes_id(config, reads.codes, dataset) if with_codes and reads.codes else None
+    chosen = data.model_copy(update={"dataset": dataset, "datasets": ()}) if dataset else data
+    return open_stream(chosen, config.seed, codes), tokenizer
 
 
 def open_stream(data: DataConfig, seed: int, codes: str | None = None) -> Source:
@@ -17,3 +40,29 @@ def open_stream(data: DataConfig, seed: int, codes: str | None = None) -> Source
         for number, source in enumerate(data.datasets)
     ]
     return Mixture(streams, schedule, seed)
+
+
+def _check_room(tokenizer: Vocabulary, text: TextRead, path: str) -> None:
+    """Raise ConfigError where the tokenizer has ids that the model has no embedding for."""
+    if tokenizer.size > text.vocab_size:
+        raise ConfigError(
+            f"the text tokenizer {path} has {tokenizer.size} pieces, the model room for {text.vocab_size}; raise "
+            f"model.{text.vocab_field} or train a smaller tokenizer"
+        )
+
+
+def codes_id(config: RunConfig, reads: CodesRead, dataset: str | None = None) -> str:
+    """The id of the image tokenizer that the run names, in the precision in which the data were encoded.
+
+    Raises ConfigError when its codes do not fit the model.
+    """
+    folder, data = str(config.data.image_tokenizer), config.data
+    made = load_config(folder).makes
+    if made is not None and made != reads:
+        raise ConfigError(
+            f"{folder} makes {made.count} codes of {made.codebook}, the model reads {reads.count} of {reads.codebook}; "
+            "set model.image_tokens and model.image_vocab"
+        )
+    read = [dataset] if dataset else [data.dataset, *(source.path for source in data.datasets)]
+    datasets = [open_dataset(path) for path in read if path is not None]
+    return load_tokenizer_of(folder, lambda name: all(find_meta(*one, name) for one in datasets)).id

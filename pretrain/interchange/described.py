@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from pretrain.config import BertConfig, ClipConfig, ElectraConfig, EncoderConfig, GptConfig, TextTower, VisionTower
+from pretrain.schema.clip import ClipConfig, TextTower, VisionTower
+from pretrain.schema.encoders import BertConfig, ElectraConfig, EncoderConfig
+from pretrain.schema.gpt import GptConfig
 
 
 def _text(config: EncoderConfig, architecture: str, width: int, heads: int) -> dict[str, Any]:

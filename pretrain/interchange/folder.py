@@ -1,6 +1,6 @@
 """An exported model: a folder with config.json and model.safetensors. Nothing in it executes.
 
-config.json holds "model", and of the run that it comes from "objective", "data", "seed", "step"
+config.json holds "model", and of the run that it comes from "task", "data", "seed", "step"
 and "fingerprints".
 """
 
@@ -19,9 +19,10 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.foreign import foreign_model
 from data_pipeline.outputs import new_folder
 from data_pipeline.settings import Settings
-from pretrain.config import NOTES_FILE, ModelConfig
+from pretrain.config import NOTES_FILE
 from pretrain.models import MODELS
-from pretrain.translate import saved_model
+from pretrain.schema import ModelConfig
+from pretrain.schema.saved import saved_model
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -35,7 +36,7 @@ def export_model(
 ) -> Path:
     """Write a new folder -> its path. Raises ConfigError for a used one, DataError where it cannot be written.
 
-    more: what config.json says beside the model: "objective", "data", "seed" and "fingerprints" as a run's does,
+    more: what config.json says beside the model: "task", "data", "seed" and "fingerprints" as a run's does,
     and the "step".
     """
     with new_folder(directory) as folder:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.settings import flatten
-from pretrain.config import ModelConfig
 from pretrain.interchange.described import CONFIGS
 from pretrain.interchange.folder import CONFIG_FILE, WEIGHTS_FILE
 from pretrain.interchange.layouts import LAYOUTS, State, import_state
 from pretrain.models import MODELS
+from pretrain.schema import ModelConfig
 
 TEXT = {
     "vocab_size": "vocab_size", "context": "max_position_embeddings", "layers": "num_hidden_layers",

@@ -8,10 +8,10 @@ from typing import Any
 
 from data_pipeline.outputs import new_folder
 from data_pipeline.vocabulary import Vocabulary
-from pretrain.config import ClipConfig
 from pretrain.interchange.described import CONFIGS
 from pretrain.interchange.folder import CONFIG_FILE, save_weights, write_notes
 from pretrain.interchange.layouts import State, check_derived, export_state
+from pretrain.schema.clip import ClipConfig
 
 TOKEN_IDS_FILE = "token_ids.json"
 

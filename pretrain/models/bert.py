@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pretrain.models.layers import MlmHead, TextEmbeddings, TextEncoder, init_bert, own_segment
 
 if TYPE_CHECKING:
-    from pretrain.config import BertConfig
+    from pretrain.schema.encoders import BertConfig
 
 
 class Bert(nn.Module):

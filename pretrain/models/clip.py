@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pretrain.models.layers import PreNormBlock
 
 if TYPE_CHECKING:
-    from pretrain.config import ClipConfig, TextTower, VisionTower
+    from pretrain.schema.clip import ClipConfig, TextTower, VisionTower
 
 MAX_LOGIT_SCALE = math.log(100.0)
 

@@ -6,7 +6,7 @@ depend on how many ranks there are.
 
 from torch import Tensor, nn
 
-from pretrain.config import discriminator_widths, group_count
+from pretrain.schema.vqgan import discriminator_widths, group_count
 
 
 class PatchDiscriminator(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pretrain.models.layers import ACTIVATIONS, MlmHead, TextEmbeddings, TextEncoder, init_bert, own_segment
 
 if TYPE_CHECKING:
-    from pretrain.config import ElectraConfig
+    from pretrain.schema.encoders import ElectraConfig
 
 
 class ElectraOutput(NamedTuple):

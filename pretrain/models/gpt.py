@@ -16,7 +16,7 @@ from pretrain.models.layers import ACTIVATIONS, Block, attend
 from pretrain.models.noise import Dropout
 
 if TYPE_CHECKING:
-    from pretrain.config import GptConfig
+    from pretrain.schema.gpt import GptConfig
 
 PAD = 0  # text id that fills a caption, and stands for the empty caption of guidance
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.models.noise import Dropout, Noise, noise_again
 
 if TYPE_CHECKING:
-    from pretrain.config import EncoderConfig
+    from pretrain.schema.encoders import EncoderConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:

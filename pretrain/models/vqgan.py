@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config import group_count
 from pretrain.models.layers import Block, attend
+from pretrain.schema.vqgan import group_count
 
 if TYPE_CHECKING:
-    from pretrain.config import NormGroups, VqganConfig
+    from pretrain.schema.vqgan import NormGroups, VqganConfig
 
 
 class Quantised(NamedTuple):
@@ -28,7 +28,7 @@ class Quantised(NamedTuple):
 
 
 class Vqgan(nn.Module):
-    """Encoder, codebook and decoder; the discriminator belongs to the objective."""
+    """Encoder, codebook and decoder; the discriminator belongs to the task."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()

@@ -10,8 +10,8 @@ import pytest
 from tests.architecture.source import PACKAGES, graph, imports, modules
 
 LAYER = {package: height for height, package in enumerate(PACKAGES)}
-LONGEST_CHAIN = 8
-KNOW_RANKS = {"pretrain.mesh", "pretrain.engine", "pretrain.tracking"}
+LONGEST_CHAIN = 13
+KNOW_RANKS = {"pretrain.runtime.mesh", "pretrain.engine.engine", "pretrain.tracking"}
 RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"}
 NO_TORCH = {
     "data_pipeline.config",
@@ -25,8 +25,10 @@ NO_TORCH = {
     "data_pipeline.shards.manifest",
     "data_pipeline.shards.codes",
     "pretrain.config",
-    "pretrain.sharding",
+    "pretrain.engine.sharding",
 }
+MAY_IMPORT_TORCH = {"launchers.plan.device", "launchers.plan.trace"}
+"""What `tessera plan` alone imports, when it plans."""
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +58,11 @@ def test_there_is_no_import_cycle_and_no_long_chain(trees: dict[str, ast.Module]
     assert max(measure(name, ()) for name in trees) <= LONGEST_CHAIN
 
 
-def test_models_and_objectives_know_no_distributed(trees: dict[str, ast.Module]) -> None:
+def test_models_and_tasks_know_no_distributed(trees: dict[str, ast.Module]) -> None:
     wrong = [
         f"{name} imports {target}"
         for name, tree in trees.items()
-        if name.startswith(("pretrain.models", "pretrain.objectives"))
+        if name.startswith(("pretrain.models", "pretrain.tasks", "pretrain.inputs", "pretrain.schema"))
         for target in imports(tree, everywhere=True)
         if target.startswith(("torch.distributed", "deepspeed"))
     ]
@@ -82,9 +84,64 @@ def test_only_mesh_reads_the_process_group_from_the_environment(trees: dict[str,
     wrong = [
         f"{name}:{node.lineno} names {node.value}"
         for name, tree in trees.items()
-        if name.partition(".")[0] != "launchers" and name != "pretrain.mesh"
+        if name.partition(".")[0] != "launchers" and name != "pretrain.runtime.mesh"
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value in RANK_VARIABLES
+    ]
+    assert not wrong
+
+
+def test_what_reads_shards_and_trains_imports_nothing_that_makes_them(trees: dict[str, ast.Module]) -> None:
+    wrong = [
+        f"{name} imports {target}"
+        for name, targets in graph(trees, everywhere=True).items()
+        for target in targets
+        if target.startswith("data_pipeline.ingest") and name.startswith(("pretrain", "data_pipeline.stream"))
+    ]
+    assert not wrong
+
+
+FLOORS = (
+    ("schema",), ("config", "models", "runtime", "interchange", "inputs"), ("engine", "tasks"),
+    ("checkpoint", "tracking"), ("generate",), ("evaluations",), ("train", "evaluate"),
+)  # fmt: skip
+"""The rooms and files of pretrain, from the ground up: an import never goes to a higher floor."""
+
+
+def test_no_import_of_pretrain_goes_up_a_floor(trees: dict[str, ast.Module]) -> None:
+    height = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    wrong = [
+        f"{name} imports {target}"
+        for name, targets in graph(trees, everywhere=False).items()
+        for target in targets
+        if name.startswith("pretrain.") and target.startswith("pretrain.")
+        and height[target.split(".")[1]] > height[name.split(".")[1]]
+    ]  # fmt: skip
+    assert not wrong
+
+
+def test_a_class_has_a_name_of_its_own(trees: dict[str, ast.Module]) -> None:
+    classes = [node.name for tree in trees.values() for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert {name for name in classes if classes.count(name) > 1} == set()
+
+
+def _is_kind(side: ast.expr) -> bool:
+    """Is it the `kind` of a model or a task?"""
+    owner = side.value if isinstance(side, ast.Attribute) and side.attr == "kind" else None
+    name = owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
+    return name in ("model", "task", "config", "tokenizer")
+
+
+def test_the_trunk_asks_for_no_kind_of_model_or_task(trees: dict[str, ast.Module]) -> None:
+    """A family is told apart by what its schema and its task say; the tables alone know the kinds by name."""
+    trunk = ("train", "evaluate", "generate", "config", "tracking", "inputs", "runtime", "engine", "checkpoint")
+    prefixes = tuple(f"pretrain.{room}" for room in trunk) + ("launchers.plan",)
+    wrong = [
+        f"{name}:{node.lineno}"
+        for name, tree in trees.items()
+        if name.startswith(prefixes)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) and any(_is_kind(side) for side in (node.left, *node.comparators))
     ]
     assert not wrong
 
@@ -100,7 +157,9 @@ def test_nothing_unpickles(trees: dict[str, ast.Module]) -> None:
 
 
 def test_light_modules_import_without_torch_ray_or_deepspeed(trees: dict[str, ast.Module], repository: Path) -> None:
-    names = sorted(name for name in trees if name in NO_TORCH or name.partition(".")[0] == "launchers")
+    launchers = {name for name in trees if name.partition(".")[0] == "launchers"} - MAY_IMPORT_TORCH
+    schema = {name for name in trees if name.startswith("pretrain.schema")}
+    names = sorted(launchers | schema | (NO_TORCH & trees.keys()))
     program = (
         f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
         "heavy = {'torch', 'ray', 'deepspeed', 'mlflow', 'transformers'} & set(sys.modules)\n"

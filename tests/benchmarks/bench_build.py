@@ -26,7 +26,7 @@ from tests.benchmarks.processes import REPOSITORY, Cost, measure
 
 OURS = """
 import sys
-from data_pipeline.build.run import build
+from data_pipeline.ingest.run import build
 from data_pipeline.config import BuildConfig
 from data_pipeline.settings import load_settings
 build(load_settings(BuildConfig, sys.argv[1], sys.argv[2:]), progress=False)

@@ -38,7 +38,7 @@ def material_in(folder: Path) -> Material:
         words = {"dataset": str(data), "output": str(folder / "vocab"), "size": PIECES, "kind": "bpe"}
         made("vocab", "train", recipe(words | {"character_coverage": 1.0}, folder / "vocab.yaml"), "--json")
         export_tokenizer(Material(data, vocabulary), tokenizer)
-        made("data", "encode", data, "--tokenizer", tokenizer, "--json")
+        made("data", "encode", data, "--image-tokenizer", tokenizer, "--json")
         (folder / "ready").touch()
     return Material(data, vocabulary)
 
@@ -60,10 +60,10 @@ def gpt(material: Material, run: Path, **train: Any) -> dict[str, Any]:
     """A run of a tiny text-to-image GPT over codes."""
     model = {"kind": "gpt", "text_vocab": PIECES, "image_vocab": 32, "text_tokens": 8, "image_tokens": 64}
     tree = electra(material, run, **train)
-    tree["data"]["tokenizer"] = str(run.parent / "tokenizer")
+    tree["data"]["image_tokenizer"] = str(run.parent / "tokenizer")
     return tree | {
         "model": model | {"layers": 2, "width": 32, "heads": 2},
-        "objective": {"kind": "autoregressive", "caption_drop": 0.1},
+        "task": {"kind": "autoregressive", "caption_drop": 0.1},
     }
 
 

@@ -5,7 +5,7 @@ python -m tests.benchmarks.bench_decode [--peer .venv-peers/bin/python]     to 2
 img2dataset 1.47 (resizer.py, keep_ratio): cv2.imdecode, INTER_AREA, imencode at 4:2:0; ours stores 4:4:4. With --peer
 its own Resizer runs too, in its interpreter. Limits: libjpeg's decoding alone, of the source as a whole and at the
 fraction that suffices, and of a JPEG of 256 pixels. PSNR is that of scaled beside exact, before they are stored, of
-drawn photographs here; of real ones see tests/data_pipeline/build/test_images.py.
+drawn photographs here; of real ones see tests/data_pipeline/ingest/test_images.py.
 """
 
 import argparse

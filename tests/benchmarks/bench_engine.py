@@ -19,12 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.settings import check_settings
 from pretrain.config import RunConfig
-from pretrain.engine import Engine
-from pretrain.mesh import Mesh
+from pretrain.engine.engine import Engine
+from pretrain.engine.optim import build_optimizer, parameter_groups
 from pretrain.models import MODELS
-from pretrain.objectives import OBJECTIVES
-from pretrain.objectives.collectives import Collectives
-from pretrain.optim import build_optimizer, parameter_groups
+from pretrain.runtime.mesh import Mesh
+from pretrain.tasks import TASKS
+from pretrain.tasks.collectives import Collectives
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES, ROUNDS, STEPS, MICRO_BATCH, LR = 2, 5, 2, 4, 1e-3
@@ -37,8 +37,8 @@ def config(stage: int) -> RunConfig:
     tree = {
         "run": "unused",
         "model": model | {"layers": 6, "width": 240, "heads": 6},
-        "objective": {"kind": "autoregressive"},
-        "data": {"dataset": "unused", "vocabulary": "unused", "tokenizer": "unused"},
+        "task": {"kind": "autoregressive"},
+        "data": {"dataset": "unused", "text_tokenizer": "unused", "image_tokenizer": "unused"},
         "train": {"steps": 1000, "global_batch": PROCESSES * MICRO_BATCH, "precision": "fp32", "zero_stage": stage},
         "optim": {"lr": LR},
     }
@@ -50,7 +50,7 @@ def objective(mesh: Mesh) -> nn.Module:
     torch.manual_seed(0)
     run = config(0)
     collectives = Collectives(gather=mesh.gather, sum=mesh.sum, world=mesh.world)
-    return OBJECTIVES["autoregressive"](MODELS["gpt"](run.model), run.objective, collectives).train()
+    return TASKS["autoregressive"](MODELS["gpt"](run.model), run.task, collectives).train()
 
 
 def batch(rank: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from pretrain.checkpoint.catalog import Retention  # noqa: E402
 from pretrain.checkpoint.restore import restore  # noqa: E402
 from pretrain.checkpoint.saver import Checkpoints  # noqa: E402
-from pretrain.mesh import Mesh  # noqa: E402
+from pretrain.runtime.mesh import Mesh  # noqa: E402
 from tests.benchmarks.bench_save import engine_of  # noqa: E402
 from tests.pretrain import processes  # noqa: E402
 

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pretrain.goodput import ATTEMPTS, lines_of  # noqa: E402
+from pretrain.runtime.goodput import ATTEMPTS, lines_of  # noqa: E402
 from tests.benchmarks.bench_campaign import material_in  # noqa: E402
 from tests.pretrain import commands  # noqa: E402
 from tests.pretrain.commands import Material, electra, finish, interrupted, kill_rank_1, recipe, rows_of, two_ranks  # noqa: E402
@@ -31,7 +31,7 @@ def bert(material: Material, run: Path, layers: int, width: int) -> dict[str, An
     """A BERT of which almost everything is its layers."""
     tree = electra(material, run, steps=4, global_batch=4, checkpoint_every_steps=EVERY)
     model = {"kind": "bert", "vocab_size": 200, "context": 24, "layers": layers, "width": width, "heads": 8}
-    return tree | {"model": model, "objective": {"kind": "mlm"}}
+    return tree | {"model": model, "task": {"kind": "mlm"}}
 
 
 def killed_and_restarted(config: Path, run: Path) -> dict[str, float]:

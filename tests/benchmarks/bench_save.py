@@ -22,11 +22,11 @@ from data_pipeline.settings import check_settings
 from pretrain.checkpoint.catalog import Retention
 from pretrain.checkpoint.saver import Checkpoints
 from pretrain.config import RunConfig
-from pretrain.engine import Engine
-from pretrain.mesh import Mesh
+from pretrain.engine.engine import Engine
 from pretrain.models import MODELS
-from pretrain.objectives import OBJECTIVES
-from pretrain.objectives.collectives import Collectives
+from pretrain.runtime.mesh import Mesh
+from pretrain.tasks import TASKS
+from pretrain.tasks.collectives import Collectives
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES, ROUNDS, MICRO_BATCH, LR = 2, 5, 1, 1e-3
@@ -38,15 +38,15 @@ def engine_of(mesh: Mesh, width: int = 512) -> tuple[Engine, int]:
     tree: dict[str, Any] = {
         "run": "unused",
         "model": model | {"layers": 12, "width": width, "heads": 8},
-        "objective": {"kind": "autoregressive"},
-        "data": {"dataset": "unused", "vocabulary": "unused", "tokenizer": "unused"},
+        "task": {"kind": "autoregressive"},
+        "data": {"dataset": "unused", "text_tokenizer": "unused", "image_tokenizer": "unused"},
         "train": {"steps": 10, "global_batch": mesh.world * MICRO_BATCH, "precision": "fp32", "zero_stage": 3},
         "optim": {"lr": LR},
     }
     config = check_settings(RunConfig, tree, "benchmark")
     torch.manual_seed(0)
     collectives = Collectives(gather=mesh.gather, sum=mesh.sum, world=mesh.world)
-    objective = OBJECTIVES["autoregressive"](MODELS["gpt"](config.model), config.objective, collectives).train()
+    objective = TASKS["autoregressive"](MODELS["gpt"](config.model), config.task, collectives).train()
     parameters = sum(parameter.numel() for parameter in objective.parameters())
     engine = Engine(objective, config, mesh, MICRO_BATCH, 1)
     text, codes = torch.randint(5, 2000, (MICRO_BATCH, 8)), torch.randint(0, 256, (MICRO_BATCH, 16))

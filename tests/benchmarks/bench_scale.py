@@ -34,11 +34,11 @@ from launchers.plan.clusters import cluster_of
 from launchers.plan.make import advise, as_json, make_plan
 from launchers.spec import KubernetesCluster, RunSpec, SlurmCluster
 from pretrain.checkpoint.catalog import MANIFEST, Retention, Saved, committed, folder_name
-from pretrain.checkpoint.layout import Even, Shard, Share, Slices, even_part, index_of, told_of, write_shard
+from pretrain.checkpoint.layout import Even, RankShard, Share, Slices, even_part, index_of, told_of, write_shard
 from pretrain.checkpoint.saver import Checkpoints, Save, _gather
 from pretrain.config import RunConfig
-from pretrain.mesh import Mesh, Place, _meet, read_all
-from pretrain.watchdog import Sign, judge
+from pretrain.runtime.mesh import Mesh, RankPlace, _meet, read_all
+from pretrain.runtime.watchdog import Sign, judge
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 GPUS = 8
@@ -50,14 +50,14 @@ Step = tuple[str, Callable[[], Any]]
 
 
 def mesh_of(rank: int, world: int, store: Any) -> Mesh:
-    return Mesh(Place(rank, rank % GPUS, world, "127.0.0.1", 0), torch.device("cpu"), store)
+    return Mesh(RankPlace(rank, rank % GPUS, world, "127.0.0.1", 0), torch.device("cpu"), store)
 
 
 def spec(world: int) -> RunSpec:
     return RunSpec("big", "train", ("train", str(CONFIG)), "0" * 16, "runs/big", world // GPUS, GPUS, ())
 
 
-def shard(rank: int, world: int) -> Shard:
+def shard(rank: int, world: int) -> RankShard:
     """What a rank keeps of TENSORS in an even split."""
     parts = {name: even_part(size, rank, world) for name, size in TENSORS.items()}
     shares = [
@@ -65,7 +65,7 @@ def shard(rank: int, world: int) -> Shard:
         for name, (lo, hi) in parts.items()
         if lo < hi
     ]
-    return Shard(rank, f"r{rank:05d}.safetensors", shares, {})
+    return RankShard(rank, f"r{rank:05d}.safetensors", shares, {})
 
 
 class Simulated:

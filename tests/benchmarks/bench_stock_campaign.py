@@ -27,7 +27,7 @@ from launchers.chaos.plan import Strike, When, plan  # noqa: E402
 from launchers.chaos.points import has_open, moment  # noqa: E402
 from launchers.children import die_with  # noqa: E402
 from launchers.local import free_port  # noqa: E402
-from pretrain.goodput import lines_of  # noqa: E402
+from pretrain.runtime.goodput import lines_of  # noqa: E402
 
 WORLD, EVERY, WIDTH = 2, 4, 256
 FILES = 2 * WORLD

@@ -52,9 +52,9 @@ class Place:
         """What puts the recipe's run, data and length in place of its own."""
         paths: dict[str, Any] = {"run": self.root / name, "data.dataset": self.data}
         if name != "vqgan":
-            paths["data.vocabulary"] = self.root / "vocab" / "vocab.model"
+            paths["data.text_tokenizer"] = self.root / "vocab" / "vocab.model"
         if name == "gpt":
-            paths["data.tokenizer"] = self.tokenizer
+            paths["data.image_tokenizer"] = self.tokenizer
         few = {"steps": STEPS[name], "global_batch": BATCH[name], "checkpoint_every_steps": EVERY}
         pairs = paths | {f"train.{key}": value for key, value in few.items()}
         if name == "vqgan":  # narrow; a picture is drawn by one rank alone, between steps
@@ -102,7 +102,7 @@ def place(shared: Path, repository: Path, tmp_path_factory: pytest.TempPathFacto
     vocabulary = (f"dataset={place.data}", f"output={place.root / 'vocab'}")
     succeed("vocab", "train", configs / "small/vocab.yaml", *vocabulary)
     succeed("checkpoint", "export", place.trained("vqgan"), place.tokenizer)
-    succeed("data", "encode", place.data, "--tokenizer", place.tokenizer)
+    succeed("data", "encode", place.data, "--image-tokenizer", place.tokenizer)
     return place
 
 
@@ -216,7 +216,7 @@ def photos(shared: Path, place: Place) -> Place:
     images = ("images.mode=center_crop", "images.size=64")
     source = (f"source.path={samples_of(shared, 'photo-captions')}", f"output={photos.data}")
     succeed("data", "build", place.configs / "data/photos.yaml", *source, *images)
-    succeed("data", "encode", photos.data, "--tokenizer", place.tokenizer)
+    succeed("data", "encode", photos.data, "--image-tokenizer", place.tokenizer)
     return photos
 
 

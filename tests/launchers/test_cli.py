@@ -131,7 +131,7 @@ POSITIVE = {
     "--workers", "--sample", "--crops", "--timeout", "--timeout-s", "--network-gbits",
 }  # fmt: skip
 ASKED = {
-    "generate": ["--prompt=x"], "data encode": ["--tokenizer=x"],
+    "generate": ["--prompt=x"], "data encode": ["--image-tokenizer=x"],
     "checkpoint export": ["out"], "checkpoint name": ["best"],
 }  # fmt: skip
 

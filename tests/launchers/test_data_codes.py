@@ -10,11 +10,12 @@ import torch
 import yaml
 
 from launchers import cli
-from pretrain.config import RunConfig, VqganConfig
+from pretrain.config import RunConfig
+from pretrain.inputs.image_tokenizer import load_tokenizer
+from pretrain.inputs.source import codes_id
 from pretrain.interchange.folder import export_model
-from pretrain.interchange.tokenizer import load_tokenizer
 from pretrain.models.vqgan import Vqgan
-from pretrain.train import tokenizer_id_of
+from pretrain.schema.vqgan import VqganConfig
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -51,8 +52,8 @@ def run_of(dataset: Path, tokenizer: Path) -> RunConfig:
     model = {"kind": "gpt", "text_vocab": 20, "image_vocab": 20, "text_tokens": 4, "image_tokens": 64}
     return RunConfig.model_validate(
         {
-            "run": "r", "model": model, "objective": {"kind": "autoregressive"},
-            "data": {"dataset": str(dataset), "vocabulary": "v", "tokenizer": str(tokenizer)},
+            "run": "r", "model": model, "task": {"kind": "autoregressive"},
+            "data": {"dataset": str(dataset), "text_tokenizer": "v", "image_tokenizer": str(tokenizer)},
             "train": {"steps": 2, "global_batch": 2}, "optim": {"lr": 1e-3},
         }
     )  # fmt: skip
@@ -62,12 +63,12 @@ def test_a_build_that_names_a_tokenizer_has_codes_and_verify_tells_how_many_agre
     tokenizer, other = export(tmp_path / "tokenizer", 0), export(tmp_path / "other", 1)
     tree = {"source": {"kind": "scenes", "count": 25}, "shard_size": 10, "output": str(tmp_path / "data")}
     (tmp_path / "build.yaml").write_text(yaml.safe_dump(tree))
-    code, built = tessera("data", "build", tmp_path / "build.yaml", f"tokenizer={tokenizer}", "--json")
+    code, built = tessera("data", "build", tmp_path / "build.yaml", f"image_tokenizer={tokenizer}", "--json")
     assert (code, built["out"]) == (0, 25)
-    code, report = tessera("data", "verify", tmp_path / "data", "--tokenizer", tokenizer, "--sample", 3, "--json")
+    code, report = tessera("data", "verify", tmp_path / "data", "--image-tokenizer", tokenizer, "--sample", 3, "--json")
     assert code == 0 and report["codes"] == [built["codes"]]
     assert report["agreement"]["samples"] == 9 and report["agreement"]["lowest"] == 1.0
-    code, said = tessera("data", "verify", tmp_path / "data", "--tokenizer", other, "--json")
+    code, said = tessera("data", "verify", tmp_path / "data", "--image-tokenizer", other, "--json")
     assert code == 74 and "no codes of tokenizer" in said and built["codes"] in said
 
 
@@ -76,12 +77,13 @@ def test_codes_in_bf16_and_ten_crops_are_found_by_verify_and_by_a_run(tessera: A
     tree = {"source": {"kind": "scenes", "count": 12}, "shard_size": 10, "output": str(data)}
     (tmp_path / "build.yaml").write_text(yaml.safe_dump(tree))
     assert tessera("data", "build", tmp_path / "build.yaml", "--json")[0] == 0
-    options = ["--tokenizer", tokenizer, "--precision", "bf16", "--crops", 10, "--json"]
+    options = ["--image-tokenizer", tokenizer, "--precision", "bf16", "--crops", 10, "--json"]
     code, meta = tessera("data", "encode", data, *options)
     assert (code, meta["crops"], meta["shards"][0]["bytes"]) == (0, 10, 10 * 10 * 64 * 2)
     assert meta["tokenizer"] == load_tokenizer(tokenizer, "bf16").id != load_tokenizer(tokenizer, "fp32").id
-    assert tokenizer_id_of(run_of(data, tokenizer)) == meta["tokenizer"]
-    code, report = tessera("data", "verify", data, "--tokenizer", tokenizer, "--json")
+    run = run_of(data, tokenizer)
+    assert run.model.reads.codes and codes_id(run, run.model.reads.codes) == meta["tokenizer"]
+    code, report = tessera("data", "verify", data, "--image-tokenizer", tokenizer, "--json")
     assert code == 0 and report["agreement"]["lowest"] > 0.99
-    code, said = tessera("data", "encode", data, "--tokenizer", tokenizer, "--crops", 3)
+    code, said = tessera("data", "encode", data, "--image-tokenizer", tokenizer, "--crops", 3)
     assert code == 64 and "crops=3" in said

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from data_pipeline.errors import NodeFault
 from launchers.findings import exit_code, judge, show
-from pretrain.probes import peers_of, read_health
+from pretrain.runtime.probes import peers_of, read_health
 
 
 def report(host: str = "a", **values: dict[str, Any]) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def test_only_the_number_of_a_seed_is_filled_in_in_an_array(value: str, tmp_path
 
 
 @pytest.mark.parametrize("value", (*HOSTILE, *BROKEN))
-@pytest.mark.parametrize(("task", "options"), [("encode", "--tokenizer"), ("generate", "--prompt")])
+@pytest.mark.parametrize(("task", "options"), [("encode", "--image-tokenizer"), ("generate", "--prompt")])
 def test_hostile_targets_and_options_reach_the_program_as_they_are_written(
     task: Task, options: str, value: str, tmp_path: Path
 ) -> None:
@@ -301,9 +301,9 @@ def test_a_kubelet_hands_on_what_was_written(value: str) -> None:
 @pytest.mark.parametrize("value", [*HOSTILE, *BROKEN, "$(SECRET)", "$$x"])
 def test_the_entrypoint_of_a_ray_job_keeps_its_words(value: str) -> None:
     cluster = check_settings(KubernetesCluster, {"image": "e.com/t:1", "claims": {"all": "/work"}, "nodes": 2}, "place")
-    job = objects(describe("data/mine", ["--tokenizer", value], cluster, task="encode"), cluster)[-1]
+    job = objects(describe("data/mine", ["--image-tokenizer", value], cluster, task="encode"), cluster)[-1]
     words = shlex.split(expanded(job["spec"]["entrypoint"], {"SECRET": "s"}))
-    assert words[words.index("--tokenizer") + 1] == value
+    assert words[words.index("--image-tokenizer") + 1] == value
 
 
 @pytest.mark.parametrize("value", [*HOSTILE, *BROKEN])

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from launchers.local import (
+    ExitPatience,
     Group,
-    Patience,
     StopSignals,
     attend,
     dry_run_text,
@@ -26,9 +26,9 @@ from launchers.local import (
     threads_per_process,
 )
 from launchers.watch import is_running, read_record, start_ticks, stop_run, write_record
-from pretrain.faults import record_fault
+from pretrain.runtime.faults import record_fault
 
-QUICK = Patience(stop_s=100, settle_s=0.3, grace_s=0.5)
+QUICK = ExitPatience(stop_s=100, settle_s=0.3, grace_s=0.5)
 WAIT_S = 60  # what guards against hanging; no program ends by itself before
 READY = "import os, pathlib; pathlib.Path(os.environ['OUT'], os.environ['RANK']).write_text(str(os.getpid()))\n"
 SLEEP = "import time; time.sleep(300); os._exit(3)\n"
@@ -225,10 +225,10 @@ def test_what_a_child_leaves_in_its_group_is_ended_too(tmp_path: Path) -> None:
 LAUNCHER = """
 import sys
 from pathlib import Path
-from launchers.local import Group, Patience, _attempts
+from launchers.local import Group, ExitPatience, _attempts
 out, program, restarts = sys.argv[1:]
 group = Group((sys.executable, "-c", program), 2, 2, env=(("OUT", out),))
-sys.exit(_attempts(group, Path(out, "run"), 0, int(restarts), Patience(100, 0.3, 0.5)))
+sys.exit(_attempts(group, Path(out, "run"), 0, int(restarts), ExitPatience(100, 0.3, 0.5)))
 """
 
 

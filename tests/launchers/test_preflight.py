@@ -20,8 +20,9 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.settings import load_settings
 from launchers.chaos.proxy import CLEAN, fault_proxy
 from launchers.local import free_port
-from pretrain import probes
 from pretrain.config import RunConfig
+from pretrain.inputs.source import open_data
+from pretrain.runtime import probes
 from tests.gateway import OTHER, Gateway
 from tests.pretrain.checkpoint.simulated import mesh_of
 from tests.pretrain.commands import ROOT, Material, command, electra, environment, recipe
@@ -33,7 +34,7 @@ FAKETIME = "faketime"
 STOPS_ITSELF = """
 import os, signal, socket, time
 from launchers.cli import main
-from pretrain import probes
+from pretrain.runtime import probes
 
 trial = probes.storage
 
@@ -252,7 +253,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 def look(config: Path, *overrides: str) -> None:
     """What a rank looks at alone, in this process: raises what the rank would report."""
     asked = load_settings(RunConfig, config, overrides)
-    probes.data(asked, mesh_of())
+    probes.data(asked, mesh_of(), open_data)
     probes.storage(asked, mesh_of())
     probes.disk(asked, mesh_of())
 
@@ -288,8 +289,8 @@ def test_a_vocabulary_that_does_not_fit_the_model_is_64(config: Path) -> None:
 def test_an_image_tokenizer_that_is_not_there_is_said(material: Material, config: Path, tmp_path: Path) -> None:
     tree = electra(material, tmp_path / "gpt")
     tree["model"] = {"kind": "gpt", "text_vocab": 200, "image_tokens": 64, "layers": 1, "width": 32, "heads": 2}
-    tree |= {"objective": {"kind": "autoregressive"}}
-    tree["data"]["tokenizer"] = str(tmp_path / "nowhere")
+    tree |= {"task": {"kind": "autoregressive"}}
+    tree["data"]["image_tokenizer"] = str(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"nowhere/config\.json does not exist"):
         look(recipe(tree, tmp_path / "gpt.yaml"))
 

@@ -261,7 +261,7 @@ def test_a_pipeline_trains_a_tokenizer_encodes_over_two_nodes_and_trains_on_the_
         {"target": str(recipe(scenes, folder / "b.yaml")), "nodes": 1},
         {"target": str(recipe(pictures, folder / "v.yaml")), "nodes": 1},
         {"target": str(folder / "vqgan"), "task": "export", "arguments": [str(tokenizer)]},
-        {"target": str(shards), "task": "encode", "arguments": ["--tokenizer", str(tokenizer)]},
+        {"target": str(shards), "task": "encode", "arguments": ["--image-tokenizer", str(tokenizer)]},
         {"target": str(recipe(gpt(material, folder / "gpt", tokenizer), folder / "g.yaml")), "nodes": 1},
     ]
     launched = desk.launch(recipe({"steps": steps}, folder / "p.yaml"), "--cluster", desk.place())["jobs"]
@@ -278,8 +278,11 @@ def gpt(material: Material, run: Path, tokenizer: Path) -> dict[str, Any]:
             "kind": "gpt", "text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 64, "layers": 1,
             "width": 32, "heads": 2,
         },
-        "objective": {"kind": "autoregressive"},
-        "data": {"dataset": str(material.dataset), "vocabulary": str(material.vocabulary), "tokenizer": str(tokenizer)},
+        "task": {"kind": "autoregressive"},
+        "data": {
+            "dataset": str(material.dataset), "text_tokenizer": str(material.vocabulary),
+            "image_tokenizer": str(tokenizer),
+        },
     }  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def test_a_build_takes_the_processors_of_its_nodes_unless_told() -> None:
     place = SlurmCluster(nodes=2, procs_per_node=8, cpus_per_proc=8)
     assert "data build configs/data/folder.yaml workers=128 " in slurm.render(describe(BUILD, [], place), place)
     assert "workers=5 " in slurm.render(describe(BUILD, ["workers=5"], place), place)
-    encode = describe("data/mine", ["--tokenizer", "t"], place, task="encode")
+    encode = describe("data/mine", ["--image-tokenizer", "t"], place, task="encode")
     assert '--workers=128 --ray-address="$MASTER_ADDR:$MASTER_PORT"' in slurm.render(encode, place)
 
 
@@ -138,7 +138,7 @@ def test_codes_stand_between_the_build_and_the_training_that_reads_them() -> Non
     assert steps["export-vqgan"].spec.storage == ("runs/demo/vqgan", "runs/demo/tokenizer")
 
 
-@pytest.mark.parametrize("words", [["--tokenizer", "t", "--crops", "10"], ["--crops=10", "--tokenizer=t"]])
+@pytest.mark.parametrize("words", [["--image-tokenizer", "t", "--crops", "10"], ["--crops=10", "--image-tokenizer=t"]])
 def test_the_tokenizer_of_an_encoding_is_among_what_it_reads(words: list[str]) -> None:
     assert describe("data/mine", words, SlurmCluster(), task="encode").storage == ("data/mine", "t")
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from data_pipeline.errors import ConfigError, DataError
 from launchers import slurm_jobs
 from launchers.watch import JOB, RECORD, is_running, job_of, metric_lines, read_record, run_status, stop_run
-from pretrain.faults import FAULTS, read_faults
-from pretrain.goodput import ATTEMPTS, METRICS, goodput, lines_of
+from pretrain.runtime.faults import FAULTS, read_faults
+from pretrain.runtime.goodput import ATTEMPTS, METRICS, goodput, lines_of
 
 LAUNCHER = {"pid": 4242, "start_ticks": 7, "host": socket.gethostname(), "attempt": 0, "world_size": 2}
 SLURM = {"place": "slurm", "job": "12_3", "name": "run", "saves": True, "output": "/tmp/12.out"}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build import run
 from data_pipeline.config import BuildConfig, VocabConfig
+from data_pipeline.ingest import run
 from data_pipeline.settings import check_settings
 from data_pipeline.vocabulary import train_vocabulary
 from tests.pretrain.commands import Material

@@ -1,4 +1,4 @@
-"""One rank of tests/pretrain/test_engine.py: MODE and its arguments in, one JSON line out."""
+"""One rank of tests/pretrain/engine/test_engine.py: MODE and its arguments in, one JSON line out."""
 
 import json
 import math
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from data_pipeline.errors import NodeFault
 from data_pipeline.settings import check_settings
 from pretrain.config import RunConfig
-from pretrain.engine import Engine
-from pretrain.mesh import Mesh
+from pretrain.engine.engine import Engine
+from pretrain.runtime.mesh import Mesh
+from tests.pretrain.plain import Plain
 
 STEPS, BATCH, WIDTH = 6, 8, 16
 LR = 1e-2
@@ -24,8 +25,8 @@ def config(**train: Any) -> RunConfig:
     tree = {
         "run": "unused",
         "model": {"kind": "electra"},
-        "objective": {"kind": "rtd"},
-        "data": {"dataset": "unused", "vocabulary": "unused"},
+        "task": {"kind": "rtd"},
+        "data": {"dataset": "unused", "text_tokenizer": "unused"},
         "train": {"steps": STEPS, "global_batch": BATCH, "precision": "fp32", "clip_norm": 0.5, **train},
         "optim": {"lr": LR, "eps": 1e-4, "weight_decay": 0.1, "no_decay": ["spared"]},
         "tracking": {"uri": ""},
@@ -33,7 +34,7 @@ def config(**train: Any) -> RunConfig:
     return check_settings(RunConfig, tree, "test")
 
 
-class Towers(nn.Module):
+class Towers(Plain):
     """Two towers, a spared matrix and a vector; the batch says which towers run."""
 
     def __init__(self) -> None:

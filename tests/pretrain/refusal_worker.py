@@ -9,9 +9,9 @@ import torch
 
 from data_pipeline.settings import load_settings
 from pretrain.config import RunConfig
-from pretrain.engine import Engine
-from pretrain.mesh import Mesh
-from pretrain.signals import StopSignals
+from pretrain.engine.engine import Engine
+from pretrain.runtime.mesh import Mesh
+from pretrain.runtime.signals import StopSignals
 from pretrain.train import Run, train
 
 

@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain import config as C
-from pretrain.mesh import Mesh, place_from
+from pretrain import schema as C
 from pretrain.models import MODELS
-from pretrain.objectives import OBJECTIVES
-from pretrain.objectives.collectives import ONE_DEVICE
+from pretrain.runtime.mesh import Mesh, place_from
+from pretrain.schema.clip import TextTower, VisionTower
+from pretrain.tasks import TASKS
+from pretrain.tasks.collectives import ONE_DEVICE
 from pretrain.train import Run, Turn
 
 BATCH, STEP = 8, 3
 TEXT: dict[str, Any] = {"vocab_size": 50, "context": 8, "layers": 2, "width": 32, "heads": 2}
-TOWERS = {"vision": C.VisionTower(image_size=16, patch_size=8, width=32, layers=2, heads=2), "embed_dim": 16}
+TOWERS = {"vision": VisionTower(image_size=16, patch_size=8, width=32, layers=2, heads=2), "embed_dim": 16}
 GPT = C.GptConfig(text_vocab=11, image_vocab=13, text_tokens=4, image_tokens=6, layers=2, width=32, heads=2)
 VQGAN = C.VqganConfig(
     image_size=16, channels=16, multipliers=(1, 2), res_blocks=1, attention_at=(), latent_channels=8,
@@ -28,7 +29,7 @@ VQGAN = C.VqganConfig(
 )  # fmt: skip
 ELECTRA = C.ElectraConfig(**TEXT, embedding_width=16, dropout=0.0, generator_fraction=0.5)
 FAMILIES: dict[str, tuple[Any, Any]] = {
-    "clip": (C.ClipConfig(text=C.TextTower(**TEXT), **TOWERS), C.ContrastiveConfig()),
+    "clip": (C.ClipConfig(text=TextTower(**TEXT), **TOWERS), C.ContrastiveConfig()),
     "bert": (C.BertConfig(**TEXT, embedding_width=32, dropout=0.0), C.MlmNspConfig()),
     "bert without pairs": (C.BertConfig(**TEXT, embedding_width=32, dropout=0.0), C.MlmNspConfig(nsp=False)),
     "electra": (ELECTRA, C.RtdConfig()),
@@ -76,7 +77,7 @@ def built(family: str) -> nn.Module:
     """The objective, with weights larger than at the start, so that logits lie apart."""
     torch.manual_seed(0)
     model_config, config = FAMILIES[family]
-    objective = OBJECTIVES[config.kind](MODELS[model_config.kind](model_config), config, ONE_DEVICE).train()
+    objective = TASKS[config.kind](MODELS[model_config.kind](model_config), config, ONE_DEVICE).train()
     for name, parameter in objective.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.3 if "embedding" in name else parameter[0].numel() ** -0.5)
@@ -92,7 +93,7 @@ def outputs(family: str, number: int) -> dict[str, Tensor]:
 def turn_of(objective: nn.Module, precision: str, accumulation: int, number: int) -> tuple[float, dict[str, Tensor]]:
     """One turn of a step -> its loss and the gradient of every parameter."""
     run: Any = object.__new__(Run)
-    run.objective, run.step = objective, STEP
+    run.task, run.step = objective, STEP
     run.engine = Plain(objective, precision)
     run.mesh = Mesh(place_from({}), torch.device("cpu"), torch.distributed.HashStore())
     turn = Turn("", torch.tensor(number), last=True)

@@ -27,8 +27,8 @@ def mixed(material: Material, other: Path, run: Path) -> dict[str, Any]:
     """Two datasets in the ratio 2 to 1, for 30 steps of 16."""
     tree = electra(material, run, steps=30, checkpoint_every_steps=5)
     sources = [{"path": str(material.dataset), "weight": 2}, {"path": str(other), "weight": 1}]
-    tree["data"] = {"datasets": sources, "vocabulary": str(material.vocabulary)}
-    tree["objective"] |= {"masking": "word", "packing": True}
+    tree["data"] = {"datasets": sources, "text_tokenizer": str(material.vocabulary)}
+    tree["task"] |= {"masking": "word", "packing": True}
     return tree
 
 

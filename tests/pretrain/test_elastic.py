@@ -27,7 +27,7 @@ from data_pipeline.errors import DataError, NodeFault
 from data_pipeline.schema import Sample
 from data_pipeline.stream.mixture import Source
 from pretrain.config import DataConfig
-from pretrain.inputs.feed import Feed, Prepared, Preparer
+from pretrain.inputs.feed import Feed, PreparedStep, Preparer
 from pretrain.inputs.source import open_stream
 
 WORLDS, WORKERS, BATCHES = (4, 2, 8, 3), (2, 0, 3), (24, 48, 96)
@@ -85,7 +85,7 @@ def identities(samples: list[Sample]) -> dict[str, torch.Tensor]:
     return {"samples": torch.tensor([(s.position, s.id, s.epoch) for s in samples])}
 
 
-def prepare(preparer: Preparer, position: int) -> Prepared:
+def prepare(preparer: Preparer, position: int) -> PreparedStep:
     """What a worker process of the shared pool does."""
     return preparer.at(position)
 
@@ -98,10 +98,10 @@ class Lent(Feed):
     def _pool(self) -> contextlib.AbstractContextManager[Executor]:
         return contextlib.nullcontext(self.pool) if self.workers else super()._pool()
 
-    def _submit(self, pool: Executor, position: int) -> "Future[Prepared]":
+    def _submit(self, pool: Executor, position: int) -> "Future[PreparedStep]":
         return pool.submit(prepare, self.preparer, position) if self.workers else super()._submit(pool, position)
 
-    def _wait(self, future: "Future[Prepared]") -> Prepared:
+    def _wait(self, future: "Future[PreparedStep]") -> PreparedStep:
         return future.result(250)
 
 

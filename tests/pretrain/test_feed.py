@@ -13,13 +13,12 @@ from data_pipeline.settings import check_settings
 from data_pipeline.stream.reader import Stream
 from data_pipeline.vocabulary import Vocabulary
 from pretrain.config import RunConfig
-from pretrain.inputs import INPUTS
 from pretrain.inputs.feed import Feed
-from pretrain.mesh import Place, place_from
 from pretrain.models import MODELS
 from pretrain.models.noise import noise_of
-from pretrain.objectives import OBJECTIVES
-from pretrain.objectives.collectives import ONE_DEVICE
+from pretrain.runtime.mesh import RankPlace, place_from
+from pretrain.tasks import TASKS
+from pretrain.tasks.collectives import ONE_DEVICE
 from pretrain.train import Run, check_batch
 from tests.pretrain.commands import Material, electra, vqgan
 
@@ -76,7 +75,7 @@ def test_world_size_does_not_change_a_single_number_of_the_tensors(
 ) -> None:
     config = check_settings(RunConfig, describe(material, tmp_path), "test")
     config = config.model_copy(update={"data": config.data.model_copy(update={"flip": True, "crop_scale": (0.5, 1.0)})})
-    inputs = INPUTS[config.objective.kind](
+    inputs = TASKS[config.task.kind].inputs(
         config, stream := Stream(material.dataset, 0), Vocabulary(material.vocabulary)
     )
     whole = batch_at(Feed(stream, inputs, GLOBAL_BATCH, (0, 1), GLOBAL_BATCH, 1), 4)[0]
@@ -93,13 +92,13 @@ def test_the_mean_over_unequal_micro_batches_is_the_loss_of_the_whole_batch(
     tree["model"] |= {"kind": kind, "dropout": 0.1}
     if kind == "bert":
         del tree["model"]["generator_fraction"]
-        tree["objective"] = {"kind": "mlm"}
-    tree["objective"] |= {"mask_rate": 0.4}  # enough that captions of other lengths have other counts
+        tree["task"] = {"kind": "mlm"}
+    tree["task"] |= {"mask_rate": 0.4}  # enough that captions of other lengths have other counts
     config = check_settings(RunConfig, tree, "test")
     stream = Stream(material.dataset, 0)
-    inputs = INPUTS[config.objective.kind](config, stream, Vocabulary(material.vocabulary))
-    objective = OBJECTIVES[config.objective.kind](MODELS[kind](config.model), config.objective, ONE_DEVICE)
-    run: Any = SimpleNamespace(objective=objective, mesh=SimpleNamespace(mean=lambda values: values))
+    inputs = TASKS[config.task.kind].inputs(config, stream, Vocabulary(material.vocabulary))
+    objective = TASKS[config.task.kind](MODELS[kind](config.model), config.task, ONE_DEVICE)
+    run: Any = SimpleNamespace(task=objective, mesh=SimpleNamespace(mean=lambda values: values))
     batches = [inputs(stream.read(at, at + 2)) for at in range(0, 16, 2)]
     assert len({int(batch["label_weights"].sum()) for batch in batches}) > 1
     parts = [with_noise(objective, batch) for batch in Run.with_counts(run, batches)]
@@ -149,14 +148,14 @@ SRUN = {
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
-        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "mine"}, Place(3, 1, 4, "n0", 99)),
-        (TORCHRUN | AGENT, Place(3, 1, 4, "n0", 99, agent="mine")),
-        (SRUN, Place(3, 1, 4, "n0", 99)),
-        (SRUN | TORCHRUN | {"RANK": "2", "LOCAL_RANK": "0"}, Place(2, 0, 4, "n0", 99)),
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "mine"}, RankPlace(3, 1, 4, "n0", 99)),
+        (TORCHRUN | AGENT, RankPlace(3, 1, 4, "n0", 99, agent="mine")),
+        (SRUN, RankPlace(3, 1, 4, "n0", 99)),
+        (SRUN | TORCHRUN | {"RANK": "2", "LOCAL_RANK": "0"}, RankPlace(2, 0, 4, "n0", 99)),
     ],
 )
 def test_a_process_knows_its_place_from_torchrun_s_variables_or_srun_s(
-    environment: dict[str, str], place: Place
+    environment: dict[str, str], place: RankPlace
 ) -> None:
     assert place_from(environment) == place
 

@@ -17,11 +17,13 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.vocabulary import Vocabulary
 from pretrain import generate
 from pretrain.checkpoint.trained import Trained
-from pretrain.config import GptConfig, RunConfig, VqganConfig
+from pretrain.config import RunConfig
+from pretrain.inputs.image_tokenizer import VqganTokenizer
 from pretrain.interchange.folder import export_model
-from pretrain.interchange.tokenizer import VqganTokenizer
 from pretrain.models.gpt import Gpt
 from pretrain.models.vqgan import Vqgan
+from pretrain.schema.gpt import GptConfig
+from pretrain.schema.vqgan import VqganConfig
 
 GPT = GptConfig(text_vocab=9, image_vocab=12, text_tokens=4, image_tokens=16, layers=1, width=16, heads=2)
 VQGAN = VqganConfig(
@@ -71,8 +73,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     gpt, tokenizer, _ = parts()
     export_model(tmp_path / "tokenizer", VQGAN, tokenizer.model.state_dict())
     config = RunConfig.model_validate({
-        "run": str(tmp_path), "model": GPT.model_dump(), "objective": {"kind": "autoregressive"},
-        "data": {"dataset": "d", "vocabulary": "v", "tokenizer": str(tmp_path / "tokenizer")},
+        "run": str(tmp_path), "model": GPT.model_dump(), "task": {"kind": "autoregressive"},
+        "data": {"dataset": "d", "text_tokenizer": "v", "image_tokenizer": str(tmp_path / "tokenizer")},
         "train": {"steps": 1, "global_batch": 1}, "optim": {"lr": 1e-3},
     })  # fmt: skip
     monkeypatch.setattr(generate, "load_trained", lambda *_: Trained(gpt, config, 3))
@@ -179,8 +181,8 @@ def test_nothing_is_overwritten_by_another_request(run):
     [
         ("xx yyy", 1.0, 0.0, []),
         ("xx yyy", 3.0, 0.1, []),
-        ("xx yyy", 3.0, 0.0, ["guidance=3 needs a model trained with objective.caption_drop"]),
-        ("xx yyy", 0.0, 0.0, ["guidance=0 needs a model trained with objective.caption_drop"]),
+        ("xx yyy", 3.0, 0.0, ["guidance=3 needs a model trained with task.caption_drop"]),
+        ("xx yyy", 0.0, 0.0, ["guidance=0 needs a model trained with task.caption_drop"]),
         ("xx yy x xx xxx", 1.0, 0.0, ["has 5 tokens and the model reads 4: it is cut to"]),
         ("", 1.0, 0.0, ["the prompt is empty"]),
         ("? ?", 1.0, 0.0, ["all of it is [UNK]"]),

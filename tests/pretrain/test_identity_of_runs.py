@@ -102,7 +102,7 @@ def rewrite_state(run: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 def test_a_run_and_its_checkpoint_say_what_they_depend_on(base: tuple[Material, Path]) -> None:
     _, run = base
     told = json.loads((run / "config.json").read_text())["fingerprints"]
-    assert set(told) == {"data.vocabulary", "data.dataset", "initial"}
+    assert set(told) == {"data.text_tokenizer", "data.dataset", "initial"}
     assert final(run).state["fingerprints"] == told and all(len(value) == 64 for value in told.values())
 
 
@@ -116,7 +116,7 @@ def test_a_vocabulary_of_the_same_size_is_refused_by_name(copied: tuple[Material
     before = (run / "config.json").read_bytes()
     refused(again(material, run, steps=8), "train.steps: 4 saved, 8 now")
     done = again(material, run, "--change", "train.steps=8")
-    refused(done, "was trained with another data.vocabulary", str(material.vocabulary))
+    refused(done, "was trained with another data.text_tokenizer", str(material.vocabulary))
     assert (run / "config.json").read_bytes() == before and max(steps_of(run)) == 4
 
 
@@ -145,9 +145,9 @@ def test_a_checkpoint_of_before_goes_on_and_says_what_could_not_be_checked(copie
     done = again(material, run, "deepspeed.extra.gradient_clipping=0.5", "--change", "train.steps=8")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "does not say under which deepspeed.extra.gradient_clipping it was made" in done.stdout
-    assert "whether data.vocabulary, initial is what it was trained with could not be checked" in done.stdout
+    assert "whether data.text_tokenizer, initial is what it was trained with could not be checked" in done.stdout
     known = final(run).state["fingerprints"]
-    assert set(known) == {"data.vocabulary", "data.dataset", "initial"} and known["initial"] == UNKNOWN
+    assert set(known) == {"data.text_tokenizer", "data.dataset", "initial"} and known["initial"] == UNKNOWN
     done = again(material, run, "deepspeed.extra.gradient_clipping=0.25", steps=8)
     refused(done, "deepspeed.extra.gradient_clipping: 0.5 saved, 0.25 now")
 

@@ -15,17 +15,12 @@ from data_pipeline.settings import check_settings, load_settings
 from launchers import cli
 from launchers.pipeline import check_paths, plan_steps
 from launchers.spec import SlurmCluster
-from pretrain.config import (
-    BertConfig,
-    ClipConfig,
-    ElectraConfig,
-    GptConfig,
-    ReconstructionConfig,
-    RunConfig,
-    TextTower,
-    VisionTower,
-    VqganConfig,
-)
+from pretrain.config import RunConfig
+from pretrain.schema.clip import ClipConfig, TextTower, VisionTower
+from pretrain.schema.encoders import BertConfig, ElectraConfig
+from pretrain.schema.gpt import GptConfig
+from pretrain.schema.tasks import ReconstructionConfig
+from pretrain.schema.vqgan import VqganConfig
 
 RECIPES = {
     "clip": "configs/clip/vit-b-32.yaml",
@@ -48,7 +43,7 @@ IMPOSSIBLE = [
     ("clip", ["data.crop_scale=[0.9,0.5]"], "the lower end comes first; use [0.5, 0.9]"),
     ("clip", ["data.crop_ratio=[2,0.5]"], "the lower end comes first"),
     ("bert", ["model.heads=7"], "width=768 is not divisible by heads=7"),
-    ("bert", ["model.context=1", "objective.nsp=false"], "model.context=1 has no room for [CLS] a [SEP]"),
+    ("bert", ["model.context=1", "task.nsp=false"], "model.context=1 has no room for [CLS] a [SEP]"),
     ("bert", ["model.context=4"], "model.context=4 has no room for [CLS] a [SEP] b [SEP]; use 5 or more"),
     ("bert", ["model.vocab_size=2"], "model.vocab_size=2 leaves no id"),
     ("bert", ["model.vocab_size=5"], "model.vocab_size=5 leaves no id"),
@@ -72,7 +67,7 @@ IMPOSSIBLE = [
     ("vqgan", ["model.discriminator_channels=1"], "2 channels are not divisible by 0 groups"),
     ("vqgan", ["model.discriminator_channels=17"], "34 channels are not divisible by 8 groups"),
     ("vqgan", ["model.discriminator_layers=7"], "leave no patch of 256 pixels"),
-    ("vqgan", ["model.image_size=4", "model.multipliers=[1]", "objective.discriminator_weight=0"], "too small"),
+    ("vqgan", ["model.image_size=4", "model.multipliers=[1]", "task.discriminator_weight=0"], "too small"),
     ("vqgan", ["model.attention_at=[17]"], "model.attention_at=[17]: no level has the side 17; there are 256, 128,"),
     ("vqgan", ["model.attention_at=[16,512]"], "no level has the side 512"),
     ("vqgan", ["model.attention_at=[8]"], "no level has the side 8; there are 256, 128, 64, 32, 16, and middle"),
@@ -264,7 +259,7 @@ def build_step(folder: Path, output: str) -> dict[str, Any]:
 
 
 def train_step(folder: Path, **changes: str) -> dict[str, Any]:
-    told = {"run": f"{folder}/bert", "data.dataset": f"{folder}/made", "data.vocabulary": f"{folder}/v/vocab.model"}
+    told = {"run": f"{folder}/bert", "data.dataset": f"{folder}/made", "data.text_tokenizer": f"{folder}/v/vocab.model"}
     return {"target": RECIPES["bert"], "arguments": [f"{key}={value}" for key, value in (told | changes).items()]}
 
 
@@ -293,7 +288,7 @@ def test_what_a_step_above_writes_counts_as_there(tmp_path: Path, monkeypatch: p
 
 
 def test_addresses_and_patterns_are_left_to_their_step(tmp_path: Path) -> None:
-    told = {"data.dataset": "s3://bucket/data", "data.vocabulary": f"{tmp_path}/v"}
+    told = {"data.dataset": "s3://bucket/data", "data.text_tokenizer": f"{tmp_path}/v"}
     (tmp_path / "v").write_text("")
     check_paths(pipeline(tmp_path, train_step(tmp_path, **told)))
     check_paths(pipeline(tmp_path, {"target": "configs/data/folder.yaml", "arguments": ["source.path=a::b{0..3}"]}))
@@ -303,5 +298,5 @@ def test_a_run_that_has_begun_needs_its_initial_weights_no_more(tmp_path: Path) 
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/metrics.jsonl").write_text('{"step": 1, "attempt": 0}\n')
     (tmp_path / "made").mkdir()
-    told = {"initial": f"{tmp_path}/gone", "data.vocabulary": f"{tmp_path}/made"}
+    told = {"initial": f"{tmp_path}/gone", "data.text_tokenizer": f"{tmp_path}/made"}
     check_paths(pipeline(tmp_path, train_step(tmp_path, **told)))

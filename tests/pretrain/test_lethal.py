@@ -18,8 +18,6 @@ from data_pipeline.schema import Sample
 from data_pipeline.stream.order import order
 from data_pipeline.stream.reader import Stream
 from pretrain.config import RunConfig
-from pretrain.faults import ENDED, may_have_been_killed, record_fault
-from pretrain.goodput import ATTEMPTS, append_line
 from pretrain.inputs.bad import Ledger, Usable
 from pretrain.inputs.feed import Feed
 from pretrain.inputs.lethal import (
@@ -32,7 +30,9 @@ from pretrain.inputs.lethal import (
     screened,
     search,
 )  # fmt: skip
-from pretrain.inputs.pixels import ReconstructionInputs
+from pretrain.runtime.faults import ENDED, may_have_been_killed, record_fault
+from pretrain.runtime.goodput import ATTEMPTS, append_line
+from pretrain.tasks.reconstruction import ReconstructionInputs
 from tests.pretrain.commands import Material, command, finish, loss_bits, recipe, vqgan
 from tests.pretrain.processes import ROOT
 from tests.pretrain.test_reading import evaluated

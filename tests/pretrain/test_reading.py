@@ -16,6 +16,7 @@ from data_pipeline.shards.verify import index
 from data_pipeline.stream.order import order
 from pretrain import evaluate
 from pretrain.config import RunConfig
+from pretrain.evaluations import prompts, retrieval
 from pretrain.models import MODELS
 from tests.pretrain.commands import Material, clip, electra, recipe, tessera, vqgan
 
@@ -56,16 +57,16 @@ def spoilt(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Mate
 
 def bert(material: Material, run: Path) -> dict[str, Any]:
     model = {"kind": "bert", "vocab_size": 200, "context": 24, "layers": 1, "width": 32, "heads": 2}
-    return electra(material, run) | {"model": model, "objective": {"kind": "mlm"}}
+    return electra(material, run) | {"model": model, "task": {"kind": "mlm"}}
 
 
 def gpt(material: Material, run: Path) -> dict[str, Any]:
     model = {"kind": "gpt", "text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 4, "layers": 1}
     tree = electra(material, run) | {
         "model": model | {"width": 16, "heads": 2},
-        "objective": {"kind": "autoregressive"},
+        "task": {"kind": "autoregressive"},
     }
-    tree["data"] |= {"tokenizer": "unused", "evaluation": str(material.dataset)}
+    tree["data"] |= {"image_tokenizer": "unused", "evaluation": str(material.dataset)}
     return tree
 
 
@@ -76,11 +77,11 @@ def evaluated(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str
     torch.manual_seed(0)
     model = MODELS[config.model.kind](config.model).eval()
     monkeypatch.setattr(evaluate, "load_trained", lambda *_: (model, config, 0))
-    monkeypatch.setattr(evaluate, "CANDIDATES", 8)
-    monkeypatch.setattr(evaluate, "BATCH", 40)
-    monkeypatch.setattr("pretrain.interchange.tokenizer.load_tokenizer", lambda *_: None)
+    monkeypatch.setattr(retrieval, "CANDIDATES", 8)
+    monkeypatch.setattr("pretrain.evaluations.evaluated.BATCH", 40)
+    monkeypatch.setattr(prompts, "load_tokenizer", lambda *_: None)
     images = np.zeros((200, 8, 8, 3), np.uint8)
-    monkeypatch.setattr("pretrain.generate.generate_images", lambda *parts, **_: images[: len(parts[3])])
+    monkeypatch.setattr(prompts, "generate_images", lambda *parts, **_: images[: len(parts[3])])
     return evaluate.main(config.run)
 
 

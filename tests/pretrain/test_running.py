@@ -29,7 +29,7 @@ from tests.pretrain.commands import (
     vqgan,
 )
 from tests.pretrain.processes import ROOT, TIMEOUT_S, run_ranks, start_ranks
-from tests.pretrain.test_guards import by_hand
+from tests.pretrain.runtime.test_guards import by_hand
 from tests.pretrain.test_training import assert_every_position_once, assert_same_state, final
 
 HANG_WORKER = Path(__file__).with_name("hang_worker.py")
@@ -179,7 +179,7 @@ def test_a_step_whose_second_optimizer_is_refused_changes_nothing_of_the_first(
     material: Material, tmp_path: Path
 ) -> None:
     tree = vqgan(material, tmp_path / "run") | {"guards": {"non_finite": "skip"}}
-    tree["objective"] |= {"revive_after_steps": 0}
+    tree["task"] |= {"revive_after_steps": 0}
     tree["train"] |= {"steps": 11}
     (found,) = run_ranks(REFUSAL_WORKER, [str(recipe(tree, tmp_path / "run.yaml"))], world=1)
     same = [step for step in range(11) if found["digests"][step] == found["digests"][step + 1]]

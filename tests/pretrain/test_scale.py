@@ -18,9 +18,19 @@ from data_pipeline.storage import open_storage
 from launchers import slurm
 from launchers.kubernetes import submit as kubernetes
 from launchers.spec import KubernetesCluster, SlurmCluster
-from pretrain.checkpoint.layout import Even, Shard, Share, Slices, even_part, index_of, parts_of, told_of, write_shard
+from pretrain.checkpoint.layout import (
+    Even,
+    RankShard,
+    Share,
+    Slices,
+    even_part,
+    index_of,
+    parts_of,
+    told_of,
+    write_shard,
+)
 from pretrain.checkpoint.saver import ASKED_AT_ONCE, _gather
-from pretrain.mesh import Place, _meet
+from pretrain.runtime.mesh import RankPlace, _meet
 from tests.benchmarks.bench_scale import Simulated, spec
 from tests.pretrain.checkpoint.simulated import KINDS
 
@@ -42,8 +52,8 @@ class Counted:
         return call
 
 
-def place(rank: int) -> Place:
-    return Place(rank, 0, WORLD, "node", 1)
+def place(rank: int) -> RankPlace:
+    return RankPlace(rank, 0, WORLD, "node", 1)
 
 
 def test_only_rank_0_looks_for_every_rank() -> None:
@@ -96,7 +106,7 @@ def test_what_many_ranks_saved_is_committed_found_whole_and_opened(tmp_path: Pat
 # ------------------------------------------------------------------------------------------- even splits
 
 
-def shards(sizes: dict[str, int], world: int) -> list[Shard]:
+def shards(sizes: dict[str, int], world: int) -> list[RankShard]:
     """Every element of every kind is a number of its own; the second tensor is frozen, so that it has one kind."""
     made = []
     for rank in range(world):
@@ -107,11 +117,11 @@ def shards(sizes: dict[str, int], world: int) -> list[Shard]:
             views = {kind: torch.arange(lo, hi) + 1000.0 * number + 1e5 * KINDS.index(kind) for kind in kinds}
             shares += [Share(name, (size,), lo, hi, views)] if lo < hi else []
         buffers = {"count": torch.tensor(7), "mean": torch.full((3,), float(rank))}
-        made.append(Shard(rank, f"r{rank:05d}.safetensors", shares, buffers))
+        made.append(RankShard(rank, f"r{rank:05d}.safetensors", shares, buffers))
     return made
 
 
-def reports(folder: Path, made: list[Shard]) -> list[dict[str, Any]]:
+def reports(folder: Path, made: list[RankShard]) -> list[dict[str, Any]]:
     storage = open_storage(folder)
     return [write_shard(storage, shard) for shard in made]
 
@@ -145,7 +155,7 @@ def test_where_one_rank_is_not_even_its_peers_files_are_asked(tmp_path: Path) ->
     whole = made[0].shares[0]
     odd = Share("a", (24,), 0, 6, {kind: view[:6] for kind, view in whole.views.items()})
     rest = Share("x", (2,), 0, 2, {"param": torch.tensor([-1.0, -2.0])})
-    made[0] = Shard(0, made[0].file, [odd, *made[0].shares[1:], rest], made[0].buffers)
+    made[0] = RankShard(0, made[0].file, [odd, *made[0].shares[1:], rest], made[0].buffers)
     told = [told_of([report], 3)[0] for report in reports(tmp_path, made)]
     assert "slices" not in told[1]
     slices = opened(tmp_path, index_of(told, open_storage(tmp_path)))
@@ -157,7 +167,7 @@ def test_where_one_rank_is_not_even_its_peers_files_are_asked(tmp_path: Path) ->
 def test_a_file_of_another_length_than_an_even_split_has_is_not_taken_for_one(tmp_path: Path) -> None:
     """A rank that kept less than its part, evenly as far as it goes."""
     made = shards({"a": 24, "b": 6}, 3)
-    made[2] = Shard(2, made[2].file, made[2].shares[:1], {})
+    made[2] = RankShard(2, made[2].file, made[2].shares[:1], {})
     told = [told_of([report], 3)[0] for report in reports(tmp_path, made)]
     index = index_of(told, open_storage(tmp_path))
     assert "parts" not in index and len(index["files"]["r00002.safetensors"]) == 1

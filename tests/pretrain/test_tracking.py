@@ -20,10 +20,10 @@ from PIL import Image
 from data_pipeline.errors import DataError
 from data_pipeline.settings import load_settings
 from launchers.local import free_port
-from pretrain import mlflow_feed
 from pretrain.config import RunConfig
-from pretrain.goodput import lines_of
-from pretrain.mlflow_feed import FAILED, RECORD, end_run, picture_key, send
+from pretrain.runtime import mlflow_feed
+from pretrain.runtime.goodput import lines_of
+from pretrain.runtime.mlflow_feed import FAILED, RECORD, end_run, picture_key, send
 from pretrain.tracking import MetricsLog, Writer
 from tests.pretrain.commands import (
     TRACEBACK,

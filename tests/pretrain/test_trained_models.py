@@ -19,6 +19,7 @@ from pretrain import evaluate, generate
 from pretrain.checkpoint import verbs
 from pretrain.checkpoint.trained import load_trained
 from pretrain.config import RunConfig
+from pretrain.evaluations import evaluated, prompts, retrieval
 from pretrain.models import MODELS
 from tests.disks import fill_up, make_read_only, mounted
 from tests.pretrain.checkpoint.simulated import Part, optimizer_of, ranks_of
@@ -37,15 +38,18 @@ FIGURE = {
 def bert(material: Material, run: Path) -> dict[str, Any]:
     """A run of a tiny BERT."""
     sizes = {"vocab_size": 200, "context": 24, "layers": 1, "width": 32, "heads": 2, "embedding_width": 32}
-    return electra(material, run) | {"model": {"kind": "bert", **sizes}, "objective": {"kind": "mlm"}}
+    return electra(material, run) | {"model": {"kind": "bert", **sizes}, "task": {"kind": "mlm"}}
 
 
 def gpt(material: Material, run: Path) -> dict[str, Any]:
     """A run of a tiny text-to-image GPT, which draws with the exported VQGAN beside it."""
     sizes = {"text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 64}
     tree = clip(material, run) | {"model": {"kind": "gpt", "layers": 1, "width": 32, "heads": 2, **sizes}}
-    tree["data"] = tree["data"] | {"tokenizer": str(run.parent / "vqgan-export"), "evaluation": str(material.dataset)}
-    return tree | {"objective": {"kind": "autoregressive"}}
+    tree["data"] = tree["data"] | {
+        "image_tokenizer": str(run.parent / "vqgan-export"),
+        "evaluation": str(material.dataset),
+    }
+    return tree | {"task": {"kind": "autoregressive"}}
 
 
 RUNS: dict[str, Callable[[Material, Path], dict[str, Any]]] = {
@@ -91,8 +95,10 @@ def place(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Place
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"CANDIDATES": 8, "PROMPTS": 4, "SAMPLES": 32, "BATCH": 16}.items():
-        monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setattr(retrieval, "CANDIDATES", 8)
+    monkeypatch.setattr(prompts, "PROMPTS", 4)
+    monkeypatch.setattr(evaluated, "SAMPLES", 32)
+    monkeypatch.setattr(evaluated, "BATCH", 16)
 
 
 def figures(told: dict[str, Any]) -> dict[str, Any]:
@@ -145,9 +151,9 @@ def test_an_export_that_says_its_model_alone_takes_the_rest_as_overrides(
     tree = json.loads((bare / "config.json").read_text())
     (bare / "config.json").write_text(json.dumps({"model": tree["model"]}))
     (bare / "evaluation.json").unlink(missing_ok=True)
-    text = [] if kind == "vqgan" else [f"data.vocabulary={material.vocabulary}"]
-    images = [f"data.tokenizer={place.export('vqgan')}"] if kind == "gpt" else []
-    with pytest.raises(ConfigError, match=r"data.evaluation=DATASET|data.vocabulary is missing|data.tokenizer is miss"):
+    text = [] if kind == "vqgan" else [f"data.text_tokenizer={material.vocabulary}"]
+    images = [f"data.image_tokenizer={place.export('vqgan')}"] if kind == "gpt" else []
+    with pytest.raises(ConfigError, match=r"data.evaluation=DATASET|data.(text|image)_tokenizer is missing"):
         evaluate.main(bare)
     told = evaluate.main(bare, overrides=[*text, *images, f"data.evaluation={material.dataset}"])
     assert FIGURE[kind] in told and "step" not in told
@@ -213,21 +219,21 @@ def test_data_that_moved_are_named_anew_from_another_folder(
     run = tmp_path / "moved"
     shutil.copytree(place.run(kind), run)
     config = json.loads((run / "config.json").read_text())
-    for name in ("dataset", "evaluation", "vocabulary", "tokenizer"):
+    for name in ("dataset", "evaluation", "text_tokenizer", "image_tokenizer"):
         config["data"][name] = config["data"][name] and f"gone/{name}"
     config["train"]["checkpoints"] = "gone/checkpoints"
     (run / "config.json").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError):
         evaluate.main(run)
-    told = [f"train.checkpoints={run / 'checkpoints'}", f"data.vocabulary={material.vocabulary}"]
-    told += [f"data.evaluation={material.dataset}", f"data.tokenizer={place.export('vqgan')}"]
+    told = [f"train.checkpoints={run / 'checkpoints'}", f"data.text_tokenizer={material.vocabulary}"]
+    told += [f"data.evaluation={material.dataset}", f"data.image_tokenizer={place.export('vqgan')}"]
     assert figures(evaluate.main(run, overrides=told)) == figures(evaluate.main(place.run(kind)))
     assert figures(evaluate.main(verbs.export(run, tmp_path / "out", overrides=told))) != {}
     assert os.listdir(tmp_path) and not (tmp_path / "gone").exists()
 
 
-@pytest.mark.parametrize("override", ["model.heads=4", "model={}", "objective.kind=mlm", "data.nothing=1", "seed"])
+@pytest.mark.parametrize("override", ["model.heads=4", "model={}", "task.kind=mlm", "data.nothing=1", "seed"])
 def test_overrides_that_do_not_belong_are_refused(override: str, place: Place, tmp_path: Path) -> None:
     for source in (place.run("clip"), place.export("clip")):
         with pytest.raises(ConfigError):
@@ -380,7 +386,7 @@ def test_a_number_of_the_configuration_that_the_weights_contradict_is_an_error_o
         (["--seed", str(2**64)], "--seed"),
         (["--seed", "-1"], "--seed"),
         (["--temperature", "nan"], "--temperature"),
-        (["--guidance", "inf"], "guidance=inf is not usable"),
+        (["--guidance", "inf"], "--guidance"),
         (["--prompt", os.fsdecode(b"caf\xe9")], "is not UTF-8"),
         (["--step", "5"], "no whole checkpoint of step 5"),
         (["--name", "none"], "no checkpoint is named 'none'"),

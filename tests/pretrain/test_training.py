@@ -20,8 +20,8 @@ from launchers.local import free_port
 from pretrain.checkpoint.catalog import Saved, committed
 from pretrain.checkpoint.layout import Slices
 from pretrain.config import RunConfig
+from pretrain.inputs.image_tokenizer import load_tokenizer
 from pretrain.interchange.folder import export_model
-from pretrain.interchange.tokenizer import load_tokenizer
 from pretrain.models import MODELS
 from tests.pretrain.commands import (
     TRACEBACK,
@@ -246,10 +246,10 @@ def refused(done: Any, code: int, *parts: str) -> None:
         (["optim.warmup_stepz=3"], 64, ["optim.warmup_stepz", "warmup_steps"]),
         (["train.global_batch=10", "train.micro_batch=3"], 64, ["global_batch=10", "use 9 or 12"]),
         (["data.dataset=/nowhere/scenes"], 74, ["/nowhere/scenes"]),
-        (["data.vocabulary=/nowhere/vocab.model"], 74, ["/nowhere/vocab.model"]),
+        (["data.text_tokenizer=/nowhere/vocab.model"], 74, ["/nowhere/vocab.model"]),
         (["model.vocab_size=100"], 64, ["200 pieces", "100"]),
         (["optim.roles.critic.lr=1e-3"], 64, ["optim.roles.critic", "no such optimizer"]),
-        (["objective.kind=mlm"], 64, ["objective.kind='mlm'", "use 'rtd'"]),
+        (["task.kind=mlm"], 64, ["task.kind='mlm'", "use 'rtd'"]),
     ],
 )
 def test_a_wrong_description_is_refused_before_anything_is_written(
@@ -319,8 +319,12 @@ def test_codes_of_another_tokenizer_are_refused_with_both_ids(material: Material
         ids.append(load_tokenizer(tmp_path / f"tokenizer-{seed}").id)
     (dataset / f"codes.vq-{ids[0]}.json").write_text("{}")
     model = {"kind": "gpt", "text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 64}
-    tree |= {"model": model | {"layers": 1, "width": 16, "heads": 2}, "objective": {"kind": "autoregressive"}}
+    tree |= {"model": model | {"layers": 1, "width": 16, "heads": 2}, "task": {"kind": "autoregressive"}}
     tree |= {"optim": {"lr": 1e-3}}
-    data = {"dataset": str(dataset), "vocabulary": str(material.vocabulary), "tokenizer": str(tmp_path / "tokenizer-1")}
+    data = {
+        "dataset": str(dataset),
+        "text_tokenizer": str(material.vocabulary),
+        "image_tokenizer": str(tmp_path / "tokenizer-1"),
+    }
     done = tessera("train", recipe(tree | {"data": data}, tmp_path / "run.yaml"))
     refused(done, 74, f"no codes of tokenizer {ids[1]}; there are codes of {ids[0]}", "tessera data encode")

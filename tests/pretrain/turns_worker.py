@@ -14,10 +14,11 @@ from pretrain.checkpoint.catalog import Retention, committed
 from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.saver import Checkpoints
 from pretrain.config import AdamWConfig, OptimConfig
-from pretrain.engine import Engine
-from pretrain.mesh import Mesh
-from pretrain.optim import parameter_groups
+from pretrain.engine.engine import Engine
+from pretrain.engine.optim import parameter_groups
+from pretrain.runtime.mesh import Mesh
 from tests.pretrain.engine_worker import BATCH, STEPS, WIDTH, config, global_batch
+from tests.pretrain.plain import Plain
 
 STAGES = (0, 1, 2, 3)
 HALF = 3
@@ -29,7 +30,7 @@ OPTIM = OptimConfig(
 )
 
 
-class Game(nn.Module):
+class Game(Plain):
     """As ELECTRA in two steps: a maker fills in, then a judge tells what it filled in from what was there.
 
     The maker also learns to please the judge, through weights of the judge that stand still, and the judge reads the

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.storage import open_storage
 from launchers.chaos.plan import FAULTS_OF_S3, Damage, Fault, Strike, When
-from launchers.chaos.storage import MET, Folder, Gate, damage
+from launchers.chaos.storage import MET, FaultyFolder, Gate, damage
 from pretrain.checkpoint.catalog import committed
 from tests.pretrain.checkpoint.simulated import model_of, ranks_of, save, write
 
@@ -36,10 +36,10 @@ class Said:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Folder]:
+def small(tmp_path: Path) -> Iterator[FaultyFolder]:
     """A folder that can be filled, with room for some checkpoints of the tiny model."""
     write(tmp_path / "undisturbed", 4)
-    folder = Folder(str(tmp_path / "checkpoints"), 2, str(tmp_path / "undisturbed" / "checkpoints"))
+    folder = FaultyFolder(str(tmp_path / "checkpoints"), 2, str(tmp_path / "undisturbed" / "checkpoints"))
     if not folder.faults:
         pytest.skip("a file system can only be mounted as root")
     yield folder
@@ -48,7 +48,7 @@ def small(tmp_path: Path) -> Iterator[Folder]:
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_a_disk_is_full_until_a_save_failed_by_it_and_what_was_saved_outlives_it(small: Folder) -> None:
+def test_a_disk_is_full_until_a_save_failed_by_it_and_what_was_saved_outlives_it(small: FaultyFolder) -> None:
     said: Any = Said()
     ranks = ranks_of(small.root, 2)
     save(ranks, 4, model_of(4))

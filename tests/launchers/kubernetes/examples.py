@@ -38,7 +38,7 @@ def evaluate(cluster: KubernetesCluster) -> RunSpec:
 
 
 def encode(cluster: KubernetesCluster) -> RunSpec:
-    return describe("data/mine", ["--tokenizer", "runs/vqgan/export"], cluster, task="encode")
+    return describe("data/mine", ["--image-tokenizer", "runs/vqgan/export"], cluster, task="encode")
 
 
 KINDS: dict[str, tuple[Callable[[KubernetesCluster], RunSpec], dict[str, Any]]] = {

@@ -180,7 +180,7 @@ def test_without_kueue_pods_keep_together_by_affinity(required: bool) -> None:
 @pytest.mark.parametrize(("path", "refused"), [("data", True), ("s3://bucket/pairs", False), ("runs/pairs", False)])
 def test_what_would_be_lost_with_a_pod_is_refused(path: str, refused: bool) -> None:
     cluster = place(claims={"runs": "/work/runs"})
-    spec = train(cluster, f"data.dataset={path}", "data.vocabulary=runs/vocab.model")
+    spec = train(cluster, f"data.dataset={path}", "data.text_tokenizer=runs/vocab.model")
     if not refused:
         render(spec, cluster)
         return

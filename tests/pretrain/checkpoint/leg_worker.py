@@ -9,7 +9,7 @@ import torch
 from data_pipeline.errors import Requeue
 from data_pipeline.settings import load_settings
 from pretrain.config import RunConfig
-from pretrain.mesh import Mesh
+from pretrain.runtime.mesh import Mesh
 from pretrain.train import Run, train
 
 

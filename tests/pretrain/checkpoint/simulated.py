@@ -11,9 +11,9 @@ from pretrain.checkpoint.catalog import Retention, Saved, committed
 from pretrain.checkpoint.identity import identity
 from pretrain.checkpoint.saver import Checkpoints
 from pretrain.config import RunConfig
-from pretrain.engine import Owned
-from pretrain.mesh import Mesh, Place
+from pretrain.engine.engine import Owned
 from pretrain.models import MODELS
+from pretrain.runtime.mesh import Mesh, RankPlace
 from tests.pretrain.commands import Material, electra
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
@@ -44,7 +44,7 @@ class Part:
 
 
 def mesh_of(rank: int = 0, world: int = 1, store: Any = None) -> Mesh:
-    return Mesh(Place(rank, rank, world, "", 0), torch.device("cpu"), store or torch.distributed.HashStore())
+    return Mesh(RankPlace(rank, rank, world, "", 0), torch.device("cpu"), store or torch.distributed.HashStore())
 
 
 def ranks_of(root: Path | str, world: int, attempt: int = 0, retention: Retention | None = None) -> list[Checkpoints]:

@@ -15,15 +15,16 @@ from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.saver import Checkpoints
 from pretrain.checkpoint.universal import export_universal
 from pretrain.config import AdamWConfig, RunConfig
-from pretrain.engine import Engine, deepspeed_settings
-from pretrain.mesh import Mesh
-from pretrain.optim import build_optimizer, parameter_groups
+from pretrain.engine.engine import Engine, deepspeed_settings
+from pretrain.engine.optim import build_optimizer, parameter_groups
+from pretrain.runtime.mesh import Mesh
 from tests.pretrain.engine_worker import BATCH, LR, WIDTH, config, global_batch
+from tests.pretrain.plain import Plain
 
 STAGES = (0, 1, 2, 3)
 
 
-class Everything(nn.Module):
+class Everything(Plain):
     """A frozen layer, a tied matrix, batch norm with its buffers, a matrix that does not decay, odd sizes.
 
     A judge on top has an optimizer of its own, and its turns begin a step later.

@@ -14,8 +14,8 @@ import torch
 from pretrain.checkpoint import saver
 from pretrain.checkpoint.catalog import Retention
 from pretrain.checkpoint.restore import restore
-from pretrain.engine import Engine
-from pretrain.mesh import Mesh
+from pretrain.engine.engine import Engine
+from pretrain.runtime.mesh import Mesh
 from tests.pretrain.checkpoint.state_worker import engine_at, step
 
 

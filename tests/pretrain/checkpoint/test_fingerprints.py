@@ -66,8 +66,8 @@ def tokenizer(folder: Path, seed: int = 0) -> Path:
 def gpt(own: Material, run: Path, images: Path) -> dict[str, Any]:
     model = {"kind": "gpt", "text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 64}
     tree = electra(own, run) | {"model": model | {"layers": 1, "width": 16, "heads": 2}}
-    tree["objective"] = {"kind": "autoregressive"}
-    tree["data"] = tree["data"] | {"tokenizer": str(images), "evaluation": str(own.dataset)}
+    tree["task"] = {"kind": "autoregressive"}
+    tree["data"] = tree["data"] | {"image_tokenizer": str(images), "evaluation": str(own.dataset)}
     return tree
 
 
@@ -82,7 +82,7 @@ def test_evaluation_refuses_a_vocabulary_that_was_replaced_in_place(
     assert evaluate.main(run)
     shutil.copy(other_vocabulary, own.vocabulary)
     before = (run / "evaluation.json").read_bytes()
-    with pytest.raises(ConfigError, match=f"was trained with another data.vocabulary; (.|\n)*{own.vocabulary}"):
+    with pytest.raises(ConfigError, match=f"was trained with another data.text_tokenizer; (.|\n)*{own.vocabulary}"):
         evaluate.main(run)
     assert (run / "evaluation.json").read_bytes() == before
 
@@ -108,7 +108,7 @@ def test_a_mixture_is_known_by_each_of_its_datasets(
     second = build_scenes(tmp_path / "second", 100, 3)
     tree = electra(own, tmp_path / "run")
     tree["data"] = {
-        "datasets": [{"path": str(own.dataset)}, {"path": str(second)}], "vocabulary": str(own.vocabulary)
+        "datasets": [{"path": str(own.dataset)}, {"path": str(second)}], "text_tokenizer": str(own.vocabulary)
     }  # fmt: skip
     run = finished(tree)
     shutil.rmtree(second)
@@ -117,13 +117,13 @@ def test_a_mixture_is_known_by_each_of_its_datasets(
         evaluate.main(run)
 
 
-@pytest.mark.parametrize("what", ["data.vocabulary", "data.tokenizer"])
+@pytest.mark.parametrize("what", ["data.text_tokenizer", "data.image_tokenizer"])
 def test_images_are_neither_drawn_nor_evaluated_with_another_tokenizer_or_vocabulary(
     what: str, own: Material, other_vocabulary: Path, tmp_path: Path
 ) -> None:
     run = finished(gpt(own, tmp_path / "run", tokenizer(tmp_path / "images")))
     assert len(generate.main(str(run), "a red circle", 1)) == 2
-    if what == "data.tokenizer":
+    if what == "data.image_tokenizer":
         tokenizer(tmp_path / "images", seed=1)
     else:
         shutil.copy(other_vocabulary, own.vocabulary)
@@ -141,7 +141,7 @@ def test_a_ranker_refuses_a_vocabulary_that_it_was_not_trained_with(
     ranker = finished(clip(Material(own.dataset, tmp_path / "clip.model"), tmp_path / "clip"))
     run = finished(gpt(own, tmp_path / "run", tokenizer(tmp_path / "images")))
     shutil.copy(other_vocabulary, tmp_path / "clip.model")
-    with pytest.raises(ConfigError, match=f"{ranker} was trained with another data.vocabulary"):
+    with pytest.raises(ConfigError, match=f"{ranker} was trained with another data.text_tokenizer"):
         evaluate.main(run, ranker)
 
 
@@ -151,7 +151,7 @@ def test_an_export_is_refused_once_the_vocabulary_was_replaced(
 ) -> None:
     run = finished(electra(own, tmp_path / "run"))
     shutil.copy(other_vocabulary, own.vocabulary)
-    with pytest.raises(ConfigError, match="was trained with another data.vocabulary"):
+    with pytest.raises(ConfigError, match="was trained with another data.text_tokenizer"):
         verbs.export(run, tmp_path / "out", form=form)
     assert not (tmp_path / "out").exists()
 
@@ -162,7 +162,7 @@ def test_an_exported_folder_knows_what_it_was_trained_with_even_where_that_is_go
     run = finished(electra(own, tmp_path / "run"))
     own.vocabulary.unlink()
     exported = verbs.export(run, tmp_path / "out")
-    assert recorded(exported) == recorded(run) and set(recorded(run) or {}) == {"data.vocabulary", "data.dataset"}
+    assert recorded(exported) == recorded(run) and set(recorded(run) or {}) == {"data.text_tokenizer", "data.dataset"}
     load_model(exported)
 
 
@@ -175,16 +175,16 @@ def test_an_exported_model_is_used_with_no_other_vocabulary_either(
     ranker = verbs.export(finished(clip(own, tmp_path / "clip")), tmp_path / "ranker")
     moved = shutil.copy(own.vocabulary, tmp_path / "moved.model")
     shutil.copy(other_vocabulary, own.vocabulary)
-    assert generate.main(str(exported), "a red circle", 1, overrides=[f"data.vocabulary={moved}"])
+    assert generate.main(str(exported), "a red circle", 1, overrides=[f"data.text_tokenizer={moved}"])
     uses: list[Callable[[], Any]] = [
         lambda: generate.main(str(exported), "a red circle", 1),
-        lambda: generate.main(str(exported), "a red circle", 1, overrides=[f"data.vocabulary={other_vocabulary}"]),
+        lambda: generate.main(str(exported), "a red circle", 1, overrides=[f"data.text_tokenizer={other_vocabulary}"]),
         lambda: evaluate.main(exported),
-        lambda: evaluate.main(exported, ranker, overrides=[f"data.vocabulary={moved}"]),
+        lambda: evaluate.main(exported, ranker, overrides=[f"data.text_tokenizer={moved}"]),
         lambda: verbs.export(exported, tmp_path / "again"),
     ]
     for use in uses:
-        with pytest.raises(ConfigError, match="was trained with another data.vocabulary"):
+        with pytest.raises(ConfigError, match="was trained with another data.text_tokenizer"):
             use()
 
 
@@ -201,7 +201,7 @@ def test_a_run_of_before_is_used_and_it_is_said_what_could_not_be_checked(
     assert evaluate.main(run)
     told = capsys.readouterr()
     assert (
-        "has no fingerprints, it was written before they were kept: whether data.vocabulary" in told.err
+        "has no fingerprints, it was written before they were kept: whether data.text_tokenizer" in told.err
         and "fingerprints" not in told.out
     )
 
@@ -221,7 +221,11 @@ def test_initial_weights_are_known_by_their_tensors(tmp_path: Path) -> None:
     config = check_settings(RunConfig, electra(Material(Path("d"), Path("v")), tmp_path), "test").model
     first, again, other = (
         export_model(tmp_path / name, config, model_of(seed).state_dict(), extra)
-        for name, seed, extra in (("a", 1, None), ("b", 1, {"fingerprints": {"data.vocabulary": "x"}}), ("c", 2, None))
+        for name, seed, extra in (
+            ("a", 1, None),
+            ("b", 1, {"fingerprints": {"data.text_tokenizer": "x"}}),
+            ("c", 2, None),
+        )
     )
     known = of_initial(first)
     assert known == of_initial(again) != of_initial(other)
@@ -247,10 +251,10 @@ def test_weights_of_another_vocabulary_are_taken_as_a_start_with_a_warning(
 ) -> None:
     config = check_settings(RunConfig, electra(Material(Path("d"), Path("v")), tmp_path), "test").model
     source = export_model(
-        tmp_path / "a", config, model_of(1).state_dict(), {"fingerprints": {"data.vocabulary": "a" * 64}}
+        tmp_path / "a", config, model_of(1).state_dict(), {"fingerprints": {"data.text_tokenizer": "a" * 64}}
     )
     for now, warns in (("a" * 64, False), ("b" * 64, True)):
-        warn_of_others(source, {"data.vocabulary": now})
-        assert ("was trained with another data.vocabulary (aaaaaaaaaaaa)" in capsys.readouterr().out) == warns
+        warn_of_others(source, {"data.text_tokenizer": now})
+        assert ("was trained with another data.text_tokenizer (aaaaaaaaaaaa)" in capsys.readouterr().out) == warns
     warn_of_others(source, {})
     assert capsys.readouterr().out == ""

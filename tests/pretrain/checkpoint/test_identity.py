@@ -85,8 +85,8 @@ def test_a_field_that_is_newer_than_the_checkpoint_counts_with_its_default(kind:
         check_settings(
             RunConfig,
             {
-                "run": "r", "model": {"kind": kind}, "objective": {"kind": config.objective.kind},
-                "data": {"dataset": "d", "vocabulary": "v"}, "optim": {"lr": 1.0},
+                "run": "r", "model": {"kind": kind}, "task": {"kind": config.task.kind},
+                "data": {"dataset": "d", "text_tokenizer": "v"}, "optim": {"lr": 1.0},
                 "train": {"steps": 1, "global_batch": 1, "zero_stage": 0},
             },
             "defaults",

@@ -22,7 +22,7 @@ from pretrain.checkpoint.layout import (
     Even,
     Listed,
     Piece,
-    Shard,
+    RankShard,
     Share,
     Slices,
     Staging,
@@ -32,7 +32,7 @@ from pretrain.checkpoint.layout import (
     told_of,
     write_shard,
 )
-from pretrain.engine import Owned
+from pretrain.engine.engine import Owned
 from tests.pretrain.checkpoint.simulated import KINDS, mesh_of
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (), "d": (2, 2, 2)}
@@ -53,17 +53,17 @@ def split(size: int, rank: int, world: int) -> tuple[int, int]:
     ) if rank in taken else size
 
 
-def even_shard(rank: int, world: int, buffers: dict[str, torch.Tensor] | None = None) -> Shard:
+def even_shard(rank: int, world: int, buffers: dict[str, torch.Tensor] | None = None) -> RankShard:
     shares = []
     for name, shape in SHAPES.items():
         lo, hi = split(torch.Size(shape).numel(), rank, world)
         kinds = KINDS[:1] if name in FROZEN else KINDS
         if lo < hi or rank == 0:
             shares.append(Share(name, shape, lo, hi, {k: VALUES[f"{k}/{name}"].flatten()[lo:hi] for k in kinds}))
-    return Shard(rank, f"r{rank:05d}.safetensors", shares, buffers or {})
+    return RankShard(rank, f"r{rank:05d}.safetensors", shares, buffers or {})
 
 
-def reports_of(folder: Path, shards: list[Shard]) -> list[dict[str, Any]]:
+def reports_of(folder: Path, shards: list[RankShard]) -> list[dict[str, Any]]:
     return [write_shard(open_storage(folder), shard) for shard in shards]
 
 
@@ -202,7 +202,7 @@ def test_files_are_filled_in_order_as_far_as_the_limit_lets_them(rows: list[tupl
                 room = limit
             expected[-1].append((f"t{i}", first, min(first + each, lo + n)))
             room -= size
-    parts = list(parts_of(Shard(12, "r00012.safetensors", shares, {"b": torch.ones(1)}), limit))
+    parts = list(parts_of(RankShard(12, "r00012.safetensors", shares, {"b": torch.ones(1)}), limit))
     assert [[(share.name, share.lo, share.hi) for share in part.shares] for part in parts] == expected
     assert [list(part.buffers) for part in parts] == [["b"]] + [[]] * (len(parts) - 1)
     more = [f"r00012.part-{number:05d}.safetensors" for number in range(1, len(parts))]
@@ -216,7 +216,7 @@ def test_files_are_filled_in_order_as_far_as_the_limit_lets_them(rows: list[tupl
 def test_a_file_holds_at_most_a_gibibyte_of_tensors() -> None:
     size = (1 << 28) + 1
     share = Share("w", (size,), 0, size, {"param": torch.empty(size, device="meta")})
-    parts = list(parts_of(Shard(0, "r00000.safetensors", [share], {}), layout.PART))
+    parts = list(parts_of(RankShard(0, "r00000.safetensors", [share], {}), layout.PART))
     assert [[(share.lo, share.hi) for share in part.shares] for part in parts] == [[(0, size - 1)], [(size - 1, size)]]
 
 
@@ -224,7 +224,7 @@ def test_a_file_holds_at_most_a_gibibyte_of_tensors() -> None:
     "value",
     [
         Share("w", (1,), 0, 1, {}),
-        Shard(0, "f", [], {}),
+        RankShard(0, "f", [], {}),
         layout.Range("f", 0, 4, torch.zeros(1)),
         Piece(0, 1, "f", 8, 3),
     ],
@@ -248,7 +248,7 @@ def test_staging_takes_new_memory_only_for_a_larger_shard() -> None:
     staging = Staging()
     sizes, addresses = [40, 3, 40, 41, 40], []
     for size in sizes:
-        shard = Shard(3, "file", [Share("w", (99,), 5, 5 + size, {"param": torch.arange(float(size))})], {})
+        shard = RankShard(3, "file", [Share("w", (99,), 5, 5 + size, {"param": torch.arange(float(size))})], {})
         copied = staging.copy(shard)
         assert (copied.rank, copied.file) == (3, "file")
         (share,) = copied.shares
@@ -261,7 +261,7 @@ def test_staging_takes_new_memory_only_for_a_larger_shard() -> None:
 
 def test_a_copy_of_a_trained_tensor_carries_no_gradient() -> None:
     weights = torch.ones(4, requires_grad=True)
-    copied = Staging().copy(Shard(0, "f", [Share("w", (4,), 0, 4, {"param": weights})], {"b": weights[:1]}))
+    copied = Staging().copy(RankShard(0, "f", [Share("w", (4,), 0, 4, {"param": weights})], {"b": weights[:1]}))
     assert not copied.shares[0].views["param"].requires_grad and not copied.buffers["b"].requires_grad
 
 
@@ -286,7 +286,7 @@ def test_a_copy_from_the_device_goes_to_pinned_memory_and_is_waited_for(
     tensor = plain.as_subclass(OnDevice) if on_device else plain
     monkeypatch.setattr(layout.torch, "empty", noted)
     monkeypatch.setattr(layout.torch.cuda, "synchronize", lambda: said.append(staging._memory[:16].clone()))
-    copied = staging.copy(Shard(0, "f", [Share("w", (4,), 0, 4, {"param": tensor})], {"b": torch.ones(1)}))
+    copied = staging.copy(RankShard(0, "f", [Share("w", (4,), 0, 4, {"param": tensor})], {"b": torch.ones(1)}))
     assert copied.shares[0].views["param"].tolist() == [0, 1, 2, 3] and copied.buffers["b"].tolist() == [1]
     assert said[0] == ("pinned", on_device)
     assert [held.view(torch.float32).tolist() for held in said[1:]] == [[0, 1, 2, 3]] * on_device
@@ -402,7 +402,7 @@ def test_the_slices_of_a_file_end_where_its_first_buffer_or_the_file_does(tmp_pa
 
 
 def test_ranks_without_parameters_have_an_index_too(tmp_path: Path) -> None:
-    shards = [Shard(rank, f"r{rank:05d}.safetensors", [], {"n": torch.tensor([rank])}) for rank in range(2)]
+    shards = [RankShard(rank, f"r{rank:05d}.safetensors", [], {"n": torch.tensor([rank])}) for rank in range(2)]
     index = index_of([told_of([report], 2)[0] for report in reports_of(tmp_path, shards)])
     assert [index[key] for key in ("names", "shapes", "kinds")] == [[], [], []] and len(index["parts"]) == 2
     open_storage(tmp_path).put_if_absent("index.json", json.dumps(index).encode())
@@ -488,7 +488,9 @@ def test_what_reading_asks_beyond_the_end_or_of_another_name_is_refused_by_what_
 
 def test_a_buffer_is_the_rank_s_own_where_it_has_one_and_an_empty_one_is_not_read(tmp_path: Path) -> None:
     same = {"e": torch.empty(0, 3), "s": torch.tensor(1)}
-    shards = [Shard(rank, f"r{rank:05d}.safetensors", [], {"m": torch.tensor([rank, 1])} | same) for rank in range(3)]
+    shards = [
+        RankShard(rank, f"r{rank:05d}.safetensors", [], {"m": torch.tensor([rank, 1])} | same) for rank in range(3)
+    ]
     reports = reports_of(tmp_path, shards)
     index = index_of(reports)
     assert index["own_buffers"] == {

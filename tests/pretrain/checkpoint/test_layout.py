@@ -16,7 +16,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.storage import LocalStorage, open_storage
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.layout import (
-    Shard,
+    RankShard,
     Share,
     Slices,
     Staging,
@@ -30,18 +30,18 @@ from pretrain.checkpoint.trained import load_trained
 from tests.pretrain.checkpoint.simulated import KINDS, config_of, folder_of, write
 
 
-def stored(folder: Path, shards: list[Shard]) -> Slices:
+def stored(folder: Path, shards: list[RankShard]) -> Slices:
     storage = open_storage(folder)
     reports = [write_shard(storage, shard) for shard in shards]
     storage.put_if_absent("index.json", json.dumps(index_of(reports)).encode())
     return Slices(str(folder))
 
 
-def squares(*intervals: tuple[int, int]) -> list[Shard]:
+def squares(*intervals: tuple[int, int]) -> list[RankShard]:
     """The 23 squares as `param`, one and two more as moments, in one file for each interval."""
     values = torch.arange(23, dtype=torch.float32) ** 2
     return [
-        Shard(
+        RankShard(
             rank,
             f"r{rank:05d}.safetensors",
             [Share("w", (23,), lo, hi, {kind: values[lo:hi] + i for i, kind in enumerate(KINDS)})],
@@ -76,7 +76,7 @@ def test_many_tensors_are_read_alike_whatever_the_buffer(
             for name, (lo, hi) in bounds.items()
             if lo < hi
         ]
-        shards.append(Shard(rank, f"r{rank:05d}.safetensors", shares, {}))
+        shards.append(RankShard(rank, f"r{rank:05d}.safetensors", shares, {}))
     slices = stored(tmp_path, shards)
     wanted = [(kind, name, lo, torch.empty(hi - lo)) for kind in KINDS for name, t in whole.items()
               for lo, hi in itertools.pairwise(sorted({0, len(t) // 2, len(t)}))]  # fmt: skip
@@ -110,7 +110,7 @@ def test_what_is_written_is_what_the_safetensors_library_reads(tmp_path: Path) -
         "empty": torch.empty(0, 4), "matrix": torch.randn(2, 3),
     }  # fmt: skip
     share = Share("w", (2, 3), 1, 4, {kind: torch.randn(3) for kind in KINDS})
-    shard = Staging().copy(Shard(0, "r00000.safetensors", [share], buffers))
+    shard = Staging().copy(RankShard(0, "r00000.safetensors", [share], buffers))
     slices = stored(tmp_path, [shard])
     theirs = load_file(tmp_path / "r00000.safetensors")
     assert theirs.keys() == {f"buffer/{name}" for name in buffers} | {f"{kind}/w" for kind in KINDS}
@@ -128,7 +128,7 @@ def test_what_reading_holds_in_memory_is_a_few_buffers_whatever_is_read(
     """Beside the tensors that are filled: no file, no whole shard, however it was cut."""
     values = torch.randn(2_000_000)
     shares = [Share("w", (2_000_000,), 0, 2_000_000, {kind: values for kind in KINDS})]
-    slices, into = stored(tmp_path, [Shard(0, "r00000.safetensors", shares, {})]), torch.empty(1_000_000)
+    slices, into = stored(tmp_path, [RankShard(0, "r00000.safetensors", shares, {})]), torch.empty(1_000_000)
     monkeypatch.setattr(layout, "BUFFER", 1 << 16)
     tracemalloc.start()
     slices.fill([("exp_avg", "w", 500_000, into)])
@@ -141,7 +141,7 @@ def test_what_reading_holds_in_memory_is_a_few_buffers_whatever_is_read(
 def test_staged_tensors_do_not_follow_the_originals_and_memory_is_taken_once() -> None:
     tensor = torch.arange(5.0)
     staging = Staging()
-    shard = Shard(0, "f", [Share("w", (5,), 0, 5, {"param": tensor})], {"b": torch.tensor([1, 2])})
+    shard = RankShard(0, "f", [Share("w", (5,), 0, 5, {"param": tensor})], {"b": torch.tensor([1, 2])})
     copy = staging.copy(shard)
     tensor += 1
     assert copy.shares[0].views["param"].tolist() == [0, 1, 2, 3, 4]
@@ -169,7 +169,7 @@ def test_a_missing_part_is_named_and_not_filled_in(tmp_path: Path) -> None:
 
 def test_a_frozen_parameter_has_no_moments_to_read(tmp_path: Path) -> None:
     frozen = Share("w", (4,), 0, 4, {"param": torch.ones(4)})
-    slices = stored(tmp_path, [Shard(0, "r00000.safetensors", [frozen], {})])
+    slices = stored(tmp_path, [RankShard(0, "r00000.safetensors", [frozen], {})])
     assert slices.kinds("w") == ("param",)
     with pytest.raises(DataError, match="exp_avg of w"):
         slices.interval("exp_avg", "w", 0, 4)
@@ -184,7 +184,7 @@ def test_a_shard_in_files_of_any_size_reads_as_one(limit: int, tmp_path: Path) -
         Share(name, (size,), 0, size, {kind: tensors[f"{kind}/{name}"] for kind in KINDS})
         for name, size in sizes.items()
     ]
-    parts = list(parts_of(Shard(3, "r00003.safetensors", shares, {"steps": torch.tensor([7])}), limit))
+    parts = list(parts_of(RankShard(3, "r00003.safetensors", shares, {"steps": torch.tensor([7])}), limit))
     files = [part.file for part in parts]
     assert files[0] == "r00003.safetensors" and len(set(files)) == len(files) and (len(files) == 1) == (limit == 10**9)
     slices = stored(tmp_path, parts)
@@ -199,7 +199,9 @@ def test_a_shard_in_files_of_any_size_reads_as_one(limit: int, tmp_path: Path) -
 
 def test_each_rank_has_its_own_buffers_back_and_only_those_that_differ_are_listed(tmp_path: Path) -> None:
     shards = [
-        Shard(rank, f"r{rank:05d}.safetensors", [], {"mean": torch.tensor([float(rank % 2)]), "count": torch.tensor(5)})
+        RankShard(
+            rank, f"r{rank:05d}.safetensors", [], {"mean": torch.tensor([float(rank % 2)]), "count": torch.tensor(5)}
+        )
         for rank in range(3)
     ]
     slices = stored(tmp_path, shards)
@@ -241,7 +243,7 @@ def share_of(name: str, lo: int, hi: int) -> Share:
 def test_a_file_is_filled_to_its_limit_and_no_further() -> None:
     """40 bytes are ten elements: two shares fill one file exactly, and a larger share is cut where a file ends."""
     shares = [share_of("x", 0, 5), share_of("y", 7, 12), share_of("z", 3, 4), share_of("w", 30, 55)]
-    parts = list(parts_of(Shard(3, "r00003.safetensors", shares, {"steps": torch.tensor([7])}), 40))
+    parts = list(parts_of(RankShard(3, "r00003.safetensors", shares, {"steps": torch.tensor([7])}), 40))
     assert [[(share.name, share.lo, share.hi) for share in part.shares] for part in parts] == [
         [("x", 0, 5), ("y", 7, 12)], [("z", 3, 4)], [("w", 30, 40)], [("w", 40, 50)], [("w", 50, 55)],
     ]  # fmt: skip

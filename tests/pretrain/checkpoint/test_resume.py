@@ -13,7 +13,7 @@ from pretrain.checkpoint.resume import check_resumed
 from pretrain.config import RunConfig
 from tests.pretrain.checkpoint.simulated import config_of, mesh_of, model_of, ranks_of, save
 
-KNOWN = {"data.vocabulary": "a" * 64, "data.tokenizer": "b" * 12, "data.dataset": "c" * 64}
+KNOWN = {"data.text_tokenizer": "a" * 64, "data.image_tokenizer": "b" * 12, "data.dataset": "c" * 64}
 
 
 class Stream:
@@ -108,14 +108,14 @@ def test_a_run_is_not_cut_to_fewer_steps_than_it_has_made(saved: Saved) -> None:
                 resumed(saved, train__steps=steps)
 
 
-@pytest.mark.parametrize("name", ["data.vocabulary", "data.tokenizer"])
+@pytest.mark.parametrize("name", ["data.text_tokenizer", "data.image_tokenizer"])
 def test_what_was_replaced_is_refused_by_name(name: str, saved: Saved) -> None:
     with pytest.raises(ConfigError, match=f"was trained with another {name}; name the one"):
         resumed(saved, KNOWN | {name: "d" * 12})
 
 
 def test_fingerprints_of_the_beginning_are_kept(saved: Saved) -> None:
-    known = {key: value for key, value in KNOWN.items() if key != "data.tokenizer"}
+    known = {key: value for key, value in KNOWN.items() if key != "data.image_tokenizer"}
     config: RunConfig = config_of(Path(saved.folder).parent.parent)
     stream: Any = Stream()
     check_resumed(saved, config, stream, mesh_of(), known)
@@ -142,7 +142,7 @@ def test_a_run_of_an_earlier_version_with_weights_to_start_from_goes_on_again_an
         state |= {"fingerprints": known}
 
 
-@pytest.mark.parametrize("nonsense", [["a"], {"initial": "aaaaaaaaaaaa@step x"}, {"data.vocabulary": 3}])
+@pytest.mark.parametrize("nonsense", [["a"], {"initial": "aaaaaaaaaaaa@step x"}, {"data.text_tokenizer": 3}])
 def test_fingerprints_that_are_none_are_damage(nonsense: Any, saved: Saved) -> None:
     root = Path(saved.folder).parent
     save(ranks_of(root, 1, attempt=2), 8, model_of(8), fingerprints=nonsense)

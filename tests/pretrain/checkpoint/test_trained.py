@@ -131,23 +131,23 @@ def test_exported_files_follow_the_umask(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["deepspeed", "transformers-electra"])
 def test_what_a_model_depends_on_is_noted_beside_every_format(form: str, tmp_path: Path) -> None:
     write(tmp_path / "run", 3)
-    note_fingerprints(tmp_path / "run", {"data.vocabulary": "ab" * 32})
+    note_fingerprints(tmp_path / "run", {"data.text_tokenizer": "ab" * 32})
     folder = verbs.export(tmp_path / "run", tmp_path / "out", form=form)
     noted = json.loads((folder / "tessera.json").read_text())
     plain = verbs.export(tmp_path / "run", tmp_path / "plain")
     assert noted == json.loads((plain / "config.json").read_text()) and noted["step"] == 3
-    assert recorded(folder) == {"data.vocabulary": "ab" * 32}
+    assert recorded(folder) == {"data.text_tokenizer": "ab" * 32}
 
 
 def test_a_public_layout_that_is_imported_again_says_what_it_was_trained_with(tmp_path: Path) -> None:
     write(tmp_path / "run", 3)
-    note_fingerprints(tmp_path / "run", {"data.vocabulary": "ab" * 32})
+    note_fingerprints(tmp_path / "run", {"data.text_tokenizer": "ab" * 32})
     public = verbs.export(tmp_path / "run", tmp_path / "public", form="transformers-electra")
     back = verbs.import_(public, tmp_path / "back", "transformers-electra")
     assert (back / "config.json").read_bytes() == (
         verbs.export(tmp_path / "run", tmp_path / "x") / "config.json"
     ).read_bytes()
-    for broken in ("", "[]", "{", '{"model": 3, "fingerprints": {"data.vocabulary": 7}}', '{"fingerprints": []}'):
+    for broken in ("", "[]", "{", '{"model": 3, "fingerprints": {"data.text_tokenizer": 7}}', '{"fingerprints": []}'):
         (public / "tessera.json").write_text(broken)
         again = verbs.import_(public, tmp_path / f"again-{len(broken)}", "transformers-electra")
         assert recorded(again) is None and load_model(again)
@@ -182,7 +182,7 @@ def test_a_folder_of_another_program_is_told_with_the_way_to_import_it(kind: str
         kind if kind in LAYOUT_KINDS else "{bert,clip,electra}"
     )
     uses = {
-        "run": load_trained, "tokenizer": load_model, "root": root_of, "dataset": open_dataset,
+        "run": load_trained, "image_tokenizer": load_model, "root": root_of, "dataset": open_dataset,
         "export": lambda path: verbs.export(path, tmp_path / "out"), "list": verbs.list_, "initial": weights_in,
     }  # fmt: skip
     for name, use in uses.items():

@@ -9,7 +9,8 @@ import pytest
 from data_pipeline.errors import DataError
 from data_pipeline.schema import Sample
 from pretrain.config import RunConfig
-from pretrain.inputs.codes import AutoregressiveInputs, text_ids
+from pretrain.inputs.text import text_ids
+from pretrain.tasks.autoregressive import AutoregressiveInputs
 
 SAMPLE = Sample(3, 0, 17, "key-3", b"", ("one two", "three"), {}, np.arange(6, dtype=np.uint16))
 
@@ -27,8 +28,8 @@ def inputs(caption_drop: float = 0.0, seed: int = 0) -> AutoregressiveInputs:
     tree: dict[str, Any] = {
         "run": "r", "seed": seed,
         "model": {"kind": "gpt", "text_vocab": 20, "image_vocab": 8, "text_tokens": 3, "image_tokens": 6},
-        "objective": {"kind": "autoregressive", "caption_drop": caption_drop},
-        "data": {"dataset": "d", "vocabulary": "v", "tokenizer": "t"},
+        "task": {"kind": "autoregressive", "caption_drop": caption_drop},
+        "data": {"dataset": "d", "text_tokenizer": "v", "image_tokenizer": "t"},
         "train": {"steps": 2, "global_batch": 2}, "optim": {"lr": 1e-3},
     }  # fmt: skip
     return AutoregressiveInputs(RunConfig.model_validate(tree), None, Words())  # type: ignore[arg-type]

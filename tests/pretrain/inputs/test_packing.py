@@ -15,11 +15,10 @@ from data_pipeline.settings import check_settings
 from data_pipeline.stream.reader import Stream
 from data_pipeline.vocabulary import Vocabulary
 from pretrain.config import RunConfig
-from pretrain.inputs import INPUTS
 from pretrain.inputs.packing import Example, fill, packed, pad, padded, stack
 from pretrain.models import MODELS
-from pretrain.objectives import OBJECTIVES
-from pretrain.objectives.collectives import ONE_DEVICE
+from pretrain.tasks import TASKS
+from pretrain.tasks.collectives import ONE_DEVICE
 from tests.pretrain.commands import Material, electra
 
 
@@ -28,8 +27,8 @@ def described(kind: str, material: Material, run: Path, **objective: Any) -> Run
     tree["model"] |= {"kind": kind, "dropout": 0.0, "context": 64}
     if kind == "bert":
         del tree["model"]["generator_fraction"]
-        tree["objective"] = {"kind": "mlm", "nsp": False}
-    tree["objective"] |= objective
+        tree["task"] = {"kind": "mlm", "nsp": False}
+    tree["task"] |= objective
     return check_settings(RunConfig, tree, "test")
 
 
@@ -41,9 +40,9 @@ def test_loss_and_gradients_of_packed_rows_are_those_of_padded_ones(
     stream, results = Stream(material.dataset, 0), []
     for packing in (False, True):
         config = described(kind, material, tmp_path, masking=masking, packing=packing)
-        batch = INPUTS[config.objective.kind](config, stream, Vocabulary(material.vocabulary))(stream.read(0, 24))
+        batch = TASKS[config.task.kind].inputs(config, stream, Vocabulary(material.vocabulary))(stream.read(0, 24))
         torch.manual_seed(0)
-        objective = OBJECTIVES[config.objective.kind](MODELS[kind](config.model), config.objective, ONE_DEVICE)
+        objective = TASKS[config.task.kind](MODELS[kind](config.model), config.task, ONE_DEVICE)
         loss = objective(batch)["loss"]
         loss.backward()
         results.append((loss.detach(), [p.grad for p in objective.parameters()], batch["attention"]))
@@ -55,7 +54,7 @@ def test_loss_and_gradients_of_packed_rows_are_those_of_padded_ones(
 
 
 def test_pairs_of_sentences_cannot_be_packed(material: Material, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="set objective.nsp=false"):
+    with pytest.raises(ConfigError, match="set task.nsp=false"):
         described("bert", material, tmp_path, nsp=True, packing=True)
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.build.scenes import encode_png
 from data_pipeline.config import ImageRules
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.images import decode_rgb, encode, prepare
+from data_pipeline.scenes import encode_png
 from data_pipeline.schema import Sample
 from data_pipeline.shards.codes import crops_of
 from pretrain.inputs.pixels import crop_generator, pixels, to_images, to_tensor

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import DataError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
 from pretrain.config import RunConfig
-from pretrain.inputs import INPUTS
 from pretrain.inputs.masking import mask_slots, masked_positions, replace_bert, replace_electra
 from pretrain.inputs.text import trim
+from pretrain.tasks import TASKS
 
 CONTEXT, VOCABULARY = 16, 60
 
@@ -49,12 +49,12 @@ def inputs(kind: str, vocabulary: Any = None, **objective: Any) -> Any:
         "run": "r",
         "seed": 5,
         "model": {"kind": model, **tower},
-        "objective": {"kind": kind, **objective},
-        "data": {"dataset": "d", "vocabulary": "v"},
+        "task": {"kind": kind, **objective},
+        "data": {"dataset": "d", "text_tokenizer": "v"},
         "train": {"steps": 10, "global_batch": 2},
         "optim": {"lr": 1e-3},
     }
-    return INPUTS[kind](RunConfig.model_validate(tree), cast(Any, Samples()), vocabulary or Letters())
+    return TASKS[kind].inputs(RunConfig.model_validate(tree), cast(Any, Samples()), vocabulary or Letters())
 
 
 KINDS = [("mlm", {}), ("mlm", {"nsp": False}), ("rtd", {})]
@@ -173,11 +173,3 @@ def test_rtd_uniforms_are_the_samples_own() -> None:
 def test_a_sample_without_caption_is_named(kind: str, options: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="'k1' has no caption"):
         inputs(kind, **options)([Sample(1, 0, 0, "k1", b"", (), {})])
-
-
-@pytest.mark.parametrize("kind", ["mlm", "rtd"])
-def test_a_vocabulary_beyond_the_model_is_refused_with_the_size_to_set(kind: str) -> None:
-    large = Letters()
-    large.size = 61
-    with pytest.raises(ConfigError, match="set it to 61"):
-        inputs(kind, large)

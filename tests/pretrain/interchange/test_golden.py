@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.errors import DataError
-from pretrain.config import ClipConfig, GptConfig, VqganConfig
 from pretrain.interchange.layouts import export_state, import_state
 from pretrain.models.clip import Clip, eot_by_largest_id
 from pretrain.models.gpt import Gpt
 from pretrain.models.vqgan import AttnBlock, Codebook, Decoder, Downsample, Encoder, ResBlock, Upsample, Vqgan
-from pretrain.objectives.autoregressive import code_loss
-from pretrain.objectives.contrastive import contrastive_loss
-from pretrain.objectives.reconstruction import codebook_loss
+from pretrain.schema.clip import ClipConfig
+from pretrain.schema.gpt import GptConfig
+from pretrain.schema.vqgan import VqganConfig
+from pretrain.tasks.autoregressive import code_loss
+from pretrain.tasks.contrastive import contrastive_loss
+from pretrain.tasks.reconstruction import codebook_loss
 
 TOLERANCE = 1e-5
 

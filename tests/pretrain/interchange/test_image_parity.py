@@ -9,14 +9,16 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from data_pipeline.errors import DataError
-from pretrain.config import AutoregressiveConfig, GptConfig, VqganConfig
 from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import export_state, import_state
 from pretrain.models.gpt import Gpt
 from pretrain.models.vqgan import Vqgan
-from pretrain.objectives.autoregressive import Autoregressive
-from pretrain.objectives.collectives import ONE_DEVICE
-from pretrain.objectives.reconstruction import codebook_loss
+from pretrain.schema.gpt import GptConfig
+from pretrain.schema.tasks import AutoregressiveConfig
+from pretrain.schema.vqgan import VqganConfig
+from pretrain.tasks.autoregressive import Autoregressive
+from pretrain.tasks.collectives import ONE_DEVICE
+from pretrain.tasks.reconstruction import codebook_loss
 
 GPT = GptConfig(text_vocab=11, image_vocab=13, text_tokens=4, image_tokens=6, layers=2, width=16, heads=2)
 VQGAN = VqganConfig(

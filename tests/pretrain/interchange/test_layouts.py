@@ -10,17 +10,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.errors import DataError
-from pretrain import config as C
+from pretrain import schema as C
 from pretrain.interchange.folder import export_model, load_model
 from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import LAYOUTS, export_state, import_state
 from pretrain.models import MODELS
+from pretrain.schema.clip import TextTower, VisionTower
 
 TOWER: dict[str, Any] = {"vocab_size": 50, "context": 8, "layers": 2, "width": 16, "heads": 2}
 CONFIGS = {
     "clip": C.ClipConfig(
-        vision=C.VisionTower(image_size=8, patch_size=4, width=16, layers=2, heads=2),
-        text=C.TextTower(**TOWER),
+        vision=VisionTower(image_size=8, patch_size=4, width=16, layers=2, heads=2),
+        text=TextTower(**TOWER),
         embed_dim=8,
     ),
     "bert": C.BertConfig(**TOWER, embedding_width=16),
@@ -61,8 +62,8 @@ def test_openai_names_and_orientation() -> None:
 
 CLIP, BERT = CONFIGS["clip"], CONFIGS["bert"]
 WIDE = CLIP.model_copy(
-    update={"vision": C.VisionTower(image_size=8, patch_size=4, width=128, layers=2, heads=2),
-            "text": C.TextTower(**TOWER | {"width": 128})}
+    update={"vision": VisionTower(image_size=8, patch_size=4, width=128, layers=2, heads=2),
+            "text": TextTower(**TOWER | {"width": 128})}
 )  # fmt: skip
 
 

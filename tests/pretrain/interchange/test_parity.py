@@ -14,14 +14,15 @@ import transformers
 from torch import Tensor, nn
 
 from data_pipeline.vocabulary import Vocabulary
-from pretrain import config as C
+from pretrain import schema as C
 from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import export_state, import_state
 from pretrain.models import MODELS
 from pretrain.models.clip import eot_by_largest_id
 from pretrain.models.electra import Electra
-from pretrain.objectives import OBJECTIVES
-from pretrain.objectives.collectives import ONE_DEVICE
+from pretrain.schema.clip import TextTower, VisionTower
+from pretrain.tasks import TASKS
+from pretrain.tasks.collectives import ONE_DEVICE
 
 TOLERANCE = 1e-5
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -29,8 +30,8 @@ SMALL |= {"num_attention_heads": 2, "max_position_embeddings": 8}
 TOWER = {"vocab_size": 50, "context": 8, "layers": 2, "width": 16, "heads": 2, "dropout": 0.0}
 
 CLIP = C.ClipConfig(
-    vision=C.VisionTower(image_size=8, patch_size=4, width=16, layers=2, heads=2),
-    text=C.TextTower(vocab_size=50, context=8, width=16, layers=2, heads=2),
+    vision=VisionTower(image_size=8, patch_size=4, width=16, layers=2, heads=2),
+    text=TextTower(vocab_size=50, context=8, width=16, layers=2, heads=2),
     embed_dim=8,
 )
 BERT = C.BertConfig(**TOWER, embedding_width=16)
@@ -194,7 +195,7 @@ def both(case: Case) -> tuple[nn.Module, nn.Module, nn.Module]:
     ours = MODELS[case.config.kind](case.config)
     ours.load_state_dict(import_state(case.layout, case.config, theirs.state_dict()))
     kind = KINDS[case.config.kind]
-    return theirs, ours, OBJECTIVES[kind.kind](ours, kind, ONE_DEVICE).train()
+    return theirs, ours, TASKS[kind.kind](ours, kind, ONE_DEVICE).train()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.config import GptConfig
 from pretrain.models.gpt import PAD, Gpt, choose
+from pretrain.schema.gpt import GptConfig
 
 CONFIG = GptConfig(text_vocab=11, image_vocab=13, text_tokens=4, image_tokens=7, layers=3, width=16, heads=2)
 TEXT = torch.tensor([[3, 9, 0, 0], [5, 1, 2, 8], [7, 7, 4, 0]])

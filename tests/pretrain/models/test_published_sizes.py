@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain import config as C
+from pretrain import schema as C
 from pretrain.models import MODELS
 from pretrain.models.clip import Clip
 from pretrain.models.electra import Electra, put, sample_words
+from pretrain.schema.clip import TextTower, VisionTower
 
 
 def on_meta(config: C.ModelConfig) -> nn.Module:
@@ -23,8 +24,8 @@ def count(*modules: nn.Module) -> int:
 
 LARGE = {"layers": 24, "width": 1024, "heads": 16, "embedding_width": 1024}
 L14 = C.ClipConfig(
-    vision=C.VisionTower(patch_size=14, width=1024, layers=24, heads=16),
-    text=C.TextTower(width=768, heads=12),
+    vision=VisionTower(patch_size=14, width=1024, layers=24, heads=16),
+    text=TextTower(width=768, heads=12),
     embed_dim=768,
 )
 
@@ -33,7 +34,7 @@ L14 = C.ClipConfig(
     ("config", "parameters"),
     [
         (C.ClipConfig(), 151_277_313),
-        (C.ClipConfig(vision=C.VisionTower(patch_size=16)), 149_620_737),
+        (C.ClipConfig(vision=VisionTower(patch_size=16)), 149_620_737),
         (L14, 427_616_513),
         (C.BertConfig(), 110_106_428),
     ],
@@ -70,8 +71,8 @@ def test_electra_towers_have_their_published_sizes_each_with_the_shared_embeddin
 
 
 def tiny_clip() -> Clip:
-    vision = C.VisionTower(image_size=8, patch_size=4, width=16, layers=1, heads=2)
-    text = C.TextTower(vocab_size=60, context=8, width=16, layers=1, heads=2)
+    vision = VisionTower(image_size=8, patch_size=4, width=16, layers=1, heads=2)
+    text = TextTower(vocab_size=60, context=8, width=16, layers=1, heads=2)
     return Clip(C.ClipConfig(vision=vision, text=text, embed_dim=8))
 
 

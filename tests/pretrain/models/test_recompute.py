@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain import config as C
+from pretrain import schema as C
 from pretrain.models.clip import Clip
 from pretrain.models.electra import Electra
 from pretrain.models.gpt import Gpt
 from pretrain.models.layers import Block, recompute
 from pretrain.models.noise import name_noise, noise_of
 from pretrain.models.vqgan import Vqgan
+from pretrain.schema.clip import TextTower, VisionTower
 
 TEXT = torch.randint(0, 40, (3, 6), generator=torch.Generator().manual_seed(1))
 CODES = torch.randint(0, 30, (3, 9), generator=torch.Generator().manual_seed(2))
@@ -37,8 +38,8 @@ def electra() -> tuple[nn.Module, Any]:
 
 
 def clip() -> tuple[nn.Module, Any]:
-    vision = C.VisionTower(image_size=16, patch_size=8, width=16, layers=2, heads=2)
-    text = C.TextTower(vocab_size=40, context=6, width=16, layers=2, heads=2)
+    vision = VisionTower(image_size=16, patch_size=8, width=16, layers=2, heads=2)
+    text = TextTower(vocab_size=40, context=6, width=16, layers=2, heads=2)
     model = Clip(C.ClipConfig(vision=vision, text=text, embed_dim=8))
     return model, lambda model: torch.stack(model(PIXELS, TEXT, torch.full((3,), 5))[:2])
 

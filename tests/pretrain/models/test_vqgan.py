@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pretrain.config import VqganConfig
 from pretrain.models.discriminator import PatchDiscriminator
 from pretrain.models.vqgan import Codebook, Norm, Vqgan
+from pretrain.schema.vqgan import VqganConfig
 
 SMALL = VqganConfig(
     image_size=16, channels=16, multipliers=(1, 2, 2), res_blocks=1, attention_at=(),

@@ -16,16 +16,17 @@ STEPS, BATCH = 4, 4
 
 def build(kind: str) -> torch.nn.Module:
     """The same tiny model of `kind` in every process."""
-    from pretrain import config as C
+    from pretrain import schema as C
     from pretrain.models import MODELS
+    from pretrain.schema.clip import TextTower, VisionTower
 
     tower = {"vocab_size": 60, "context": 8, "layers": 2, "width": 16, "heads": 2, "dropout": 0.0}
     configs: dict[str, Any] = {
         "bert": C.BertConfig(**tower, embedding_width=16),
         "electra": C.ElectraConfig(**tower, embedding_width=12, generator_fraction=0.5),
         "clip": C.ClipConfig(
-            vision=C.VisionTower(image_size=8, patch_size=4, width=16, layers=2, heads=2),
-            text=C.TextTower(vocab_size=60, context=8, width=16, layers=2, heads=2),
+            vision=VisionTower(image_size=8, patch_size=4, width=16, layers=2, heads=2),
+            text=TextTower(vocab_size=60, context=8, width=16, layers=2, heads=2),
             embed_dim=8,
         ),
     }
@@ -53,14 +54,14 @@ class Mean(torch.nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        from pretrain import config as C
-        from pretrain.objectives import OBJECTIVES
-        from pretrain.objectives.collectives import ONE_DEVICE
+        from pretrain import schema as C
+        from pretrain.tasks import TASKS
+        from pretrain.tasks.collectives import ONE_DEVICE
 
         self.kind = kind
         configs: dict[str, Any] = {"bert": C.MlmNspConfig(), "electra": C.RtdConfig()}
         model = build(kind)
-        self.inner = OBJECTIVES[configs[kind].kind](model, configs[kind], ONE_DEVICE) if kind in configs else model
+        self.inner = TASKS[configs[kind].kind](model, configs[kind], ONE_DEVICE) if kind in configs else model
 
     def forward(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
         if self.kind != "clip":

@@ -1,0 +1,50 @@
+"""AdamW by role: which parameters learn together, and of those which decay and which do not."""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pretrain.config import OptimConfig
+from pretrain.schema.common import MAIN
+
+if TYPE_CHECKING:
+    from pretrain.tasks.task import Task
+
+
+def parameter_groups(task: "Task", optim: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters as [decay, no_decay] of each role, with `role`, `name`, `names` and AdamW's settings.
+
+    An empty group is left out. Vectors (biases, norm gains, scales) never decay; neither does a name in which a
+    pattern of `no_decay` is found.
+    """
+    members: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {}
+    for role in task.roles:
+        members |= {(role, True): [], (role, False): []}
+    for name, parameter in task.named_parameters():
+        if parameter.requires_grad:
+            role = task.role_of(name)
+            spare = parameter.ndim < 2 or any(re.search(pattern, name) for pattern in optim.of(role).no_decay)
+            members[role, not spare].append((name, parameter))
+    return [_group(role, decays, named, optim) for (role, decays), named in members.items() if named]
+
+
+def _group(role: str, decays: bool, named: list[tuple[str, nn.Parameter]], optim: OptimConfig) -> dict[str, Any]:
+    own, kind = optim.of(role), "decay" if decays else "no_decay"
+    return {
+        "role": role,
+        "name": kind if role == MAIN else f"{role}.{kind}",
+        "names": [name for name, _ in named],
+        "params": [parameter for _, parameter in named],
+        "weight_decay": own.weight_decay if decays else 0.0,
+        "lr": own.lr,
+        "betas": own.betas,
+        "eps": own.eps,
+    }
+
+
+def build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Torch's own fused AdamW: DeepSpeed's would be compiled for minutes on first use."""
+    members = [{key: value for key, value in group.items() if key not in ("name", "names")} for group in groups]
+    return torch.optim.AdamW(members, fused=True)

@@ -1,0 +1,95 @@
+"""The public layouts of CLIP."""
+
+from collections.abc import Callable
+
+from pretrain.interchange.rules import PublicLayout, Rule, affine
+from pretrain.schema.clip import ClipConfig
+
+
+def _pre_norm_block(ours: str, theirs: str) -> list[Rule]:
+    """A block of transformers' CLIP."""
+    attention = f"{theirs}.self_attn"
+    return [
+        *affine(f"{ours}.norm1", f"{theirs}.layer_norm1"),
+        *affine(f"{ours}.attention.qkv", *(f"{attention}.{x}_proj" for x in "qkv"), form="stack"),
+        *affine(f"{ours}.attention.out", f"{attention}.out_proj"),
+        *affine(f"{ours}.norm2", f"{theirs}.layer_norm2"),
+        *affine(f"{ours}.mlp.rise", f"{theirs}.mlp.fc1"),
+        *affine(f"{ours}.mlp.fall", f"{theirs}.mlp.fc2"),
+    ]
+
+
+def _openai_block(ours: str, theirs: str) -> list[Rule]:
+    """A `resblocks` block of OpenAI's CLIP, whose attention is a torch MultiheadAttention."""
+    return [
+        *affine(f"{ours}.norm1", f"{theirs}.ln_1"),
+        Rule(f"{ours}.attention.qkv.weight", (f"{theirs}.attn.in_proj_weight",)),
+        Rule(f"{ours}.attention.qkv.bias", (f"{theirs}.attn.in_proj_bias",)),
+        *affine(f"{ours}.attention.out", f"{theirs}.attn.out_proj"),
+        *affine(f"{ours}.norm2", f"{theirs}.ln_2"),
+        *affine(f"{ours}.mlp.rise", f"{theirs}.mlp.c_fc"),
+        *affine(f"{ours}.mlp.fall", f"{theirs}.mlp.c_proj"),
+    ]
+
+
+def _transformers_clip(config: ClipConfig) -> list[Rule]:
+    rules = [
+        Rule("logit_scale", ("logit_scale",), "scalar"),
+        Rule("vision.patch.weight", ("vision_model.embeddings.patch_embedding.weight",)),
+        Rule("vision.class_token", ("vision_model.embeddings.class_embedding",)),
+        Rule("vision.positions", ("vision_model.embeddings.position_embedding.weight",)),
+        *affine("vision.norm_pre", "vision_model.pre_layrnorm"),
+        *affine("vision.norm_post", "vision_model.post_layernorm"),
+        Rule("vision.project.weight", ("visual_projection.weight",)),
+        Rule("text.word.weight", ("text_model.embeddings.token_embedding.weight",)),
+        Rule("text.positions", ("text_model.embeddings.position_embedding.weight",)),
+        *affine("text.norm", "text_model.final_layer_norm"),
+        Rule("text.project.weight", ("text_projection.weight",)),
+    ]
+    for tower, layers in (("vision", config.vision.layers), ("text", config.text.layers)):
+        for number in range(layers):
+            rules += _pre_norm_block(f"{tower}.blocks.{number}", f"{tower}_model.encoder.layers.{number}")
+    return rules
+
+
+def _openai_clip(config: ClipConfig) -> list[Rule]:
+    rules = [
+        Rule("logit_scale", ("logit_scale",), "scalar"),
+        Rule("vision.patch.weight", ("visual.conv1.weight",)),
+        Rule("vision.class_token", ("visual.class_embedding",)),
+        Rule("vision.positions", ("visual.positional_embedding",)),
+        *affine("vision.norm_pre", "visual.ln_pre"),
+        *affine("vision.norm_post", "visual.ln_post"),
+        Rule("vision.project.weight", ("visual.proj",), "transpose"),
+        Rule("text.word.weight", ("token_embedding.weight",)),
+        Rule("text.positions", ("positional_embedding",)),
+        *affine("text.norm", "ln_final"),
+        Rule("text.project.weight", ("text_projection",), "transpose"),
+    ]
+    for ours, theirs, layers in (("vision", "visual.", config.vision.layers), ("text", "", config.text.layers)):
+        for number in range(layers):
+            rules += _openai_block(f"{ours}.blocks.{number}", f"{theirs}transformer.resblocks.{number}")
+    return rules
+
+
+def _heads_of_64(tower: str) -> Callable[[ClipConfig], int | float]:
+    """Heads that OpenAI's programs give a tower: one for every 64 of its width."""
+
+    def heads(config: ClipConfig) -> int | float:
+        width: int = getattr(config, tower).width
+        return width / 64 if width % 64 else width // 64
+
+    return heads
+
+
+# open_clip writes the same names as OpenAI, whose files carry three numbers besides the weights
+LAYOUTS: dict[str, PublicLayout] = {
+    "transformers-clip": PublicLayout("clip", _transformers_clip, ignored=("embeddings.position_ids",)),
+    "openai-clip": PublicLayout(
+        "clip",
+        _openai_clip,
+        ignored=("input_resolution", "context_length", "vocab_size"),
+        fixed={"norm_eps": 1e-5},
+        derived={f"{tower}.heads": _heads_of_64(tower) for tower in ("vision", "text")},
+    ),
+}

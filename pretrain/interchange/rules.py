@@ -1,0 +1,87 @@
+"""What a public weight layout is: rules over names of tensors, and what they do to tensors."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import DataError
+
+State = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One of our tensors and the names it has there.
+
+    same: one tensor, unchanged. stack: theirs stand on each other along dimension 0 of ours.
+    transpose: theirs is ours transposed. scalar: theirs has shape (), ours (1,).
+    copies: every one of theirs equals ours (tied weights); files may leave out all but the first.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    form: Literal["same", "stack", "transpose", "scalar", "copies"] = "same"
+
+
+def _as_is(config: Any, state: State) -> State:
+    return state
+
+
+@dataclasses.dataclass(frozen=True)
+class PublicLayout:
+    """kind: of the model configuration; rules: configuration -> every rule; ignored: endings of weightless keys.
+
+    fixed: settings that no file of this layout says, as its programs have them built in.
+    derived: settings that its programs compute from the shapes of what is exported.
+    unpack and pack: what no rule can say, done to their state before import and after export.
+    """
+
+    kind: str
+    rules: Callable[[Any], list[Rule]]
+    ignored: tuple[str, ...] = ()
+    unpack: Callable[[Any, State], State] = _as_is
+    pack: Callable[[Any, State], State] = _as_is
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    derived: Mapping[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
+
+
+def import_rule(rule: Rule, state: Mapping[str, Tensor]) -> Tensor:
+    first = state[rule.theirs[0]]
+    if rule.form == "stack":
+        return torch.cat([state[name] for name in rule.theirs])
+    if rule.form == "transpose":
+        return first.T.contiguous()
+    if rule.form == "scalar":
+        return first.reshape(1)
+    for name in rule.theirs[1:]:
+        if name in state and not torch.equal(state[name], first):
+            raise DataError(f"{name} differs from {rule.theirs[0]}; here they are one tensor, import tied weights only")
+    return first.clone()
+
+
+def export_rule(rule: Rule, tensor: Tensor) -> State:
+    if rule.form == "stack":
+        parts = tensor.chunk(len(rule.theirs))
+        return {name: part.clone() for name, part in zip(rule.theirs, parts, strict=True)}
+    if rule.form == "transpose":
+        return {rule.theirs[0]: tensor.T.contiguous()}
+    if rule.form == "scalar":
+        return {rule.theirs[0]: tensor.reshape(()).clone()}
+    return {name: tensor.clone() for name in rule.theirs}
+
+
+def affine(ours: str, *theirs: str, form: Literal["same", "stack"] = "same") -> list[Rule]:
+    """Weight and bias."""
+    return [Rule(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs), form) for part in ("weight", "bias")]
+
+
+def copies(ours: str, *theirs: str) -> Rule:
+    return Rule(ours, theirs, "copies")
+
+
+def without(prefix: str) -> Callable[[Any, State], State]:
+    """Leaves out what belongs to another model of the same file."""
+    return lambda config, state: {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}

@@ -1,0 +1,36 @@
+"""The sections `model` and `task` of a run, a file for each family of models; imports no torch.
+
+ModelConfig and TaskConfig are the unions: the one place that lists all kinds.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pretrain.schema.clip import ClipConfig
+from pretrain.schema.encoders import BertConfig, ElectraConfig
+from pretrain.schema.gpt import GptConfig
+from pretrain.schema.tasks import (
+    TASK_SETTINGS,
+    AutoregressiveConfig,
+    ContrastiveConfig,
+    MlmNspConfig,
+    ReconstructionConfig,
+    RtdConfig,
+)
+from pretrain.schema.vqgan import VqganConfig
+
+_Tasks = ContrastiveConfig | MlmNspConfig | RtdConfig | AutoregressiveConfig | ReconstructionConfig
+_Models = ClipConfig | BertConfig | ElectraConfig | GptConfig | VqganConfig
+
+ModelConfig = Annotated[_Models, Field(discriminator="kind")]
+TaskConfig = Annotated[_Tasks, Field(discriminator="kind")]
+
+
+def tasks_of(model: str) -> list[str]:
+    """The kinds of the tasks that train models of a kind; the first is meant where none is said."""
+    return [
+        name
+        for name, settings in TASK_SETTINGS.items()
+        if any(trained.model_fields["kind"].default == model for trained in settings.trains)
+    ]

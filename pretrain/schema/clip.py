@@ -1,0 +1,62 @@
+"""CLIP and its towers. Imports no torch."""
+
+from typing import Literal
+
+import pydantic
+from pydantic import PositiveFloat, PositiveInt
+
+from data_pipeline.settings import Settings
+from pretrain.schema.common import ModelSettings, PixelsRead, Reads, TextRead, check_heads
+
+
+class VisionTower(Settings):
+    """ViT of CLIP: patches -> one embedding."""
+
+    image_size: PositiveInt = 224
+    patch_size: PositiveInt = 32
+    width: PositiveInt = 768
+    layers: PositiveInt = 12
+    heads: PositiveInt = 12
+
+    @pydantic.model_validator(mode="after")
+    def _shapes_fit(self) -> "VisionTower":
+        if self.image_size % self.patch_size:
+            fits = self.image_size // self.patch_size * self.patch_size or self.patch_size
+            raise ValueError(
+                f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}; use {fits} pixels, or "
+                "another patch"
+            )
+        check_heads(self.width, self.heads)
+        return self
+
+
+class TextTower(Settings):
+    """Causal transformer of CLIP, pooled at the end-of-text token."""
+
+    vocab_size: PositiveInt = 49408
+    context: PositiveInt = 77
+    width: PositiveInt = 512
+    layers: PositiveInt = 12
+    heads: PositiveInt = 8
+
+    @pydantic.model_validator(mode="after")
+    def _shapes_fit(self) -> "TextTower":
+        check_heads(self.width, self.heads)
+        return self
+
+
+class ClipConfig(ModelSettings):
+    """CLIP, Radford et al. 2021, arXiv:2103.00020."""
+
+    kind: Literal["clip"] = "clip"
+    vision: VisionTower = VisionTower()
+    text: TextTower = TextTower()
+    embed_dim: PositiveInt = 512
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    norm_eps: PositiveFloat = 1e-5
+
+    @property
+    def reads(self) -> Reads:
+        """A text and an image."""
+        text = TextRead(self.text.vocab_size, self.text.context, "text.vocab_size", "text.context")
+        return Reads(text=text, pixels=PixelsRead(self.vision.image_size))

@@ -1,0 +1,16 @@
+"""TASKS: kind of the configuration -> Task(model, config, collectives). Each file is what a task reads and its loss."""
+
+from pretrain.tasks.autoregressive import Autoregressive
+from pretrain.tasks.contrastive import Contrastive
+from pretrain.tasks.mlm import Mlm
+from pretrain.tasks.reconstruction import Reconstruction
+from pretrain.tasks.rtd import Rtd
+from pretrain.tasks.task import Task
+
+TASKS: dict[str, type[Task]] = {
+    "contrastive": Contrastive,
+    "mlm": Mlm,
+    "rtd": Rtd,
+    "autoregressive": Autoregressive,
+    "reconstruction": Reconstruction,
+}
