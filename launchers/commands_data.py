@@ -185,11 +185,10 @@ def order(
 
 
 def _stream_of_run(path: Path, overrides: list[str]) -> "Source":
-    from data_pipeline.settings import load_settings
-    from pretrain.config import RunConfig
+    from pretrain.config import load_run
     from pretrain.inputs.source import open_stream
 
-    config = load_settings(RunConfig, path, overrides)
+    config = load_run(path, overrides)
     return open_stream(config.data, config.seed)
 
 

@@ -23,13 +23,12 @@ def plan(
     """Memory, FLOPs, traffic and time of a run before it starts, with error bars, and which setting is fastest."""
     from rich.console import Console
 
-    from data_pipeline.settings import load_settings
     from launchers.plan.clusters import cluster_of
     from launchers.plan.make import advise, as_json, check_batch, make_plan
     from launchers.plan.show import show
-    from pretrain.config import RunConfig
+    from pretrain.config import load_run
 
-    run = load_settings(RunConfig, config, overrides or [])
+    run = load_run(config, overrides or [])
     check_batch(run, nodes * gpus_per_node)
     cluster = cluster_of(gpu, nodes, gpus_per_node, network_gbits)
     planned = make_plan(run, cluster)

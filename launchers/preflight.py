@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from data_pipeline.errors import ConfigError, NodeFault, TesseraError
-from data_pipeline.settings import load_settings
 from launchers import findings
 from launchers.local import ExitPatience, Group, attend, check_rendezvous, free_port
 from launchers.spec import LocalCluster, load_cluster
-from pretrain.config import RunConfig, check_initial, micro_batch_of
+from pretrain.config import RunConfig, check_initial, load_run, micro_batch_of
 from pretrain.runtime.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def read_config(asked: Asked) -> RunConfig | None:
     """The configuration, if one was named. Raises ConfigError for one that cannot run."""
     if asked.config is None:
         return None
-    config = load_settings(RunConfig, asked.config, asked.overrides)
+    config = load_run(asked.config, asked.overrides)
     check_initial(config)
     return config
 

@@ -1,4 +1,4 @@
-"""The schema of a training run. Read with `load_settings(RunConfig, path, overrides)`; imports no torch.
+"""The schema of a training run. Read with `load_run(path, overrides)`; imports no torch.
 
 Sections: what is learnt (`model`, `task`, see schema/), from what (`data`), how (`train`, `optim`),
 and where it is written.
@@ -22,8 +22,9 @@ from data_pipeline.settings import (
     Seed,
     Settings,
     expand_home,
-    load_settings,
     local_path,
+    override_settings,
+    read_yaml,
 )
 from data_pipeline.stream.weights import check_changes
 from pretrain.runtime.goodput import METRICS
@@ -277,6 +278,8 @@ class DeepSpeedConfig(Settings):
     extra: dict[str, Any] = {}
 
 
+SAVED = "config.json"
+"""The configuration of a run in its folder."""
 FINGERPRINTS = "fingerprints"
 """The key of config.json under which a run or an export keeps the fingerprints of what it depends on."""
 
@@ -411,10 +414,15 @@ CHANGEABLE_NAMES = (
 def load_run(path: str | Path, overrides: Sequence[str], changes: Sequence[str] = ()) -> RunConfig:
     """The configuration of a run; `changes` (--change key=value) are overrides that consent to another value.
 
-    Raises ConfigError for a change of what a run may not change on the way.
+    path: a YAML file, or the config.json that a run has saved, which may be an earlier version's. Raises ConfigError
+    for a change of what a run may not change on the way.
     """
+    from pretrain.schema.saved import saved_run
+
     consented_keys(changes)
-    return load_settings(RunConfig, path, [*overrides, *changes])
+    tree = read_yaml(Path(path))
+    tree = saved_run(tree) if Path(path).name == SAVED else tree
+    return override_settings(RunConfig, tree, [*overrides, *changes], str(path))
 
 
 def consented_keys(changes: Sequence[str]) -> frozenset[str]:

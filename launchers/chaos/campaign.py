@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault
-from data_pipeline.settings import load_settings
 from data_pipeline.storage import open_storage
 from launchers.chaos.attempt import Attempt, left_over
 from launchers.chaos.plan import Strike, plan
@@ -22,7 +21,7 @@ from launchers.chaos.points import moment, newest_save
 from launchers.chaos.storage import Ground, damage, empty, ground
 from launchers.spec import LocalCluster, describe
 from pretrain.checkpoint.catalog import checkpoint_root, committed
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, load_run
 from pretrain.runtime.goodput import METRICS, lines_of
 
 MARKER = "chaos.json"
@@ -79,7 +78,7 @@ def run_campaign(config_path: Path, overrides: Sequence[str], kills: int, seed: 
 
     Raises ConfigError, and NodeFault when the reference fails.
     """
-    config = load_settings(RunConfig, config_path, overrides)
+    config = load_run(config_path, overrides)
     describe(config_path, overrides, LocalCluster(), 1, procs)
     home = Path(f"{config.run}-chaos-{seed}")
     elsewhere = f"{config.train.checkpoints}-chaos-{seed}" if config.train.checkpoints else ""

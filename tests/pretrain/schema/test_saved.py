@@ -12,7 +12,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.settings import check_settings, load_settings
 from pretrain.checkpoint.identity import check_identity, identity
 from pretrain.checkpoint.trained import run_config
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, load_run
 from pretrain.inputs.image_tokenizer import tokenizer_id
 from pretrain.interchange.folder import export_model, load_model
 from pretrain.models.vqgan import Vqgan
@@ -175,3 +175,20 @@ def test_what_is_no_configuration_is_left_for_the_schema_to_refuse(nonsense: Any
 def test_a_name_of_before_is_refused_with_the_present_one(override: str, now: str) -> None:
     with pytest.raises(ConfigError, match=f"is called {now} now"):
         load_settings(RunConfig, "configs/small/bert.yaml", [override])
+
+
+def test_the_configuration_that_an_earlier_version_saved_is_read_wherever_a_configuration_is_named(
+    tmp_path: Path,
+) -> None:
+    """As a run's config.json it is translated; the same text in a file of the user's own is refused."""
+    tree = load_settings(RunConfig, "configs/small/electra.yaml").model_dump(mode="json")
+    now = check_settings(RunConfig, tree, "test")
+    tree["objective"] = tree.pop("task")
+    tree["data"]["vocabulary"] = tree["data"].pop("text_tokenizer")
+    tree["data"]["tokenizer"] = tree["data"].pop("image_tokenizer")
+    for name in ("config.json", "mine.json"):
+        (tmp_path / name).write_text(json.dumps(tree | {"fingerprints": {"data.vocabulary": "a" * 64}}))
+    assert load_run(tmp_path / "config.json", []) == now
+    assert load_run(tmp_path / "config.json", ["data.text_tokenizer=v"]).data.text_tokenizer == "v"
+    with pytest.raises(ConfigError, match="objective: is called task now"):
+        load_run(tmp_path / "mine.json", [])
