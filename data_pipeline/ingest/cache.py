@@ -1,4 +1,4 @@
-"""Fetched bytes by their sha256: what an address gives changes from day to day, what was fetched once does not."""
+"""Content-addressed cache of fetched bytes: later builds read the same bytes even if a URL's content changes."""
 
 import contextlib
 import hashlib
@@ -16,14 +16,14 @@ from data_pipeline.storage import open_storage
 
 
 class RawCache:
-    """A folder or an s3:// prefix of files named by their contents; many writers may put the same."""
+    """Files named by their sha256, in a folder or under an s3:// prefix. Concurrent writers may put the same bytes."""
 
     def __init__(self, root: str) -> None:
         self.root = root
         self._storage = open_storage(root) if root.startswith("s3://") else None
 
     def put(self, data: bytes) -> str:
-        """-> sha256 of the bytes, under which they now stand. Raises DataError where they cannot be written."""
+        """Store the bytes and return their sha256, which is their name. Raises DataError if they cannot be written."""
         digest = hashlib.sha256(data).hexdigest()
         if self._storage is not None:
             self._storage.put_if_absent(digest, data)
@@ -42,7 +42,10 @@ class RawCache:
         return digest
 
     def get(self, digest: str) -> bytes:
-        """Raises DataError for no digest, and where the bytes are missing or no longer those of their name."""
+        """Return the bytes stored under `digest`.
+
+        Raises DataError if `digest` is not a sha256, or if the bytes are missing or do not match it.
+        """
         gate.check(gate.Sha256, digest, self.root, "build the dataset again")
         if self._storage is not None:
             data = self._storage.get(digest)
@@ -56,7 +59,7 @@ class RawCache:
         return data
 
     def get_all(self, digests: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """(digest, bytes) of each in order, as `get` does; from S3 several are on their way at once."""
+        """Yield (digest, bytes) in the order of `digests`. Raises as `get` does; S3 objects are read concurrently."""
         if self._storage is None:
             yield from ((digest, self.get(digest)) for digest in digests)
             return

@@ -1,4 +1,4 @@
-"""Text rules: what a caption looks like when it is stored, the same for every language."""
+"""Caption cleaning and filtering: one set of rules for all languages."""
 
 import hashlib
 import unicodedata
@@ -13,11 +13,11 @@ from data_pipeline.config import CaptionRules
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.text_files import UndecodableText, decode_text
 
-# Full-width forms and curly quotes are how Chinese is written, not damage.
+# Full-width forms and curly quotes are normal in Chinese text, so they are kept.
 _FTFY = ftfy.TextFixerConfig(fix_character_width=False, uncurl_quotes=False, normalization="NFC")
 
-SURE = 0.9  # a language counts as another one from this probability on: captions are too short for less
-_SCRIPTS = {  # as Unicode names the letters; every other language is written in LATIN
+SURE = 0.9  # minimum probability to accept py3langid's answer: short captions make lower ones unreliable
+_SCRIPTS = {  # scripts by the first word of the Unicode letter name; languages not listed use LATIN
     "zh": {"CJK"},
     "ja": {"CJK", "HIRAGANA", "KATAKANA"},
     "ko": {"HANGUL", "CJK"},
@@ -28,11 +28,14 @@ _SCRIPTS = {  # as Unicode names the letters; every other language is written in
     "he": {"HEBREW"},
     "th": {"THAI"},
 }
-_UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI"}  # words are not told apart by spaces
+_UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI"}  # spaces do not separate words reliably
 
 
 def clean_caption(text: str, fix: bool = True) -> str:
-    """One line of NFC text: mojibake and entities repaired where `fix`, controls and runs of space one space."""
+    """Return one line of NFC text; control characters and runs of whitespace become one space.
+
+    fix: also repair mojibake and HTML entities.
+    """
     text = ftfy.fix_text(text, _FTFY) if fix else unicodedata.normalize("NFC", text)
     text = text.encode("utf-8", "replace").decode("utf-8")
     visible = "".join(" " if unicodedata.category(letter) in ("Cc", "Zl", "Zp") else letter for letter in text)
@@ -40,9 +43,10 @@ def clean_caption(text: str, fix: bool = True) -> str:
 
 
 def clean_captions(captions: tuple[str, ...], rules: CaptionRules) -> tuple[tuple[str, ...], str]:
-    """-> (captions kept in order, each once; why none is left: the reason of the last that was left out).
+    """Return (cleaned captions in order, without repeats; rejection reason, empty if any caption is kept).
 
-    Reasons: empty_caption, caption_too_short, caption_too_long, caption_denied, caption_language.
+    The reason is that of the last non-empty caption rejected: caption_too_short, caption_too_long, caption_denied or
+    caption_language; empty_caption if all are empty.
     """
     kept: dict[str, None] = {}
     reason = "empty_caption"
@@ -71,7 +75,10 @@ def _why_not(text: str, rules: CaptionRules) -> str:
 
 
 def may_be(text: str, languages: tuple[str, ...]) -> bool:
-    """Is it not clearly another language? First by its letters, then, for languages that share them, by py3langid."""
+    """Return whether the text may be in one of `languages`: by script first, then by py3langid within a script.
+
+    Returns True when py3langid is not sure, and for text without letters.
+    """
     scripts = Counter(script for letter in text if (script := script_of(letter)))
     if not scripts:
         return True
@@ -83,7 +90,7 @@ def may_be(text: str, languages: tuple[str, ...]) -> bool:
 
 
 def language_of(text: str) -> str:
-    """The most likely language, zh for every Chinese; ? where py3langid is not sure."""
+    """Return the most likely language code; zh for every variety of Chinese, ? if py3langid is not sure."""
     scripts = Counter(script for letter in text if (script := script_of(letter)))
     for language in ("zh", "ja", "ko"):
         if scripts and _fits(scripts, _SCRIPTS[language]):
@@ -93,14 +100,14 @@ def language_of(text: str) -> str:
 
 
 def _fits(scripts: Counter[str], own: set[str]) -> bool:
-    """Are most letters its own, and is none of them Japanese where it is not?"""
+    """Return whether at least half of the letters are in the scripts `own`, with no kana unless `own` has it."""
     kana = scripts["HIRAGANA"] + scripts["KATAKANA"]
     return 2 * sum(scripts[name] for name in own) >= scripts.total() and (not kana or "HIRAGANA" in own)
 
 
 @cache
 def script_of(letter: str) -> str:
-    """LATIN, CJK, CYRILLIC, ...; empty for what is no letter."""
+    """Return the script of a letter (LATIN, CJK, CYRILLIC, ...); empty for other characters."""
     if not unicodedata.category(letter).startswith("L"):
         return ""
     return unicodedata.name(letter, "").partition(" ")[0]
@@ -115,12 +122,12 @@ def _identifier() -> Any:
 
 @cache
 def known_languages() -> frozenset[str]:
-    """The ISO 639-1 codes that can be asked for."""
+    """Return the supported ISO 639-1 codes."""
     return frozenset(_identifier().labels)
 
 
 def check_languages(languages: tuple[str, ...]) -> None:
-    """Raises ConfigError for a code that is not known."""
+    """Raise ConfigError for an unknown language code."""
     unknown = sorted(set(languages) - known_languages()) if languages else []
     if unknown:
         raise ConfigError(f"captions.languages: {', '.join(unknown)} not known; codes are ISO 639-1, as en, zh, fr")
@@ -130,7 +137,7 @@ def check_languages(languages: tuple[str, ...]) -> None:
 
 
 class DenyList:
-    """Words and phrases; one of letters without spaces between words (Chinese, ...) is found anywhere, others whole."""
+    """Denied words and phrases. Terms in unspaced scripts (Chinese, ...) match anywhere, others as whole words."""
 
     def __init__(self, lines: list[str]) -> None:
         terms = {_folded(line) for line in lines if line.strip() and not line.startswith("#")}
@@ -139,7 +146,7 @@ class DenyList:
         self._words = _by_length({" ".join(_words(term)) for term in terms - unspaced}, lambda term: len(term.split()))
 
     def finds(self, text: str) -> bool:
-        """Is one of the terms in the text?"""
+        """Return whether the text contains one of the terms."""
         text = _folded(text)
         words = _words(text)
         return any(
@@ -170,12 +177,12 @@ def _words(text: str) -> list[str]:
 
 @cache
 def deny_list(path: str) -> DenyList:
-    """Raises DataError where there is no such file."""
+    """Read a deny-list. Raises DataError if the file cannot be read as UTF-8."""
     return DenyList(_deny_lines(path))
 
 
 def deny_digest(path: str | None) -> str:
-    """sha256 of the list: another list is another build."""
+    """Return the sha256 of the list, empty without one; part of the build's pin."""
     return "" if path is None else hashlib.sha256("\n".join(_deny_lines(path)).encode()).hexdigest()
 
 

@@ -1,9 +1,9 @@
-"""Images that occur more than once, over the whole build: which rows go is a function of the rows in their order.
+"""Exact and near-duplicate image detection over a whole build; deterministic given the rows and their order.
 
-A row is a duplicate when an earlier row that stays has the same bytes, or looks alike: its perceptual hash, which sees
-brightness, differs in at most d bits, and its colours in no place by more than COLOUR_LEVELS. To find the hashes, the
-64 bits are cut into d + 1 bands: two that differ in d bits agree in at least one band, so comparing the hashes that
-share a band finds every pair, exactly. Letters: n rows.
+A row is a duplicate when an earlier kept row has the same bytes or looks alike: its perceptual hash, computed from
+brightness, differs in at most d bits, and its colour signature nowhere by more than COLOUR_LEVELS. Hash search is exact
+(banding): the 64 bits are cut into d + 1 bands, so two hashes that differ in at most d bits agree in at least one band,
+and comparing all hashes that share a band finds every pair. Shapes: n is the number of rows.
 """
 
 from collections import defaultdict
@@ -14,12 +14,12 @@ import numpy as np
 BITS = 64
 _PAIRS_AT_ONCE = 1 << 22
 COLOUR_LEVELS = 20
-"""Of 256. JPEG at quality 30, half the size, 12 levels more or 20 less of brightness change a cell's mean colour by up
-to 11 levels, a fifth more contrast by up to 20 (300 emoji, 39 photographs); red instead of blue by some 100."""
+"""Of 256 levels. Measured on 300 emoji and 39 photographs: JPEG at quality 30, half the size, or brightness +12 or -20
+levels change a cell's mean colour by up to 11 levels; +20 % contrast by up to 20; red instead of blue by about 100."""
 
 
 def first_of_equals(digests: np.ndarray) -> np.ndarray:
-    """digests: uint64 [n, 2] -> int64 [n]: the first row with the same digest, of a first row itself."""
+    """Return the first row with the same digest, per row: uint64 [n, 2] -> int64 [n]. A first row maps to itself."""
     if not len(digests):
         return np.zeros(0, np.int64)
     ranked = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
@@ -31,10 +31,11 @@ def first_of_equals(digests: np.ndarray) -> np.ndarray:
 
 
 def first_of_alike(hashes: np.ndarray, bits: int, colours: np.ndarray | None = None) -> np.ndarray:
-    """hashes: uint64 [n], colours: uint8 [n, COLOUR_BYTES] -> int64 [n]: the earliest staying row that looks alike.
+    """Return the earliest kept row that looks alike, per row; a kept row maps to itself.
 
-    Of a staying row itself. Without colours (of any row, or of one: all zero) the hash alone counts. Rows are taken in
-    order: a row goes when a row that stays is alike, so that chains of small steps do not all go.
+    hashes: uint64 [n], colours: uint8 [n, COLOUR_BYTES] -> int64 [n]. If `colours` is None, or all zero for one of the
+    two rows, only the hash counts. Rows are processed in order and compared with kept rows only, so a chain of small
+    changes is not dropped as a whole.
     """
     values, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     near: dict[int, list[int]] = defaultdict(list)
@@ -44,7 +45,7 @@ def first_of_alike(hashes: np.ndarray, bits: int, colours: np.ndarray | None = N
     keeper = np.arange(len(hashes))
     alone = counts == 1
     alone[list(near)] = False
-    staying: dict[int, list[int]] = defaultdict(list)  # rows by the number of their hash
+    staying: dict[int, list[int]] = defaultdict(list)  # kept rows by index of their hash in `values`
     for row in np.flatnonzero(~alone[inverse]).tolist():
         value = int(inverse[row])
         earlier = sorted(one for other in (value, *near.get(value, ())) for one in staying.get(other, ()))
@@ -57,7 +58,7 @@ def first_of_alike(hashes: np.ndarray, bits: int, colours: np.ndarray | None = N
 
 
 def _same_colours(colours: np.ndarray, row: int, rows: list[int]) -> list[int]:
-    """Of `rows` those whose colours are the row's, or are not known."""
+    """Return those of `rows` whose colours match those of `row`, or are unknown."""
     if not rows or not colours[row].any():
         return rows
     others = colours[rows]
@@ -66,7 +67,7 @@ def _same_colours(colours: np.ndarray, row: int, rows: list[int]) -> list[int]:
 
 
 def _alike(values: np.ndarray, bits: int) -> Iterator[np.ndarray]:
-    """All pairs of distinct `values` within `bits` differing bits: int64 [pairs, 2], some more than once."""
+    """Yield all pairs of distinct `values` that differ in at most `bits` bits: int64 [pairs, 2]; pairs may repeat."""
     edges = np.linspace(0, BITS, bits + 2).astype(int)
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         mask = np.uint64(((1 << int(high - low)) - 1) << int(low))
@@ -80,7 +81,7 @@ def _alike(values: np.ndarray, bits: int) -> Iterator[np.ndarray]:
 
 
 def _pairs_in_runs(ends: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """ends[i]: end of the run that i is in -> all i < j of one run, a bounded number at a time."""
+    """Yield all pairs i < j within one run, in bounded batches. ends[i]: end of the run that contains i."""
     counts = ends - np.arange(len(ends)) - 1
     start = 0
     while start < len(ends):
@@ -93,7 +94,7 @@ def _pairs_in_runs(ends: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _each_once(pairs: list[np.ndarray]) -> list[list[int]]:
-    """int64 [k, 2] arrays of pairs -> each pair once."""
+    """Deduplicate pairs, given as int64 [k, 2] arrays."""
     return np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0).tolist() if pairs else []
 
 
@@ -104,18 +105,18 @@ def duplicates(
     bits: int | None,
     colours: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """-> (int64 [n] the row that stays in place of each, -1 where it stays itself; bool [n] by its bytes).
+    """Return (int64 [n]: the row kept instead of each row, -1 for kept rows; bool [n]: the bytes are equal).
 
-    digests: uint64 [n, 2] of the raw bytes, None where equal bytes are not looked for. hashes: uint64 [n], of the rows
-    where `hashed`, bool [n]; bits None: not looked for. colours: uint8 [n, COLOUR_BYTES].
+    digests: uint64 [n, 2] of the raw bytes, None to skip exact duplicates. hashes: uint64 [n], valid where `hashed`
+    (bool [n]). bits: maximum Hamming distance, None to skip near duplicates. colours: uint8 [n, COLOUR_BYTES].
     """
     own = np.arange(len(hashes))
     exact = own if digests is None else first_of_equals(digests)
     alike = own.copy()
     if bits is not None:
-        candidates = np.flatnonzero(hashed & (exact == own))  # of equal bytes only the first is compared further
+        candidates = np.flatnonzero(hashed & (exact == own))  # of rows with equal bytes, only the first
         seen = None if colours is None else colours[candidates]
         alike[candidates] = candidates[first_of_alike(hashes[candidates], bits, seen)]
     keeper = np.where(exact != own, exact, alike)
-    keeper = keeper[keeper]  # the equal of a row that went as alike stays out for the row that stays
+    keeper = keeper[keeper]  # follow one more step: the first row with equal bytes may itself be a near duplicate
     return np.where(keeper == own, -1, keeper), exact != own

@@ -1,11 +1,11 @@
-"""Addresses -> bytes, bounded and safe.
+"""Fetch URLs with bounded time and memory, and without reaching private networks.
 
-Every attempt ends within `timeout_s`, and the pauses between them within `attempts * timeout_s`; a body is cut off at
-`max_bytes` while it arrives; redirects are followed one by one. Only http(s) is asked, and no private network: the
-socket itself refuses such a peer, however the host is spelled and whatever its name resolves to. Behind a proxy
-(http_proxy, https_proxy, no_proxy) the peer is the proxy, so the addresses of the target are looked up and checked.
-What may be different next time (a stall, a cut, a busy or broken server) is tried again and, in the end, noted as
-transient: it never counts as bad data, and `tessera data retry` asks once more.
+Every attempt ends within `timeout_s`, and all pauses between attempts together within `attempts * timeout_s`. A body is
+limited to `max_bytes` while it arrives; redirects are followed one by one. Only http(s) URLs are fetched, and none on a
+private network: the socket itself refuses such a peer, however the host is spelled and whatever its name resolves to.
+Behind a proxy (http_proxy, https_proxy, no_proxy) the peer is the proxy, so the target's addresses are resolved and
+checked instead. Transient failures (timeouts, broken connections, busy or failing servers) are retried and finally
+recorded as transient: they do not count as bad data, and `tessera data retry` tries them again.
 """
 
 import asyncio
@@ -41,15 +41,15 @@ _BACKOFF_S = 0.5
 _CHUNK = 65536
 _REDIRECTS = {301, 302, 303, 307, 308}
 _BUSY = {408, 425, 429}
-_GZIP = 16 + zlib.MAX_WBITS  # as zlib is told that it is gzip
+_GZIP = 16 + zlib.MAX_WBITS  # zlib's `wbits` for the gzip format
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one address: sha256 of its bytes in the cache, or why there are none.
+    """Result of fetching one URL: the sha256 of its bytes in the cache, or the reason for failure.
 
-    http_status: of the last answer, 0 where none came. attempts: how many were made.
+    http_status: of the last response, 0 without one. attempts: how many were made.
     """
 
     sha256: str = ""
@@ -61,7 +61,7 @@ class Outcome:
 
 
 class FetchError(Exception):
-    """One attempt failed. transient: another may not, after the `wait_s` that the server asks for."""
+    """One failed attempt. transient: a retry may succeed, after the `wait_s` seconds that the server asks for."""
 
     def __init__(
         self, reason: str, detail: str = "", status: int = 0, transient: bool = False, wait_s: float = 0.0
@@ -72,11 +72,11 @@ class FetchError(Exception):
 
 
 class PrivateAddress(OSError):
-    """An address in a network that must not be asked, or a name that leads there."""
+    """Raised for an address in a forbidden network, or a host name that resolves to one."""
 
 
 def fetch_all(links: list[Link], rules: FetchRules, cache: RawCache) -> list[Outcome]:
-    """Outcomes of the links in order; the bytes are in the cache."""
+    """Fetch all links into the cache and return their outcomes in order."""
 
     async def run() -> list[Outcome]:
         async with Fetcher(rules, cache) as fetcher:
@@ -86,7 +86,7 @@ def fetch_all(links: list[Link], rules: FetchRules, cache: RawCache) -> list[Out
 
 
 class Fetcher:
-    """Fetches within one event loop: `concurrency` addresses at once in all, `per_host` of one host."""
+    """Fetcher for one event loop: at most `concurrency` requests at once, at most `per_host` to one host."""
 
     def __init__(self, rules: FetchRules, cache: RawCache) -> None:
         self._rules = rules
@@ -101,7 +101,7 @@ class Fetcher:
             await _must_be_known(proxy)
         self._resolver = GuardedResolver(self._rules)
         self._direct = self._session(lambda info: _GuardedSocket(self._rules, *info[:3]))
-        self._proxied = self._session(None)  # its peers are proxies, which a site may have on a private network
+        self._proxied = self._session(None)  # unguarded: its peers are proxies, which may be on a private network
         return self
 
     def _session(self, socket_factory: Callable[[Any], socket.socket] | None) -> aiohttp.ClientSession:
@@ -121,13 +121,13 @@ class Fetcher:
         await self._resolver.close()
 
     async def fetch_all(self, links: list[Link]) -> list[Outcome]:
-        """Outcomes in the order of the links."""
+        """Fetch all links and return their outcomes in order."""
         return list(await asyncio.gather(*(self.fetch(link) for link in links)))
 
     async def fetch(self, link: Link) -> Outcome:
-        """Never raises for what the other side does."""
+        """Fetch one link, with retries. Server and network failures are returned as outcomes, never raised."""
         url = link.url.replace("&amp;", "&")
-        patience_s = self._rules.attempts * self._rules.timeout_s  # while being asked or left alone, not in the queue
+        patience_s = self._rules.attempts * self._rules.timeout_s  # limit on all pauses; waiting in the queue is free
         host = self._hosts.setdefault(_host(url), asyncio.Semaphore(self._rules.per_host))
         attempt = 0
         while True:
@@ -141,12 +141,12 @@ class Fetcher:
             await asyncio.sleep(pause_s)
 
     async def _attempt(self, url: str, link: Link, attempt: int, timeout_s: float) -> tuple[Outcome, float]:
-        """-> (outcome, seconds that the server wants to be left alone)."""
+        """Return (outcome, seconds to wait before the next attempt as requested by the server)."""
         try:
             async with asyncio.timeout(timeout_s):
                 data, status = await self._get(url)
             check_digests(data, link)
-            # on S3 a put waits for the network: the other addresses must not wait with it
+            # a put to S3 waits for the network, so it runs in a thread and does not block other requests
             put: Callable[[bytes], str] = self._cache.put
             digest = await asyncio.to_thread(put, data) if self._cache.root.startswith("s3://") else put(data)
             return Outcome(digest, http_status=status, attempts=attempt), 0.0
@@ -172,7 +172,7 @@ class Fetcher:
         raise FetchError("too_many_redirects", f"more than {MAX_REDIRECTS}, the last to {url:.100}")
 
     async def _way_to(self, target: URL) -> tuple[aiohttp.ClientSession, URL | None]:
-        """-> (session, proxy; None where the target is asked directly, as networks in `allow_networks` always are)."""
+        """Return (session, proxy). proxy: None for a direct request, always so for targets in `allow_networks`."""
         proxy = self._proxies.get(target.scheme)
         host = target.raw_host or ""
         if proxy is None or proxy_bypass(f"{target.host_subcomponent}:{target.port}"):
@@ -184,7 +184,7 @@ class Fetcher:
 
 
 def _proxy(url: str) -> URL:
-    """Raises ConfigError for a proxy that is not spoken to by http."""
+    """Parse the address of a proxy. Raises ConfigError unless it is an http or https URL."""
     try:
         proxy = URL(url if "://" in url else f"http://{url}")
     except ValueError:
@@ -195,7 +195,7 @@ def _proxy(url: str) -> URL:
 
 
 async def _must_be_known(proxy: URL) -> None:
-    """Raises ConfigError where no name server knows the host of a proxy; one that does not answer now may later."""
+    """Raise ConfigError if the proxy's host name is invalid or unknown; temporary DNS failures are ignored."""
     try:
         await asyncio.get_running_loop().getaddrinfo(proxy.raw_host, proxy.port)
     except (OSError, UnicodeError) as error:
@@ -206,11 +206,14 @@ async def _must_be_known(proxy: URL) -> None:
             ) from None
 
 
-_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None, sock_read=None)  # asyncio.timeout holds over all
+_NO_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=None, sock_read=None)  # asyncio.timeout covers all of it
 
 
 async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """The body, unpacked where it comes packed all the same; no more than max_bytes are ever held."""
+    """Read the body, decompressing it if the server compressed it although identity was requested.
+
+    Memory is bounded by `max_bytes` plus one chunk. Raises FetchError for a larger or a damaged body.
+    """
     if (response.content_length or 0) > max_bytes:
         raise FetchError("too_large", f"{response.content_length} bytes, at most {max_bytes}", status=response.status)
     packings = _packings(response)
@@ -224,14 +227,14 @@ async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
             raise FetchError("fetch_encoding", why, status=response.status) from None
         if len(body) > max_bytes or any(unpacker.is_full for unpacker in unpackers):
             raise FetchError("too_large", f"more than {max_bytes} bytes", status=response.status)
-    if not all(unpacker.is_whole for unpacker in unpackers):  # cut off before it was sent: the next one may be whole
+    if not all(unpacker.is_whole for unpacker in unpackers):  # truncated at the sender: a retry may succeed
         why = f"{', '.join(packings)} that ends too early"
         raise FetchError("fetch_encoding", why, status=response.status, transient=True)
     return bytes(body)
 
 
 def _packings(response: aiohttp.ClientResponse) -> list[str]:
-    """How the body is packed, outermost first: gzip, x-gzip, deflate. Raises FetchError for one that is not undone."""
+    """Return the content encodings (gzip, x-gzip, deflate), outermost first. Raises FetchError for any other."""
     found = packings(response.headers)
     if unknown := set(found) - {"gzip", "x-gzip", "deflate"}:
         raise FetchError("unknown_encoding", min(unknown), status=response.status)
@@ -245,9 +248,9 @@ def _unpacked(unpackers: "list[_Unpacker]", data: bytes, at_most: int) -> bytes:
 
 
 class _Unpacker:
-    """A body that is packed as its Content-Encoding says, taken apart piece by piece.
+    """Incremental decompressor for one Content-Encoding.
 
-    x-gzip is what some servers say of how a file is stored: such a body may also come plain, and is then left alone.
+    Some servers send x-gzip to describe how a file is stored, although the body is plain: it is then passed through.
     """
 
     def __init__(self, packing: str) -> None:
@@ -256,7 +259,7 @@ class _Unpacker:
         self._is_plain = False
 
     def unpack(self, piece: bytes, at_most: int) -> bytes:
-        """The next bytes, up to `at_most`. Raises zlib.error for what is packed otherwise."""
+        """Decompress the next piece, up to `at_most` bytes. Raises zlib.error if it is not in this encoding."""
         if self._stream is None and not self._is_plain:
             self._begin(piece)
         if self._is_plain:
@@ -268,19 +271,19 @@ class _Unpacker:
 
     def _begin(self, piece: bytes) -> None:
         self._is_plain = self._packing == "x-gzip" and not _GZIP_MAGIC.startswith(piece[:2])
-        # deflate means zlib's format, whose first byte ends in 8; some servers send the bare one, which never does
+        # deflate means the zlib format, whose first byte ends in hex 8; in raw deflate, which some send, it never does
         bare = piece[0] & 15 != 8
         wbits = -zlib.MAX_WBITS if bare else zlib.MAX_WBITS
         self._stream = zlib.decompressobj(wbits if self._packing == "deflate" else _GZIP)
 
     @property
     def is_full(self) -> bool:
-        """Was there more than `at_most`?"""
+        """True if the last piece decompressed to more than `at_most` bytes."""
         return self._stream is not None and bool(self._stream.unconsumed_tail)
 
     @property
     def is_whole(self) -> bool:
-        """Did the body come to its end?"""
+        """True if the compressed stream is complete."""
         return self._is_plain or (self._stream is not None and self._stream.eof)
 
 
@@ -288,7 +291,7 @@ class _Unpacker:
 
 
 def check_address(url: str) -> URL:
-    """An address as it will be asked. Raises FetchError for what is not http(s)."""
+    """Parse a URL as it will be requested. Raises FetchError unless it is http(s)."""
     try:
         parsed = URL(url)
     except ValueError as error:
@@ -299,30 +302,30 @@ def check_address(url: str) -> URL:
 
 
 def is_allowed(address: str, rules: FetchRules) -> bool:
-    """May this IP address be asked? Raises ValueError for what is none."""
+    """Return whether requests to this IP address are allowed. Raises ValueError if it is not an IP address."""
     return is_public(address, rules.allow_networks)
 
 
 def is_named(address: str, rules: FetchRules) -> bool:
-    """Is this IP address in one of `allow_networks`? Raises ValueError for what is none."""
+    """Return whether this IP address is in one of `allow_networks`. Raises ValueError if it is not an IP address."""
     return is_within(address, rules.allow_networks)
 
 
 class _GuardedSocket(socket.socket):
-    """A socket that connects to no private network: what it is told is where the bytes go."""
+    """A socket that refuses to connect to private networks; it checks the very address it connects to."""
 
     def __init__(self, rules: FetchRules, family: int, kind: int, protocol: int) -> None:
         super().__init__(family, kind, protocol)
         self._rules = rules
 
     def connect(self, address: Any) -> None:
-        """Raises PrivateAddress, also for what is no numeric address."""
+        """Connect. Raises PrivateAddress for a forbidden address, and for one that is not numeric."""
         refuse_private([address[0]], "the peer", self._rules)
         super().connect(address)
 
 
 def refuse_private(addresses: list[str], host: str, rules: FetchRules) -> None:
-    """Raises PrivateAddress where one of the addresses of a host must not be asked, or is no IP address."""
+    """Raise PrivateAddress if any of a host's addresses is forbidden or is not an IP address."""
     with contextlib.suppress(ValueError):
         if all(is_allowed(address, rules) for address in addresses):
             return
@@ -330,7 +333,7 @@ def refuse_private(addresses: list[str], host: str, rules: FetchRules) -> None:
 
 
 def check_answer(response: aiohttp.ClientResponse, rules: FetchRules) -> None:
-    """Raises FetchError for any status but 200 and where the owner opts out."""
+    """Raise FetchError for any status but 200, and if the owner opts out by X-Robots-Tag."""
     status = response.status
     if status in _BUSY or status >= 500:
         raise FetchError(f"http_{status}", "", status, True, retry_after_s(response.headers))
@@ -343,7 +346,7 @@ def check_answer(response: aiohttp.ClientResponse, rules: FetchRules) -> None:
 
 
 def opt_outs(value: str) -> list[str]:
-    """An X-Robots-Tag value -> directives that are meant for us: those without a name, or with ours."""
+    """Return the directives of an X-Robots-Tag value that apply here: those for no agent, all agents or ours."""
     agent, colon, rest = value.partition(":")
     named = colon and not agent.strip().lower().startswith(("unavailable_after", "max-"))
     if named and agent.strip().lower() not in (USER_AGENT, "*"):
@@ -352,14 +355,14 @@ def opt_outs(value: str) -> list[str]:
 
 
 def check_digests(data: bytes, link: Link) -> None:
-    """Raises FetchError where the bytes are not those that the source's sha256 or md5 column says."""
+    """Raise FetchError if the bytes do not match the digest in the source's sha256 or md5 column."""
     for name, wanted in (("sha256", link.sha256), ("md5", link.md5)):
         if wanted and (found := hashlib.new(name, data, usedforsecurity=False).hexdigest()) != wanted.strip().lower():
             raise FetchError(f"wrong_{name}", f"{found[:16]} came, {wanted[:16]} is wanted", status=200)
 
 
 def _reason_of(error: Exception) -> tuple[str, bool]:
-    """-> (reason, transient) of what aiohttp or the operating system raised."""
+    """Return (reason, transient) for an error of aiohttp or the operating system."""
     below = _below(error)
     if isinstance(below, PrivateAddress):
         return "private_address", False
@@ -375,7 +378,7 @@ def _reason_of(error: Exception) -> tuple[str, bool]:
 
 
 def _below(error: Exception) -> Exception:
-    """What the operating system or the gate raised where aiohttp raised on."""
+    """Return the underlying error of the operating system or the guard if aiohttp wrapped it."""
     return error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
 
 
@@ -384,7 +387,7 @@ def _is_unknown(error: Exception) -> bool:
 
 
 def _host(url: str) -> str:
-    """Whose requests are counted together: the host and port that are asked."""
+    """Return HOST:PORT, the unit of the `per_host` limit; empty for an invalid URL."""
     with contextlib.suppress(FetchError):
         parsed = check_address(url)
         return f"{parsed.raw_host}:{parsed.port}"
@@ -395,7 +398,10 @@ def _host(url: str) -> str:
 
 
 class GuardedResolver(AbstractResolver):
-    """Names -> addresses, each name asked once in DNS_TTL_S whatever comes of it; private networks are refused."""
+    """DNS resolver that refuses private networks and caches each answer for DNS_TTL_S.
+
+    Refused and unknown names are cached too; temporary failures are not.
+    """
 
     def __init__(self, rules: FetchRules, lookup: Callable[..., Awaitable[list[ResolveResult]]] | None = None) -> None:
         self._rules = rules
@@ -413,7 +419,7 @@ class GuardedResolver(AbstractResolver):
             return await asyncio.shield(task)
         except OSError as error:
             if not (isinstance(error, PrivateAddress) or _is_unknown(error)):
-                self._known.pop((host, port), None)  # a name server's bad moment is not remembered
+                self._known.pop((host, port), None)  # temporary DNS failures are not cached
             raise
 
     async def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Conditions on rows, as text in the configuration: `width >= 256 and aspect < 3`, `nsfw < 0.5 or label in ["cat"]`.
+"""Row filters written as expressions in the configuration: `width >= 256 and aspect < 3`, `nsfw < 0.5`.
 
-Python's syntax of comparisons, and / or / not, + - * / // %, numbers, texts, lists, and the functions below; nothing
-else is understood, nothing is executed. A row passes when the condition is true; a name whose value is missing, null
-or of another type than what it is compared with makes it false, and so does what cannot be computed (1 / 0, min([])).
+The grammar is a subset of Python: comparisons, and / or / not, + - * / // %, numbers, strings, lists
+(`label in ["cat"]`), and the functions below. Anything else is rejected, and no code is executed. A row passes when the
+condition is true. A missing or null value, a type mismatch or an arithmetic error (1 / 0, min([])) makes it false.
 """
 
 import ast
@@ -38,7 +38,7 @@ Value = Callable[[Mapping[str, Any]], Any]
 
 
 class Condition:
-    """One condition. names: what it asks for. Raises ConfigError naming `where` for what it does not understand."""
+    """One compiled condition. names: the names it uses. Raises ConfigError naming `where` for unsupported syntax."""
 
     def __init__(self, text: str, where: str) -> None:
         self.text = text
@@ -52,7 +52,7 @@ class Condition:
             raise ConfigError(f"{where}={text!r}: not a condition ({error}); for example width >= 256") from None
 
     def why_not(self, values: Mapping[str, Any]) -> str:
-        """Empty where `values` meet the condition, else what they are."""
+        """Return why `values` fail the condition (the condition and its values), or an empty string if they pass."""
         try:
             if self._value(values):
                 return ""
@@ -111,7 +111,7 @@ class Condition:
 
 
 class _Missing(Exception):
-    """A name without a value."""
+    """Raised for a name without a value."""
 
 
 def _look_up(values: Mapping[str, Any], name: str) -> Any:
@@ -122,7 +122,7 @@ def _look_up(values: Mapping[str, Any], name: str) -> Any:
 
 
 def _alike(left: Any, right: Any) -> tuple[Any, Any]:
-    """A number and a text that is a number are compared as numbers: csv has only texts."""
+    """Convert a numeric string that meets a number to a number, since csv has only strings."""
     if isinstance(left, str) and isinstance(right, int | float):
         return _number(left), right
     if isinstance(right, str) and isinstance(left, int | float):
@@ -138,22 +138,22 @@ def _number(text: str) -> float | str:
 
 
 class Filters:
-    """The conditions of a build, those that need no image first."""
+    """All conditions of a build, split into those that need the decoded image and those that do not."""
 
     def __init__(self, filters: Mapping[str, str]) -> None:
         self._all = {name: Condition(text, f"filters.{name}") for name, text in filters.items()}
 
     @property
     def names(self) -> set[str]:
-        """Everything that is asked for."""
+        """All names used by the conditions."""
         return {name for condition in self._all.values() for name in condition.names}
 
     def before(self, values: Mapping[str, Any]) -> tuple[str, str]:
-        """(name, why) of the first condition over columns and captions alone that is not met; empty where all are."""
+        """Return (name, why) of the first failed condition on columns and captions only; empty strings if all pass."""
         return self._first(values, with_image=False)
 
     def after(self, values: Mapping[str, Any]) -> tuple[str, str]:
-        """The same for the conditions that look at the image."""
+        """Like `before`, for the conditions that use the image."""
         return self._first(values, with_image=True)
 
     def _first(self, values: Mapping[str, Any], with_image: bool) -> tuple[str, str]:

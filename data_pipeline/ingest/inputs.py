@@ -1,4 +1,4 @@
-"""Input files by name: on this machine, on S3 or behind http(s), with {00..99} ranges, * patterns and `::` unions."""
+"""Find and open input files, local, on S3 or over http(s): {00..99} ranges, * patterns and `::` unions."""
 
 import contextlib
 import gzip
@@ -25,22 +25,23 @@ _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def without_query(path: str) -> str:
-    """The path, of an http address without its query."""
+    """Return the path; for an http(s) URL, without query and fragment."""
     return path.partition("?")[0].partition("#")[0] if path.startswith(("http://", "https://")) else path
 
 
 def beside(path: str, name: str) -> str:
-    """`name` relative to the folder of `path`."""
+    """Return `name` resolved against the folder of `path`."""
     if is_remote(name) or not is_remote(path):
         return name if is_remote(name) else str(Path(path).parent / name)
     return path.rpartition("/")[0] + "/" + name.removeprefix("./")
 
 
 def input_paths(pattern: str, suffixes: tuple[str, ...], field: str = "source.path") -> list[str]:
-    """Files that a pattern names, in its order; of a folder those with one of `suffixes`, sorted, also in the folders
-    `column=value` of a partitioned table below it. Hidden files, such as macOS's ._NAME, are passed over.
+    """Return the files that a pattern names, in its order.
 
-    Raises DataError for what is not there; `field` is the setting that is named then.
+    A folder expands to its files with one of `suffixes`, sorted, including those in `column=value` folders of a
+    partitioned table. Hidden files, such as macOS's ._NAME, are skipped. Raises DataError for missing files, naming the
+    setting `field`.
     """
     paths: list[str] = []
     for part in pattern.split("::"):
@@ -74,18 +75,21 @@ def _files_in(folder: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
 
 
 def _is_hidden(path: str, pattern: str) -> bool:
-    """Does a part of the path begin with a dot where that of the pattern does not say so?"""
+    """Return whether a path component begins with a dot and is not spelled out in the pattern."""
     return any(part.startswith(".") and part not in pattern.split("/") for part in path.split("/"))
 
 
 def _parts_of(path: str) -> list[str]:
-    """The names of folders and of the file in a path, without the scheme."""
+    """Split a path into its components, without the scheme."""
     return [part for part in path.partition("://")[2 * is_remote(path)].split("/") if part not in ("", ".")]
 
 
 def partition_of(pattern: str, path: str) -> dict[str, str | None]:
-    """The columns that the folders `column=value` of a partitioned table say, from the folder or the first * of the
-    pattern on; as Hive and Spark write them: percent-encoded, one name for null."""
+    """Return the column values given by the `column=value` folders of a partitioned table.
+
+    Only path components after the fixed start of the pattern (up to its first *) count. Format as written by Hive and
+    Spark: percent-encoded, null as __HIVE_DEFAULT_PARTITION__.
+    """
     if "=" not in path:
         return {}
     for name in (name for part in pattern.split("::") for name in expand_braces(part)):
@@ -126,10 +130,10 @@ def _remote_files_in(system: Any, folder: str, suffixes: tuple[str, ...]) -> Ite
 
 
 def open_input(path: str) -> BinaryIO:
-    """A seekable stream of the file's bytes, unpacked where its name ends in .gz or a server sends it packed.
+    """Open a seekable stream of the file's bytes, decompressed if its name ends in .gz or a server sends gzip.
 
-    Raises DataError, also while it is read: for one that is missing, cannot be read, or is cut off or damaged.
-    Seeking in a .gz unpacks what lies before; many files are better than one large one there.
+    Raises DataError, also while reading, for a file that is missing, unreadable, truncated or damaged. Seeking in a
+    .gz decompresses everything before the target, so many files are faster than one large one.
     """
     if is_remote(path):
         file, packed = _open_remote(path)
@@ -140,9 +144,9 @@ def open_input(path: str) -> BinaryIO:
 
 
 def read_input(path: str) -> bytes:
-    """The whole file, of a .gz as it is packed.
+    """Read a whole file; a .gz file is returned compressed.
 
-    Raises OSError; FileNotFoundError too for what is not there on a server that answers.
+    Raises OSError; FileNotFoundError if the file is missing, also on a remote server.
     """
     if not is_remote(path):
         return Path(path).read_bytes()
@@ -155,7 +159,7 @@ def read_input(path: str) -> bytes:
 
 
 def _open_remote(path: str) -> tuple[BinaryIO, bool]:
-    """-> (a stream of the file's bytes as they lie there, whether these are packed)."""
+    """Return (stream of the file's stored bytes, whether they are gzip)."""
     if not path.startswith(("s3://", "http://", "https://")):
         with _named(path, "source.path"):
             system, inner = _filesystem(path)
@@ -163,13 +167,13 @@ def _open_remote(path: str) -> tuple[BinaryIO, bool]:
     remote = RemoteFile(path)
     file = io.BufferedReader(remote, _BUFFER)
     packed = path.endswith(".gz")
-    if not packed and (remote.packed or _named_gzip(path)):  # words of a server or a query: the bytes decide
+    if not packed and (remote.packed or _named_gzip(path)):  # headers and queries may be wrong: check the bytes
         packed = file.peek(2)[:2] == _GZIP_MAGIC
     return cast(BinaryIO, file), packed
 
 
 def _named_gzip(path: str) -> bool:
-    """Does an http address have .gz before the end of its name, or of a value in its query?"""
+    """Return whether .gz ends the path of an http(s) URL with a query or fragment, or a value in its query."""
     return path.startswith("http") and re.search(r"\.gz[?&#]", path) is not None
 
 
@@ -178,7 +182,7 @@ def _checked(path: str, file: Any, packed: bool) -> BinaryIO:
 
 
 class _CheckedFile(io.RawIOBase):
-    """An open file, or what it unpacks to where it is `packed` as gzip. Raises DataError for what cannot be read."""
+    """An open file, decompressed if `packed` (gzip). Raises DataError when reading or seeking fails."""
 
     def __init__(self, path: str, file: Any, packed: bool) -> None:
         self._path, self._inner = path, file
@@ -208,10 +212,10 @@ class _CheckedFile(io.RawIOBase):
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on S3 or behind http(s): a GET that is cut, stalled or refused goes on where it stopped.
+    """A seekable file on S3 or over http(s). A GET that breaks, stalls or is refused resumes where it stopped.
 
-    From its beginning it comes by one GET, from any other place by ranges of _WINDOW bytes. Raises DataError.
-    packed: the server says that these bytes are gzip's.
+    Reading from the start uses one GET, from any other offset ranges of _WINDOW bytes. Raises DataError.
+    packed: the server declares the bytes as gzip.
     """
 
     def __init__(self, path: str) -> None:
@@ -228,7 +232,7 @@ class RemoteFile(io.RawIOBase):
         self._seen: dict[str, Version] = {}
         self._pieces: Iterator[bytes] = iter(())
         self._piece = memoryview(b"")
-        self._end: int | None = 0  # of what `_pieces` gives
+        self._end: int | None = 0  # offset where `_pieces` ends; None: at the end of the file
 
     def readable(self) -> bool:
         return True
@@ -279,7 +283,7 @@ class RemoteFile(io.RawIOBase):
 
 
 def input_digest(path: str) -> tuple[str, int]:
-    """What tells a file from an edited one: (xxh3 of its bytes, their number), or, elsewhere, (size and tag, 0)."""
+    """Return what detects a changed file: (xxh3 of its bytes, their number); if remote, (size and ETag, 0)."""
     if is_remote(path):
         with _named(path, "source.path"):
             system, inner = _filesystem(path)
@@ -294,7 +298,7 @@ def input_digest(path: str) -> tuple[str, int]:
 
 
 def must_exist(path: Path, field: str) -> None:
-    """Raises DataError naming the setting where there is no such file or folder."""
+    """Raise DataError, naming the setting `field`, if there is no such file or folder."""
     with readable(str(path), field):
         there = path.exists()
     if not there:
@@ -303,7 +307,7 @@ def must_exist(path: Path, field: str) -> None:
 
 @contextlib.contextmanager
 def readable(path: str, field: str = "source.path") -> Iterator[None]:
-    """Turns what the operating system or an unpacker says into a DataError that names the file and the remedy."""
+    """Convert errors of the operating system and of decompression to a DataError with the file and the remedy."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -323,7 +327,7 @@ def _filesystem(path: str) -> tuple[Any, str]:
 
 
 class _named:
-    """Turns what a remote file system raises into a DataError naming the address and the setting."""
+    """Convert errors of a remote file system to a DataError (NotFound if missing) with the address and the setting."""
 
     def __init__(self, path: str, field: str) -> None:
         self._path, self._field = path, field

@@ -1,9 +1,9 @@
-"""What a build is going to do, fixed before anything is made: a function of source, configuration and what is there.
+"""Build plans: what a build will do, determined by source, configuration and existing output before any work starts.
 
-A dataset grows by generations. Generation 0 is all rows of the source at the time; a later one adds the rows that are
-new (`grow`), or those that were rejected (`data retry`), as further shards. Each is pinned by a file of its own,
-created once, and ends with a new manifest; the shards, and the manifests before it, stay as they are.
-A position counts the rows of one generation; a row's id is its number in the whole dataset, and never changes.
+A dataset grows by generations. Generation 0 is all rows of the source at the time; a later one adds new rows (`grow`)
+or previously rejected ones (`data retry`) as further shards. Each generation is pinned by a file of its own, created
+once, and ends with a new manifest; existing shards and earlier manifests do not change.
+A position is the index of a row within one generation; an id is its index in the whole dataset, and never changes.
 """
 
 import hashlib
@@ -49,10 +49,10 @@ from data_pipeline.storage import Storage
 BUILD = "build.json"
 FINAL_REASONS = frozenset(
     {"duplicate_key", "files_apart", "duplicate_image", "near_duplicate"}
-)  # trying again changes nothing
+)  # never retried: the result would be the same
 
 _WITH_COLUMNS = ("csv", "tsv", "parquet", "cc3m", "muge")
-_DECIDE_ROWS = ("kind", "key", "columns", "quotes", "parse_rule")  # settings of a source
+_DECIDE_ROWS = ("kind", "key", "columns", "quotes", "parse_rule")  # source settings that determine the rows
 _WITH_PARSE_RULE = ("csv", "tsv", "json", "jsonl", "parquet", "cc3m", "muge")
 _SOURCE: TypeAdapter[SourceConfig] = TypeAdapter(SourceConfig)
 _AT_ONCE = 1 << 16
@@ -60,12 +60,12 @@ _AT_ONCE = 1 << 16
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """One generation, as every task needs it; arrays are int64.
+    """Plan of one generation, passed to every task; arrays are int64.
 
-    duplicates: sorted positions whose key an earlier row has. selected: rows of the source by position, None for all.
-    ids: of the rows by position, None where they are the positions. repeats: [m, 3] of sorted positions of images that
-    are there already, the ids of those that stay, and 1 where the bytes are the same. reasons: by position, why a row
-    that is tried again was rejected. folder: where the command was given, and relative paths begin.
+    duplicates: sorted positions whose key an earlier row has. selected: source row per position, None for all rows.
+    ids: id per position, None if ids equal positions. repeats: [m, 3] duplicate images: position (sorted), id of the
+    row kept instead, 1 if the bytes are equal. reasons: previous rejection reason per position, for a retry.
+    folder: working directory of the command, against which relative paths resolve.
     """
 
     config: BuildConfig
@@ -90,7 +90,7 @@ class BuildPlan:
         return start, min(start + self.config.shard_size, self.rows)
 
     def read(self, shard: int) -> Iterator[tuple[int, Row]]:
-        """(id, row) of every position of a shard; the source is opened anew."""
+        """Yield (id, row) for every position of a shard, from a newly opened source."""
         start, stop = self.bounds(shard)
         duplicates = set(self.duplicates[slice(*np.searchsorted(self.duplicates, [start, stop]))].tolist())
         source = open_source(self.config.source, self.layout)
@@ -100,17 +100,17 @@ class BuildPlan:
             yield position if self.ids is None else int(self.ids[position]), known
 
     def _repeat(self, row: Row) -> Drop:
-        """What becomes of a row whose key an earlier row has."""
+        """Return the rejection of a row whose key an earlier row has."""
         if self.config.source.kind == "tars" and isinstance(row, Drop) and row.reason == "no_image":
             remedy = "the files of a sample must be neighbours, pack the tar again in their order (tar --sort=name)"
             return Drop(row.key, "files_apart", f"{row.detail}; its name stands earlier in the tar too: {remedy}")
         return Drop(row.key, "duplicate_key", "an earlier row has this key")
 
     def enter(self) -> None:
-        """Go to `folder`, as every task does first: a cluster's processes start elsewhere, and absolute paths instead
-        would stand in the details of rejected rows, which are those of a build without a cluster.
+        """Change to `folder`; every task does this first, because cluster processes start in another directory.
 
-        Raises DataError where this node lacks the folder and a path of the configuration is relative.
+        Paths are not made absolute instead: they appear in the details of rejected rows, which must not depend on
+        whether a cluster was used. Raises DataError if this node lacks the folder and a configured path is relative.
         """
         try:
             os.chdir(self.folder)
@@ -122,11 +122,11 @@ class BuildPlan:
                 ) from None
 
     def tried_again(self, shard: int) -> dict[str, int]:
-        """Why the rows of a shard were rejected before, counted; empty where they are new."""
+        """Count the previous rejection reasons of a shard's rows; empty if the rows are new."""
         return dict(Tally(self.reasons[slice(*self.bounds(shard))]))
 
     def repeats_of(self, shard: int) -> dict[int, Drop]:
-        """id -> why its image is left out, without the key."""
+        """Map the ids of a shard's duplicate images to their rejections (with an empty key)."""
         if self.repeats is None:
             return {}
         start, stop = self.bounds(shard)
@@ -139,7 +139,7 @@ class BuildPlan:
         }  # fmt: skip
 
     def _runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Positions [start, stop) as runs of consecutive rows of the source."""
+        """Yield positions [start, stop) as ranges of consecutive source rows."""
         if self.selected is None:
             yield start, stop
             return
@@ -154,7 +154,7 @@ class BuildPlan:
 
 
 def make_plan(config: BuildConfig) -> BuildPlan:
-    """Generation 0: every row. Raises ConfigError and DataError for what is wrong with source or rules."""
+    """Plan generation 0: every row. Raises ConfigError or DataError for an invalid source or invalid rules."""
     check_rules(config)
     source = open_source(config.source)
     rows = source.count()
@@ -164,9 +164,9 @@ def make_plan(config: BuildConfig) -> BuildPlan:
 
 
 def grown_plan(whole: BuildPlan, storage: Storage, manifest: Manifest, pinned: dict[str, Any]) -> BuildPlan:
-    """The rows of the source that the dataset lacks, as the next generation: by key, or those after its last row.
+    """Plan the next generation from source rows that the dataset lacks: by key, else all rows after its last one.
 
-    Raises DataError for another key column, and where rows without keys are no longer those that were built.
+    Raises DataError if the key column changed, or if rows without keys are no longer those that were built.
     """
     source = open_source(whole.config.source, whole.layout)
     _check_settings(("key",), whole.config, pinned, storage)
@@ -185,9 +185,9 @@ def grown_plan(whole: BuildPlan, storage: Storage, manifest: Manifest, pinned: d
 def retry_plan(
     config: BuildConfig, storage: Storage, rejects: list[dict[str, Any]], pinned: dict[str, Any]
 ) -> BuildPlan:
-    """The rejected rows that the source still has, duplicates aside, as the next generation.
+    """Plan the next generation from rejected rows that the source still has, except duplicates.
 
-    Raises DataError for another key column, and where rows without keys are no longer those that were built.
+    Raises DataError if the key column changed, or if rows without keys are no longer those that were built.
     """
     check_rules(config)
     _check_settings(("key",), config, pinned, storage)
@@ -210,19 +210,19 @@ def retry_plan(
 
 
 def _relative_paths(config: BuildConfig) -> list[str]:
-    """What the tasks of a build open by relative paths on this machine."""
+    """Return the relative local paths that the tasks of a build open."""
     paths = [config.output, *getattr(config.source, "path", "").split("::"), config.fetch.cache, config.captions.deny]
     return [path for path in paths if path and not is_remote(path) and not Path(path).is_absolute()]
 
 
 def check_rules(config: BuildConfig) -> None:
-    """Raises ConfigError for a condition or language that is not understood."""
+    """Raise ConfigError for an invalid filter condition or an unknown language."""
     Filters(config.filters)
     check_languages(config.captions.languages)
 
 
 def _check_filter_names(config: BuildConfig, source: RowSource) -> None:
-    """A name that no row can have is a slip of the pen; only tables with fixed columns can tell."""
+    """Raise ConfigError for a filter name that no row can have; only checked for tables with fixed columns."""
     first = next(iter(source.rows(0, 1)))
     if config.source.kind not in _WITH_COLUMNS or isinstance(first, Drop):
         return
@@ -235,9 +235,9 @@ def _check_filter_names(config: BuildConfig, source: RowSource) -> None:
 
 
 def _check_same(config: BuildConfig, layout: Placement, pinned: dict[str, Any], storage: Storage) -> None:
-    """Raises DataError unless rows without keys are those that were built, but for those added after them.
+    """Raise DataError unless the rows built before are unchanged; rows added after them are allowed.
 
-    A row without a key is named by its number, so that another row in its place would be stored under its name.
+    For sources without keys: a row is named by its number, so another row in its place would be stored under its name.
     """
     _check_settings(_DECIDE_ROWS, config, pinned, storage)
     parts = pinned["parts"]
@@ -257,7 +257,7 @@ def _check_same(config: BuildConfig, layout: Placement, pinned: dict[str, Any], 
 
 
 def _check_settings(names: tuple[str, ...], config: BuildConfig, pinned: dict[str, Any], storage: Storage) -> None:
-    """Raises DataError where one of these settings of the source is not what the dataset was built with."""
+    """Raise DataError if one of these source settings differs from what the dataset was built with."""
     was, now = pinned.get("source", {}), _source_tree(config.source)
     if differ := [name for name in names if was.get(name) != now.get(name)]:
         listed = ", ".join(f"source.{name}={now.get(name)!r} ({was.get(name)!r} there)" for name in differ)
@@ -268,7 +268,7 @@ def _check_settings(names: tuple[str, ...], config: BuildConfig, pinned: dict[st
 
 
 def _continues(part: Part, old: dict[str, Any]) -> bool:
-    """Does the file begin with the bytes that were built, and go on in a new line?"""
+    """Return whether the file begins with the bytes that were built and continues on a new line."""
     left = old.get("bytes", 0)
     if not 0 < left < part.bytes:
         return False
@@ -279,7 +279,7 @@ def _continues(part: Part, old: dict[str, Any]) -> bool:
             left -= len(chunk)
             last = chunk[-1:]
         following = file.read(1)
-    ends = b"\n\r\0"  # of UTF-16, half a line feed
+    ends = b"\n\r\0"  # \0 is half of a line feed in UTF-16
     return bool(digest.hexdigest() == old["digest"]) and (last in ends or following in ends)
 
 
@@ -287,7 +287,7 @@ def _continues(part: Part, old: dict[str, Any]) -> bool:
 
 
 def key_digests(keys: Iterable[str]) -> np.ndarray:
-    """-> uint64 [n, 2]: 128-bit hashes (xxh3), by which keys are compared."""
+    """Hash keys for comparison: 128-bit xxh3 -> uint64 [n, 2]."""
     blocks, digests = [], []
     for key in keys:
         digests.append(xxhash.xxh3_128_digest(as_unicode(key).encode()))
@@ -298,7 +298,7 @@ def key_digests(keys: Iterable[str]) -> np.ndarray:
 
 
 def _repeated(digests: np.ndarray) -> np.ndarray:
-    """Sorted positions whose key an earlier row has."""
+    """Return the sorted positions whose key an earlier row has."""
     return np.flatnonzero(first_of_equals(digests) != np.arange(len(digests)))
 
 
@@ -307,7 +307,7 @@ def _none() -> np.ndarray:
 
 
 def _rows_in(storage: Storage, manifest: Manifest) -> int:
-    """Rows that a dataset has looked at: those tried again count once."""
+    """Return the number of source rows that a dataset has processed; retried rows count once."""
     stats = (read_shard_stats(storage, shard.name) for shard in manifest.shards)
     return sum(tree["in"] for tree in stats if "retried" not in tree)
 
@@ -331,7 +331,7 @@ class _Part(TypedDict):
 
 @with_config(gate.OPEN)
 class _Pin(TypedDict):
-    """What build.json and its followers hold: entries that are compared, and these, which are worked with."""
+    """The entries of a pin (build.json, build-0001.json, ...) that are used; all others are only compared."""
 
     base: NotRequired[gate.Sha256]
     rows: NotRequired[gate.Count]
@@ -340,12 +340,12 @@ class _Pin(TypedDict):
 
 
 def pin_name(generation: int) -> str:
-    """build.json, build-0001.json, ..."""
+    """Return the file name of a generation's pin: build.json, build-0001.json, ..."""
     return f"build-{generation:04d}.json" if generation else BUILD
 
 
 def rules_of(config: BuildConfig) -> dict[str, Any]:
-    """What decides the bytes besides the source; the same for all generations of a dataset."""
+    """Return everything but the source that determines the output bytes; fixed for all generations of a dataset."""
     return {
         "images": config.images.model_dump(mode="json"),
         "captions": {**config.captions.model_dump(mode="json"), "deny": deny_digest(config.captions.deny)},
@@ -358,7 +358,7 @@ def rules_of(config: BuildConfig) -> dict[str, Any]:
 
 
 def source_pin(plan: BuildPlan) -> dict[str, Any]:
-    """What a generation reads."""
+    """Return the pin entries that describe what a generation reads."""
     parts = [{"rows": part.rows, "digest": part.digest, "bytes": int(part.bytes)} for part in plan.layout.parts]
     return {
         "source": _source_tree(plan.config.source),
@@ -369,7 +369,7 @@ def source_pin(plan: BuildPlan) -> dict[str, Any]:
 
 
 def pin(storage: Storage, generation: int, tree: dict[str, Any]) -> None:
-    """Create the generation's pin, or raise ConfigError where one with other contents stands."""
+    """Create the generation's pin. Raises ConfigError if one with different contents exists."""
     tree = {"version": 2, **tree}
     if storage.put_if_absent(pin_name(generation), canonical_json(tree)):
         return
@@ -378,7 +378,7 @@ def pin(storage: Storage, generation: int, tree: dict[str, Any]) -> None:
 
 
 def read_pin(storage: Storage, generation: int) -> dict[str, Any]:
-    """The contents of a pin. Raises DataError where it is missing or something else."""
+    """Read a pin. Raises DataError if it is missing or invalid."""
     name = pin_name(generation)
     pin: dict[str, Any] = gate.parse(
         _Pin, storage.get(name), f"{storage.root}/{name}", "build the dataset again into a new output"
@@ -391,22 +391,22 @@ def read_pin(storage: Storage, generation: int) -> dict[str, Any]:
 
 
 def _source_tree(source: SourceConfig) -> dict[str, Any]:
-    """A source as JSON, with what its defaults mean."""
+    """Return a source's settings as JSON, with derived defaults (`quotes`) made explicit."""
     quotes = {"quotes": source.quoted} if isinstance(source, TableSource) else {}
     return source.model_dump(mode="json") | quotes
 
 
 def _with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
-    """The source of a pin, with the defaults of fields that are new since; before it had a parse rule that was 1."""
+    """Return a pin's source settings with defaults for fields added since; a missing parse rule means rule 1."""
     rule = {"parse_rule": 1} if tree.get("kind") in _WITH_PARSE_RULE else {}
     try:
         return _source_tree(_SOURCE.validate_python(rule | tree))
-    except ValueError:  # of another version: it differs from every source
+    except ValueError:  # written by an incompatible version: it will differ from every source
         return tree
 
 
 def as_begun(storage: Storage, config: BuildConfig) -> BuildConfig:
-    """The configuration, with the parse rule of the dataset that was begun in its output, unless it states one."""
+    """Return the configuration with the parse rule of the dataset begun in its output, unless it sets one itself."""
     source = config.source
     stated = not isinstance(source, TableSource | PairsSource) or "parse_rule" in source.model_fields_set
     if stated or not storage.exists(BUILD):
@@ -416,7 +416,7 @@ def as_begun(storage: Storage, config: BuildConfig) -> BuildConfig:
 
 
 def compare_pins(storage: Storage, there: dict[str, Any], now: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Raises ConfigError with a line for each of `names` that differs."""
+    """Raise ConfigError listing those of `names` that differ."""
     differ = [name for name in names if there.get(name) != json.loads(json.dumps(now[name]))]
     if not differ:
         return

@@ -1,4 +1,4 @@
-"""One record of a table -> a Pair, a Link or a Drop: columns are mapped, images looked up, captions taken apart."""
+"""Convert table records to a Pair, a Link or a Drop: map columns, load images, extract captions."""
 
 import base64
 import binascii
@@ -22,12 +22,12 @@ from data_pipeline.shards.tar import Member, refuse_compressed, scan
 from data_pipeline.text_files import wrong_byte
 
 _LARGEST = 1 << 63
-RESERVED = ("captions", "key")  # what the .json of every sample has
+RESERVED = ("captions", "key")  # present in the .json of every sample
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 class RecordReader:
-    """Records of one table as rows; `path` is the table's, where images are looked for beside it."""
+    """Converts the records of one table to rows. path: of the table; image names resolve against its folder."""
 
     def __init__(self, config: TableSource, path: str) -> None:
         self._config = config
@@ -36,7 +36,7 @@ class RecordReader:
         self._used = {config.key, config.image, config.sha256, config.md5, *config.captions}
 
     def row(self, number: int, record: Mapping[str, Any]) -> Row:
-        """Never raises for what is in the record: a Drop says what is wrong with it."""
+        """Convert one record to a row. Bad contents never raise; they give a Drop with the reason."""
         config = self._config
         key = key_of(record, config.key, number)
         if (drop := unnamed(record, config.key, key)) is not None:
@@ -60,7 +60,7 @@ class RecordReader:
             return Drop(key, "unreadable_file", str(error))
 
     def _image(self, value: Any) -> bytes:
-        if isinstance(value, Mapping):  # {"bytes": ..., "path": ...}, as Hugging Face's datasets writes images
+        if isinstance(value, Mapping):  # {"bytes": ..., "path": ...}, the image format of Hugging Face datasets
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes) and not self._config.base64:
             return value
@@ -74,7 +74,10 @@ class RecordReader:
 
 
 def key_of(record: Mapping[str, Any], column: str | None, number: int) -> str:
-    """What names row `number` of a source: its key column; a row that has nothing there by its place, as no key is."""
+    """Return the key of row `number`: its key column, else its number.
+
+    If the key column is empty, it is "row NUMBER", which cannot be mistaken for a key.
+    """
     if column is None:
         return f"{number:09d}"
     value = record.get(column)
@@ -82,7 +85,7 @@ def key_of(record: Mapping[str, Any], column: str | None, number: int) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """Is it null, empty text, or NaN, which is what pandas makes of null?"""
+    """Return whether a value is null, an empty string, or NaN (how pandas writes null)."""
     return value is None or value == "" or (isinstance(value, float | Decimal) and value != value)
 
 
@@ -96,12 +99,12 @@ def _text_of(record: Mapping[str, Any], column: str | None) -> str:
 
 
 def as_unicode(text: str) -> str:
-    """The text, with what UTF-8 cannot say (half of a surrogate pair, a byte of another encoding) as an escape."""
+    """Escape what UTF-8 cannot encode (lone surrogates, undecodable bytes) with backslashes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def unnamed(record: Mapping[str, Any], column: str | None, key: str) -> Drop | None:
-    """Why nothing can be made of a record before it is looked at further; None where something may."""
+    """Return the Drop of an unreadable record or one without a key; None for any other."""
     if UNREADABLE in record:
         return Drop(key, str(record.get(REASON, "unreadable_row")), str(record[UNREADABLE]))
     if column is not None and is_missing(record.get(column)):
@@ -110,7 +113,7 @@ def unnamed(record: Mapping[str, Any], column: str | None, key: str) -> Drop | N
 
 
 class ImageStore:
-    """Files by name, in a folder or in one tar (scanned once), here or on S3."""
+    """Read files by name from a folder or a tar (scanned once), local or remote."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -124,7 +127,7 @@ class ImageStore:
                 self._members = {member.name.removeprefix("./"): member for member in scan(file, path)}
 
     def read(self, name: str) -> bytes:
-        """Raises OSError where there is no such file; names that leave the folder are refused."""
+        """Read one file. Raises OSError if it is missing, or if its name leads outside the folder."""
         if self._members is not None:
             return self._member(name)
         if is_remote(self._path):
@@ -146,14 +149,17 @@ class ImageStore:
             return file.read(member.size)
 
     def _remote(self, name: str) -> bytes:
-        """Raises OSError for what is not there alone: a server that fails says nothing about the row."""
+        """Read one remote file. Raises OSError only for a missing file or an invalid name, which reject the row.
+
+        A failing server is no fault of the row and raises DataError.
+        """
         if "://" in name or name.startswith("/") or ".." in name.split("/"):
             raise OSError(f"{name!r} lies outside of {self._path}")
         return read_input(f"{self._path}/{name}")
 
 
 def parse_object(line: str) -> dict[str, Any]:
-    """One line of JSON -> its mapping, or {UNREADABLE: why it is none}."""
+    """Parse one line of JSON. Returns its object, or {UNREADABLE: reason} if it is not one."""
     try:
         record = parse_json(line)
     except ValueError as error:
@@ -162,7 +168,10 @@ def parse_object(line: str) -> dict[str, Any]:
 
 
 def json_line(tree: Any) -> str:
-    """A value of `load_json` as one line, for `parse_object`; of one with bytes that are not text what can be read."""
+    """Serialize a value of `load_json` as one line for `parse_object`.
+
+    An object with undecodable bytes keeps its readable columns and is marked unreadable.
+    """
     try:
         line = json.dumps(tree, ensure_ascii=False)
         if wrong := wrong_byte(line):
@@ -176,11 +185,11 @@ def json_line(tree: Any) -> str:
 
 
 def json_value(value: Any) -> Any:
-    """A value of a table as it can stand in a .json file.
+    """Convert a table value to a JSON value.
 
-    NaN and infinities, which JSON lacks, become null; times and dates ISO 8601 text, durations seconds; decimals
-    of 64 bits without digits after the point integers, else text, which is exact; maps with unique texts as keys
-    objects, other maps lists of pairs; any other type its text. Raises TypeError for bytes.
+    NaN and infinities, which JSON lacks, become null; times and dates ISO 8601 strings, durations seconds; integral
+    decimals within 64 bits integers, other decimals strings, which are exact; maps with unique string keys objects,
+    other maps lists of pairs; any other type its string form. Raises TypeError for bytes.
     """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -202,7 +211,7 @@ def json_value(value: Any) -> Any:
 
 
 def _map_or_list(value: list[Any] | tuple[Any, ...]) -> Any:
-    """Arrow gives a map as a list of (key, value)."""
+    """Convert a list; Arrow returns a map as a list of (key, value), which becomes an object if keys are unique."""
     pairs = [item for item in value if isinstance(item, tuple) and len(item) == 2]
     if pairs and len(pairs) == len(value) == len({name for name, _ in pairs if isinstance(name, str)}):
         return {name: json_value(item) for name, item in pairs}
@@ -210,8 +219,10 @@ def _map_or_list(value: list[Any] | tuple[Any, ...]) -> Any:
 
 
 def attributes(record: Mapping[str, Any], used: Collection[str | None]) -> dict[str, Any]:
-    """The columns that have no other use, but for those of bytes. `key` and `captions`, which are a sample's own, are
-    kept as source_key and source_captions."""
+    """Return the columns not in `used`, except those with bytes, as JSON values.
+
+    `key` and `captions`, reserved for the sample's own, are renamed to source_key and source_captions.
+    """
     meta = {}
     for name, item in record.items():
         if name not in used:

@@ -1,9 +1,8 @@
-"""A dataset as one HTML page that needs nothing else: counts, examples, sizes, captions, duplicates, codes.
+"""Dataset report as one self-contained HTML page: counts, examples, sizes, captions, duplicates, codes.
 
-Everything is read shard by shard and added up; what is shown by example is taken at even distances, so that the same
-dataset gives the same page. Rejected images are not in the shards: they are shown where the build's configuration is
-handed over, from its cache of fetched bytes or from its source, read again; nothing is fetched. Every image is decoded
-in the sandbox.
+Statistics are accumulated shard by shard. Examples are evenly spaced, so the same dataset gives the same page. Rejected
+images are not in the shards: they are shown if the build's configuration is given, from its cache of fetched bytes or
+by reading its source again; nothing is fetched. Every image is decoded in the sandbox.
 """
 
 import base64
@@ -43,7 +42,7 @@ from data_pipeline.stream.reader import Stream
 PAGE = "report.html"
 EXAMPLES = 24
 REJECTS_SHOWN = 6
-CAPTIONS_ASKED = 2000  # of so many the language is told
+CAPTIONS_ASKED = 2000  # captions sampled for language detection
 THUMBNAIL = ImageRules(mode="fit", size=128, format="jpeg", quality=80)
 
 SIZES = (0, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -71,7 +70,7 @@ figure img { max-width: 150px; max-height: 128px; display: block } figcaption { 
 
 @dataclass
 class Findings:
-    """What is added up over the shards; the histograms count per interval of their limits above."""
+    """Statistics accumulated over the shards. Histograms count per interval of their limits above."""
 
     sides: np.ndarray = field(default_factory=lambda: np.zeros(len(SIZES), np.int64))
     aspects: np.ndarray = field(default_factory=lambda: np.zeros(len(ASPECTS), np.int64))
@@ -79,9 +78,9 @@ class Findings:
     per_image: Tally[int] = field(default_factory=Tally)
     rejects: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     kept: list[np.ndarray] = field(default_factory=list)
-    """Of each shard, int64: for every duplicate the row that stays instead."""
+    """Per shard, int64: for every duplicate, the row kept instead."""
     unreadable: Tally[str] = field(default_factory=Tally)
-    """Of tars made elsewhere: samples without a readable image and caption, by reason."""
+    """For tars from other tools: samples without a readable image and caption, by reason."""
 
 
 def write_report(
@@ -90,10 +89,10 @@ def write_report(
     tokenizer: ImageTokenizer | None = None,
     build: BuildConfig | None = None,
 ) -> str:
-    """Write the page, to DATASET/report.html unless told -> where it is.
+    """Write the page to `output` (default DATASET/report.html) and return its path.
 
-    tokenizer: shows reconstructions from its codes. build: what the dataset was built by; shows rejected images.
-    Raises DataError for a dataset or codes that are not there.
+    tokenizer: shows reconstructions from its codes. build: configuration of the build; shows rejected images.
+    Raises DataError if the dataset or its codes are missing, or if `output` exists and is not a report.
     """
     storage, manifest = open_dataset(dataset)
     page = render(storage, manifest, tokenizer, build).encode()
@@ -107,7 +106,7 @@ def write_report(
 
 
 def _is_report(path: Path) -> bool:
-    """Is it a page that an earlier report wrote, which a new one may replace?"""
+    """Return whether the file is an earlier report, which may be replaced."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -117,7 +116,7 @@ def _is_report(path: Path) -> bool:
 def render(
     storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer | None = None, build: BuildConfig | None = None
 ) -> str:
-    """The page as text."""
+    """Render the page as HTML."""
     address = f"{storage.root}@{manifest.fingerprint}"
     stream, rejected = Stream(address, seed=0), Rejected(build)
     built = storage.exists(STATS)
@@ -158,7 +157,7 @@ def _find(storage: Storage, manifest: Manifest) -> Findings:
 
 
 def _read_all(stream: Stream) -> Findings:
-    """Of tars made elsewhere only the samples themselves tell; tables beside them are another program's."""
+    """Collect findings from the samples themselves, for tars from other tools, whose tables have another format."""
     findings = Findings()
     for sample in stream.readable(findings.unreadable):
         _add_captions(findings, sample.captions)
@@ -166,7 +165,7 @@ def _read_all(stream: Stream) -> Findings:
 
 
 def _row_kept(record: dict[str, Any]) -> int | None:
-    """Of a duplicate, the row that stays."""
+    """Return the row kept instead of a duplicate; None if the record is no duplicate."""
     match = _KEPT.search(record["detail"]) if record["status"] in DUPLICATES else None
     return int(match[1]) if match else None
 
@@ -237,7 +236,7 @@ def _reasons(out: int, rejected: Mapping[str, int]) -> str:
 
 
 class Rejected:
-    """The bytes of rejected rows, where they can be had."""
+    """Access to the images of rejected rows, where they are still available."""
 
     def __init__(self, build: BuildConfig | None) -> None:
         self.known = build is not None
@@ -245,8 +244,8 @@ class Rejected:
         self._source = None if build is None else open_source(build.source)
 
     def picture(self, record: dict[str, Any]) -> str:
-        """Of one row of a shard's parquet -> a thumbnail, empty where there are no bytes or they do not decode."""
-        with contextlib.suppress(TesseraError, OSError):  # the source may be gone, or another by now
+        """Return the thumbnail of one row of a shard's parquet; empty if its bytes are missing or do not decode."""
+        with contextlib.suppress(TesseraError, OSError):  # the source may be gone or changed by now
             data = self._cached(record["sha256"]) if record["url"] else self._read_again(record)
             return _thumbnail(data) if data else ""
         return ""
@@ -279,7 +278,7 @@ def _rejects(findings: Findings, rejected: Rejected) -> str:
 
 
 def _duplicates(findings: Findings, rejected: Rejected, storage: Storage, manifest: Manifest, stream: Stream) -> str:
-    """How often images occur, and some with what they repeat."""
+    """Render a histogram of occurrences per image, and example duplicates beside the images kept."""
     if not sum(map(len, findings.kept)):
         return ""
     _, copies = np.unique(np.concatenate(findings.kept), return_counts=True)
@@ -298,7 +297,7 @@ def _duplicates(findings: Findings, rejected: Rejected, storage: Storage, manife
 
 
 def _sample_of_row(storage: Storage, manifest: Manifest, row: int) -> int | None:
-    """The sample that was made of a row of the source."""
+    """Return the index of the sample made from a source row; None if there is none."""
     before = 0
     for shard in manifest.shards:
         table = read_rows(storage, side_name(shard.name, ".parquet"), ["row", "status"])
@@ -357,7 +356,7 @@ def _reconstructions(stream: Stream, tokenizer: ImageTokenizer) -> str:
 
 
 def _fetched(stream: Stream, wanted: int) -> Iterator[Sample]:
-    """Samples at even distances, but for those that cannot be read."""
+    """Yield evenly spaced samples, skipping unreadable ones."""
     for number in _evenly(stream.samples, wanted):
         with contextlib.suppress(BadSample):
             yield stream.fetch(number)
@@ -407,7 +406,7 @@ def _thumbnail(data: bytes) -> str:
 
 
 def _image(pixels: np.ndarray) -> str:
-    """uint8 [H, W, 3] -> an address that holds the picture itself."""
+    """Encode an image, uint8 [H, W, 3], as a data: URL."""
     return _address(encode(pixels, "jpeg", 80))
 
 

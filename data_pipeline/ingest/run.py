@@ -1,12 +1,12 @@
-"""The build: plan -> one task a shard -> commit -> account. A pure function of source and configuration.
+"""The dataset build: plan, one task per shard, commit, statistics. Output depends on source and configuration alone.
 
-1. Plan: the rows are counted, rows whose key came before are noted, and `build.json` is created, which pins what the
-   shards are made from; another configuration in the same output is refused.
-2. Where duplicates are looked for: every image is looked at once, then it is decided which rows stay.
-3. Shard k is made from rows [k * shard_size, (k + 1) * shard_size) alone, in a file aside, read back, and published
-   by creating names, `NNNNN_stats.json` last: where that file stands, the shard is done.
-4. When all are done: rejects.parquet, stats.json, and manifest.json last. Running again does what is missing.
-5. A later generation (`grow`, `retry`) adds shards; the manifest before it is kept as manifest-FINGERPRINT.json.
+1. Plan: count the rows, note rows with repeated keys, and create `build.json`, which pins the inputs of the shards;
+   another configuration with the same output is refused.
+2. If duplicates are to be removed: survey every image once, then decide which rows are kept.
+3. Make shard k from rows [k * shard_size, (k + 1) * shard_size) only, in a scratch file, read it back, and publish its
+   files by creating their names, `NNNNN_stats.json` last: once that file exists, the shard is done.
+4. When all shards are done, write rejects.parquet, stats.json, and manifest.json last. A rerun makes what is missing.
+5. A later generation (`grow`, `retry`) adds shards; the previous manifest is kept as manifest-FINGERPRINT.json.
 """
 
 import contextlib
@@ -73,14 +73,14 @@ REJECTS = "rejects.parquet"
 
 _ROWS_ASKED = 64
 _ROWS_WRITTEN = 10_000
-_SHARDS_AHEAD = 8  # a worker, where images are fetched: a stalled address must not hold up the others
+_SHARDS_AHEAD = 8  # per worker when images are fetched, so that one stalled URL does not block the other shards
 
 
 def build(config: BuildConfig, progress: bool = True) -> dict[str, Any]:
-    """Build, or finish building, or grow the dataset -> its stats.json with `dataset`, `shards` and `fingerprint`.
+    """Build, resume or grow a dataset. Returns its stats.json plus `dataset`, `shards` and `fingerprint`.
 
-    Raises ConfigError for a column that is not there or an output that another configuration began, DataError for a
-    missing or empty source or storage that refuses.
+    Raises ConfigError for an unknown column or an output begun with another configuration; DataError for a missing or
+    empty source or a storage failure.
     """
     storage = open_storage(config.output)
     config = as_begun(storage, config)
@@ -95,9 +95,9 @@ def build(config: BuildConfig, progress: bool = True) -> dict[str, Any]:
 
 
 def retry(config: BuildConfig, progress: bool = True) -> dict[str, Any]:
-    """Try the rejected rows of a finished build again, duplicates aside, as further shards -> as `build` does.
+    """Retry the rejected rows of a finished build, except duplicates, as further shards. Returns as `build` does.
 
-    Raises ConfigError where the output was built by other rules, DataError where it is not finished.
+    Raises ConfigError if the output was built with other rules, DataError if it is not finished.
     """
     storage = open_storage(config.output)
     manifest = read_manifest(storage)
@@ -114,7 +114,7 @@ def retry(config: BuildConfig, progress: bool = True) -> dict[str, Any]:
 
 
 def report_of(storage: Storage) -> dict[str, Any]:
-    """What a finished build has to say."""
+    """Return the result of a finished build, as `build` describes."""
     stats = read_totals(storage)
     manifest = read_manifest(storage)
     return {"dataset": storage.root, **stats, "shards": len(manifest.shards), "fingerprint": manifest.fingerprint}
@@ -142,13 +142,16 @@ def _check_rules(storage: Storage, config: BuildConfig) -> None:
 
 
 def _generations(storage: Storage) -> int:
-    """How many generations were begun."""
+    """Return the number of generations begun, finished or not."""
     names = set(storage.list())
     return next(number for number in range(len(names) + 1) if pin_name(number) not in names)
 
 
 def _newest_source(storage: Storage) -> dict[str, Any]:
-    """The pin of the last finished generation that read a source: the newest, its own growth aside."""
+    """Return the pin of the last finished generation that read a source.
+
+    A pin based on the current manifest is skipped: that generation is not finished.
+    """
     base = read_manifest(storage).fingerprint
     trees = (read_pin(storage, number) for number in reversed(range(_generations(storage))))
     found = next((tree for tree in trees if "parts" in tree and tree.get("base") != base), None)
@@ -158,7 +161,7 @@ def _newest_source(storage: Storage) -> dict[str, Any]:
 
 
 def _pin_later(storage: Storage, base: Manifest, tree: dict[str, Any]) -> None:
-    """Pin the generation that follows `base`: a new one, or the one that was begun and not finished."""
+    """Pin the generation that follows `base`: a new one, or an unfinished one begun before."""
     tree = {"base": base.fingerprint, **tree}
     count = _generations(storage)
     begun = count > 1 and read_pin(storage, count - 1)["base"] == base.fingerprint
@@ -169,7 +172,7 @@ def _pin_later(storage: Storage, base: Manifest, tree: dict[str, Any]) -> None:
 
 
 def _make(storage: Storage, plan: BuildPlan, base: Manifest, progress: bool) -> None:
-    """All tasks of a generation, then its commit."""
+    """Run all tasks of a generation, then commit it."""
     try:
         if _missing(storage, plan, stats_name):
             with ray_session(plan.config.workers, plan.config.ray_address):
@@ -183,7 +186,7 @@ def _make(storage: Storage, plan: BuildPlan, base: Manifest, progress: bool) -> 
 
 
 def _is_followed(storage: Storage, base: Manifest) -> bool:
-    """Did another run of the same build come first? It then removed what this one was reading."""
+    """Return whether another run of the same build has committed, and so removed files that this run still reads."""
     with contextlib.suppress(DataError):
         return read_manifest(storage).fingerprint != base.fingerprint
     return False
@@ -198,13 +201,13 @@ def _run_all(storage: Storage, plan: BuildPlan, base: Manifest, progress: bool) 
 
 
 def _missing(storage: Storage, plan: BuildPlan, result_name: Callable[[int], str]) -> list[int]:
-    """Shards that have no result of this name yet."""
+    """Return the shards whose result file, `result_name(shard)`, does not exist yet."""
     there = set(storage.list())
     return [shard for shard in plan.shards if result_name(shard) not in there]
 
 
 def _tidy(storage: Storage, config: BuildConfig) -> None:
-    """Remove what only an unfinished build needs; also where the one that finished it was killed before this."""
+    """Remove files that only an unfinished build needs. Also cleans up after a run killed right after its commit."""
     for name in storage.list():
         if name.endswith(SURVEY):
             storage.remove(name)
@@ -214,13 +217,13 @@ def _tidy(storage: Storage, config: BuildConfig) -> None:
 
 
 def _is_linked(plan: BuildPlan) -> bool:
-    """Do the first rows have something to fetch? Where later ones do, their own task fetches it."""
+    """Return whether any of the first rows must be fetched. Links in later rows are fetched by their shard's task."""
     rows = itertools.islice(plan.read(plan.first_shard), _ROWS_ASKED)
     return any(isinstance(row, Link) for _, row in rows)
 
 
 def _run(storage: Storage, plan: BuildPlan, task: Any, title: str, linked: bool, progress: bool) -> None:
-    """The task of every shard that has no result yet."""
+    """Run the task for every shard that has no result yet."""
     result_name = stats_name if task is build_shard else survey_name
     missing = _missing(storage, plan, result_name)
     rejected: Tally[str] = Tally()
@@ -238,7 +241,10 @@ def _rows(plan: BuildPlan, shard: int) -> int:
 
 
 def _submitter(plan: BuildPlan, task: Any, linked: bool) -> Any:
-    """submit(shard) -> Ray reference; where images are fetched, the task follows the fetching, which takes no CPU."""
+    """Return a function submit(shard) -> Ray reference.
+
+    If images are fetched, the task waits for the fetch, which runs in an actor that reserves no CPU.
+    """
     import ray
 
     plan_reference = ray.put(plan)
@@ -255,14 +261,14 @@ def _submitter(plan: BuildPlan, task: Any, linked: bool) -> Any:
 
 
 def _repeats(storage: Storage, plan: BuildPlan, base: Manifest) -> np.ndarray:
-    """Which rows are left out as duplicates, of one another and of what the dataset has -> `Plan.repeats`."""
+    """Find duplicates among the new images and between them and the dataset. Returns `BuildPlan.repeats`."""
     rules = plan.config.dedup
     names = [side_name(shard.name, ".parquet") for shard in base.shards] + [survey_name(s) for s in plan.shards]
     tables = [_signatures(storage, name) for name in names]
     known = sum(len(table[0]) for table in tables[: len(base.shards)])
     rows, digests, hashes, hashed, colours = (np.concatenate(column) for column in zip(*tables, strict=True))
     del tables
-    # an image too plain for a hash is alike to none: only its bytes count
+    # an image too plain for a perceptual hash has no near duplicates: only its bytes are compared
     keepers, same = duplicates(digests if rules.exact else None, hashes, hashed, rules.near_bits, colours)
     found = known + np.flatnonzero(keepers[known:] >= 0)
     positions = rows[found]
@@ -274,8 +280,10 @@ def _repeats(storage: Storage, plan: BuildPlan, base: Manifest) -> np.ndarray:
 
 
 def _signatures(storage: Storage, name: str) -> tuple[np.ndarray, ...]:
-    """Of the rows that are stored: ids, uint64 [n, 2] of sha256, uint64 [n] perceptual hash, bool [n] has one, and
-    uint8 [n, COLOUR_BYTES] colour signature, zero where it is not known: earlier versions did not note it.
+    """Read the signatures of the stored rows: (ids, digests, hashes, hashed, colours).
+
+    ids: int64 [n]. digests: uint64 [n, 2], first 128 bits of the sha256. hashes: uint64 [n] perceptual hashes, valid
+    where `hashed`, bool [n]. colours: uint8 [n, COLOUR_BYTES], zero if unknown (earlier versions did not record it).
     """
     table = read_rows(storage, name, ["row", "status", "sha256", "phash"], ["colours"])
     kept = table.filter(pc.equal(table["status"], "ok"))
@@ -291,7 +299,7 @@ def _signatures(storage: Storage, name: str) -> tuple[np.ndarray, ...]:
 
 
 def _commit(storage: Storage, plan: BuildPlan, base: Manifest) -> None:
-    """All shards stand: add them up and publish the totals, the manifest last."""
+    """Once all shards are done, add up their statistics and publish the totals, the manifest last."""
     new = [read_shard_stats(storage, shard_name(shard)) for shard in plan.shards]
     all_stats = [*_all_stats(storage, base), *new]
     if sum(stats["in"] for stats in new) != plan.rows:
@@ -316,7 +324,7 @@ def _commit(storage: Storage, plan: BuildPlan, base: Manifest) -> None:
 
 
 def add_up(all_stats: list[ShardStats]) -> dict[str, Any]:
-    """The account of a dataset: a row that was tried again counts once, under what became of it last."""
+    """Add up the statistics of all shards; a retried row counts once, with its last outcome."""
     rejected: Tally[str] = Tally()
     for stats in all_stats:
         rejected.update(stats["rejected"])
@@ -330,9 +338,9 @@ def _all_stats(storage: Storage, manifest: Manifest) -> list[ShardStats]:
 
 
 def _rejects(storage: Storage, all_stats: list[ShardStats]) -> Iterator[pa.Table]:
-    """The rows that are rejected now, by id, each with its last reason: one table a shard, by REJECTS_SCHEMA.
+    """Yield the currently rejected rows by id, with their last reason: one table (REJECTS_SCHEMA) per shard.
 
-    Ids ascend from shard to shard, so nothing is held but one shard and the rows that were tried again.
+    Ids ascend from shard to shard, so only one shard and the retried rows are in memory.
     """
     again = _tried_again(storage, [stats["name"] for stats in all_stats if "retried" in stats])
     tried, still = _ids(again), again.filter(_is_rejected(again))
@@ -346,14 +354,14 @@ def _rejects(storage: Storage, all_stats: list[ShardStats]) -> Iterator[pa.Table
 
 
 def _tried_again(storage: Storage, names: list[str]) -> pa.Table:
-    """What became of the rows of these shards, of each the last time."""
+    """Return the last outcome of each row in these shards."""
     table = pa.concat_tables([REJECTS_SCHEMA.empty_table(), *(_outcomes(storage, name) for name in names)])
     last = {row: place for place, row in enumerate(_ids(table).tolist())}
     return table.take(pa.array(sorted(last.values()), pa.int64()))
 
 
 def _outcomes(storage: Storage, shard: str) -> pa.Table:
-    """Every row of a shard as REJECTS_SCHEMA has it; the reason of one that is stored is ok."""
+    """Return every row of a shard in REJECTS_SCHEMA; the reason of a stored row is ok."""
     columns = ["row", "key", "status", "detail", "url", "http_status", "attempts", "transient"]
     return read_rows(storage, side_name(shard, ".parquet"), columns).rename_columns(REJECTS_SCHEMA.names)
 
@@ -367,7 +375,7 @@ def _is_rejected(table: pa.Table) -> np.ndarray:
 
 
 def _as_parquet(tables: Iterator[pa.Table]) -> bytes:
-    """The same bytes for the same rows, however they come; row groups of _ROWS_WRITTEN."""
+    """Write rows as parquet in groups of _ROWS_WRITTEN; the bytes do not depend on how rows are split into tables."""
     sink, waiting = io.BytesIO(), [REJECTS_SCHEMA.empty_table()]
     with pq.ParquetWriter(sink, REJECTS_SCHEMA, compression="zstd") as writer:
         for table in tables:

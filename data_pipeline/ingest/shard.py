@@ -1,7 +1,7 @@
-"""One shard: rows -> bytes -> decoded, filtered, counted -> a tar and what describes it. Tasks of the build.
+"""Tasks of the build: fetch, decode, filter and count the rows of one shard; write its tar and the files beside it.
 
-Each task is a pure function of (plan, shard) and of what an earlier task of the same shard has published: what was
-fetched is written down (`NNNNN_fetch.parquet`) before anything is made of it.
+Each task is a pure function of (plan, shard) and of the files published by earlier tasks of the same shard: fetch
+outcomes are recorded in a journal (`NNNNN_fetch.parquet`) before they are used.
 """
 
 from __future__ import annotations
@@ -82,32 +82,32 @@ Record = dict[str, Any]
 
 
 def schema_of(config: BuildConfig) -> pa.Schema:
-    """The columns of a shard's parquet. `colours` are there where images are compared by their looks."""
+    """Return the columns of a shard's parquet; `colours` is added if near duplicates are searched."""
     return SCHEMA if config.dedup.near_bits is None else SCHEMA.append(pa.field("colours", pa.string()))
 
 
 def shard_name(shard: int) -> str:
-    """00000.tar, 00001.tar, ..."""
+    """Return the file name of a shard: 00000.tar, 00001.tar, ..."""
     return f"{shard:05d}.tar"
 
 
 def stats_name(shard: int) -> str:
-    """00000_stats.json: where it stands, the shard is done."""
+    """Return the name of a shard's statistics, 00000_stats.json; once that file exists, the shard is done."""
     return f"{shard:05d}_stats.json"
 
 
 def survey_name(shard: int) -> str:
-    """00000_survey.parquet: what the images of a shard are, for finding duplicates; removed at the end."""
+    """Return the name of a shard's image signatures, 00000_survey.parquet, used to find duplicates and then removed."""
     return f"{shard:05d}{SURVEY}"
 
 
 def journal_name(shard: int) -> str:
-    """00000_fetch.parquet: what became of every address of a shard."""
+    """Return the name of a shard's fetch journal, 00000_fetch.parquet: the outcome of every URL."""
     return f"{shard:05d}_fetch.parquet"
 
 
 def raw_cache(config: BuildConfig) -> RawCache:
-    """Where fetched bytes are kept."""
+    """Return the cache of fetched bytes."""
     return RawCache(config.fetch.cache or f"{config.output}/{RAW}")
 
 
@@ -115,7 +115,7 @@ def raw_cache(config: BuildConfig) -> RawCache:
 
 
 class Stages:
-    """What happens to one row after another; every stage turns it into something further or into a Drop."""
+    """Processing stages of a shard's rows, to be run in order; each stage passes a row on or turns it into a Drop."""
 
     def __init__(self, plan: BuildPlan, shard: int, stored: bool) -> None:
         config = plan.config
@@ -128,13 +128,13 @@ class Stages:
         self._fetched_bytes: Iterator[tuple[str, bytes]] = iter(())
 
     def run(self, number: int, row: Row) -> tuple[Record, PreparedImage | None, Pair | None]:
-        """-> (the row's line of the shard's parquet, and what is stored; None where it is rejected)."""
+        """Process one row. Returns (its record for the shard's parquet, image, pair); both None if rejected."""
         record: Record = {"row": number, "key": as_unicode(row.key)}
         admitted = admit(row, self._config, self._filters)
         if isinstance(admitted, Link):
             admitted = self._fetched(number, admitted, record)
         if isinstance(admitted, Pair):
-            if "sha256" not in record:  # of what was fetched it is known, and compared when it is read
+            if "sha256" not in record:  # a fetched image has one, verified when the cache was read
                 record["sha256"] = hashlib.sha256(admitted.image).hexdigest()
             repeat = self._repeats.get(number)
             outcome = repeat or self._look(admitted, record)
@@ -160,7 +160,7 @@ class Stages:
         return image
 
     def _fetched(self, number: int, link: Link, record: Record) -> Pair | Drop:
-        """The bytes of a link as the journal has them, which is made now unless a task did before."""
+        """Resolve a link to its bytes by the journal, which is created first if no earlier task did."""
         if self._journal is None:
             fetch_shard(self._plan, self._shard)
             self._journal = read_journal(open_storage(self._config.output), self._shard)
@@ -172,20 +172,20 @@ class Stages:
         record |= {name: outcome[name] for name in ("url", "http_status", "attempts", "transient")}
         if outcome["reason"]:
             return Drop(link.key, outcome["reason"], outcome["detail"])
-        digest, data = next(self._fetched_bytes)  # in the order of the journal, which is that of the rows
+        digest, data = next(self._fetched_bytes)  # the journal is in row order
         assert digest == outcome["sha256"]
         record["sha256"] = digest
         return Pair(link.key, data, link.captions, {"url": link.url, **link.meta})
 
 
 def _shortened(detail: str) -> str:
-    """The detail of a rejection: what a row holds may be of any length."""
+    """Truncate the detail of a rejection to DETAIL_AT_MOST characters; it may quote a value of any length."""
     text = as_unicode(detail[:DETAIL_AT_MOST])
     return text if len(text) < DETAIL_AT_MOST else f"{text[: DETAIL_AT_MOST - 1]}…"
 
 
 def admit(row: Row, config: BuildConfig, filters: Filters) -> Row:
-    """What can be said without the image: captions, then the conditions over columns and captions."""
+    """Clean the captions, then apply the filters that do not need the image. Returns the row or a Drop."""
     if isinstance(row, Drop):
         return row
     captions, reason = clean_captions(row.captions, config.captions)
@@ -200,18 +200,18 @@ def admit(row: Row, config: BuildConfig, filters: Filters) -> Row:
 
 
 def values_of(row: Pair | Link, captions: tuple[str, ...]) -> dict[str, Any]:
-    """What a condition may ask about a row: its attributes, a column `key` too, else its key, and its captions."""
+    """Return the names that filters may use for a row: attributes, key (a column `key` if there is one), captions."""
     key = row.meta.get("source_key", row.key)
     return {"key": key, **row.meta, **caption_values(captions)}
 
 
 def caption_values(captions: tuple[str, ...]) -> dict[str, Any]:
-    """caption: the first; chars: its length; captions: all."""
+    """Return the filter names for captions: caption (the first), chars (its length), captions (all)."""
     return {"caption": captions[0], "captions": list(captions), "chars": len(captions[0])}
 
 
 def image_values(image: PreparedImage, size: int) -> dict[str, Any]:
-    """Of the image as it came: width, height, area, aspect (longer by shorter side, at least 1), bytes."""
+    """Return the filter names for the source image: width, height, area, aspect (long / short side), bytes."""
     width, height = image.source_width, image.source_height
     sides = {"width": width, "height": height, "area": width * height}
     return {**sides, "aspect": max(width, height) / min(width, height), "bytes": size}
@@ -221,7 +221,7 @@ def image_values(image: PreparedImage, size: int) -> dict[str, Any]:
 
 
 def links_of(plan: BuildPlan, shard: int) -> tuple[list[int], list[Link]]:
-    """Ids and links of the rows of a shard that have to be fetched and are not rejected before."""
+    """Return (ids, links) of the rows of a shard that must be fetched, without those already rejected."""
     filters = Filters(plan.config.filters)
     admitted = ((number, admit(row, plan.config, filters)) for number, row in plan.read(shard) if isinstance(row, Link))
     pairs = [(number, link) for number, link in admitted if isinstance(link, Link)]
@@ -229,7 +229,7 @@ def links_of(plan: BuildPlan, shard: int) -> tuple[list[int], list[Link]]:
 
 
 def fetch_shard(plan: BuildPlan, shard: int) -> int:
-    """Fetch what a shard needs and publish its journal, unless it is there -> its number of addresses."""
+    """Fetch the links of a shard and publish its journal. Returns their number; 0 if the journal exists already."""
     storage = open_storage(plan.config.output)
     if storage.exists(journal_name(shard)):
         return 0
@@ -238,14 +238,14 @@ def fetch_shard(plan: BuildPlan, shard: int) -> int:
 
 
 class ShardFetcher:
-    """Lives in a Ray actor: fetches for several shards at once, within the limits of one Fetcher."""
+    """Ray actor that fetches for several shards concurrently, within the limits of one Fetcher."""
 
     def __init__(self, config: BuildConfig) -> None:
         self._rules, self._cache = config.fetch, raw_cache(config)
         self._fetcher: Fetcher | None = None
 
     async def fetch(self, plan: BuildPlan, shard: int) -> int:
-        """The same as `fetch_shard`."""
+        """Do the same as `fetch_shard`."""
         plan.enter()
         storage = open_storage(plan.config.output)
         if storage.exists(journal_name(shard)):
@@ -257,7 +257,7 @@ class ShardFetcher:
 
 
 def _write_journal(storage: Storage, shard: int, numbers: list[int], links: list[Link], outcomes: list[Outcome]) -> int:
-    """A journal that another task published meanwhile stays: it is what its shard is made from."""
+    """Publish the journal unless another task did meanwhile: the first one is kept, since its shard uses it."""
     records = [
         {"row": number, "url": link.url, **vars(outcome)}
         for number, link, outcome in zip(numbers, links, outcomes, strict=True)
@@ -267,7 +267,7 @@ def _write_journal(storage: Storage, shard: int, numbers: list[int], links: list
 
 
 def read_journal(storage: Storage, shard: int) -> dict[int, Record]:
-    """Id -> what became of its address."""
+    """Read a shard's journal: fetch outcome by row id."""
     return {record["row"]: record for record in read_rows(storage, journal_name(shard)).to_pylist()}
 
 
@@ -275,7 +275,7 @@ def read_journal(storage: Storage, shard: int) -> dict[int, Record]:
 
 
 def survey_shard(plan: BuildPlan, shard: int, after: object = None) -> int:
-    """Look at every image of a shard and publish what it is -> rows that would be stored."""
+    """Decode every image of a shard and publish its signatures. Returns the number of rows that would be stored."""
     plan.enter()
     storage = open_storage(plan.config.output)
     stages = Stages(plan, shard, stored=False)
@@ -285,9 +285,9 @@ def survey_shard(plan: BuildPlan, shard: int, after: object = None) -> int:
 
 
 def build_shard(plan: BuildPlan, shard: int, after: object = None) -> Record:
-    """Make and publish one shard -> its stats: `in`, `out`, `rejected`, `name`, `bytes`, `digest`.
+    """Make and publish one shard. Returns its stats: `in`, `out`, `rejected`, `name`, `bytes`, `digest`.
 
-    after: what must be done before, for Ray's scheduler.
+    after: unused; a dependency for Ray's scheduler.
     """
     cv2.setNumThreads(1)
     plan.enter()
@@ -311,7 +311,7 @@ def build_shard(plan: BuildPlan, shard: int, after: object = None) -> Record:
 
 
 def _store(writer: TarWriter, record: Record, image: PreparedImage | None, pair: Pair | None) -> Record:
-    """Write the sample, if there is one."""
+    """Write the sample, unless the row is rejected. Returns the record."""
     if image is not None and pair is not None:
         meta = {key: json_value(value) for key, value in pair.meta.items() if key not in RESERVED}
         tree = {**meta, "key": pair.key, "captions": list(pair.captions)}
@@ -322,14 +322,14 @@ def _store(writer: TarWriter, record: Record, image: PreparedImage | None, pair:
 
 
 def _read_back(path: Any, index: Index) -> None:
-    """What the disk holds must be what was meant. Raises DataError."""
+    """Index the tar as read back from disk. Raises DataError unless it equals what was written."""
     found, _ = index_tar(open_storage(path.parent).stream(path.name), str(path))
     if pack_index(found) != pack_index(index):
         raise DataError(f"{path}: reads back differently from what was written; disk or memory is faulty, run again")
 
 
 def _stats(plan: BuildPlan, shard: int, path: Any, index: Index, records: list[Record]) -> Record:
-    """The account of one shard. Raises DataError where it does not add up."""
+    """Return the statistics of one shard. Raises DataError if the counts do not add up."""
     start, stop = plan.bounds(shard)
     rejected = Tally(record["status"] for record in records if record["status"] != "ok")
     if stop - start != index.samples + sum(rejected.values()):
@@ -352,7 +352,7 @@ def _stats(plan: BuildPlan, shard: int, path: Any, index: Index, records: list[R
 
 
 def _compare(storage: Storage, name: str, digest: str) -> None:
-    """A shard that is already there, from a writer that was killed or is faster, must be the same."""
+    """Raise Conflict unless the existing shard, from a killed or faster writer, has the same digest."""
     there = hashlib.sha256(storage.get(name)).hexdigest()
     if there != digest:
         raise Conflict(
@@ -362,7 +362,7 @@ def _compare(storage: Storage, name: str, digest: str) -> None:
 
 
 def to_parquet(records: list[Record], schema: pa.Schema) -> bytes:
-    """The same bytes for the same records."""
+    """Write records as parquet; the same records give the same bytes."""
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(records, schema=schema), sink, compression="zstd")
     return sink.getvalue()

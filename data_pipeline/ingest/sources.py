@@ -1,7 +1,7 @@
-"""Where rows come from. A source is planned once, then any worker reads any range of its rows.
+"""Row sources. A source is planned once; afterwards any worker can read any range of its rows.
 
-Every row of a range comes back, in order, as a Pair, as a Link to be fetched, or as a Drop: a row that cannot be read
-is a counted rejection.
+Reading a range returns every row in order as a Pair, a Link to be fetched, or a Drop: an unreadable row is a counted
+rejection.
 """
 
 import contextlib
@@ -40,32 +40,32 @@ from data_pipeline.schema import Drop, Link, Pair
 from data_pipeline.shards.samples import IMAGE_EXTENSIONS, Unreadable, as_captions, read_captions, read_sample
 from data_pipeline.shards.tar import Member, NotAFile, group_samples, refuse_compressed, scan, split_names
 
-TAR_STRIDE = 64  # samples between two noted places of a tar
+TAR_STRIDE = 64  # samples between two recorded offsets of a tar
 
 
 class RowSource(Protocol):
-    """Rows 0 .. count() - 1 of what a configuration names."""
+    """A configured source with rows 0 .. count() - 1."""
 
     @property
     def layout(self) -> Placement:
-        """Where the rows are, planned now unless it was handed over. Raises as `count` does."""
+        """Row layout; planned on first use unless passed in. Raises as `count` does."""
         ...
 
     def count(self) -> int:
-        """Number of rows. Raises DataError for a source that is missing or empty, ConfigError for a wrong column."""
+        """Return the number of rows. Raises DataError for a missing or empty source, ConfigError for a wrong column."""
         ...
 
     def keys(self) -> Iterator[str] | None:
-        """The key of every row in order, where rows bring names that may collide; None where they cannot."""
+        """Return the key of every row in order; None if keys are generated, so that they cannot collide."""
         ...
 
     def rows(self, start: int, stop: int) -> Iterator[Row]:
-        """Rows [start, stop), one result each."""
+        """Yield rows [start, stop), one result per row."""
         ...
 
 
 def open_source(config: SourceConfig, layout: Placement | None = None) -> RowSource:
-    """The source that `config.kind` names; `layout` is that of the same source opened before."""
+    """Open the source of kind `config.kind`. layout: that of the same source, planned before."""
     return SOURCES[config.kind](config, layout)
 
 
@@ -73,7 +73,7 @@ def open_source(config: SourceConfig, layout: Placement | None = None) -> RowSou
 
 
 class Scenes:
-    """Drawn, not read."""
+    """Synthetic scenes, generated on demand."""
 
     def __init__(self, config: ScenesSource, layout: Placement | None = None) -> None:
         self._config = config
@@ -97,9 +97,9 @@ class Scenes:
 
 
 class Folder:
-    """Images below a folder, sorted by name; captions stand beside them.
+    """Images in a folder and its subfolders, sorted by name, with captions in files beside them.
 
-    A key is a name below the folder; of several folders the name of its own stands before it.
+    A key is the path below the folder without its extension; with several folders it starts with the folder's name.
     """
 
     def __init__(self, config: FolderSource, layout: Placement | None = None) -> None:
@@ -134,7 +134,7 @@ class Folder:
                 yield Drop(key, "unreadable_caption", str(error))
 
     def _names(self, start: int, stop: int) -> Iterator[tuple[str, str]]:
-        """(folder, name below it) of rows [start, stop)."""
+        """Yield (folder, path below it) of rows [start, stop)."""
         for part, first, last in self.layout.ranges(start, stop):
             yield from ((part.path, name) for name in self.layout.texts(start, start + last - first))
             start += last - first
@@ -145,7 +145,7 @@ class Folder:
 
 
 def _images_below(root: str) -> list[str]:
-    """Names of the images below a folder of this machine or a prefix on S3, sorted."""
+    """Return the sorted names of the images below a local folder or an S3 prefix."""
     if root.startswith("s3://"):
         names = S3Storage(root).names_below()
     elif is_remote(root):
@@ -160,12 +160,12 @@ def _images_below(root: str) -> list[str]:
 
 
 def _files_below(root: str) -> list[str]:
-    """Names of the files below a folder, through links to folders too, but not into one that they lie in.
+    """Return the names of the files below a folder. Follows links to folders, but not to a parent folder.
 
-    Raises OSError for a folder that cannot be listed: what is in it would be lost.
+    Raises OSError for a folder that cannot be listed, since its files would be missing silently.
     """
     names = []
-    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # folders, each with those that it lies in
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # folder, and (device, inode) of its parents
     while waiting:
         below, above = waiting.pop()
         status = os.stat(f"{root}/{below}")
@@ -174,7 +174,7 @@ def _files_below(root: str) -> list[str]:
             continue
         with os.scandir(f"{root}/{below}") as entries:
             for entry in entries:
-                kind = Path(entry) if entry.is_symlink() else entry  # a Path says of a dead link that it is neither
+                kind = Path(entry) if entry.is_symlink() else entry  # for a broken link, Path returns False for both
                 if kind.is_dir():
                     waiting.append((f"{below}{entry.name}/", (*above, here)))
                 elif kind.is_file():
@@ -183,7 +183,7 @@ def _files_below(root: str) -> list[str]:
 
 
 def _beside(image: str, encoding: str | None) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Captions and attributes of the .json and .txt files beside an image; none where there are no such files."""
+    """Read captions and attributes from the .json and .txt files beside an image; empty without such files."""
     stem = image.rpartition(".")[0]
 
     def read(extension: str) -> bytes | None:
@@ -198,7 +198,7 @@ def _beside(image: str, encoding: str | None) -> tuple[tuple[str, ...], dict[str
 
 
 class Coco:
-    """COCO's captions JSON: one row an image, its captions in the order of their ids; licences stay as attributes."""
+    """COCO captions JSON: one row per image, captions ordered by id; licences are kept as attributes."""
 
     def __init__(self, config: CocoSource, layout: Placement | None = None) -> None:
         self._config = config
@@ -254,7 +254,7 @@ class Coco:
             return Drop(key, "unreadable_file", str(error))
 
     def _images(self, path: str) -> ImageStore | None:
-        """The images beside one of the JSON files."""
+        """Return the images that belong to one of the JSON files; None if they are fetched."""
         if self._config.images is None:
             return None
         folder = beside(path, self._config.images)
@@ -264,7 +264,7 @@ class Coco:
 
 
 def _coco_lines(path: str, encoding: str | None) -> Iterator[str]:
-    """One JSON text an image: its record with `captions` and the address of its licence; those without an id last."""
+    """Yield one JSON line per image: its record, `captions` and its licence's URL. Images without an id come last."""
     tree = load_json(path, encoding)
     if not isinstance(tree, dict) or not all(isinstance(tree.get(name), list) for name in ("images", "annotations")):
         raise DataError(f"{path}: no COCO captions; they have `images` and `annotations`, check source.kind")
@@ -283,7 +283,7 @@ def _coco_lines(path: str, encoding: str | None) -> Iterator[str]:
 
 
 def _objects(path: str, tree: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """A list of objects of a COCO file. Raises DataError for anything else in it."""
+    """Return the list of objects `name` of a COCO file. Raises DataError if any entry is not an object."""
     entries = tree.get(name) or []
     wrong = [f"{name}[{n}] is {entry!r:.80}" for n, entry in enumerate(entries) if not isinstance(entry, dict)]
     if wrong:
@@ -292,7 +292,7 @@ def _objects(path: str, tree: dict[str, Any], name: str) -> list[dict[str, Any]]
 
 
 def _id(value: Any) -> Any:
-    """What a JSON value is looked up by."""
+    """Return a hashable form of a JSON value, for lookups."""
     return json.dumps(value) if isinstance(value, dict | list) else value
 
 
@@ -300,7 +300,7 @@ def _id(value: Any) -> Any:
 
 
 class Tars:
-    """Samples of WebDataset tars, in the order of the files; a key is TAR/KEY, as keys repeat between tars."""
+    """Samples of WebDataset tars, in file order; keys are TAR/KEY, since keys repeat between tars."""
 
     def __init__(self, config: TarsSource, layout: Placement | None = None) -> None:
         self._path = config.path
@@ -332,13 +332,16 @@ class Tars:
 
 
 def _tar_paths(pattern: str) -> list[str]:
-    """Tars by folder, file, `{00000..00099}` ranges, * and `::` unions. Raises DataError, for compressed ones too."""
+    """Resolve tars by folder, file, `{00000..00099}` ranges, * and `::` unions.
+
+    Raises DataError for missing or compressed ones.
+    """
     refuse_compressed((path.rpartition("/")[2] for path in input_paths(pattern, ("",))), pattern)
     return input_paths(pattern, (".tar",))
 
 
 def _sample_row(key: str, files: list[tuple[str, bytes | NotAFile]], beside_tar: dict[str, Any]) -> Row:
-    """The files of a sample, and attributes from elsewhere that its .json does not have -> row."""
+    """Convert the files of a sample to a row. beside_tar: attributes used where its .json lacks them."""
     try:
         _, image, captions, meta = read_sample(files)
     except Unreadable as fault:
@@ -347,7 +350,7 @@ def _sample_row(key: str, files: list[tuple[str, bytes | NotAFile]], beside_tar:
 
 
 def _plan_tar(path: str) -> Part:
-    """Count the samples and note where every TAR_STRIDE-th begins. digest: of the headers' names and places."""
+    """Count the samples and record the offset of every TAR_STRIDE-th. digest: over member names, offsets and sizes."""
     offsets, rows, described = [], 0, xxhash.xxh3_128()
     with open_input(path) as file:
         for rows, (key, members) in enumerate(_grouped(scan(file, path)), 1):
@@ -375,9 +378,9 @@ def _stem(path: str) -> str:
 
 
 def _beside_tar(path: str) -> dict[str, dict[str, Any]]:
-    """img2dataset's NAME.parquet beside NAME.tar -> attributes by key; empty where there is none."""
+    """Read attributes by key from img2dataset's NAME.parquet beside NAME.tar; empty if there is none."""
     table_path = path.removesuffix(".tar") + ".parquet"
-    if is_remote(path) and not path.endswith(".tar"):  # an address with a query, behind which nothing can be named
+    if is_remote(path) and not path.endswith(".tar"):  # a URL with a query: its neighbours cannot be named
         return {}
     with readable(table_path):
         try:
@@ -386,7 +389,7 @@ def _beside_tar(path: str) -> dict[str, dict[str, Any]]:
             FileNotFoundError,
             IsADirectoryError,
             Forbidden,
-        ):  # S3 says 403 of what is not there to who may not list
+        ):  # without permission to list, S3 answers 403 for a missing object
             return {}
     with parquet_errors(table_path):
         table = pyarrow.parquet.read_table(io.BytesIO(data))

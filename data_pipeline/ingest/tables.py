@@ -1,7 +1,6 @@
-"""csv, tsv, jsonl, json and parquet, read from any row on.
+"""Table sources with random access by row: csv, tsv, jsonl, json and parquet.
 
-Text is read once when the build is planned, which notes where every STRIDE-th record begins; later a task opens the
-file there.
+Planning reads a text file once and records the offset of every STRIDE-th record; tasks later start reading there.
 """
 
 import contextlib
@@ -38,19 +37,19 @@ _NAMES_SHOWN = 50
 
 
 class Table:
-    """Rows of one or several tables of one kind; images in a folder, in a tar, inline, or to be fetched."""
+    """Rows of one or more tables of one kind, with images in a folder, in a tar, inline, or to be fetched."""
 
     def __init__(self, config: TableSource, layout: Placement | None = None) -> None:
         self._config = config
         self._path = config.path if config.table is None else beside(f"{config.path}/x", config.table)
         self._given = layout
         self._asked_columns = {column for _, column in self._asked()}
-        self._columns: dict[str, None] = {}  # of jsonl and json, as far as they were looked for
-        self._told: dict[str, None] = {}  # of jsonl and json, what the names of folders say
+        self._columns: dict[str, None] = {}  # jsonl, json: column names found so far
+        self._told: dict[str, None] = {}  # jsonl, json: column names from partition folders
 
     @cached_property
     def layout(self) -> Placement:
-        """Where the rows are; read now unless it was handed over."""
+        """Row layout; planned on first use unless passed in."""
         return self._given or self._plan()
 
     def count(self) -> int:
@@ -116,7 +115,7 @@ class Table:
             return Part(path, file.metadata.num_rows, digest.hexdigest(), np.array([], np.int64))
 
     def _plan_json(self, paths: list[str]) -> Placement:
-        """A JSON list has no rows that could be found again: each is kept as one line."""
+        """Plan JSON lists: they have no addressable rows, so the layout stores each item as one line."""
         each = []
         for path in paths:
             tree = load_json(path, self._config.encoding)
@@ -126,12 +125,12 @@ class Table:
         for line in itertools.chain.from_iterable(each):
             self._look_for_columns(line)
         self._check_found(paths)
-        if self._config.parse_rule == 1:  # one file, whatever their number
+        if self._config.parse_rule == 1:  # rule 1 treats all files as one
             return lines_layout(paths[0], list(itertools.chain.from_iterable(each)))
         return joined([lines_layout(path, lines) for path, lines in zip(paths, each, strict=True)])
 
     def _asked(self) -> list[tuple[str, str]]:
-        """(setting, column) of the columns that the configuration names."""
+        """Return (setting, column) for every column that the configuration names."""
         config = self._config
         asked = [("key", config.key), ("image", config.image), *(("captions", column) for column in config.captions)]
         asked += [("sha256", config.sha256), ("md5", config.md5)]
@@ -147,7 +146,7 @@ class Table:
                 raise ConfigError(f"source.{setting}={column!r}: not a column of {path}, it has {listed}{hint}")
 
     def _look_for_columns(self, line: str) -> None:
-        """Note the columns of a jsonl or json record: a column is one that any row has."""
+        """Record the columns of a jsonl or json record; the table's columns are the union over its records."""
         if not self._asked_columns <= self._columns.keys():
             record = parse_object(line)
             self._columns |= {} if UNREADABLE in record else dict.fromkeys(record)
@@ -161,7 +160,7 @@ class Table:
     # ------------------------------------------------------------------------------------------- reading
 
     def _records(self, start: int, stop: int, columns: list[str] | None = None) -> Iterator[tuple[str, Record]]:
-        """(path of the table, record) of rows [start, stop); parquet reads `columns` only."""
+        """Yield (path of the table, record) for rows [start, stop); parquet reads `columns` only."""
         for part, first, last in self.layout.ranges(start, stop):
             told = self._partition(part.path)
             wanted = None if columns is None or told.keys() & set(columns) else columns
@@ -175,7 +174,7 @@ class Table:
             start += last - first
 
     def _partition(self, path: str) -> dict[str, str | None]:
-        """The columns that the folders of a partitioned table say; by parse rule 1 there are none."""
+        """Return the columns given by the folders of a partitioned table; none under parse rule 1."""
         return partition_of(self._path, path) if self._config.parse_rule > 1 else {}
 
     def _part_records(self, part: Part, first: int, last: int, columns: list[str] | None) -> Iterator[Record]:
@@ -194,7 +193,7 @@ class Table:
 
 
 def load_json(path: str, encoding: str | None = None) -> Any:
-    """A whole JSON file, for `json_line` to find bytes that are not text. Raises DataError where it is none."""
+    """Parse a whole JSON file; undecodable bytes are marked for `json_line`. Raises DataError if it is not JSON."""
     with open_input(path) as file:
         try:
             return json.loads(decode_around(file.read(), encoding))
@@ -206,10 +205,10 @@ _PAUSED: dict[tuple[Any, ...], "ParquetReader"] = {}  # at most one
 
 
 def parquet_records(part: Part, start: int, stop: int, columns: list[str] | None) -> Iterator[Record]:
-    """Records [start, stop) of a parquet file; row groups before them are not read.
+    """Yield records [start, stop) of a parquet file; earlier row groups are not read.
 
-    A row group is decoded from its beginning only. Where a range ends within one, its reader waits for the next range
-    of this process, so that a worker decodes a large group once and not once a shard.
+    A row group can only be decoded from its start. If a range ends inside one, its reader is kept for this process's
+    next range, so that a worker decodes a large group once instead of once per shard.
     """
     key = (part.path, part.digest, None if columns is None else tuple(columns))
     reader = _PAUSED.pop(key, None) or ParquetReader(part.path, columns)
@@ -229,7 +228,7 @@ def _forget_paused() -> None:
 
 
 class ParquetReader:
-    """Records of one parquet file; going on after the last one that was asked for decodes nothing twice."""
+    """Reads records of one parquet file; reading on from the previous range decodes nothing twice."""
 
     def __init__(self, path: str, columns: list[str] | None) -> None:
         self._path = path
@@ -238,13 +237,13 @@ class ParquetReader:
             self._file = pyarrow.parquet.ParquetFile(self._source)
         metadata = self._file.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        self._begins = np.cumsum([0, *sizes])  # of the groups, and the end
+        self._begins = np.cumsum([0, *sizes])  # first row of each group, and the number of rows
         self._columns = columns
         self._batches: Iterator[tuple[int, Any]] = iter(())
         self._newest: tuple[int, Any] = (-1, None)  # (number of its first row, batch)
 
     def records(self, start: int, stop: int) -> Iterator[Record]:
-        """Records [start, stop), or as many of them as the file has."""
+        """Yield records [start, stop), or as many of them as the file has."""
         with parquet_errors(self._path):
             for first, batch in self._from(start):
                 self._newest = first, batch
@@ -255,25 +254,25 @@ class ParquetReader:
                     return
 
     def is_within_group(self, row: int) -> bool:
-        """Is there a row group that begins before this row and ends after it?"""
+        """Return whether `row` is strictly inside a row group, not at a boundary."""
         return row < self._begins[-1] and row not in self._begins
 
     def close(self) -> None:
         self._source.close()
 
     def _from(self, start: int) -> Iterator[tuple[int, Any]]:
-        """Batches from the group of row `start` on, or from where this reader stands where that is further."""
+        """Return (first row, batch) pairs from the group of row `start`, or from the current batch if it is closer."""
         group = int(np.searchsorted(self._begins, start, side="right")) - 1
         if self._begins[group] <= self._newest[0] <= start:
             return itertools.chain([self._newest], self._batches)
-        self._batches = _decoded(self._file, self._begins, group, self._columns)  # without self: no cycle to collect
+        self._batches = _decoded(self._file, self._begins, group, self._columns)  # without self: no reference cycle
         return self._batches
 
 
 def _decoded(file: Any, begins: np.ndarray, group: int, columns: list[str] | None) -> Iterator[tuple[int, Any]]:
-    """(number of its first row, batch) from a row group on; `begins` are the groups' first rows, and the end."""
-    # a reader of one group at a time: one of all prepares them all, some 45 KB each; and by one thread: each of Arrow's
-    # keeps memory of its own, some 30 MB
+    """Yield (first row, batch) from a row group on. begins: first row of each group, then the number of rows."""
+    # one reader per group: a reader over all groups prepares each of them, about 45 KB per group;
+    # one thread: each Arrow thread keeps about 30 MB of its own
     options = {"batch_size": 256, "use_threads": False, "columns": columns}
     for number in range(group, len(begins) - 1):
         first = int(begins[number])
@@ -283,7 +282,7 @@ def _decoded(file: Any, begins: np.ndarray, group: int, columns: list[str] | Non
 
 
 def _described(metadata: Any, source: BinaryIO) -> bytes:
-    """What a parquet file says about itself: its footer, as it is where its statistics are no text."""
+    """Return a parquet file's metadata as JSON; its raw footer if the statistics cannot be decoded as text."""
     try:
         return json.dumps(metadata.to_dict(), sort_keys=True, default=str).encode()
     except (ValueError, OverflowError):
@@ -294,7 +293,7 @@ def _described(metadata: Any, source: BinaryIO) -> bytes:
 
 
 def _add_columns(digest: Any, file: Any, source: BinaryIO, image: str) -> None:
-    """Update a digest by the stored bytes of every column but that of embedded images, whose sizes the footer has."""
+    """Update a digest with the stored bytes of all columns but embedded images, whose sizes are in the footer."""
     kind = file.schema_arrow.field(image).type
     inside = not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
     for group in range(file.metadata.num_row_groups):
@@ -310,7 +309,7 @@ def _add_columns(digest: Any, file: Any, source: BinaryIO, image: str) -> None:
 
 
 def _records_of(batch: Any) -> list[Record]:
-    """The records of a batch; one with a value that Python cannot hold, such as text that is not UTF-8, says so."""
+    """Return the records of a batch; values Python cannot represent, such as invalid UTF-8, make one unreadable."""
     try:
         return list(batch.to_pylist())
     except (ValueError, OverflowError, LookupError):
@@ -328,7 +327,7 @@ def _record_of(batch: Any, number: int) -> Record:
 
 
 def _value_of(column: Any) -> Any:
-    """The only value of a column; text for a time that Python cannot hold, or of a zone that it does not know."""
+    """Return the value of a one-row column; times out of Python's range or in unknown time zones as text."""
     try:
         return column[0].as_py()
     except (ValueError, OverflowError, LookupError):
@@ -342,7 +341,7 @@ def _value_of(column: Any) -> Any:
 
 @contextlib.contextmanager
 def parquet_errors(path: str) -> Iterator[None]:
-    """Turns what Arrow raises into a DataError."""
+    """Convert Arrow's errors to a DataError."""
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
@@ -351,7 +350,7 @@ def parquet_errors(path: str) -> Iterator[None]:
 
 
 def published_table(config: PairsSource, layout: Placement | None = None) -> Table:
-    """cc3m and muge as the tables that they are."""
+    """Open cc3m or muge as the tsv table it is published as."""
     columns = {"cc3m": ("caption", "url"), "muge": ("id", "caption", "image")}[config.kind]
     settings = TableSource(
         kind="tsv",

@@ -1,8 +1,8 @@
-"""Records of a csv, tsv or jsonl file, from its beginning or from the place of any record on.
+"""Read records of a csv, tsv or jsonl file, from its start or from the place of any record.
 
-Every physical line belongs to exactly one record, and a record is found by the same code wherever reading began. Only
-a field in quotation marks goes on over several lines. A mark that opens a field and does not close it as RFC 4180 says
-costs its own line (`unclosed_quote`); the next line is read as if it were the first.
+Every physical line belongs to exactly one record, and records are the same wherever reading starts. Only a quoted field
+may span several lines. A quotation mark that opens a field without closing it as RFC 4180 requires rejects only its own
+line (`unclosed_quote`); reading continues afresh with the next line.
 """
 
 import csv
@@ -25,14 +25,14 @@ _CHUNK = 1 << 20
 
 
 class RecordPlace(NamedTuple):
-    """Where a physical line begins: its first byte, and its number, which is 1 for the first line of the file."""
+    """Start of a physical line: byte offset and line number, starting at 1."""
 
     offset: int
     number: int
 
 
 class Line(NamedTuple):
-    """A physical line with its line end. fault: why its bytes are not text, empty where they are."""
+    """A physical line including its line end. fault: why its bytes cannot be decoded, else empty."""
 
     place: RecordPlace
     text: str
@@ -40,10 +40,10 @@ class Line(NamedTuple):
 
 
 class Lines:
-    """The physical lines of a file in order; those that are handed back come again.
+    """Iterator over the physical lines of a file; lines that are handed back are yielded again.
 
-    Lines end with a line feed, or, in a file that has none in its first MiB, with a carriage return. By parse rule 1
-    every file is UTF-8 with line feeds, and bytes that are not text are replaced.
+    Lines end with a line feed, or with a carriage return if the file has no line feed in its first MiB. Under parse
+    rule 1 every file is UTF-8 with line feeds, and undecodable bytes are replaced.
     """
 
     def __init__(self, file: BinaryIO, config: TableSource) -> None:
@@ -57,23 +57,23 @@ class Lines:
         if carriage_return in head and self._newline not in head and not self._old:
             head += file.read(_CHUNK)
             self._newline = self._newline if self._newline in head else carriage_return
-        self._waiting: list[Line] = []  # last one first
+        self._waiting: list[Line] = []  # in reverse order
         self.seek(RecordPlace(mark, 1))
 
     @property
     def place(self) -> RecordPlace:
-        """Where the next line begins."""
+        """Place of the next line."""
         return self._waiting[-1].place if self._waiting else self._place
 
     def seek(self, place: RecordPlace) -> None:
-        """Go on at the line that begins there."""
+        """Continue with the line that begins at `place`."""
         self._file.seek(place.offset)
         self._waiting.clear()
         self._place = place
         self._raw = self._split() if self._newline != b"\n" else iter(self._file.readline, b"")
 
     def hand_back(self, lines: list[Line]) -> None:
-        """Yield these lines, which were the last ones, again."""
+        """Push back the last lines read, to be yielded again."""
         self._waiting += reversed(lines)
 
     def __iter__(self) -> "Lines":
@@ -92,7 +92,7 @@ class Lines:
         return Line(place, text if self._old else text.lstrip("\ufeff"), fault)
 
     def _split(self) -> Iterator[bytes]:
-        """Lines whose end is not the one byte of a line feed."""
+        """Yield lines whose line end is not the single byte of a line feed."""
         rest = b""
         while chunk := self._file.read(_CHUNK):
             rest += chunk
@@ -106,7 +106,7 @@ class Lines:
 
 
 def _after(newline: bytes, data: bytes, start: int) -> int:
-    """Where the line that begins at `start` ends; 0 where `data` ends before it. `newline` is one unit of the codec."""
+    """Return the end of the line that begins at `start`; 0 if `data` ends first. newline: one code unit."""
     found = data.find(newline, start)
     while found >= 0 and (found - start) % len(newline):
         found = data.find(newline, found + 1)
@@ -114,7 +114,7 @@ def _after(newline: bytes, data: bytes, start: int) -> int:
 
 
 class _Feed:
-    """The text of the line that `begin` was given, then that of the lines that follow it; all are kept in a list."""
+    """Iterator over the text of the line given to `begin` and of the lines that follow; keeps a list of them."""
 
     def __init__(self, lines: Lines) -> None:
         self._lines = lines
@@ -122,7 +122,7 @@ class _Feed:
         self._first: Line | None = None
 
     def begin(self, first: Line) -> list[Line]:
-        """-> the list of lines, which grows as they are taken."""
+        """Start at `first`. Returns the list of lines, which grows as they are consumed."""
         self._first, self._taken = first, [first]
         return self._taken
 
@@ -139,7 +139,7 @@ class _Feed:
 
 
 def _object(text: str) -> Record:
-    """The columns of a jsonl record, none where it is no JSON object."""
+    """Return the columns of a jsonl record; empty if it is not a JSON object."""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):
@@ -148,10 +148,10 @@ def _object(text: str) -> Record:
 
 
 class TextRecords:
-    """(place, record) of a text table from its first record, or from the one at `place`, on.
+    """Iterable of (place, record) of a text table, from its first record or from the one at `place`.
 
-    A record of jsonl is its line, one of csv and tsv a list of fields, as `named` takes it; one that cannot be read is
-    what `unreadable` makes. names: the columns of a csv or tsv. Raises DataError for an unreadable header.
+    A jsonl record is its line; a csv or tsv record is a list of fields, as `named` takes it; an unreadable one is the
+    result of `unreadable`. names: the columns of a csv or tsv. Raises DataError for an unreadable header.
     """
 
     def __init__(self, file: BinaryIO, path: str, config: TableSource, place: RecordPlace | None = None) -> None:
@@ -175,7 +175,7 @@ class TextRecords:
         return self._loosely_quoted() if self._old and self._quoted else self._fields()
 
     def named(self, place: RecordPlace, fields: list[str]) -> Record:
-        """The fields of a record under the names of the columns."""
+        """Return the fields of a record by column name; an unreadable record if there are too many."""
         if len(fields) > len(self.names):
             shown = f"{len(fields)} fields, {len(self.names)} columns: {self._delimiter.join(fields):.80}"
             return unreadable(f"line {place.number}: {shown}")
@@ -209,7 +209,7 @@ class TextRecords:
                 yield line.place, text.split(self._delimiter)
 
     def _strictly_quoted(self, first: Line) -> Record | list[str]:
-        """The record that begins with this line; lines after it are taken only where a quoted field goes on."""
+        """Parse the record that begins with this line; later lines are consumed only for a multi-line quoted field."""
         lines = self._feed.begin(first)
         try:
             fields = next(self._strict)
@@ -223,13 +223,13 @@ class TextRecords:
         return self._undecodable(wrong, fields) if wrong else fields
 
     def _miscount(self, fields: list[str]) -> str:
-        """Why the end of a quoted field in a later line cannot be its own; empty where it may be."""
+        """Return why a multi-line record is wrong (field count: the closing quote is not its own), else empty."""
         if not self.names or len(fields) == len(self.names):
             return ""
         return f"{len(fields)} fields instead of {len(self.names)}"
 
     def _unclosed(self, line: Line, fault: str, last: int) -> Record:
-        """fault: what csv says about it; last: number of the line where it was found."""
+        """Return the record of an unclosed quote. fault: the error of csv; last: line number where it was found."""
         head = f"line {line.place.number}: "
         if last == line.place.number and ("new-line" in fault or "larger" in fault):
             return unreadable(f"{head}{fault}")
@@ -246,13 +246,13 @@ class TextRecords:
         return self._rejected(fault, "wrong_encoding", dict(zip(self.names, fields, strict=False)))
 
     def _rejected(self, detail: str, reason: str, columns: Record) -> Record:
-        """What `unreadable` makes, with the key where it can be read: a later attempt finds the row by it."""
+        """Return an unreadable record, with its key if that is readable, so that a retry can find the row."""
         key = columns.get(self._key) if self._key is not None else None
         named = {} if key is None or "\ufffd" in str(key) else {str(self._key): key}
         return {**named, **unreadable(detail, reason)}
 
     def _loosely_quoted(self) -> Iterator[tuple[RecordPlace, Record | list[str]]]:
-        """Parse rule 1: a quotation mark that does not close takes the following lines into its field."""
+        """Yield records under parse rule 1, where an unclosed quotation mark absorbs the following lines."""
         reader = csv.reader((line.text for line in self._lines), delimiter=self._delimiter)
         while True:
             place = self._lines.place

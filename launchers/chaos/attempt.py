@@ -1,4 +1,4 @@
-"""One start of the launcher, its processes, its steps and what it says, as they are seen from outside."""
+"""One attempt of a run observed from outside: its launcher, processes, steps and log."""
 
 import contextlib
 import json
@@ -14,13 +14,13 @@ from launchers.children import die_with
 from pretrain.runtime.goodput import METRICS
 
 PATIENCE_S = 600.0
-"""How long an attempt may make no step before it is given up."""
+"""Longest time without a step before an attempt counts as stuck."""
 LEFT_S = 15
-"""How long after its launcher's end a process may still be there."""
+"""Time that a process may outlive its launcher."""
 
 
 class Attempt:
-    """Its output goes to a log beside the run."""
+    """A running attempt: starts the launcher, with its output in a log file beside the run's folder."""
 
     def __init__(self, command: Sequence[str], run: Path, environment: dict[str, str] | None = None) -> None:
         self.run = run
@@ -41,12 +41,12 @@ class Attempt:
 
     @property
     def stuck(self) -> bool:
-        """Has it made no step for so long that none will come?"""
+        """True if it runs but has made no step for PATIENCE_S."""
         self.step()
         return not self.done and time.monotonic() - self._moved > PATIENCE_S
 
     def wait(self) -> int:
-        """The exit code; an attempt that is stuck is killed."""
+        """Wait for the end and return the exit code. A stuck attempt is killed."""
         while not self.stuck:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return self.launcher.wait(1)
@@ -54,26 +54,26 @@ class Attempt:
         return self.launcher.wait()
 
     def step(self) -> int:
-        """The last step that this attempt made; 0 where it made none yet."""
+        """Return the last step that this attempt made; 0 if none yet."""
         for line in self._steps.lines():
             self._last, self._moved = int(json.loads(line)["step"]), time.monotonic()
         return self._last
 
     def said(self) -> list[str]:
-        """The lines of its log since this was last asked."""
+        """Return the log lines written since the last call."""
         return [line.decode(errors="replace") for line in self._said.lines()]
 
     def family(self) -> list[psutil.Process]:
-        """The launcher and all below it; the ranks are those right below it."""
+        """Return the launcher and all its descendants; the ranks are its direct children."""
         found = [self.process]
-        for process in found:  # grows on the way
+        for process in found:  # grows during the loop
             for pid in children_of(process.pid):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     found.append(psutil.Process(pid))
         return found
 
     def rank(self, rank: int) -> psutil.Process | None:
-        """The process of a rank, once it is there."""
+        """Return the process of a rank; None if it does not exist yet."""
         for pid in children_of(self.process.pid):
             with contextlib.suppress(psutil.Error):
                 child = psutil.Process(pid)
@@ -83,7 +83,7 @@ class Attempt:
 
 
 def children_of(pid: int) -> list[int]:
-    """Processes that a process started. The kernel lists them; psutil would look at every process of the machine."""
+    """Return a process's children, as listed by the kernel; psutil would scan every process on the machine."""
     children: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -93,9 +93,9 @@ def children_of(pid: int) -> list[int]:
 
 
 class Tail:
-    """The whole lines that are added to a file from now on; the file may come later.
+    """Reader of the complete lines appended to a file from now on; the file need not exist yet.
 
-    A last line that is half written is not counted: who goes on with the file cuts it.
+    An incomplete last line is ignored: the next writer truncates it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,7 +103,7 @@ class Tail:
         self._at = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
 
     def lines(self) -> list[bytes]:
-        """What came since the last call."""
+        """Return the complete lines added since the last call."""
         if not self.path.is_file():
             return []
         with self.path.open("rb") as file:
@@ -114,7 +114,7 @@ class Tail:
 
 
 def left_over(family: list[psutil.Process]) -> tuple[int, ...]:
-    """Who is still there seconds after the launcher's end; they are ended here."""
+    """Return the pids of processes still alive LEFT_S after the launcher's end, and kill them."""
     _, alive = psutil.wait_procs(family, timeout=LEFT_S)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""The two runs of a campaign: the undisturbed one, then the struck one, strike after strike until it is done."""
+"""Run a campaign: first the undisturbed reference, then the struck run, through all strikes to its end."""
 
 import contextlib
 import dataclasses
@@ -27,17 +27,18 @@ from pretrain.runtime.goodput import METRICS, lines_of
 MARKER = "chaos.json"
 HANG_TIMEOUT_S = 60
 UNEXPLAINED = 5
-"""So many attempts may end without a strike; each breaks a law, but does not end the campaign."""
+"""Number of attempts that may end without a strike. Each one breaks a law, but does not end the campaign."""
 
 Say = Callable[[str], None]
 
 
 @dataclasses.dataclass
 class Event:
-    """What one strike did. code: the launcher's exit code, None where it went on. reached: the last step made so far.
+    """Effect of one strike. code: the launcher's exit code, None if it kept running. reached: last step made so far.
 
-    found: what stood of the newest save right after the blow. newest: step of the newest checkpoint that is whole,
-    after the damage. failed: steps of the saves that a fault of the storage made impossible.
+    found: state of the newest save right after the strike. newest: step of the newest complete, undamaged checkpoint
+    after the damage. damaged: STEP_FOLDER/FILE of the damaged shard. failed: steps whose saves failed because of a
+    storage fault. orphans: pids that outlived the launcher.
     """
 
     strike: Strike
@@ -54,7 +55,7 @@ class Event:
 
 @dataclasses.dataclass
 class Campaign:
-    """The two runs and all that was done to the second. elsewhere: what their checkpoints lie under, if not in them."""
+    """The two runs and all strikes on the second. elsewhere: root of the checkpoints if not in the run folders."""
 
     config: RunConfig
     reference: Path
@@ -69,14 +70,15 @@ class Campaign:
         return self.config.train.checkpoint_every_steps
 
     def root(self, run: Path) -> str:
-        """Where the checkpoints of one of the two runs lie."""
+        """Return the checkpoint root of one of the two runs."""
         return checkpoint_root(run, f"{self.elsewhere}/{run.name}" if self.elsewhere else None)
 
 
 def run_campaign(config_path: Path, overrides: Sequence[str], kills: int, seed: int, procs: int, say: Say) -> Campaign:
-    """The reference, then the struck run until it is done.
+    """Train the reference, then the struck run until it is done.
 
-    Raises ConfigError, and NodeFault when the reference fails.
+    Raises ConfigError for invalid settings or if a folder of the campaign exists that no campaign created; NodeFault if
+    the reference fails.
     """
     config = load_run(config_path, overrides)
     describe(config_path, overrides, LocalCluster(), 1, procs)
@@ -96,7 +98,7 @@ def run_campaign(config_path: Path, overrides: Sequence[str], kills: int, seed: 
     if attempt.wait() != 0:
         raise NodeFault(f"the undisturbed run failed, see {attempt.log}; mend it before it is struck")
     place = ground(campaign.root(campaign.struck), procs, "" if elsewhere else campaign.root(campaign.reference))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(NodeFault.exit_code))  # by way of `close`
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(NodeFault.exit_code))  # so that `close` runs
     try:
         strikes = plan(seed, kills, config.train.steps, procs, place.faults)
         start = functools.partial(Attempt, command(campaign.struck), campaign.struck, place.environment)
@@ -107,7 +109,10 @@ def run_campaign(config_path: Path, overrides: Sequence[str], kills: int, seed: 
 
 
 def clear(campaign: Campaign) -> None:
-    """Folders for this campaign; what an earlier campaign left is removed, anything else is not."""
+    """Create empty folders for this campaign, removing those of an earlier one.
+
+    Raises ConfigError if a folder exists that no campaign created.
+    """
     home = campaign.struck.parent
     ours = (home / MARKER).is_file()
     roots = [campaign.root(run) for run in (campaign.reference, campaign.struck)]
@@ -125,7 +130,7 @@ def clear(campaign: Campaign) -> None:
 def _strike_all(
     campaign: Campaign, strikes: Sequence[Strike], start: Callable[[], Attempt], place: Ground, say: Say
 ) -> int:
-    """Strike after strike; an attempt that outlives one meets the next -> the exit code of the last attempt."""
+    """Carry out all strikes; an attempt that survives one gets the next. Returns the last attempt's exit code."""
     attempt, unexplained = start(), 0
     for number, strike in enumerate(strikes, 1):
         while True:
@@ -146,11 +151,11 @@ def _strike_all(
                 raise NodeFault(f"{attempt.log}: {unexplained} attempts ended without a strike; mend that first")
     code = (start() if attempt.done else attempt).wait()
     struck_storage = bool(campaign.events) and campaign.events[-1].strike.whom == "storage"
-    return start().wait() if code == DataError.exit_code and struck_storage else code  # it took the run's last save
+    return start().wait() if code == DataError.exit_code and struck_storage else code  # it hit the run's last save
 
 
 def _strike(campaign: Campaign, strike: Strike, attempt: Attempt, place: Ground) -> Event | None:
-    """Wait for the moment, strike, wait for what follows; None when the run was done before."""
+    """Wait until the strike is due, strike, and wait for the effect. Returns None if the run was done before."""
     due = moment(strike, attempt, place.points, campaign.every)
     if not due:
         if attempt.wait() == 0:
@@ -171,7 +176,7 @@ def _strike(campaign: Campaign, strike: Strike, attempt: Attempt, place: Ground)
 
 
 def _look(campaign: Campaign, event: Event) -> None:
-    """What stands after a strike; then the damage that belongs to it."""
+    """Record the state after a strike, then apply the damage that belongs to it."""
     root, strike = campaign.root(campaign.struck), event.strike
     event.ended_at, event.found = time.time(), newest_save(root)
     event.reached = max((int(row["step"]) for row in lines_of(campaign.struck / METRICS)), default=0)
@@ -183,7 +188,7 @@ def _look(campaign: Campaign, event: Event) -> None:
 
 
 def hit(strike: Strike, attempt: Attempt, family: list[psutil.Process]) -> None:
-    """The blow itself."""
+    """Send the strike's signal to its target."""
     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
         if strike.whom == "nobody":
             return

@@ -1,6 +1,6 @@
-"""The laws that a kill campaign is held against: each looks at what the two runs left, and says what breaks it.
+"""The laws: invariants checked after a campaign on the files of its two runs.
 
-A law is a function Campaign -> complaints; none means that it held.
+A law is a function Campaign -> complaints, which yields nothing if the law holds.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ ENDS: dict[Whom, set[int | None]] = {
     "rank": {70}, "launcher": {-9}, "tree": {-9}, "stop": {75, 0}, "freeze": {70}, "storage": {None, 0},
     "nobody": set(),
 }  # fmt: skip
-"""How an attempt may end that was struck so; a stop may meet the last step, a fault of the storage must be outlived."""
+"""Allowed exit codes per target of a strike. A stop may hit the last step (0); a storage fault must be survived."""
 
 
 def last_rows(run: Path) -> dict[int, dict[str, Any]]:
-    """The last line of each step: what counts is the attempt that made it last."""
+    """Return the last metrics row of each step: the last attempt that made a step counts."""
     return {row["step"]: row for row in lines_of(run / METRICS)}
 
 
 def same_losses(campaign: Campaign) -> Iterator[str]:
-    """Every step has the undisturbed run's loss, bit for bit; steps made again had it too."""
+    """Every step, repeated ones included, has the reference's loss bit for bit, and no step is missing."""
     expected = last_rows(campaign.reference)
     for row in lines_of(campaign.struck / METRICS):
         reference = expected.get(row["step"])
@@ -42,7 +42,7 @@ def same_losses(campaign: Campaign) -> Iterator[str]:
 
 
 def same_tensors(campaign: Campaign) -> Iterator[str]:
-    """Every parameter, moment and buffer of the last checkpoint has the same sha256."""
+    """Every parameter, moment and buffer of the last checkpoint has the same sha256 as in the reference."""
     mine, theirs = tensor_digests(campaign.struck), tensor_digests(campaign.reference)
     if mine.keys() != theirs.keys():
         yield f"other tensors: {sorted(mine.keys() ^ theirs.keys())[:3]}"
@@ -52,7 +52,7 @@ def same_tensors(campaign: Campaign) -> Iterator[str]:
 
 
 def tensor_digests(run: Path) -> dict[str, str]:
-    """Name -> sha256 of every tensor of the newest checkpoint."""
+    """Return the sha256 of every tensor of the newest checkpoint, by name."""
     from pretrain.checkpoint.layout import Slices
     from pretrain.checkpoint.trained import newest_whole
 
@@ -63,7 +63,7 @@ def tensor_digests(run: Path) -> dict[str, str]:
 
 
 def every_position_once(campaign: Campaign) -> Iterator[str]:
-    """The ledger: the steps that count consume every position of the stream once, in order, none twice."""
+    """The steps that count consume every position of the stream exactly once, in order."""
     at, batch = 0, campaign.config.train.global_batch
     for step, row in sorted(last_rows(campaign.struck).items()):
         if row["positions"] != [at, at + batch]:
@@ -74,7 +74,7 @@ def every_position_once(campaign: Campaign) -> Iterator[str]:
 
 
 def every_sample_once(campaign: Campaign) -> Iterator[str]:
-    """Counted by sample: each id of a dataset once in every epoch that is complete, at most once in the last one."""
+    """Every sample of a dataset is consumed once in each complete epoch, at most once in the last one."""
     from pretrain.inputs.source import open_stream
 
     stream = open_stream(campaign.config.data, campaign.config.seed)
@@ -98,7 +98,7 @@ def every_sample_once(campaign: Campaign) -> Iterator[str]:
 
 
 def always_resumable(campaign: Campaign) -> Iterator[str]:
-    """Every attempt ended the way its strike ends one, the last one with 0."""
+    """Every attempt ended with an exit code that its strike allows, the last one with 0."""
     for number, event in enumerate(campaign.events, 1):
         last_save_failed = event.code == 74 and campaign.config.train.steps in event.failed
         if event.code not in ENDS[event.strike.whom] and not last_save_failed:
@@ -108,15 +108,15 @@ def always_resumable(campaign: Campaign) -> Iterator[str]:
 
 
 def newest_is_taken(campaign: Campaign) -> Iterator[str]:
-    """Every attempt goes on from the newest checkpoint that was whole when the one before it had ended."""
+    """Every attempt resumes from the newest checkpoint that was whole after the previous attempt's end."""
     for line, event in _starts(campaign):
         if line["from_step"] != event.newest:
             yield f"attempt {line['attempt']} went on from {line['from_step']}, the newest whole was {event.newest}"
 
 
 def little_is_lost(campaign: Campaign) -> Iterator[str]:
-    """A restart goes back one interval and the save under way; one more for each save since that was made impossible
-    or was damaged on the disk.
+    """A restart loses at most two save intervals (the current one and the save in progress), plus one for each later
+    save that failed because of a storage fault or was damaged on disk.
     """
     for line, event in _starts(campaign):
         start = line["from_step"]
@@ -126,7 +126,7 @@ def little_is_lost(campaign: Campaign) -> Iterator[str]:
 
 
 def _starts(campaign: Campaign) -> Iterator[tuple[dict[str, Any], Event]]:
-    """Each attempt that came so far, and the event that ended the one before it."""
+    """Yield each attempt's line with the event that ended the previous attempt."""
     ended = [event for event in campaign.events if event.code is not None]
     for line in lines_of(campaign.struck / ATTEMPTS):
         before = [event for event in ended if event.ended_at < line["time"]]
@@ -139,7 +139,7 @@ def _step_of(damaged: str) -> int:
 
 
 def nothing_is_left_over(campaign: Campaign) -> Iterator[str]:
-    """No process outlives its launcher, no folder without a manifest outlives the run, every checkpoint is whole."""
+    """No process outlives its launcher, no uncommitted save outlives the run, every undamaged checkpoint is whole."""
     for number, event in enumerate(campaign.events, 1):
         if event.orphans:
             yield f"strike {number} ({event.strike}) left processes {list(event.orphans)}"
@@ -154,7 +154,7 @@ def nothing_is_left_over(campaign: Campaign) -> Iterator[str]:
 
 
 def attempts_are_fenced(campaign: Campaign) -> Iterator[str]:
-    """Each attempt claimed a number of its own; what stands was committed by an attempt that owned the run."""
+    """Each attempt claimed its own number, and every checkpoint was committed by the attempt that owned the run."""
     root = campaign.root(campaign.struck)
     claimed = {int(match[1]) for name in open_storage(root).list() if (match := CLAIM.fullmatch(name))}
     noted = [line["attempt"] for line in lines_of(campaign.struck / ATTEMPTS)]
@@ -183,7 +183,7 @@ LAWS: dict[str, Callable[[Campaign], Iterator[str]]] = {
 
 
 def broken_laws(campaign: Campaign) -> dict[str, list[str]]:
-    """Law -> complaints, for all of LAWS; a law that cannot be looked at is broken."""
+    """Check all LAWS and return the complaints by law; a law whose check fails counts as broken."""
     told = {}
     for name, law in LAWS.items():
         try:

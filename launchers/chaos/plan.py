@@ -1,4 +1,4 @@
-"""Which strikes a seed means: who is struck, at which step and point of it, and how."""
+"""Strikes of a campaign as a function of its seed: target, step, point within the step, and kind."""
 
 import dataclasses
 import random
@@ -11,19 +11,19 @@ Damage = Literal["", "cut", "flip"]
 Fault = Literal["", "full", "503", "refuse", "slow", "torn"]
 
 BLOWS: dict[Whom, int] = {"rank": 4, "launcher": 2, "tree": 2, "stop": 2, "freeze": 1}
-"""SIGKILL to a rank, to the launcher, to all; SIGTERM to the launcher; SIGSTOP to a rank. With how often of 11."""
+"""Weights, out of 11: SIGKILL to a rank, to the launcher, to all; SIGTERM to the launcher; SIGSTOP to a rank."""
 WHEN: dict[When, int] = {"step": 5, "start": 1, "load": 2, "staging": 1, "shard": 2, "commit": 2, "retention": 1}
-"""Points: anywhere; before the first step; while a checkpoint is read; before a save is staged; while a shard is
-written; shards written, no manifest; the manifest written, older checkpoints being removed.
+"""Weights of the points: anywhere; before the first step; while a checkpoint is read; before a save is staged; while a
+shard is written; shards written, no manifest yet; manifest written, older checkpoints being removed.
 
-What writes and uploads a save is a thread of each rank: it is struck with its rank, at the last four of them.
+Saves are written and uploaded by a thread of each rank, which is struck together with its rank at the last four points.
 """
 FAULTS_OF_DISK: tuple[Fault, ...] = ("full",)
 FAULTS_OF_S3: tuple[Fault, ...] = ("503", "refuse", "slow", "torn")
 STORAGE_SHARE = 0.12
-"""How often the storage is struck instead of processes, where it can be."""
+"""Probability that a strike hits the storage instead of processes, where that is possible."""
 DAMAGE_SHARE = 0.15
-"""How often a shard of the newest checkpoint is cut or flipped while nobody runs."""
+"""Probability that a shard of the newest checkpoint is truncated or gets a bit flipped while nothing runs."""
 
 _BLOW = {
     "rank": "SIGKILL to rank {rank}", "launcher": "SIGKILL to the launcher", "tree": "SIGKILL to everything",
@@ -42,9 +42,9 @@ _DAMAGE = {"": "", "cut": ", then a shard cut short", "flip": ", then a shard wi
 
 @dataclasses.dataclass(frozen=True)
 class Strike:
-    """One blow or one fault of the storage: at which point, and what is done to the newest checkpoint afterwards.
+    """One signal or one storage fault, its point, and the damage done to the newest checkpoint afterwards.
 
-    after: in [0, 1), where within the point. "nobody" is in no plan: it stands for an end that no strike explains.
+    after: relative time within the point, in [0, 1). whom "nobody" is never planned: it records an unexplained end.
     """
 
     whom: Whom
@@ -61,9 +61,9 @@ class Strike:
 
 
 def plan(seed: int, kills: int, steps: int, world: int, faults: Sequence[Fault] = ()) -> list[Strike]:
-    """`kills` strikes by rising step, a function of the arguments alone; `faults`: what the storage can be struck with.
+    """Return `kills` strikes in order of step, as a function of the arguments only. faults: possible storage faults.
 
-    A freeze waits for a step: it needs peers. So does a fault of the storage, or it is there from the start on.
+    A freeze is always at a step, since it needs peers; a storage fault is at a step or present from the start.
     """
     draw = random.Random(seed)
     return [

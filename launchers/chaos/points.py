@@ -1,4 +1,4 @@
-"""The points of a run at which it is struck, seen from outside: in the files of its checkpoints, or in its requests."""
+"""Detect the points at which a run is struck from outside, by its checkpoint files or its storage requests."""
 
 import contextlib
 import os
@@ -16,32 +16,32 @@ from pretrain.checkpoint.catalog import FOLDER, MANIFEST, numbers
 
 POLL_S = 0.005
 CLOSE_S = 0.0003
-"""Between looks while a point is near: what follows a manifest takes a millisecond."""
+"""Polling interval near a point: the work after a manifest takes about a millisecond."""
 SHARD = re.compile(r"r(\d+)(\.part-\d+)?\.safetensors")
 SPREAD_S = {"step": 0.2, "start": 4.0, "load": 3.0, "shard": 0.0, "staging": 0.0, "commit": 0.0, "retention": 0.002}
-"""How long after its beginning a point may be struck."""
+"""Longest delay of a strike after the start of its point."""
 
 
 class Points(Protocol):
-    """Where a save stands."""
+    """Detector of points in a run's loads and saves."""
 
     def expect(self, point: When, attempt: Attempt) -> None:
-        """From now on this point is looked for."""
+        """Start to watch for this point."""
         ...
 
     def reached(self) -> bool:
-        """Is the run there?"""
+        """Return whether the run is at the expected point."""
         ...
 
     def go_on(self) -> None:
-        """The blow fell: nothing is held any more."""
+        """Release held requests, after the strike."""
         ...
 
 
 def moment(strike: Strike, attempt: Attempt, points: Points, every: int) -> bool:
-    """Returns when the strike is due; False when the attempt ended by itself.
+    """Wait until the strike is due. Returns False if the attempt ended by itself.
 
-    every: steps between saves. An attempt that makes a step has nothing to load any more: it is struck there.
+    every: steps between saves. A strike at "load" also becomes due at the first step, when loading is over.
     """
     if strike.when == "load":
         points.expect("load", attempt)
@@ -61,7 +61,7 @@ def moment(strike: Strike, attempt: Attempt, points: Points, every: int) -> bool
 
 
 def _until(there: Callable[[], bool], attempt: Attempt, pause_s: float) -> None:
-    """Wait for `there()`, or for the attempt's own end. Raises NodeFault when the attempt is stuck."""
+    """Wait until `there()` is true or the attempt ends. Raises NodeFault if the attempt is stuck."""
     while not there() and not attempt.done:
         if attempt.stuck:
             raise NodeFault(f"{attempt.run}: no step for {PATIENCE_S:g} s before the next strike, see {attempt.log}")
@@ -69,7 +69,7 @@ def _until(there: Callable[[], bool], attempt: Attempt, pause_s: float) -> None:
 
 
 class FolderPoints:
-    """Saves in a local folder, by what lies in it."""
+    """Detects points by the contents of a local checkpoint folder."""
 
     def __init__(self, root: str, world: int) -> None:
         self.root = Path(root)
@@ -90,7 +90,7 @@ class FolderPoints:
         return any(self._stage(folder) == self._point for folder in under_way)
 
     def _stage(self, folder: Path) -> str:
-        """Of a save: "shard" while a file is written, "commit" from then on to the manifest, "" before and after."""
+        """Return a save's stage: "shard" while one is written, "commit" from all shards to the manifest, else empty."""
         names = _names(folder)
         if MANIFEST in names:
             return ""
@@ -101,7 +101,7 @@ class FolderPoints:
         return "commit" if len(written) == self.world else ""
 
     def go_on(self) -> None:
-        """Nothing is ever held here."""
+        """Do nothing: a folder holds no requests."""
 
     def _folders(self) -> list[Path]:
         return sorted(path for path in self.root.glob("step-*") if FOLDER.fullmatch(path.name))
@@ -111,7 +111,7 @@ class FolderPoints:
 
 
 def has_open(attempt: Attempt, pattern: str) -> bool:
-    """Does a process of the attempt have a file open whose name is of this pattern?"""
+    """Return whether a process below the launcher has a file open whose name matches the pattern."""
     for process in attempt.family()[1:]:
         with contextlib.suppress(OSError):
             for link in Path(f"/proc/{process.pid}/fd").iterdir():
@@ -122,7 +122,7 @@ def has_open(attempt: Attempt, pattern: str) -> bool:
 
 
 def _names(folder: Path) -> set[str]:
-    """Of what lies there: nothing, where the folder is not there any more, as those of drafts soon are not."""
+    """List a folder; empty if it no longer exists, since scratch folders are short-lived."""
     try:
         return set(os.listdir(folder))
     except FileNotFoundError:
@@ -130,7 +130,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def newest_save(root: str) -> str:
-    """What stands of the newest save, for the report: its parts, not its numbers."""
+    """Describe the newest save for the report, by its parts and without its step."""
     folders = sorted((name for name in open_storage(root).folders() if FOLDER.fullmatch(name)), key=numbers)
     if not folders:
         return "no save"

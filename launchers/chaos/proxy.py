@@ -1,7 +1,7 @@
-"""A proxy that does to each request what a script says: delay, refuse, 503, cut, end early, stall, trickle, nothing.
+"""A proxy that injects a scripted fault per request: delay, refuse, 503, cut, end early, stall, trickle, or none.
 
-It speaks plain http to one server, one request a connection. Requests can also be held until `release` is called: who
-strikes a run at one of them has time to do so.
+It speaks plain http to one server, one request per connection. Requests can also be held until `release` is called, to
+leave time to strike a run at one of them.
 """
 
 import contextlib
@@ -14,22 +14,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 Fault = tuple[str, float]
-"""(kind, argument).
-delay, trickle: seconds before the request, before each piece of the answer; cut, short, stall: after how many bytes of
-the answer; torn: after which share of the request's body both sides are reset; hold, late, pause: wait for `release`
-before the request is passed on, before its answer is, after a share of its body; others: 0.
+"""(kind, argument); the argument is 0 where none is named.
+delay: seconds before the request; trickle: seconds before each piece of the response.
+cut, short, stall: reset, end or hang after this many bytes of the response.
+torn: reset both sides after this fraction of the request's body.
+hold, late: wait for `release` before forwarding the request, or its response.
+pause: wait for `release` after this fraction of the request's body.
 """
 
 CLEAN: Fault = ("clean", 0)
 LONGEST_HOLD_S = 10.0
 _PIECE = 65536
 _UNAVAILABLE = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-_CONTINUE = b"HTTP/1.1 100"  # not yet the answer
+_CONTINUE = b"HTTP/1.1 100"  # interim response
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.I)
 
 
 class FaultProxy:
-    """One request a connection. `script(n, request line)` -> what happens to the n-th request; `drop`: a header."""
+    """The proxy. script(n, request line) -> fault of the n-th request. drop: name of a header to remove, lower case."""
 
     def __init__(
         self, upstream_port: int, script: Callable[[int, str], Fault], upstream: str = "127.0.0.1", drop: bytes = b""
@@ -47,15 +49,15 @@ class FaultProxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def release(self) -> None:
-        """Requests that are held go on."""
+        """Let held requests continue."""
         self._released.set()
 
     def hold(self) -> None:
-        """Requests to come that are to be held are."""
+        """Hold the next requests whose fault is hold, late or pause."""
         self._released.clear()
 
     def close(self) -> None:
-        """No more connections; stalled ones are let go."""
+        """Stop accepting connections and release stalled ones."""
         self._closed.set()
         self._released.set()
         with contextlib.suppress(OSError):
@@ -117,7 +119,7 @@ class FaultProxy:
         client.shutdown(socket.SHUT_WR)
 
     def _relay(self, client: socket.socket, server: socket.socket, data: bytes, limit: int | None, tear: bool) -> None:
-        """The request's body, of which `data` came with the head; something happens to it after `limit` bytes."""
+        """Forward the request's body. data: the part received with the head. After `limit` bytes, reset or hold it."""
         with contextlib.suppress(OSError):
             sent = 0
             while True:
@@ -140,7 +142,7 @@ class FaultProxy:
 
 @contextlib.contextmanager
 def fault_proxy(upstream_port: int, script: Callable[[int, str], Fault], drop: bytes = b"") -> Iterator[FaultProxy]:
-    """A running proxy, closed at the end."""
+    """Run a proxy, and close it at the end."""
     proxy = FaultProxy(upstream_port, script, drop=drop)
     try:
         yield proxy
@@ -154,7 +156,7 @@ def _without(head: bytes, name: bytes) -> bytes:
 
 
 def _read_head(client: socket.socket) -> tuple[bytes, bytes]:
-    """-> the request's head, and what came of its body with it."""
+    """Return the request's head, and the part of the body received with it."""
     data = b""
     while b"\r\n\r\n" not in data:
         piece = client.recv(_PIECE)

@@ -1,4 +1,4 @@
-"""What the strikes of a campaign cost, and its record for later."""
+"""Cost of the strikes of a campaign, and its JSON record."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from pretrain.runtime.goodput import ATTEMPTS, METRICS, goodput, lines_of
 
 
 def figures(campaign: Campaign) -> dict[str, Any]:
-    """What the strikes cost, in seconds (median and longest) and steps; how often each was dealt."""
+    """Return the cost of the strikes in seconds (median and longest) and steps, and their counts by kind."""
     rows = list(lines_of(campaign.struck / METRICS))
     starts = {line["attempt"]: line["started"] for line in lines_of(campaign.struck / ATTEMPTS)}
     firsts: dict[int, dict[str, Any]] = {}
@@ -34,13 +34,13 @@ def figures(campaign: Campaign) -> dict[str, Any]:
 
 
 def _next(rows: list[dict[str, Any]], event: Event) -> Iterator[float]:
-    """When the first step after the end of a struck attempt was made."""
+    """Yield the time of the first step after the end of a struck attempt, if there is one."""
     after = [row["time_ms"] / 1000 for row in rows if row["time_ms"] / 1000 > event.ended_at]
     yield from after[:1]
 
 
 def dealt(campaign: Campaign) -> dict[str, int]:
-    """Kind of strike, point and damage -> how often."""
+    """Count the strikes by kind, point and damage."""
     strikes = [event.strike for event in campaign.events]
     counts: Counter[str] = Counter(strike.fault or strike.whom for strike in strikes)
     counts.update(f"at {strike.when}" for strike in strikes)
@@ -49,7 +49,7 @@ def dealt(campaign: Campaign) -> dict[str, int]:
 
 
 def write_report(campaign: Campaign, told: dict[str, Any]) -> Path:
-    """All events and figures as JSON."""
+    """Write all events and figures as JSON and return the path."""
     path = campaign.struck.parent / MARKER
     events = [dataclasses.asdict(event) for event in campaign.events]
     path.write_text(json.dumps(told | {"events": events}, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How the storage of checkpoints is struck: a full disk, a proxy before S3 that fails, a shard that is damaged."""
+"""Faults of checkpoint storage: a full disk, a failing proxy before S3, a damaged shard."""
 
 import contextlib
 import errno
@@ -23,10 +23,10 @@ from launchers.chaos.points import POLL_S, SHARD, FolderPoints, Points
 from pretrain.checkpoint.catalog import committed
 
 MET = 6
-"""Requests that a fault of S3 meets: short enough for a run to ride it out."""
+"""Number of requests that one S3 fault affects; few enough for a run to survive it by retries."""
 SLOW_S = 0.7
 SPARE = 3
-"""How many checkpoints the small disk has room for, beside those that the undisturbed run kept."""
+"""Number of checkpoints that fit on the small disk in addition to those that the reference kept."""
 SLACK = 4 << 20
 ENDPOINT = "AWS_ENDPOINT_URL"
 NOT_COMMITTED = re.compile(r"step-(\d+)\.attempt-\d+ was not committed")
@@ -42,19 +42,19 @@ DEALT: dict[Fault, proxy.Fault] = {
 
 
 class Ground(Protocol):
-    """The place where a struck run keeps its checkpoints."""
+    """Storage of a struck run's checkpoints, with fault injection."""
 
     faults: Sequence[Fault]
-    """What it can be struck with."""
+    """Faults that can be injected here."""
     points: Points
     environment: dict[str, str]
 
     def strike(self, fault: Fault, attempt: Attempt) -> list[int]:
-        """Lay a fault, wait until the run met it, lift it -> the steps whose saves failed by it."""
+        """Inject a fault, wait until the run has met it, and remove it. Returns the steps whose saves failed."""
         ...
 
     def close(self) -> None:
-        """Leave checkpoints as plain files; nothing stays behind."""
+        """Remove mounts and proxies; checkpoints remain as plain files."""
         ...
 
 
@@ -62,10 +62,10 @@ class Ground(Protocol):
 
 
 class FaultyFolder:
-    """A folder; where this user may mount, on a file system of its own that can be filled to the last byte."""
+    """A local folder; on its own file system, which can be filled to the last byte, if this user may mount one."""
 
     def __init__(self, root: str, world: int, model: str = "") -> None:
-        """model: the undisturbed run's checkpoints, whose size says how large the file system must be; "": none."""
+        """model: checkpoint folder of the reference, which determines the file system's size; empty: do not mount."""
         self.root = Path(root)
         self.points: Points = FolderPoints(root, world)
         self.environment: dict[str, str] = {}
@@ -74,9 +74,9 @@ class FaultyFolder:
         self.faults: Sequence[Fault] = plan.FAULTS_OF_DISK if self._mounted else ()
 
     def strike(self, fault: Fault, attempt: Attempt) -> list[int]:
-        """Full until a save has failed by it. Retention makes no room before a save is done."""
+        """Keep the disk full until a save has failed. Retention frees no space before a save is done."""
         assert fault == "full"
-        attempt.said()  # what it said before is no answer to this
+        attempt.said()  # discard earlier log lines
         ballast, failed = self.root / ".ballast", list[int]()
         try:
             while not failed and not attempt.done:
@@ -99,7 +99,7 @@ class FaultyFolder:
             self._mounted = False
 
     def _mount(self, size: int) -> bool:
-        """In memory, of which it may take a quarter -> is it there?"""
+        """Mount a tmpfs of `size` bytes, at most a quarter of available memory. Returns whether it is mounted."""
         if os.geteuid() != 0 or size > psutil.virtual_memory().available // 4:
             return False
         self.root.mkdir(parents=True, exist_ok=True)
@@ -108,19 +108,19 @@ class FaultyFolder:
 
 
 def unmount(root: Path) -> None:
-    """What an earlier campaign may have left, too."""
+    """Unmount `root` if it is a mount point, also one left by an earlier campaign."""
     if root.is_mount():
         subprocess.run(["umount", "-l", str(root)], check=True, capture_output=True)
 
 
 def _sizes(root: Path) -> list[int]:
-    """Bytes of each checkpoint."""
+    """Return the size of each checkpoint, in bytes."""
     folders = [folder for folder in root.iterdir() if folder.is_dir()]
     return [sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in folders]
 
 
 def _fill(ballast: Path) -> None:
-    """Write until no byte more has room."""
+    """Write until the disk is full to the last byte."""
     with ballast.open("ab", buffering=0) as file:
         for piece in (1 << 20, 1 << 12, 1):
             try:
@@ -132,7 +132,7 @@ def _fill(ballast: Path) -> None:
 
 
 def _failed(attempt: Attempt) -> list[int]:
-    """Steps of the saves that the run said it could not commit."""
+    """Return the steps of saves that the run's log reports as not committed."""
     return [int(match[1]) for line in attempt.said() if (match := NOT_COMMITTED.search(line))]
 
 
@@ -140,7 +140,7 @@ def _failed(attempt: Attempt) -> list[int]:
 
 
 class Gate:
-    """A proxy between a run and its S3 server. Other endpoints than plain http cannot be stood before."""
+    """A proxy between a run and its S3 server, whose endpoint must be plain http. Raises ConfigError otherwise."""
 
     faults: Sequence[Fault] = plan.FAULTS_OF_S3
 
@@ -160,8 +160,8 @@ class Gate:
         self._held = False
 
     def strike(self, fault: Fault, attempt: Attempt) -> list[int]:
-        """The next requests meet the fault. Torn uploads meet the next shards alone, their verification is spared."""
-        attempt.said()  # what it said before is no answer to this
+        """Inject the fault into the next MET requests; torn uploads affect shard uploads only, not verification."""
+        attempt.said()  # discard earlier log lines
         self._dealt, self._left = DEALT[fault], MET
         while self._left and not attempt.done:
             if attempt.stuck:
@@ -185,7 +185,7 @@ class Gate:
         self._proxy.close()
 
     def _happens(self, number: int, line: str) -> proxy.Fault:
-        """What happens to a request; called by one thread of the proxy at a time."""
+        """Return the fault of a request; the proxy calls this from one thread at a time."""
         if self._expected and REQUESTS[self._expected].match(line):
             point, self._expected, self._held = self._expected, None, True
             if point == "shard":
@@ -201,9 +201,9 @@ class Gate:
 
 
 def damage(root: str, strike: Strike, spared: set[str]) -> str:
-    """Cut or flip a shard of the newest checkpoint, if another whole one is left to go on from -> which.
+    """Truncate a shard of the newest checkpoint, or flip one bit, if another whole checkpoint remains to resume from.
 
-    spared: checkpoints that are damaged already.
+    spared: names of checkpoints damaged before. Returns STEP_FOLDER/FILE of the shard; empty if nothing was damaged.
     """
     whole = [saved for saved in committed(root) if saved.name not in spared]
     if len(whole) < 2:
@@ -222,12 +222,12 @@ def damage(root: str, strike: Strike, spared: set[str]) -> str:
 
 
 def ground(root: str, world: int, model: str) -> Ground:
-    """Where a run with its checkpoints in `root` is struck."""
+    """Open the storage of a run with its checkpoints in `root`, for fault injection."""
     return Gate() if root.startswith("s3://") else FaultyFolder(root, world, model)
 
 
 def empty(root: str) -> None:
-    """Remove what an earlier campaign left there."""
+    """Remove all that an earlier campaign left in `root`."""
     if not root.startswith("s3://"):
         unmount(Path(root))
     with contextlib.suppress(FileNotFoundError):

@@ -1,1 +1,1 @@
-"""Kubernetes: objects.py says what, lint.py sees what no schema does, submit.py creates it, jobs.py follows it."""
+"""Kubernetes launcher: objects.py renders, lint.py checks beyond schemas, submit.py creates, jobs.py monitors."""

@@ -1,6 +1,6 @@
-"""The few calls to a cluster that are needed, through the official client, which is an extra: tessera[kubernetes].
+"""Minimal wrapper of the official Kubernetes client, which is an optional extra: tessera[kubernetes].
 
-What goes wrong becomes an error of ours with the server's words and what helps.
+Failures are converted to this project's errors, with the server's message and a remedy.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ from typing import Any
 from data_pipeline.errors import ConfigError, NodeFault, TesseraError
 
 Tree = dict[str, Any]
-"""An object as the API server takes and gives it."""
+"""A Kubernetes object as plain JSON data."""
 
 APPLICATION = "app.kubernetes.io"
 CONTAINER = "node"
-"""The container of a pod that runs the program: the torch policy of TrainJobs looks for this name."""
+"""Name of the container that runs the program; the torch policy of TrainJobs requires this name."""
 API_VERSIONS = {
     "ConfigMap": "v1",
     "Job": "batch/v1",
@@ -37,7 +37,7 @@ PASSING = (429, 500, 502, 503, 504)
 
 
 class Refused(ConfigError):
-    """The server said no; `status` is its HTTP status."""
+    """Raised when the server refuses a request. status: the HTTP status."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -45,7 +45,7 @@ class Refused(ConfigError):
 
 
 class ApiServer:
-    """Kinds of the core and of extensions, called alike. Raises Refused, or NodeFault where nobody answers."""
+    """One interface to core and custom kinds. Methods raise Refused, or NodeFault if the server does not answer."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -58,24 +58,24 @@ class ApiServer:
         return self._call("read", kind, namespace, [name])
 
     def own(self, tree: Tree, owner: Tree) -> None:
-        """Let `tree` vanish with `owner`, whoever deletes that."""
+        """Make `owner` the owner of `tree`, which is then deleted together with it."""
         reference = {"apiVersion": API_VERSIONS[owner["kind"]], "kind": owner["kind"]}
         reference |= {key: owner["metadata"][key] for key in ("name", "uid")}
         body = {"metadata": {"ownerReferences": [reference]}}
         self._call("patch", tree["kind"], tree["metadata"]["namespace"], [tree["metadata"]["name"]], body=body)
 
     def delete(self, kind: str, namespace: str, name: str) -> None:
-        """Ask for the end of it; it is gone only when its pods are, and those get their time to save."""
+        """Request deletion; the object is gone once its pods are, which first get their grace period to save."""
         self._call("delete", kind, namespace, [name], propagation_policy="Foreground")
 
     def pods(self, namespace: str, selector: str) -> list[Tree]:
-        """Pods by label, oldest first."""
+        """Return the pods that match a label selector, oldest first."""
         call = self._apis["core"].list_namespaced_pod
         found = self._plain(_asked("the list of pods", call, namespace, label_selector=selector))["items"]
         return sorted(found, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
 
     def log(self, namespace: str, pod: str, container: str, lines: int, follow: bool) -> Iterator[str]:
-        """The last lines that a container wrote; with `follow` also those that come, until it ends."""
+        """Yield the last lines of a container's log; with `follow`, also new lines until the container ends."""
         options: dict[str, Any] = {"container": container, "tail_lines": lines, "follow": follow}
         call = self._apis["core"].read_namespaced_pod_log
         answer = _asked(f"the output of {pod}", call, pod, namespace, _preload_content=False, **options)
@@ -107,20 +107,20 @@ class ApiServer:
 
 @contextlib.contextmanager
 def connected() -> Iterator[ApiServer]:
-    """The cluster that the kubeconfig names. Raises ConfigError without the client or a kubeconfig."""
+    """Connect to the cluster of the kubeconfig. Raises ConfigError without the client or a usable kubeconfig."""
     try:
         from kubernetes import client, config
     except ImportError:
         raise ConfigError("no Kubernetes client here; pip install 'tessera[kubernetes]', or use --dry-run") from None
     try:
-        config.load_kube_config(os.environ.get("KUBECONFIG"))  # its own default was read when it was imported
+        config.load_kube_config(os.environ.get("KUBECONFIG"))  # the client read its default at import
     except config.ConfigException as error:
         raise ConfigError(f"no usable kubeconfig: {error}; set KUBECONFIG, or use --dry-run") from None
     yield ApiServer(client)
 
 
 def _asked(what: str, call: Any, *arguments: Any, **options: Any) -> Any:
-    """The answer, or an error that says what to do."""
+    """Call the client and return its response; convert its errors to ours, with a remedy."""
     from kubernetes.client import ApiException
     from urllib3.exceptions import HTTPError
 
@@ -135,7 +135,7 @@ def _asked(what: str, call: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def _told(what: str, error: Any) -> TesseraError:
-    """The server's own words, and what usually helps."""
+    """Return an error with the server's message and the usual remedy; a NodeFault if it is worth retrying."""
     try:
         said = json.loads(error.body)["message"]
     except (TypeError, ValueError, KeyError):

@@ -1,7 +1,7 @@
-"""Ask a cluster what became of a job, ask a job to save and leave, read what it writes.
+"""Query the state of a submitted job, stop it, and read its log.
 
-To stop is to delete: the pods are told SIGTERM, save, and leave within their grace period; the job is gone when the
-last of them is. What was asked for is noted in the run's folder, since the cluster remembers nothing then.
+Stopping deletes the job: its pods get SIGTERM, save, and exit within their grace period; the job disappears with the
+last pod. The request is recorded in the run's folder, since the cluster keeps no record of a deleted job.
 """
 
 import re
@@ -14,7 +14,7 @@ from data_pipeline.errors import ConfigError, NodeFault
 from launchers.kubernetes.api import APPLICATION, CONTAINER, ApiServer, Refused, Tree, connected
 
 END = "job.end"
-"""Written when a stop is asked for: which object."""
+"""File written when a stop is requested; names the object by uid."""
 GONE = 404
 CLEAR_S, POLL_S = 60.0, 0.2
 DONE = {"Completed", "Complete"}
@@ -23,10 +23,10 @@ RAY_STATES = {"Complete": "done", "Failed": "failed", "ValidationFailed": "faile
 
 
 def look(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """-> {"state": queued, running, done, stopped, failed or vanished, and what is known besides}.
+    """Return {"state": queued, running, done, stopped, failed or vanished, ...} with further details.
 
-    record: what `submit` wrote into `folder`. Raises ConfigError without a client, a kubeconfig or the right to look,
-    NodeFault where nobody answers.
+    record: as `submit` wrote it into `folder`. Raises ConfigError without a client, a kubeconfig or permission,
+    NodeFault if the server does not answer.
     """
     told = {"job": record["job"], "kind": record["kind"], "namespace": record["namespace"]}
     with connected() as api:
@@ -42,7 +42,7 @@ def look(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def stop(record: Mapping[str, Any], folder: Path) -> None:
-    """Ask the job to save and leave for good; returns at once, and may be called again."""
+    """Request that the job save and end for good. Returns immediately; idempotent."""
     with connected() as api:
         tree = _found(api, record)
         if tree is None or tree["metadata"].get("deletionTimestamp"):
@@ -52,7 +52,7 @@ def stop(record: Mapping[str, Any], folder: Path) -> None:
 
 
 def clear(api: ApiServer, record: Mapping[str, Any]) -> None:
-    """Delete a job that has ended, so that its name is free again. Raises NodeFault where it does not go."""
+    """Delete an ended job and wait until its name is free. Raises NodeFault after CLEAR_S seconds."""
     until = time.monotonic() + CLEAR_S
     if _found(api, record) is not None:
         api.delete(record["kind"], record["namespace"], record["job"])
@@ -63,7 +63,7 @@ def clear(api: ApiServer, record: Mapping[str, Any]) -> None:
 
 
 def output(record: Mapping[str, Any], lines: int, follow: bool) -> Iterator[str]:
-    """What rank 0 writes, or the driver of a build. Raises ConfigError where no pod has begun."""
+    """Yield the log lines of node 0, or of a build's driver. Raises ConfigError if no pod has started."""
     selector, container = f"{APPLICATION}/instance={record['job']}", CONTAINER
     if record["kind"] == "RayJob":
         selector, container = f"{selector},{APPLICATION}/component=submitter", "submitter"
@@ -80,11 +80,11 @@ def output(record: Mapping[str, Any], lines: int, follow: bool) -> Iterator[str]
         yield from api.log(record["namespace"], begun[-1], container, lines, follow)
 
 
-# --------------------------------------------------------------------------------------- what the cluster says
+# ----------------------------------------------------------------------------------------- state of a job
 
 
 def state_of(tree: Tree) -> dict[str, Any]:
-    """Ours for theirs, out of an object's status: the state, restarts, and why it failed."""
+    """Translate an object's status to our state, its number of restarts, and the reason of a failure."""
     status = tree.get("status", {})
     restarts = status.get("restarts", status.get("failed"))
     told: dict[str, Any] = {"restarts": restarts} if restarts else {}
@@ -105,7 +105,7 @@ def state_of(tree: Tree) -> dict[str, Any]:
 
 
 def _found(api: ApiServer, record: Mapping[str, Any]) -> Tree | None:
-    """The object; None where it is gone, or another one has its name by now."""
+    """Read the object; None if it is gone or its name now belongs to another one."""
     try:
         tree = api.read(record["kind"], record["namespace"], record["job"])
     except Refused as error:
@@ -116,7 +116,7 @@ def _found(api: ApiServer, record: Mapping[str, Any]) -> Tree | None:
 
 
 def _left_behind(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Of a job that the cluster knows no more: was it stopped from here?"""
+    """Return the state of a job that no longer exists: stopped if `stop` was called for it, else vanished."""
     path = folder / END
     if path.is_file() and path.read_text(encoding="utf-8").split() == [record["uid"], "stopped"]:
         return {"state": "stopped"}
@@ -124,7 +124,7 @@ def _left_behind(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _waits_for(api: ApiServer, record: Mapping[str, Any]) -> str:
-    """Why a pod has not begun: no machine with room, no image, a volume or a Secret that is not there."""
+    """Return why a pod has not started: no node with room, no image, a missing volume or Secret; empty if unknown."""
     for pod in api.pods(record["namespace"], f"{APPLICATION}/instance={record['job']}"):
         status = pod.get("status", {})
         for condition in status.get("conditions", []):

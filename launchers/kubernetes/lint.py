@@ -1,7 +1,7 @@
-"""What the public schemas of Kubernetes objects cannot see, checked by hand: before a submission, and by the tests.
+"""Checks of Kubernetes objects beyond their public schemas, run before every submission and by the tests.
 
-A schema knows types and fields. It does not know that a name becomes a host name, that a pod's numbers must agree with
-each other, or that a value is a credential. `problems` takes plain trees of any of the kinds that are rendered here.
+A schema covers types and fields, but not that a name becomes a host name, that numbers within a pod must agree, or that
+a value is a credential. `problems` takes plain trees of any kind that objects.py renders.
 """
 
 import re
@@ -14,7 +14,7 @@ from pretrain.runtime.deadline import LEAD_VARIABLE
 Tree = Mapping[str, Any]
 
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-HOST_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")  # a service's name too: a letter first
+HOST_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")  # service names too must start with a letter
 DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 LABEL_KEY = re.compile(rf"({DNS_NAME.pattern}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?")
@@ -42,13 +42,13 @@ CREDENTIAL_VALUE = re.compile(
 
 
 def check(objects: Sequence[Tree]) -> None:
-    """Raises ConfigError with every problem that is found."""
+    """Raise ConfigError listing every problem found."""
     if found := problems(objects):
         raise ConfigError("not submitted: " + "\n  ".join(found))
 
 
 def problems(objects: Sequence[Tree]) -> list[str]:
-    """One sentence for each thing that no cluster would run, or would run differently from what was meant."""
+    """Return one sentence for each problem: what no cluster would run, or would run differently than intended."""
     found: list[str] = []
     for tree in objects:
         where = f"{tree.get('kind')} {tree.get('metadata', {}).get('name')}"
@@ -61,11 +61,11 @@ def problems(objects: Sequence[Tree]) -> list[str]:
     return found + [f"TrainJob: {problem}" for problem in _references(objects)]
 
 
-# ------------------------------------------------------------------------------------- where pods and jobs stand
+# ------------------------------------------------------------------------------------- pods and jobs of an object
 
 
 def jobs(tree: Tree) -> list[Tree]:
-    """The specs of the batch jobs that an object holds."""
+    """Return the specs of the batch jobs in an object."""
     if tree["kind"] == "Job":
         return [tree["spec"]]
     spec = tree["spec"]["template"].get("spec", {}) if tree["kind"] == "TrainingRuntime" else tree.get("spec", {})
@@ -73,7 +73,7 @@ def jobs(tree: Tree) -> list[Tree]:
 
 
 def pods(tree: Tree) -> list[Tree]:
-    """The pod templates that an object holds."""
+    """Return the pod templates in an object."""
     if tree["kind"] != "RayJob":
         return [job["template"] for job in jobs(tree)]
     cluster = tree["spec"].get("rayClusterSpec", {})
@@ -82,11 +82,11 @@ def pods(tree: Tree) -> list[Tree]:
     return [group["template"] for group in groups] + ([submitter] if submitter else [])
 
 
-# ------------------------------------------------------------------------------------------- one check a subject
+# ------------------------------------------------------------------------------------------- checks by subject
 
 
 def _metadata(tree: Tree) -> Iterator[str]:
-    """Names that become host names, services and labels."""
+    """Check names that become host names, service names or labels."""
     metadata = tree["metadata"]
     name, namespace = str(metadata.get("name", "")), str(metadata.get("namespace", "default"))
     hosts = tree["kind"] in ("JobSet", "TrainJob", "RayJob")
@@ -102,7 +102,7 @@ def _metadata(tree: Tree) -> Iterator[str]:
 
 
 def _pod(template: Tree) -> Iterator[str]:
-    """A pod: its containers, and what they share."""
+    """Check a pod: its containers, volumes and service account."""
     pod = template["spec"]
     volumes = [volume["name"] for volume in pod.get("volumes", [])]
     if len(set(volumes)) < len(volumes):
@@ -136,7 +136,7 @@ def _image(container: Tree) -> Iterator[str]:
 
 
 def _environment(container: Tree) -> Iterator[str]:
-    """Valid names, each once, and secrets by reference."""
+    """Check that variable names are valid and unique, and that credentials are passed by reference."""
     names = [entry["name"] for entry in container.get("env", [])]
     for name in names:
         if not ENV_NAME.fullmatch(name):
@@ -145,7 +145,7 @@ def _environment(container: Tree) -> Iterator[str]:
             yield f"env {name!r} is set twice; it is one that is given to every run, leave it out"
     for entry in container.get("env", []):
         value = entry.get("value", "")
-        if value and not value.startswith("/") and CREDENTIAL_NAME.search(entry["name"]):  # a path is none itself
+        if value and not value.startswith("/") and CREDENTIAL_NAME.search(entry["name"]):  # a path is no credential
             yield f"env {entry['name']} looks like a credential; put it into a Secret and name that in `secrets`"
     for source in container.get("envFrom", []):
         name = source.get("secretRef", {}).get("name", "")
@@ -154,7 +154,10 @@ def _environment(container: Tree) -> Iterator[str]:
 
 
 def _resources(container: Tree, pod: Tree) -> Iterator[str]:
-    """Limits equal requests (nothing is overcommitted, devices demand it), and shared memory counts as memory."""
+    """Check that limits equal requests (no overcommitment; required for devices) and that shared memory fits.
+
+    Shared memory counts towards the memory limit.
+    """
     resources = container.get("resources", {})
     limits, requests = resources.get("limits", {}), resources.get("requests", {})
     if limits != requests or not {"cpu", "memory"} <= limits.keys():
@@ -176,7 +179,7 @@ def _resources(container: Tree, pod: Tree) -> Iterator[str]:
 
 
 def _command(container: Tree, pod: Tree) -> Iterator[str]:
-    """Signals reach the program, and there is time for the save that they ask for."""
+    """Check that signals reach the program and that the grace period is long enough for a save."""
     command = list(container.get("command", []))
     if command and command[0] in SHELLS:
         yield f"command starts with {command[0]!r}, which keeps signals to itself; name the program"
@@ -187,7 +190,7 @@ def _command(container: Tree, pod: Tree) -> Iterator[str]:
 
 
 def _job(job: Tree, kind: str) -> Iterator[str]:
-    """A batch job and its rules for failed pods."""
+    """Check a batch job and its rules for failed pods."""
     pod, policy = job["template"]["spec"], job.get("podFailurePolicy")
     if pod.get("restartPolicy") not in (("Never",) if policy else ("Never", "OnFailure")):
         yield f"restartPolicy={pod.get('restartPolicy')!r}: rules for failed pods need Never"
@@ -205,7 +208,7 @@ def _job(job: Tree, kind: str) -> Iterator[str]:
 
 
 def _replicated(tree: Tree) -> Iterator[str]:
-    """JobSets, alone or as the template of a runtime: host names and restart rules."""
+    """Check host names and restart rules of a JobSet, alone or as the template of a runtime."""
     name = tree["metadata"]["name"]
     spec = tree["spec"]["template"]["spec"] if tree["kind"] == "TrainingRuntime" else tree["spec"]
     for job in spec["replicatedJobs"]:
@@ -268,7 +271,7 @@ BY_KIND: dict[str, Callable[[Tree], Iterator[str]]] = {
 
 
 def _references(objects: Sequence[Tree]) -> Iterator[str]:
-    """A TrainJob's runtime is among the objects and has the container that the torch policy looks for."""
+    """Check that a TrainJob's runtime is among the objects and has the container that the torch policy requires."""
     runtimes = {tree["metadata"]["name"]: tree for tree in objects if tree["kind"] == "TrainingRuntime"}
     for tree in objects:
         reference = tree["spec"]["runtimeRef"] if tree["kind"] == "TrainJob" else {}
@@ -283,14 +286,14 @@ def _references(objects: Sequence[Tree]) -> Iterator[str]:
 
 
 def _credentials(tree: Tree) -> Iterator[str]:
-    """Keys, tokens and addresses with a password in them, anywhere; the value itself is not repeated."""
+    """Find keys, tokens and URLs with a password anywhere in an object; the value itself is not printed."""
     for key, value in _strings(tree, ""):
         if CREDENTIAL_VALUE.search(value):
             yield f"{key}: a value looks like a credential; put it into a Secret and name that in `secrets`"
 
 
 def _strings(tree: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every string with the key that it stands under."""
+    """Yield every string in a tree with its key."""
     if isinstance(tree, str):
         yield key, tree
     elif isinstance(tree, Mapping):
@@ -302,7 +305,7 @@ def _strings(tree: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def amount_of(quantity: str | int) -> float:
-    """A quantity as a number: bytes, or cores."""
+    """Convert a quantity to a number (bytes or cores). Raises ConfigError if it is invalid."""
     matched = QUANTITY.fullmatch(str(quantity))
     if matched is None:
         raise ConfigError(f"{quantity!r} is no quantity such as 8, 500m, 32Gi")

@@ -1,9 +1,9 @@
-"""RunSpec -> Kubernetes objects, as plain trees: what runs is the same program with the same environment in each kind.
+"""Render a RunSpec as Kubernetes objects (plain trees); every kind runs the same program with the same environment.
 
-A training is a JobSet, or a TrainJob with a runtime of its own, which becomes the same JobSet: one Indexed job with a
-pod per node. A pod runs `tessera launch local` as on a laptop, its index is its node rank, and pod 0 answers under a
-name known beforehand. What needs a Ray of several nodes is a RayJob, everything else a plain Job. The recipe travels
-along in a ConfigMap, resolved: what was checked here is what runs there, whatever recipes the image holds.
+A training is a JobSet, or a TrainJob with its own runtime, which becomes the same JobSet: one Indexed job with one pod
+per node. A pod runs `tessera launch local` as on a laptop; its index is its node rank, and pod 0 has a host name known
+in advance. Tasks on a multi-node Ray cluster are a RayJob, all others a plain Job. The resolved recipe is passed in a
+ConfigMap, so that exactly what was checked here runs there, whatever recipes the image contains.
 """
 
 import importlib.metadata
@@ -26,16 +26,16 @@ from pretrain.config import RunConfig
 JOB = "node"
 FOLDER = "/etc/tessera"
 RECIPE, PLACE = "recipe.yaml", "local.yaml"
-WORK_FOLDER = PurePosixPath("/work")  # the image's: relative paths of a recipe start here
-USER_ID = 1000  # the image's user: nothing here runs as root
-GRACE_MARGIN_S = 30  # from the end of the launcher's patience to the kill
+WORK_FOLDER = PurePosixPath("/work")  # working directory of the image, base of a recipe's relative paths
+USER_ID = 1000  # user of the image; nothing runs as root
+GRACE_MARGIN_S = 30  # from the launcher's own timeout for a save to the kill
 HOPELESS = [USER_CODE_EXIT, ConfigError.exit_code]
 OBJECT_STORE_SHARE = 0.9
 RECIPES: dict[Task, type[Settings]] = {"train": RunConfig, "build": BuildConfig, "vocab": VocabConfig}
 
 
 def objects(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:
-    """What is to be created, in this order: the last one is the run, those before it belong to it."""
+    """Return the objects to create, in order: the last one is the run and will own those before it."""
     check_gpus(spec.procs_per_node, cluster.gpus_per_node)
     _check_storage(spec, cluster)
     files = _files(spec, cluster)
@@ -50,7 +50,7 @@ def objects(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:
 
 
 def _check_storage(spec: RunSpec, cluster: KubernetesCluster) -> None:
-    """A pod's own disk is empty at its start and gone at its end."""
+    """Raise ConfigError for a storage path on the pod's own disk, which is lost with the pod."""
     volumes = [PurePosixPath(path) for path in cluster.claims.values()]
     for path in spec.storage:
         place = WORK_FOLDER / path
@@ -63,7 +63,7 @@ def _check_storage(spec: RunSpec, cluster: KubernetesCluster) -> None:
 
 
 def _files(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, str]:
-    """What travels along: the recipe with every default and override in it, and the place as it is inside a pod."""
+    """Return the ConfigMap's files: the recipe with all defaults and overrides, and the cluster file for a pod."""
     if spec.task not in RECIPES:
         return {}
     target, *arguments = spec.arguments[len(COMMANDS[spec.task]) :]
@@ -76,12 +76,12 @@ def _files(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, str]:
 
 
 def _inside(spec: RunSpec, cores: int) -> RunSpec:
-    """The same as a pod sees it: with the recipe that travelled along, and a process for each core."""
+    """Return the spec as run inside a pod: with the recipe of the ConfigMap, and one worker per core."""
     whole = spec.with_workers(cores)
     if spec.task not in RECIPES:
         return whole
     workers = whole.arguments[len(spec.arguments) :]
-    changes = (f"--change={change}" for change in split_changes(spec.arguments)[1])  # values are in the recipe already
+    changes = (f"--change={change}" for change in split_changes(spec.arguments)[1])  # their values are in the recipe
     return replace(spec, arguments=(*COMMANDS[spec.task], f"{FOLDER}/{RECIPE}", *changes, *workers))
 
 
@@ -100,7 +100,7 @@ def _labels(spec: RunSpec) -> dict[str, str]:
 
 
 def _queued(tree: Tree, cluster: KubernetesCluster) -> Tree:
-    """Into Kueue's queue, where there is one."""
+    """Add the label of Kueue's queue, if one is configured."""
     if cluster.queue:
         tree["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = cluster.queue
     return tree
@@ -110,7 +110,7 @@ def _queued(tree: Tree, cluster: KubernetesCluster) -> Tree:
 
 
 def _replicated(spec: RunSpec, cluster: KubernetesCluster, job_labels: dict[str, str]) -> Tree:
-    """The spec of a JobSet."""
+    """Return the spec of a JobSet."""
     metadata = {"metadata": {"labels": job_labels}} if job_labels else {}
     return {
         "network": {"enableDNSHostnames": True},
@@ -120,9 +120,9 @@ def _replicated(spec: RunSpec, cluster: KubernetesCluster, job_labels: dict[str,
 
 
 def _failure_policy(spec: RunSpec) -> Tree:
-    """What stays wrong ends the run; a preemption costs nothing of the budget; the rest restarts within it.
+    """Return the failure policy: permanent errors end the run, preemptions restart it for free, others use a retry.
 
-    The patterns are read in the message of the failed job, which quotes the rule of `_nodes` that failed it.
+    The patterns match the message of the failed job, which quotes the pod failure rule of `_nodes` that applied.
     """
 
     def rule(name: str, action: str, *messages: str) -> Tree:
@@ -149,7 +149,7 @@ def _failure_policy(spec: RunSpec) -> Tree:
 
 
 def _nodes(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
-    """Indexed, a pod per node, no retries of its own: the nodes of a run go on together or not at all."""
+    """Return an Indexed job with one pod per node and no retries of its own: all nodes restart together."""
     return {
         "completionMode": "Indexed",
         "completions": spec.nodes,
@@ -161,9 +161,9 @@ def _nodes(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
 
 
 def _pod_rules(disrupted: str) -> list[Tree]:
-    """A pod that was taken away, or that saved because it was asked to, is told from one that stays wrong.
+    """Return rules that separate pods that were evicted or saved on request from permanent errors.
 
-    The first rule that matches counts: what a pod leaves with while it is taken away says nothing.
+    The first matching rule applies: the exit code of a pod that is being evicted means nothing.
     """
 
     def left_with(codes: list[int], action: str) -> Tree:
@@ -177,9 +177,9 @@ def _pod_rules(disrupted: str) -> list[Tree]:
 
 
 def _trainer(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
-    """The container of a node. Kubernetes fills in $(...) from the environment.
+    """Return the container of a node. Kubernetes expands $(...) from the environment.
 
-    The controller of Indexed jobs adds JOB_COMPLETION_INDEX; the JobSet controller labels pods with the attempt.
+    The controller of Indexed jobs sets JOB_COMPLETION_INDEX; the JobSet controller labels pods with the attempt.
     """
     options = {
         "--cluster": f"{FOLDER}/{PLACE}",
@@ -201,7 +201,7 @@ def _trainer(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
 
 
 def _train_job(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:
-    """A TrainJob and the runtime it names, which holds what a TrainJob cannot say: failures, volumes, places."""
+    """Return a TrainJob and its runtime, which holds what a TrainJob cannot express: failures, volumes, placement."""
     step = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
     runtime = {
         "mlPolicy": {"numNodes": spec.nodes, "torch": {}},
@@ -225,7 +225,7 @@ def _train_job(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:
 
 
 def _single_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
-    """One pod, started again within the budget unless it stays wrong; one that was taken away costs nothing of it."""
+    """Return a Job with one pod: evictions restart it for free, permanent errors end it, others use a retry."""
     container = _container(spec, cluster, _program(map(kubelet, _inside(spec, cluster.cpus_per_node).arguments)), [])
     job = {
         "backoffLimit": spec.retries,
@@ -236,9 +236,9 @@ def _single_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
 
 
 def _ray_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
-    """A Ray cluster of `nodes` pods for one build or encoding. KubeRay fills in the commands of its pods.
+    """Return a RayJob: a Ray cluster of `nodes` pods for one build or encoding. KubeRay sets the pods' commands.
 
-    It knows no rule by exit code: every failure of the driver is tried again within the budget, on new pods.
+    It has no rules by exit code: every failure of the driver uses a retry, on new pods.
     """
     inside = _inside(spec, cluster.cpus_per_node * spec.nodes).on_cluster_of("auto")
 
@@ -260,8 +260,8 @@ def _ray_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
         "shutdownAfterJobFinishes": True,
         "submitterPodTemplate": _submitter(spec, cluster),
         "rayClusterSpec": {
-            # Who reaches the head may run code on it, with our secrets: Ray asks for a token, which KubeRay makes and
-            # gives to these pods alone. It wants to know the version for that.
+            # Anyone who reaches the head can run code on it, with our secrets. In token mode Ray requires a token,
+            # which KubeRay creates for these pods only; KubeRay needs rayVersion for that.
             "rayVersion": importlib.metadata.version("ray"),
             "authOptions": {"mode": "token"},
             "headGroupSpec": head,
@@ -272,7 +272,7 @@ def _ray_job(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
 
 
 def _submitter(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
-    """The small pod that hands the build to Ray and shows its output."""
+    """Return the template of the small pod that submits the build to Ray and shows its output."""
     small = {"cpu": "500m", "memory": "1Gi"}
     container = {
         "name": "submitter",
@@ -291,12 +291,12 @@ def _submitter(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
 
 
 def _program(arguments: Iterable[str]) -> list[str]:
-    """Exec form: signals reach the program, no shell in between."""
+    """Return the command in exec form: without a shell, signals reach the program."""
     return ["python", "-m", "launchers.cli", *arguments]
 
 
 def _container(spec: RunSpec, cluster: KubernetesCluster, command: list[str], env: list[Tree]) -> Tree:
-    """What every program gets: image, environment, secrets by reference, resources, volumes."""
+    """Return a container: image, environment, secrets by reference, resources, volume mounts."""
     resources = {"cpu": str(cluster.cpus_per_node), "memory": cluster.memory}
     wanted = cluster.gpus_per_node if spec.task == "train" else min(cluster.gpus_per_node, spec.procs_per_node)
     devices = wanted if spec.wants_gpus else 0
@@ -319,7 +319,7 @@ def _container(spec: RunSpec, cluster: KubernetesCluster, command: list[str], en
 
 
 def _pod(spec: RunSpec, cluster: KubernetesCluster, container: Tree) -> Tree:
-    """A pod template around one container: where it may stand, how long it may take to stop, what it mounts."""
+    """Return a pod template for one container: placement, grace period, volumes."""
     claims = [{"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in sorted(cluster.claims)]
     recipe = [{"name": "recipe", "configMap": {"name": spec.name}}] if spec.task in RECIPES else []
     annotations = _kueue_topology(spec, cluster)
@@ -328,7 +328,7 @@ def _pod(spec: RunSpec, cluster: KubernetesCluster, container: Tree) -> Tree:
         "metadata": {"labels": _labels(spec), **({"annotations": annotations} if annotations else {})},
         "spec": {
             "restartPolicy": "Never",
-            # The launcher inside waits lead_s for the save, and the pod must outlive that; others have nothing to save.
+            # The launcher inside waits lead_s for the save, and the pod must outlive that; other tasks save nothing.
             "terminationGracePeriodSeconds": GRACE_MARGIN_S + (spec.lead_s if spec.saves else 0),
             **({"serviceAccountName": cluster.service_account} if cluster.service_account else {}),
             **({"nodeSelector": dict(sorted(cluster.node_selector.items()))} if cluster.node_selector else {}),
@@ -346,7 +346,7 @@ def _pod(spec: RunSpec, cluster: KubernetesCluster, container: Tree) -> Tree:
 
 
 def _kueue_topology(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, str]:
-    """Kueue places the pods itself: it is told the level at which they belong together."""
+    """Return the annotation for Kueue, which places the pods itself: the topology level to keep them together at."""
     if not (cluster.queue and cluster.topology and spec.nodes > 1):
         return {}
     how = "required" if cluster.topology_required else "preferred"
@@ -354,7 +354,7 @@ def _kueue_topology(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, str]
 
 
 def _place(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
-    """Each pod on a machine of its own where possible; without Kueue also all within one part of the network."""
+    """Spread pods over machines where possible; without Kueue, also keep them in one topology domain."""
     if spec.nodes == 1:
         return {}
     mine = {"matchLabels": {f"{APPLICATION}/instance": spec.name}}
@@ -376,7 +376,7 @@ def _place(spec: RunSpec, cluster: KubernetesCluster) -> Tree:
 
 
 def _pod_security() -> Tree:
-    """Nobody is root, and what is mounted belongs to the program's group."""
+    """Run as a non-root user; mounted volumes belong to its group."""
     return {
         "runAsNonRoot": True,
         "runAsUser": USER_ID,
@@ -387,6 +387,6 @@ def _pod_security() -> Tree:
 
 
 def _container_security(cluster: KubernetesCluster) -> Tree:
-    """No capabilities; RDMA alone needs one, to pin memory."""
+    """Drop all capabilities, but with RDMA add IPC_LOCK, needed to pin memory."""
     pinning = {"add": ["IPC_LOCK"]} if cluster.rdma else {}
     return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"], **pinning}}

@@ -1,4 +1,4 @@
-"""Objects as YAML that a person can read and edit, and their creation as a whole or not at all."""
+"""Render objects as readable YAML, and create them all or none."""
 
 import uuid
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ SUBMISSION = "tessera/submission"
 
 
 class _Readable(yaml.SafeDumper):
-    """Text of several lines as a block."""
+    """YAML dumper that writes multi-line strings as blocks."""
 
 
 def _block(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -30,14 +30,14 @@ _Readable.add_representer(str, _block)
 
 
 def rendered(spec: RunSpec, cluster: KubernetesCluster) -> list[Tree]:
-    """The objects. Raises ConfigError for what no cluster can run."""
+    """Return the checked objects. Raises ConfigError for what no cluster can run."""
     trees = objects(spec, cluster)
     check(trees)
     return trees
 
 
 def render(spec: RunSpec, cluster: KubernetesCluster) -> str:
-    """The objects as YAML, one document each. Raises ConfigError for what no cluster can run."""
+    """Return the objects as YAML, one document each. Raises ConfigError for what no cluster can run."""
     documents = [
         yaml.dump(tree, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=110)
         for tree in rendered(spec, cluster)
@@ -46,10 +46,10 @@ def render(spec: RunSpec, cluster: KubernetesCluster) -> str:
 
 
 def submit(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, object]:
-    """Create everything or nothing -> the record to find the run by, which lies in RUN/job.json too.
+    """Create all objects or none. Returns the record that identifies the job, also written to RUN/job.json.
 
-    Raises ConfigError for what no cluster can run, this one refuses, or is running already; NodeFault where it does
-    not answer.
+    Raises ConfigError if no cluster can run the objects, this one refuses them, or the run is running already;
+    NodeFault if the server does not answer.
     """
     trees = rendered(spec, cluster)
     run, token = Path(spec.run_folder), uuid.uuid4().hex
@@ -57,7 +57,7 @@ def submit(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, object]:
     for tree in trees:
         tree["metadata"]["annotations"][SUBMISSION] = token
     with connected() as api:
-        if (earlier := job_of(run)).get("place") == "kubernetes":  # it has ended, or it would have been refused
+        if (earlier := job_of(run)).get("place") == "kubernetes":  # ended, else refused above
             clear(api, earlier)
         try:
             for tree in trees:
@@ -80,13 +80,13 @@ def submit(spec: RunSpec, cluster: KubernetesCluster) -> dict[str, object]:
 
 
 def _take_back(api: ApiServer, trees: Sequence[Tree], token: str) -> None:
-    """Delete what stands of a submission that failed, and nothing of another. Raises NodeFault where that fails too."""
+    """Delete what a failed submission created, and nothing else. Raises NodeFault if that fails too."""
     left = []
     for tree in reversed(trees):
         kind, metadata = tree["kind"], tree["metadata"]
         place = (kind, metadata["namespace"], metadata["name"])
         try:
-            # Read first: a call without an answer may have been heard, and a name may be somebody else's.
+            # Read first: a request without a response may have succeeded, and a name may belong to somebody else.
             if api.read(*place)["metadata"].get("annotations", {}).get(SUBMISSION) == token:
                 api.delete(*place)
         except Refused:
