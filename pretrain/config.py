@@ -1,7 +1,7 @@
 """The schema of a training run. Read with `load_run(path, overrides)`; imports no torch.
 
-Sections: what is learnt (`model`, `task`, see schema/), from what (`data`), how (`train`, `optim`),
-and where it is written.
+Sections: the model and its objective (`model`, `task`, see schema/), its data (`data`), the training (`train`, `optim`,
+`guards`), tracking, and DeepSpeed.
 """
 
 import re
@@ -44,16 +44,16 @@ class MixedDataset(Settings):
 
 
 class ReweighConfig(Settings):
-    """Other weights from a position (samples consumed so far) on."""
+    """New weights of the datasets, from a position (samples consumed so far) onwards."""
 
     position: PositiveInt
     weights: tuple[float | str, ...]
 
 
 class ShuffleConfig(Settings):
-    """How far samples are shuffled: blocks of consecutive samples, windows of so many blocks, on so many lanes.
+    """Shuffling: on each of `lanes` lanes, `window` blocks of `block` consecutive samples are shuffled together.
 
-    lanes * window * block samples are mixed with each other. More lanes than ranks keep a rank on blocks of its own.
+    lanes * window * block samples are mixed with each other. More lanes than ranks let a rank read blocks of its own.
     """
 
     lanes: PositiveInt = 64
@@ -62,7 +62,7 @@ class ShuffleConfig(Settings):
 
 
 AUGMENTATION = ("crop_scale", "crop_ratio", "flip")
-"""Fields of DataConfig that draw what of an image is shown; their defaults draw nothing."""
+"""Fields of DataConfig for random image augmentation; their defaults disable it."""
 
 
 def _ascending(span: tuple[float, float]) -> tuple[float, float]:
@@ -78,8 +78,8 @@ Span = Annotated[tuple[PositiveFloat, PositiveFloat], pydantic.AfterValidator(_a
 class DataConfig(Settings):
     """The dataset (or `datasets`, mixed by weight), the tokenizers and how samples become tensors.
 
-    workers: processes that prepare batches; 0 is a thread. max_bad_rate: share of samples that may be replaced because
-    they cannot be used, before the run stops.
+    workers: processes that prepare batches; 0 uses a thread. max_bad_rate: share of samples that may be replaced as
+    unusable before the run stops.
     """
 
     dataset: OptionalLocation = None
@@ -97,7 +97,7 @@ class DataConfig(Settings):
     max_bad_rate: NonNegativeFloat = Field(0.001, le=1.0)
 
     def without_augmentation(self) -> "DataConfig":
-        """The same data, shown as evaluation shows them: every image its centre square, never mirrored."""
+        """Return a copy for evaluation: every image is cropped to its centre square and never flipped."""
         return self.model_copy(update={name: type(self).model_fields[name].default for name in AUGMENTATION})
 
     @pydantic.model_validator(mode="after")
@@ -115,27 +115,27 @@ class DataConfig(Settings):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Everything that is read: datasets, text and image tokenizer, held-out data."""
+        """Paths of everything that is read: datasets, text and image tokenizer, held-out data."""
         sources = (source.path for source in self.datasets)
         named = (self.dataset, *sources, self.text_tokenizer, self.image_tokenizer, self.evaluation)
         return tuple(path for path in named if path)
 
     @property
     def changes(self) -> list[tuple[int, tuple[float | str, ...]]]:
-        """(first position, weights of the datasets), the first at 0."""
+        """Schedule of the weights: (first position, weights of the datasets), starting at position 0."""
         first = (0, tuple(source.weight for source in self.datasets))
         return [first, *((change.position, change.weights) for change in self.reweigh)]
 
 
 class TrainConfig(Settings):
-    """Length, batch, precision, sharding, and what is written when.
+    """Length, batch, precision, sharding, and when to write checkpoints, logs and previews.
 
-    `recompute`: the blocks of the model keep their inputs alone and are computed again in the backward: less memory, a
-    forward more, the same numbers.
-    Of the checkpoints stay the last `keep_checkpoints` regular ones (and a newer one that a stop signal asked for),
-    every one whose step `keep_every_steps` divides, the one with the best mean of the metric `keep_best` since the save
-    before (the lowest of a loss, the highest of an accuracy; "min:NAME" and "max:NAME" say which), and named ones.
-    `checkpoints`: a folder or s3:// prefix for them, instead of the run's own.
+    `recompute`: activation checkpointing. Blocks keep only their inputs and are recomputed in the backward: less
+    memory, one more forward, the same numbers.
+    These checkpoints are kept: the last `keep_checkpoints` regular ones (and a newer one that a stop signal caused);
+    those whose step is a multiple of `keep_every_steps`; the one with the best mean of the metric `keep_best` since the
+    previous save (lowest loss, highest accuracy; "min:NAME" and "max:NAME" set the direction); and named ones.
+    `checkpoints`: a folder or s3:// prefix for checkpoints, instead of the run's folder.
     """
 
     steps: PositiveInt
@@ -161,8 +161,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class AdamWConfig(Settings):
     """AdamW with decay and no-decay groups, and the learning-rate schedule over the steps of the run.
 
-    Matrices decay, vectors (biases, gains) do not; nor does a parameter in whose name a regular expression of
-    `no_decay` is found.
+    Weight decay applies to matrices, not to vectors (biases, gains), and not to parameters whose name matches a regular
+    expression of `no_decay` (`re.search`).
     """
 
     lr: PositiveFloat
@@ -188,7 +188,7 @@ class AdamWConfig(Settings):
 
 
 class OptimConfig(AdamWConfig):
-    """The optimizer of the model; `roles`: those beside it, by name, as far as they differ from it.
+    """The model's optimizer. `roles`: further optimizers by name; each lists only what differs from the model's.
 
     A reconstruction has the role "discriminator".
     """
@@ -198,7 +198,7 @@ class OptimConfig(AdamWConfig):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _differences(cls, tree: Any) -> Any:
-        """What a role does not say is as for the model."""
+        """Fill a role's missing settings from the model's."""
         if not isinstance(tree, dict) or not isinstance(tree.get("roles"), dict):
             return tree
         own = {key: value for key, value in tree.items() if key != "roles"}
@@ -206,15 +206,15 @@ class OptimConfig(AdamWConfig):
         return own | {"roles": roles}
 
     def of(self, role: str) -> AdamWConfig:
-        """The settings of a role's optimizer."""
+        """Return the settings of a role's optimizer."""
         return self.roles.get(role, self)
 
 
 class GuardsConfig(Settings):
-    """What happens to a step whose loss or gradient norm is not finite, or spikes.
+    """Handling of steps whose loss or gradient norm is not finite, or spikes.
 
-    skip: leave out its update. roll_back: go back to the last regular checkpoint's weights as well, and on with the
-    next batch. stop: end the run before the update. More than `patience_steps` refused steps in a row always stop it.
+    skip: omit the update. roll_back: also restore the last regular checkpoint's weights, and continue with the next
+    batch. stop: end the run before the update. More than `patience_steps` refused steps in a row always end the run.
     """
 
     non_finite: Literal["skip", "roll_back", "stop"] = "stop"
@@ -239,7 +239,7 @@ TRACKING_SCHEMES = (
 
 
 def known_to_mlflow(uri: str) -> str:
-    """`uri` itself. Raises ValueError where MLflow, with its installed plug-ins, has no store of that scheme."""
+    """Return `uri`. Raises ValueError when MLflow, with its installed plug-ins, has no store for its scheme."""
     scheme, colon, rest = uri.partition(":")
     kind = scheme.lower().partition("+")[0] if colon and "/" not in scheme else "file"
     if kind not in TRACKING_SCHEMES and kind not in entry_points(group="mlflow.tracking_store").names:
@@ -254,11 +254,11 @@ def known_to_mlflow(uri: str) -> str:
 
 
 def _names_host(address: str) -> bool:
-    """Whether an address of http(s) has a host, and a port below 65536 if any."""
+    """Return whether an http(s) address has a host and a valid port (1 to 65535), if any."""
     try:
         parts = urlsplit(address)
         return parts.port != 0 and bool(parts.hostname)
-    except ValueError:  # brackets that do not close, a port that is none
+    except ValueError:  # unclosed brackets or an invalid port
         return False
 
 
@@ -266,30 +266,30 @@ TrackingUri = Annotated[str, pydantic.AfterValidator(expand_home), pydantic.Afte
 
 
 class TrackingConfig(Settings):
-    """MLflow: `uri` empty switches it off; metrics.jsonl in the run folder is always written."""
+    """MLflow tracking. An empty `uri` disables it; metrics.jsonl in the run folder is always written."""
 
     uri: TrackingUri = "sqlite:///runs/mlflow.db"
     experiment: str = "tessera"
 
 
 class DeepSpeedConfig(Settings):
-    """What the generated DeepSpeed JSON is overlaid with, for what the other sections do not offer."""
+    """Overrides of the generated DeepSpeed JSON, for options that the other sections do not offer."""
 
     extra: dict[str, Any] = {}
 
 
 SAVED = "config.json"
-"""The configuration of a run in its folder."""
+"""File name of the configuration in a run's folder."""
 FINGERPRINTS = "fingerprints"
-"""The key of config.json under which a run or an export keeps the fingerprints of what it depends on."""
+"""Key of config.json for the fingerprints of what a run or an export depends on."""
 
 
 NOTES_FILE = "tessera.json"
-"""Beside an export in another layout: what its own files cannot say, fingerprints among it."""
+"""File name, in an export of another layout, for what that layout cannot hold, such as fingerprints."""
 
 
 class RunConfig(Settings):
-    """One training run. `initial`: a run or an exported model to start from, as far as its tensors fit."""
+    """One training run. `initial`: a run or an exported model whose weights to start from, as far as they fit."""
 
     renamed = RENAMED
     run: Location
@@ -307,12 +307,12 @@ class RunConfig(Settings):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _without_fingerprints(cls, tree: Any) -> Any:
-        """RUN/config.json is a configuration too; the fingerprints that the program adds there are no setting."""
+        """Drop the fingerprints that the program adds to RUN/config.json; they are not settings."""
         return {key: tree[key] for key in tree if key != FINGERPRINTS} if isinstance(tree, dict) else tree
 
     @property
     def checkpoint_root(self) -> str:
-        """Where the checkpoints lie: in the run's folder, unless `train.checkpoints` names another place."""
+        """Folder or s3:// prefix of the checkpoints: `train.checkpoints`, or else RUN/checkpoints."""
         return self.train.checkpoints or f"{self.run}/checkpoints"
 
     @pydantic.model_validator(mode="after")
@@ -322,7 +322,7 @@ class RunConfig(Settings):
 
 
 def check_sections(config: RunConfig) -> None:
-    """The rules that span sections; raises ValueError with value, rule and remedy."""
+    """Check the rules that span sections. Raises ValueError with value, rule and remedy."""
     model, task, reads = config.model, config.task, config.model.reads
     if not isinstance(model, task.trains):
         fitting = " or ".join(map(repr, tasks_of(model.kind)))
@@ -346,13 +346,13 @@ def check_sections(config: RunConfig) -> None:
 
 
 def has_begun(config: RunConfig) -> bool:
-    """Has the run logged a step? It may go on from a checkpoint then, and reads `initial` no more."""
+    """Return whether the run has logged a step; it may then resume from a checkpoint and no longer reads `initial`."""
     path = Path(config.run) / METRICS
     return path.is_file() and path.stat().st_size > 0
 
 
 def check_initial(config: RunConfig) -> None:
-    """Raise ConfigError where a run that has not begun would start from a folder that is not there."""
+    """Raise ConfigError when a run that has not begun names an `initial` folder that does not exist."""
     path = local_path(config.initial) if config.initial else None
     if path is not None and not path.exists() and not has_begun(config):
         raise ConfigError(
@@ -361,7 +361,7 @@ def check_initial(config: RunConfig) -> None:
 
 
 def _check_text(text: TextRead, shortest: str) -> None:
-    """There are ids beside the special ones, and room for the task's shortest row."""
+    """Check that there are ids besides the special ones, and room for the task's shortest row."""
     if shortest and text.context < len(shortest.split()):
         raise ValueError(
             f"model.{text.context_field}={text.context} has no room for {shortest}; use {len(shortest.split())} or more"
@@ -387,7 +387,7 @@ def _check_optimizers(config: RunConfig) -> None:
 
 
 def micro_batch_of(train: TrainConfig, world_size: int) -> tuple[int, int]:
-    """-> (micro batch per rank, accumulation steps) of a `world_size`; raises ValueError when it does not divide."""
+    """Return (micro-batch per rank, accumulation steps). Raises ValueError when the global batch does not divide."""
     per_rank, rest = divmod(train.global_batch, world_size)
     micro = train.micro_batch or per_rank
     if rest or per_rank % micro:
@@ -401,10 +401,10 @@ def micro_batch_of(train: TrainConfig, world_size: int) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
-# ------------------------------------------------------------------------------- what a run may change on its way
+# ------------------------------------------------------------------------------- what a run may change when it resumes
 
 CHANGEABLE = re.compile(r"train\.steps|optim\.(roles\.[^.]+\.)?(lr|schedule|warmup_steps|final_lr_fraction|power)")
-"""What --change may change: read at every step, kept in no tensor and no count."""
+"""Settings that --change accepts: read at every step, and held in no tensor or counter."""
 CHANGEABLE_NAMES = (
     "train.steps, optim.lr, optim.schedule, optim.warmup_steps, optim.final_lr_fraction, optim.power "
     "(and those of optim.roles.NAME)"
@@ -412,10 +412,10 @@ CHANGEABLE_NAMES = (
 
 
 def load_run(path: str | Path, overrides: Sequence[str], changes: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a run; `changes` (--change key=value) are overrides that consent to another value.
+    """Load the configuration of a run. changes: `--change key=value` overrides, which consent to a new value.
 
-    path: a YAML file, or the config.json that a run has saved, which may be an earlier version's. Raises ConfigError
-    for a change of what a run may not change on the way.
+    path: a YAML file, or a run's config.json, which may come from an earlier version. Raises ConfigError for a change
+    of a setting that a run may not change.
     """
     from pretrain.schema.saved import saved_run
 
@@ -426,7 +426,7 @@ def load_run(path: str | Path, overrides: Sequence[str], changes: Sequence[str] 
 
 
 def consented_keys(changes: Sequence[str]) -> frozenset[str]:
-    """The keys of `key=value` words. Raises ConfigError for one that cannot be changed within a run."""
+    """Return the keys of `key=value` words. Raises ConfigError for a key that cannot change within a run."""
     keys = [change.partition("=")[0] for change in changes]
     for key in keys:
         if not CHANGEABLE.fullmatch(key):

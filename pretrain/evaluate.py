@@ -1,4 +1,4 @@
-"""The figures of a trained model, on `data.evaluation` (or its training data where none is named)."""
+"""Evaluation of a trained model on `data.evaluation`, or on its training data when that is not set."""
 
 import json
 import sys
@@ -33,9 +33,9 @@ def main(
     overrides: Sequence[str] = (),
     say: Callable[[dict[str, Any]], None] = lambda told: None,
 ) -> dict[str, Any]:
-    """Evaluate a run's newest checkpoint (of a step; named `label`) or an exported model -> step, data and figures.
+    """Evaluate an exported model or a run's newest checkpoint (or that of `step` or `label`) -> step, data and metrics.
 
-    These are handed to `say` before anything is written: RUN/evaluation.json, pictures in RUN/samples, MLflow.
+    The result is passed to `say`, then written to RUN/evaluation.json, RUN/samples (pictures) and MLflow.
     rerank: for a gpt, the run or export of a CLIP that picks the best of `candidates` images per prompt, as in DALL-E
     (Ramesh et al. 2021, arXiv:2102.12092).
     """
@@ -58,14 +58,14 @@ def main(
     if config.tracking.uri:
         try:
             send(folder, config, figures)
-        except Exception as error:  # tracking must not cost the figures
+        except Exception as error:  # a tracking error must not lose the metrics
             why = f"did not take the figures ({why_not(error)}); they are in {folder}"
             print(f"MLflow at {shown(config.tracking.uri)} {why}", file=sys.stderr)
     return told
 
 
 def _open_data(config: RunConfig, folder: Path, with_codes: bool) -> tuple[Source, Vocabulary | None]:
-    """The data to evaluate on, and the text tokenizer."""
+    """Return the data to evaluate on, and the text tokenizer."""
     held_out = config.data.evaluation
     if not held_out and config.data.dataset == NOT_SAID:
         raise ConfigError(f"{folder} does not say what to evaluate it on; give data.evaluation=DATASET")
@@ -76,7 +76,7 @@ def _open_data(config: RunConfig, folder: Path, with_codes: bool) -> tuple[Sourc
 
 
 def _data_of(config: RunConfig, stream: Source) -> dict[str, Any]:
-    """Which data the figures are of. held_out: is it other data than what was trained on?"""
+    """Describe the evaluated data. held_out: whether it differs from the training data."""
     streams = stream.streams if isinstance(stream, Mixture) else [stream]
     return {
         "data": stream.dataset,
@@ -86,7 +86,7 @@ def _data_of(config: RunConfig, stream: Source) -> dict[str, Any]:
 
 
 def _write(folder: Path, told: dict[str, Any], pictures: dict[str, Image.Image]) -> None:
-    """Raises DataError where the folder does not take it."""
+    """Write the metrics and pictures. Raises DataError when the folder cannot be written."""
     samples = folder / "samples"
     if pictures:
         with storage_errors(samples):

@@ -1,4 +1,4 @@
-"""Images from text: a trained GPT writes codes, the image tokenizer draws them."""
+"""Text-to-image generation: a trained GPT samples image codes, and the image tokenizer decodes them."""
 
 import dataclasses
 import hashlib
@@ -27,19 +27,19 @@ from pretrain.models.gpt import Gpt
 from pretrain.runtime.show import png
 from pretrain.schema.tasks import AutoregressiveConfig
 
-BATCH = 64  # prompts decoded side by side; guidance doubles the rows
+BATCH = 64  # prompts sampled together; guidance doubles the rows
 LABEL_LINES, LINE_HEIGHT = 2, 12
 LABEL_HEIGHT = LABEL_LINES * LINE_HEIGHT + 6
-CELL = 160  # pixels of a picture in the grid
-WORDS_IN_NAME = 40  # characters of the prompt in a file's name: of four bytes each they leave room for the rest
+CELL = 160  # target side of an image in the grid, in pixels
+WORDS_IN_NAME = 40  # characters of the prompt in a file name; at four bytes each they leave room for the rest
 FONT = ImageFont.load_default(10)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How codes are drawn. temperature 0 takes the likeliest; top_k 0 keeps all; guidance 1 is without guidance.
+    """Sampling settings. temperature 0: the most likely code; top_k 0: keep all codes; guidance 1: no guidance.
 
-    Raises ConfigError for what is out of range.
+    Raises ConfigError for a value out of range.
     """
 
     temperature: float = 1.0
@@ -70,8 +70,8 @@ def main(
 ) -> list[Path]:
     """Write `count` images of `prompt` and a labelled grid into `out` (default: RUN/samples) -> paths, grid first.
 
-    run: folder of a run, of which step and label choose the checkpoint, or of an exported model. What the prompt or the
-    settings cannot do is said on stderr.
+    run: folder of an exported model or of a run; step and label choose the run's checkpoint. Prints a note on stderr
+    where the model cannot follow the prompt or the settings.
     """
     if count < 1:
         raise ConfigError(f"count={count}: give a number from 1")
@@ -105,7 +105,7 @@ def main(
 
 
 def check_text(prompt: str) -> None:
-    """Raises ConfigError for a prompt whose bytes on the command line were no UTF-8."""
+    """Raise ConfigError for a prompt whose bytes on the command line were not UTF-8."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -113,7 +113,7 @@ def check_text(prompt: str) -> None:
 
 
 def notes(prompt: str, vocabulary: Vocabulary, room: int, guidance: float, caption_drop: float) -> list[str]:
-    """What of the request the model cannot do, a sentence each. room: text tokens that it reads."""
+    """Return a sentence for each part of the request that the model cannot follow. room: text tokens that it reads."""
     ids, found = vocabulary.encode(prompt), []
     unknown = sum(number == vocabulary.unk for number in ids)
     if not vocabulary.decode(ids).strip():
@@ -133,7 +133,7 @@ def notes(prompt: str, vocabulary: Vocabulary, room: int, guidance: float, capti
 
 
 def file_names(prompt: str, sampling: Sampling, made_by: Sequence[str], count: int) -> list[str]:
-    """The grid's name and one an image: the prompt for people, and a digest of all that decides the picture."""
+    """Return the file names, grid first: the prompt's words and a digest of everything that determines the images."""
     decides = [prompt, dataclasses.asdict(sampling), *made_by]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     words = re.sub(r"\W+", "-", prompt).strip("-")[:WORDS_IN_NAME] or "prompt"
@@ -142,7 +142,7 @@ def file_names(prompt: str, sampling: Sampling, made_by: Sequence[str], count: i
 
 
 def model_digest(model: torch.nn.Module) -> str:
-    """32 hex digits over the weights."""
+    """Return a digest of the weights, 32 hex digits."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -151,7 +151,7 @@ def model_digest(model: torch.nn.Module) -> str:
 
 
 def check_fit(model: Gpt, tokenizer: ImageTokenizer, vocabulary: Vocabulary) -> None:
-    """Raises ConfigError when the three were not made for each other."""
+    """Raise ConfigError when model, image tokenizer and vocabulary do not match."""
     config = model.config
     asked = {"image_tokens": config.image_tokens, "image_vocab": config.image_vocab}
     given = {"image_tokens": tokenizer.codes_per_image, "image_vocab": tokenizer.codebook_size}
@@ -178,7 +178,7 @@ def generate_images(
     guidance: float = 1.0,
     seed: int = 0,
 ) -> np.ndarray:
-    """-> uint8 [n, S, S, 3], one image per prompt; image i is drawn with the random numbers of (seed, i)."""
+    """Sample one image per prompt -> uint8 [n, S, S, 3]; image i uses the random numbers of (seed, i)."""
     config = model.config
     text = torch.from_numpy(np.stack([text_ids(prompt, vocabulary, config.text_tokens) for prompt in prompts]))
     keys = (np.array([seed, index], np.uint64) for index in range(len(prompts)))
@@ -195,14 +195,14 @@ def generate_images(
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """Where the model's parameters are."""
+    """Return the device of the model's parameters."""
     return next(model.parameters()).device
 
 
 def labelled_grid(images: np.ndarray, labels: list[str], columns: int | None = None) -> Image.Image:
-    """uint8 [n, S, S, 3] and n labels -> one picture, enlarged by whole pixels; about square unless told.
+    """uint8 [n, S, S, 3] and n labels -> one picture, enlarged by an integer factor; about square without `columns`.
 
-    The built-in font knows Latin letters only: other labels are left out (the PNG's "prompt" text has them).
+    The built-in font has Latin letters only; labels that are not ASCII are omitted (the PNG's "prompt" text has them).
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
@@ -219,7 +219,7 @@ def labelled_grid(images: np.ndarray, labels: list[str], columns: int | None = N
 
 
 def label_lines(draw: ImageDraw.ImageDraw, label: str, width: int) -> list[str]:
-    """`label` broken between words into lines of at most `width` pixels; what LABEL_LINES cannot hold is cut off."""
+    """Wrap `label` at spaces into lines of at most `width` pixels; keep the first LABEL_LINES lines."""
     lines = [""]
     for word in label.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,9 +1,9 @@
-"""READ FIRST. The training loop: next batch -> forward -> backward -> update -> log -> save, the same lines everywhere.
+"""READ FIRST. The training loop of every task: next batch -> forward -> backward -> update -> log -> save.
 
-Where a task has several optimizers, forward to update are made once for each: a step is a sequence of turns.
+A task with several optimizers runs forward to update once for each of them: a step is a sequence of turns.
 
-`train` is the loop; `Run.start` builds what it needs. Nothing in the loop depends on when it was started or how often
-it was interrupted: batches and randomness are functions of the position, the learning rate is one of the step.
+`train` is the loop; `Run.start` builds what it needs. The results do not depend on when the run started or how often it
+was interrupted: batches and randomness are functions of the position, the learning rate is a function of the step.
 """
 
 import contextlib
@@ -54,11 +54,11 @@ from pretrain.tracking import SystemLog, Writer
 
 
 def main(config: RunConfig, changes: Iterable[str] = ()) -> None:
-    """Train to the end, or until asked to stop (then raises Requeue, after a save).
+    """Train to the end. Raises Requeue, after a save, when a stop signal arrives earlier.
 
     changes: dotted keys of settings that may differ from those of the newest checkpoint (`--change`).
     """
-    killed = may_have_been_killed(Path(config.run))  # before this attempt leaves traces of its own
+    killed = may_have_been_killed(Path(config.run))  # checked before this attempt writes anything
     noted = faults_noted(Path(config.run), own_rank(), peer_lost)
     with StopSignals(leave_at_once) as stop, contextlib.ExitStack() as leaving, noted:
         mesh = Mesh.start(config.train.collective_timeout_s)
@@ -73,7 +73,7 @@ def main(config: RunConfig, changes: Iterable[str] = ()) -> None:
 
 
 def train(run: "Run", stop: StopSignals) -> None:
-    """The loop."""
+    """Run the training loop from `run.step` to the last step."""
     config, engine = run.config, run.engine
     for positions, batches in run.feed.steps(run.step, config.train.steps, run.position):
         run.clock.enter("step")
@@ -99,7 +99,7 @@ def train(run: "Run", stop: StopSignals) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One optimizer's part of a step. number: int64 [], its role among the task's, for `forward`."""
+    """One optimizer's part of a step. number: int64 [], the index of its role in the task's roles, for `forward`."""
 
     role: str
     number: Tensor
@@ -108,7 +108,7 @@ class Turn:
 
 @dataclasses.dataclass
 class Run:
-    """Everything the loop holds; `step` counts updates made, `position` samples consumed."""
+    """State of the training loop. `step` counts the steps made, `position` the samples consumed."""
 
     config: RunConfig
     mesh: Mesh
@@ -125,16 +125,16 @@ class Run:
     step: int = 0
     position: int = 0
     known: Fingerprints = dataclasses.field(default_factory=dict)
-    """What the run depends on beside its settings, by fingerprint."""
+    """Fingerprints of what the run depends on besides its settings."""
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """The changes that were consented to, oldest first: {"step", "settings"}."""
+    """Changes of settings that were consented to, oldest first: {"step", "settings"}."""
 
     @classmethod
     def start(cls, config: RunConfig, mesh: Mesh, changes: Iterable[str] = (), killed: bool = False) -> "Run":
-        """Build the run and put it where its newest checkpoint stands.
+        """Build the run and restore its newest checkpoint, if there is one.
 
-        killed: the attempt before may have been ended by an image; rank 0's word counts. Bad input is refused before
-        anything is written.
+        killed: whether an image may have ended the previous attempt; only rank 0's value is used. Invalid input is
+        refused before anything is written.
         """
         micro_batch, accumulation = check_batch(config, mesh.world)
         stream, tokenizer = open_data(config)
@@ -170,14 +170,14 @@ class Run:
         return run
 
     def resume(self, saved: Saved, changed: Changes) -> None:
-        """Go to a checkpoint that was found to be of this run; `changed`: the settings that change here."""
+        """Restore `saved`, already checked to belong to this run. changed: settings that change at this step."""
         restore(saved, self.engine)
         self.guards.load(saved.state["guards"])
         self.step, self.position = saved.step, saved.state["stream"]["position"]
         self.changes = saved.state.get("changes", []) + ([{"step": self.step, "settings": changed}] if changed else [])
 
     def refuse_lethal_images(self, killed: bool) -> None:
-        """Tell the inputs which images kill their decoder; look for new ones where the attempt before was killed."""
+        """Give the inputs the known lethal images; search for new ones when the previous attempt was killed."""
         inputs, folder = self.feed.preparer.inputs, Path(self.config.run)
         if not isinstance(inputs, Screened):
             return
@@ -185,13 +185,13 @@ class Run:
         made = max(self.position, last_position(folder)) if killed and self.mesh.rank == 0 else -1
         [made] = self.mesh.maximum([made])
         if made >= 0:
-            # of processor time: the others wait meanwhile, by the clock, and give up after twice the timeout
+            # in CPU time; the other ranks wait meanwhile in wall-clock time, and give up after twice the timeout
             suspects, patience_s = self.feed.prepared_by(made, PREVIEWED), self.config.train.collective_timeout_s / 2
             search(self.stream, inputs, suspects, patience_s, self.mesh.maximum)
             remember(folder, inputs.found)
 
     def warn_of_deadline(self) -> None:
-        """Say it now when a stop signal would leave no time for a save. All ranks try the disk together."""
+        """Warn when a stop signal would leave no time for a save. All ranks measure their write speed at once."""
         lead = deadline.lead_s()
         if lead < float("inf"):
             speed = deadline.write_speed(Path(self.config.run))
@@ -203,7 +203,7 @@ class Run:
                 self.writer.say(text)
 
     def save(self) -> None:
-        """Stage a checkpoint of the present step; it is written and committed beside the next ones."""
+        """Stage a checkpoint of the current step; it is written and committed during the following steps."""
         self.clock.enter("save")
         state = {
             "step": self.step,
@@ -221,7 +221,7 @@ class Run:
         self.checkpoints.save(self.engine, self.step, state)
 
     def turns(self) -> Iterator[Turn]:
-        """Who learns in this step, one after another; most tasks have one optimizer and one turn."""
+        """Yield this step's optimizer turns, in order. Most tasks have one optimizer and one turn."""
         roles = self.task.turns(self.step)
         for role in roles:
             last = role == roles[-1]
@@ -229,14 +229,14 @@ class Run:
             yield Turn(role, torch.tensor(self.engine.roles.index(role)), last)
 
     def update(self, turn: Turn, means: dict[str, float]) -> dict[str, float]:
-        """Apply this turn's gradient where the guards accept it -> its metrics; another role's are under its name."""
+        """Apply this turn's gradient if the guards accept it -> its metrics, prefixed by the role unless it is MAIN."""
         lr = learning_rate(self.step, self.config.train.steps, self.config.optim.of(turn.role))
         judge = functools.partial(self.guards.accepts, means["loss"], role=turn.role, last=turn.last)
         found = means | {"grad_norm": self.engine.update(lr, judge), "lr": lr}
         return found if turn.role == MAIN else {f"{turn.role}_{name}": value for name, value in found.items()}
 
     def after_updates(self) -> None:
-        """What follows a step's turns: a refused step is taken back, dead codes are revived, pictures drawn."""
+        """Finish a step after its turns: undo a refused step, run the task's `after_step`, draw the preview."""
         self.engine.settle(self.guards.action == "accept")
         self.step, self.position = self.step + 1, self.position + self.config.train.global_batch
         self.task.after_step(self.step)
@@ -247,7 +247,7 @@ class Run:
                 self.writer.picture(shown, "reconstructions", self.step)
 
     def log(self, positions: tuple[int, int], means: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and now and then one for the person who watches."""
+        """Write the step's line of metrics.jsonl and, every `log_every_steps`, a progress line."""
         if self.guards.action == "accept":
             self.checkpoints.note(means)
         if self.writer:
@@ -256,9 +256,9 @@ class Run:
             self.writer.step(self.step, positions, means, seconds, self.guards.told())
 
     def follow_guards(self) -> None:
-        """After a refused step: end the run, or take the last regular checkpoint's weights and go on from here.
+        """Act on a refused step: end the run, or restore the last regular checkpoint's weights and continue.
 
-        A checkpoint that a stop signal asked for is passed over: the signal must not be visible in the result.
+        Checkpoints written because of a stop signal are skipped, so that the signal does not affect the result.
         """
         self.guards.refuse_to_go_on(self.step)
         if self.guards.action == "roll_back":
@@ -269,10 +269,10 @@ class Run:
             self.guards.remember(saved.state["guards"])
 
     def agree(self, asked: int) -> bool:
-        """-> whether any rank is asked to stop.
+        """Return whether any rank was asked to stop.
 
-        Raises NodeFault when the guards of the ranks did not judge alike, Overtaken when a commit was refused because a
-        later attempt owns the run.
+        Raises NodeFault when the ranks' guards refused different numbers of steps, Overtaken when a commit was refused
+        because a later attempt owns the run.
         """
         told = [asked, self.guards.events, -self.guards.events, int(bool(self.checkpoints.overtaken))]
         asked, most, least, overtaken = self.mesh.maximum(told)
@@ -283,14 +283,14 @@ class Run:
         return asked > 0
 
     def with_whole_step(self, batches: list[Batch], turn: Turn) -> list[Batch]:
-        """Each micro-batch with what it must know of the whole step: accumulation must not be visible in the loss."""
+        """Add to each micro-batch what its loss needs from the whole step, so that accumulation changes no loss."""
         if len(batches) > 1 and self.task.compares_batch:
             return self.with_slopes(batches, turn)
         return self.with_counts(batches)
 
     @torch.no_grad()
     def with_slopes(self, batches: list[Batch], turn: Turn) -> list[Batch]:
-        """Gradient caching: one forward of all micro-batches first, then each one's slope of the global loss."""
+        """Gradient caching: forward all micro-batches, then add to each its slopes of the global loss."""
         first = {"step": torch.tensor(self.step), "turn": turn.number, "embed": torch.tensor(1)}
         rows = [self.engine.forward(batch | first) for batch in batches]
         with torch.enable_grad():
@@ -298,7 +298,7 @@ class Run:
         return [batch | more for batch, more in zip(batches, slopes, strict=True)]
 
     def with_counts(self, batches: list[Batch]) -> list[Batch]:
-        """Accumulation must not weigh words by the micro-batch they stand in: each gets the step's mean counts."""
+        """Add the step's mean counts to each micro-batch, so that every word of the step has the same weight."""
         rows = [self.task.counts(batch) for batch in batches] if len(batches) > 1 else [{}]
         if not rows[0]:
             return batches
@@ -307,7 +307,7 @@ class Run:
         return [batch | shared for batch in batches]
 
     def mean_over_batches_and_ranks(self, losses: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Means in float64, in a fixed order: the logged loss is bitwise repeatable at the same world size."""
+        """Average in float64, in a fixed order: the logged loss is bitwise repeatable at the same world size."""
         names = list(losses[0])
         table = torch.stack(
             [torch.stack([row[name].detach().double().reshape(()) for name in names]) for row in losses]
@@ -315,7 +315,7 @@ class Run:
         return dict(zip(names, self.mesh.mean(table.mean(0).tolist()), strict=True))
 
     def close(self, status: str) -> None:
-        """End a save under way and flush what is written for people. MLflow is told `status`, and raises nothing."""
+        """Give a save in progress a moment to finish, flush the logs, report `status` to MLflow (without raising)."""
         self.watchdog.stop()
         if self.system:
             self.system.close()
@@ -328,7 +328,7 @@ class Run:
 
 
 def check_batch(config: RunConfig, world: int) -> tuple[int, int]:
-    """-> (micro-batch, accumulation). Raises ConfigError when the batch does not divide."""
+    """Return (micro-batch, accumulation steps). Raises ConfigError when the batch does not divide."""
     try:
         return micro_batch_of(config.train, world)
     except ValueError as error:
@@ -336,7 +336,7 @@ def check_batch(config: RunConfig, world: int) -> tuple[int, int]:
 
 
 def build_task(config: RunConfig, mesh: Mesh) -> Task:
-    """Model and task with the initial weights of the seed, the same on every rank."""
+    """Build the model and its task with initial weights drawn from the seed, the same on every rank."""
     torch.manual_seed(config.seed)
     model = MODELS[config.model.kind](config.model)
     name_noise(model)
@@ -347,22 +347,22 @@ def build_task(config: RunConfig, mesh: Mesh) -> Task:
 
 
 def attempts_noted(run: Path) -> int:
-    """How many attempts RUN/attempts.jsonl knows of: the next one's number is not below it."""
+    """Return the number of attempts in RUN/attempts.jsonl; the next attempt's number is not below it."""
     path = run / "attempts.jsonl"
     return len(path.read_text().splitlines()) if path.is_file() else 0
 
 
 def last_position(run: Path) -> int:
-    """Where the furthest of the newest lines in RUN/metrics.jsonl ends; 0 where no step was made."""
+    """Return the highest position that the newest lines of RUN/metrics.jsonl reach; 0 when no step was made."""
     newest = itertools.islice(lines_back(run / METRICS), deadline.RECENT_STEPS)
     spans = (row.get("positions") for row in newest)
     return max((span[1] for span in spans if isinstance(span, list) and [*map(type, span)] == [int, int]), default=0)
 
 
 def start_from_initial(config: RunConfig, task: Task, mesh: Mesh, known: Fingerprints) -> None:
-    """Weights of another run or of an exported model, as far as they fit; rank 0 prints what did.
+    """Load the weights of another run or of an exported model, as far as they fit; rank 0 prints which did.
 
-    Their fingerprint is added to `known`.
+    Adds their fingerprint to `known`.
     """
     from pretrain.checkpoint.trained import start_from
 

@@ -1,4 +1,4 @@
-"""EVALUATIONS: kind of the task -> the figures of a model that it trained."""
+"""EVALUATIONS: `task.kind` -> the evaluation of a model that the task trained."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from pretrain.evaluations.evaluated import Evaluated, Figures
 
 
 class Evaluation(NamedTuple):
-    """figures: computes them. draws: it draws images of captions, so that it reads no codes and --rerank has a use."""
+    """figures: computes the metrics. draws: whether it generates images; it then reads no codes and allows --rerank."""
 
     figures: Callable[[Evaluated], Figures]
     draws: bool = False

@@ -1,4 +1,4 @@
-"""What every evaluation is given, and how it reads samples."""
+"""Input of every evaluation, and reading of its samples."""
 
 import contextlib
 import sys
@@ -23,7 +23,7 @@ from pretrain.tasks import TASKS
 SAMPLES = 512
 BATCH = 64
 DECODE_S = 60.0
-"""Processor time that an image may take."""
+"""Limit of CPU time for decoding one image, in seconds."""
 
 Figures = dict[str, float]
 
@@ -32,8 +32,8 @@ Figures = dict[str, float]
 class Evaluated:
     """A trained model in evaluation mode on one device, and the data that it is evaluated on.
 
-    config: the run's, its images shown without augmentation. tokenizer: the text tokenizer, where the model reads text.
-    folder: the run's or export's. rerank, candidates: see `evaluate.main`. pictures: to be written, by file name.
+    config: the run's, without augmentation. tokenizer: the text tokenizer, if the model reads text. folder: of the run
+    or export. rerank, candidates: see `evaluate.main`. pictures: filled by the evaluation, by file name.
     """
 
     model: Any
@@ -46,7 +46,7 @@ class Evaluated:
     pictures: dict[str, Image.Image] = field(default_factory=dict)
 
     def inputs(self) -> Callable[[list[Sample]], Any]:
-        """Samples -> the batch that the run's task reads."""
+        """Return the task's inputs: samples -> batch."""
         made: Callable[[list[Sample]], Any] = TASKS[self.config.task.kind].inputs(
             self.config, self.stream, self.tokenizer
         )
@@ -57,7 +57,7 @@ class Evaluated:
 def reading(stream: Source, inputs: Callable[[list[Sample]], Any], folder: Path) -> Iterator[Usable]:
     """Read samples as training does: unusable ones are replaced, and listed in FOLDER/bad_samples/evaluation.jsonl.
 
-    Images are decoded in the sandbox first: one that kills its decoder is such a sample too.
+    Images are first decoded in the sandbox; a lethal image counts as unusable.
     """
     with contextlib.closing(looking_decoder(DECODE_S)) as decoder:
         usable = Usable(stream, screened(inputs, remembered(folder), decoder))
@@ -68,12 +68,12 @@ def reading(stream: Source, inputs: Callable[[list[Sample]], Any], folder: Path)
         try:
             Ledger(path).note(usable.replaced, 0)
             print(f"{told}: {path}", file=sys.stderr)
-        except OSError as error:  # the figures do not depend on the list
+        except OSError as error:  # the metrics do not depend on the list
             print(f"{told}, which could not be listed ({error})", file=sys.stderr)
 
 
 def batches(usable: Usable) -> Iterator[dict[str, Tensor]]:
-    """Full batches of the first epoch; one short batch where the dataset is smaller."""
+    """Yield full batches of the first epoch, up to SAMPLES samples; one short batch if the dataset is smaller."""
     count = min(usable.stream.samples, SAMPLES)
     size = min(BATCH, count)
     for start in range(0, count - size + 1, size):

@@ -1,4 +1,4 @@
-"""The task's own losses and metrics on the evaluation data."""
+"""Evaluation by the task's own losses and metrics."""
 
 import torch
 
@@ -8,7 +8,7 @@ from pretrain.tasks.collectives import ONE_DEVICE
 
 
 def figures(given: Evaluated) -> Figures:
-    """Averages over the batches of up to SAMPLES samples."""
+    """Return the mean of each loss and metric over the batches of up to SAMPLES samples."""
     config = given.config
     task = TASKS[config.task.kind](given.model, config.task, ONE_DEVICE).eval()
     torch.manual_seed(config.seed)

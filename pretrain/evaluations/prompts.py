@@ -1,4 +1,4 @@
-"""Images drawn for the captions of the evaluation data."""
+"""Evaluation of images generated for the captions of the evaluation data."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ TEMPERATURE = 0.5
 
 
 def figures(given: Evaluated) -> Figures:
-    """Draw one image a caption, or the best of several; for scenes, the share with the asked shape and colour."""
+    """Generate one image per caption, or the best of several; for scenes, score the requested shape and colour."""
     config, stream, tokenizer = given.config, given.stream, given.tokenizer
     assert tokenizer is not None and config.data.image_tokenizer is not None
     ranker = Ranker(given.rerank, stream) if given.rerank else None
@@ -51,7 +51,7 @@ def figures(given: Evaluated) -> Figures:
 
 
 class Ranker:
-    """A trained CLIP that says which of several images shows a caption best."""
+    """A trained CLIP that chooses the image that fits a caption best."""
 
     def __init__(self, run: str | Path, stream: Source) -> None:
         self.model: Any
@@ -64,7 +64,7 @@ class Ranker:
         self.inputs = ContrastiveInputs(config, stream, Vocabulary(str(config.data.text_tokenizer)))
 
     def best(self, images: np.ndarray, caption: str) -> int:
-        """uint8 [k, S, S, 3] -> index of the image closest to the caption."""
+        """images uint8 [k, S, S, 3] -> index of the image most similar to the caption."""
         side = self.inputs.image_size
         shown = normalise(np.stack([resize(image, "center_crop", side) for image in images]))
         tokens, eot = self.inputs.text(caption)
@@ -75,14 +75,14 @@ class Ranker:
 
 
 def _label(prompt: str, sample: Sample) -> str:
-    """The prompt; where the picture's font cannot write it, a caption of the same sample that it can, in brackets."""
+    """Return the prompt or, if it is not ASCII (all the font has), an ASCII caption of the sample in brackets."""
     if prompt.isascii():
         return prompt
     return next((f"({caption})" for caption in sample.captions if caption.isascii()), prompt)
 
 
 def _scene_figures(images: np.ndarray, samples: list[Sample], prefix: str) -> Figures:
-    """uint8 [n, S, S, 3] -> shares with the asked shape, colour and both; nothing for data that are no scenes."""
+    """uint8 [n, S, S, 3] -> shares with the requested shape, colour and both; empty if the data are not scenes."""
     if not all({"shape", "colour"} <= sample.meta.keys() for sample in samples):
         return {}
     checks = [

@@ -1,4 +1,4 @@
-"""How well an image tokenizer draws the images that it encoded."""
+"""Evaluation of an image tokenizer's reconstructions."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from pretrain.runtime.show import grid
 
 
 def figures(given: Evaluated) -> Figures:
-    """PSNR in dB over all samples' pixels, and how many codes are in use."""
+    """Return the mean PSNR per image in dB, and the number of codes used."""
     errors: list[Tensor] = []
     used: set[int] = set()
     shown: list[Tensor] = []

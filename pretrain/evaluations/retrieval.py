@@ -1,4 +1,4 @@
-"""Which text belongs to an image, and which image to a text."""
+"""Image-text retrieval."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ CANDIDATES = 64
 
 
 def figures(given: Evaluated) -> Figures:
-    """Recall at 1, both ways, among CANDIDATES pairs of distinct captions; the mean over several groups of them."""
+    """Return recall at 1, the mean of both directions, averaged over groups of CANDIDATES pairs."""
     inputs, scores = given.inputs(), []
     with reading(given.stream, inputs, given.folder) as usable:
         groups = _distinct_groups(usable)
@@ -26,14 +26,14 @@ def figures(given: Evaluated) -> Figures:
 
 
 def retrieval_recall_at_1(images: Tensor, texts: Tensor) -> float:
-    """images, texts float32 [n, D], unit length, row i of one belonging to row i of the other -> mean of both ways."""
+    """images, texts float32 [n, D], unit length, row i of both a pair -> recall at 1, mean of both directions."""
     similarity = images @ texts.T
     right = torch.arange(len(images))
     return float(((similarity.argmax(0) == right).float().mean() + (similarity.argmax(1) == right).float().mean()) / 2)
 
 
 def _distinct_groups(usable: Usable, groups: int = 4) -> list[list[Sample]]:
-    """Groups of CANDIDATES samples no two of which share a caption."""
+    """Return up to `groups` groups of CANDIDATES samples, no two of a group sharing a caption."""
     found: list[list[Sample]] = [[]]
     seen: set[str] = set()
     for position in range(min(usable.stream.samples, 20 * groups * CANDIDATES)):

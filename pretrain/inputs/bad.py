@@ -1,8 +1,8 @@
-"""The one way to read samples, for training, previews and evaluation: `Usable`.
+"""Replacement of unusable samples. Training, previews and evaluation all read samples through `Usable`.
 
-A sample that cannot be used is replaced by another of its dataset and entered in a ledger; no position moves. Which
-sample takes its place comes from (seed, epoch, sample id): every world size, worker and restart takes the same.
-Only `BadSample` counts: a fault of the storage is no fault of a sample, and ends the run as it always did.
+A sample that cannot be used is replaced by another of its dataset and recorded in a ledger; positions do not shift. The
+replacement is drawn from (seed, epoch, sample id): every world size, worker and restart chooses the same one.
+Only `BadSample` leads to a replacement; a storage error is not a fault of a sample, and ends the run.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 TRIES = 16
 FOLDER = "bad_samples"
-FREE = 8  # bad samples that no rate forbids: a short run would stop at its first
+FREE = 8  # bad samples allowed at any rate; otherwise a short run would stop at its first one
 SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Replaced:
-    """One line of the ledger: which sample was left out, which stands in for it, and why."""
+    """One line of the ledger: the omitted sample, its replacement, and the reason."""
 
     position: int
     epoch: int
@@ -40,7 +40,7 @@ class Replaced:
 
 
 class Usable:
-    """Reads samples that `inputs` can turn into tensors; `replaced` collects what stood in for others."""
+    """Reads samples that `inputs` can turn into tensors; `replaced` collects the replacements."""
 
     def __init__(self, stream: Source, inputs: Callable[[list[Sample]], Any]) -> None:
         self.stream = stream
@@ -48,21 +48,21 @@ class Usable:
         self.replaced: list[Replaced] = []
 
     def take(self, positions: np.ndarray) -> list[Sample]:
-        """The samples of positions, int64 [n]; those that cannot be read are replaced."""
+        """Read the samples at `positions`, int64 [n]; replace those that cannot be read."""
         try:
             return self.stream.take(positions)
         except BadSample:
             return [self._read(position) for position in positions.tolist()]
 
     def batch(self, samples: list[Sample]) -> Any:
-        """The tensors of the samples, in their order; those that do not become tensors are replaced."""
+        """Return the tensors of the samples, in their order; replace samples that cannot be converted."""
         try:
             return self.inputs(samples)
         except BadSample:
             return self.inputs(self.checked(samples))
 
     def checked(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples, those that do not become tensors replaced."""
+        """Return the samples; replace those that cannot be converted to tensors."""
         return [self._check(sample) for sample in samples]
 
     def _read(self, position: int) -> Sample:
@@ -96,7 +96,7 @@ class Usable:
 
 
 class Ledger:
-    """The replaced samples of a rank, appended to a file a line each; above `max_rate` of all samples it stops the run.
+    """Record of a rank's replaced samples, one line each in a file; stops the run above `max_rate` of all samples.
 
     path: None keeps them in memory only. max_rate: 1 never stops.
     """
@@ -108,7 +108,7 @@ class Ledger:
         self.samples = 0
 
     def note(self, replaced: Sequence[Replaced], samples: int) -> None:
-        """`samples` more were consumed, with these replacements. Raises DataError with the list above the rate."""
+        """Add `samples` consumed samples and their replacements. Raises DataError with the list above `max_rate`."""
         self.samples += samples
         if not replaced:
             return

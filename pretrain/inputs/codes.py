@@ -1,4 +1,4 @@
-"""The image codes of a sample -> ids. Letters: I image tokens."""
+"""Image codes of a sample -> ids. Letters: I image tokens."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from pretrain.schema.common import CodesRead
 
 
 def codes_of(sample: Sample, reads: CodesRead, seed: int) -> np.ndarray:
-    """-> int64 [I]; of several crops the one that the sample draws. Raises DataError where they do not fit `reads`."""
+    """Return int64 [I]; of several crops, the one the sample draws. Raises DataError if they do not fit `reads`."""
     if sample.codes is None:
         raise DataError(f"sample {sample.key!r} has no image codes; run `tessera data encode` on the dataset")
     codes = np.asarray(sample.codes).astype(np.int64)

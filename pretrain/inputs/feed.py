@@ -1,8 +1,8 @@
-"""The batches of a rank, step by step, prepared ahead of the training thread.
+"""Preparation of a rank's batches, step by step, ahead of the training thread.
 
 A step consumes the positions [P, P + G) of the stream; each rank takes its share of them, by the lanes of the order, in
-micro-batches. What a step holds depends on P and G alone: preparing it early, late, again or in another process changes
-nothing.
+micro-batches. The content of a step depends on P and G alone: preparing it early, late, again or in another process
+gives the same batches.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Inputs = Callable[[list[Sample]], Batch]
 
 @dataclasses.dataclass
 class PreparedStep:
-    """One step of a rank."""
+    """One prepared step of a rank."""
 
     batches: list[Batch]
     replaced: list[Replaced]
@@ -48,7 +48,7 @@ class PreparedStep:
 
 @dataclasses.dataclass(frozen=True)
 class Preparer:
-    """Position -> this rank's micro-batches of the global batch that begins there; holds no state."""
+    """Position -> this rank's micro-batches of the global batch that begins there. Stateless."""
 
     stream: Source
     inputs: Inputs
@@ -57,7 +57,7 @@ class Preparer:
     micro_batch: int
 
     def at(self, position: int) -> PreparedStep:
-        """The step [position, position + G)."""
+        """Prepare the step [position, position + G)."""
         positions = np.arange(position, position + self.global_batch, dtype=np.int64)
         mine = share(positions, self.stream.lanes(positions), self.shard)
         usable = Usable(self.stream, self.inputs)
@@ -67,10 +67,10 @@ class Preparer:
 
 
 class Feed:
-    """Iterate from a step on: yields (positions [start, stop) of the whole step, this rank's micro-batches).
+    """Prepares steps ahead and yields (positions [start, stop) of the whole step, this rank's micro-batches).
 
-    workers: processes that prepare steps; with 0 a thread does. ledger, previews: replaced samples of steps and of
-    previews.
+    workers: number of processes that prepare steps; 0 uses a thread. ledger, previews: records of the samples replaced
+    in steps and in previews.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class Feed:
         self.ledger = ledger or Ledger(None, 0.0)
         self.previews = previews or Ledger(None)
         self.waited_s = 0.0
-        """How long the training thread has waited for data, in total."""
+        """Total seconds that the training thread has waited for data."""
 
     def steps(
         self, start: int, stop: int, position: int | None = None
     ) -> Iterator[tuple[tuple[int, int], list[Batch]]]:
-        """The steps [start, stop), in order, the first at `position`: start * G where the batch was never changed.
+        """Yield the steps [start, stop), in order. position: of the first step; start * G if the batch never changed.
 
         Raises DataError when too many samples cannot be used, NodeFault when a worker dies.
         """
@@ -117,16 +117,16 @@ class Feed:
                     future.cancel()
 
     def prepared_by(self, position: int, least: int) -> np.ndarray:
-        """This rank's share of what may be in preparation once the steps up to `position` are made, int64 [n].
+        """Return this rank's share of the positions that may be in preparation, int64 [n], once `position` is reached.
 
-        The position itself counts; at least those before `least`; each rank has as many.
+        They start at `position` and extend at least to `least`; n is the same on every rank.
         """
         rank, world = self.preparer.shard
         count = max((self.ahead + 2) * self.global_batch, least - position)
         return position + rank + world * np.arange(-(-count // world), dtype=np.int64)
 
     def preview(self, samples: int) -> Batch:
-        """The first samples of the stream, the same at every call; each replaced one is noted once."""
+        """Return the stream's first samples, the same at every call; each replacement is noted once."""
         usable = Usable(self.preparer.stream, self.preparer.inputs)
         batch: Batch = usable.batch(usable.take(np.arange(samples, dtype=np.int64)))
         self.previews.note([entry for entry in usable.replaced if entry not in self.previews.entries], samples)
@@ -146,13 +146,13 @@ class Feed:
     def _pool(self) -> contextlib.AbstractContextManager[Executor]:
         if not self.workers:
             return ThreadPoolExecutor(1, thread_name_prefix="feed")
-        context = multiprocessing.get_context("spawn")  # a fork would take threads' locks and s3 clients along
+        context = multiprocessing.get_context("spawn")  # fork would copy held locks and s3 clients into the worker
         return ProcessPoolExecutor(self.workers, context, _start_worker, (self.preparer,))
 
 
 @contextlib.contextmanager
 def _worker_death_told() -> Iterator[None]:
-    """A worker that died breaks the pool, which says so where a result is waited for or the next step is handed in."""
+    """Raise NodeFault when a worker dies: the pool then fails on waiting for a result or on submitting a step."""
     try:
         yield
     except BrokenProcessPool as fault:
@@ -168,7 +168,7 @@ _preparer: Preparer | None = None
 
 
 def _start_worker(preparer: Preparer) -> None:
-    """Set this process up as a data worker: one thread, no ear for stop signals, and gone when its trainer is."""
+    """Set up this process as a data worker. Single-threaded; ignores stop signals; exits with the trainer."""
     global _preparer
     _preparer = preparer
     ignore_stop_signals()
@@ -185,7 +185,7 @@ def _leave_with_parent() -> None:
 
 
 def _prepare_here(position: int) -> PreparedStep:
-    """What a worker does; tensors travel as arrays through the pipe: /dev/shm is small in containers."""
+    """Prepare a step in a worker. Tensors are piped as arrays, because /dev/shm is small in containers."""
     assert _preparer is not None
     prepared = _preparer.at(position)
     arrays = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in prepared.batches]
@@ -193,6 +193,6 @@ def _prepare_here(position: int) -> PreparedStep:
 
 
 def tensors(prepared: PreparedStep) -> PreparedStep:
-    """What a worker sent -> with tensors for arrays."""
+    """Convert the arrays of a worker's step to tensors."""
     batches = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in prepared.batches]
     return PreparedStep(batches, prepared.replaced)

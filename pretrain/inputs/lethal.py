@@ -1,9 +1,9 @@
-"""Images that end the process which decodes them: found in the sandbox, remembered by their contents, replaced.
+"""Lethal images, which end the process that decodes them: found in a sandbox, recorded by content hash, replaced.
 
-Training decodes in the rank's own process, or in its data workers: an image that kills its decoder would kill every
-attempt at the same step. After an attempt that ended without a cause of its own, the next one decodes in the sandbox
-what that one may have been preparing. An image that kills its decoder there is a bad sample from then on, for every
-rank, attempt and world size: no run ever got past it, so replacing it changes no step that was made.
+Training decodes in the rank's own process or in its data workers, so a lethal image would kill every attempt at the
+same step. After an attempt that ended without recording a cause, the next one decodes in the sandbox all images that
+the previous one may have been preparing. An image that kills its decoder there is a bad sample from then on, for every
+rank, attempt and world size. No run ever got past it, so replacing it changes no step already made.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ AT_ONCE = 64
 SOUND = encode(np.zeros((8, 8, 3), np.uint8), "png", 0)
 
 Maximum = Callable[[list[int]], list[int]]
-"""Element-wise over ranks."""
+"""Element-wise maximum over ranks."""
 
 
 @runtime_checkable
 class DecodesImages(Protocol):
-    """Inputs that decode the samples' images, to this side in pixels."""
+    """Inputs that decode the samples' images, to a side of `image_size` pixels."""
 
     image_size: int
 
 
 class Screened:
-    """Inputs that refuse images which kill their decoder: the `known` ones, and with a `decoder` those that it finds.
+    """Inputs that refuse lethal images: the `known` ones and, with a `decoder`, those that it finds.
 
-    known: numbers of images, see `image_number`. found: what to remember of those found here.
+    known: numbers of images, see `image_number`. found: records for `remember` of the images found here.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Screened:
         self.found: list[dict[str, Any]] = []
 
     def __call__(self, samples: list[Sample]) -> Any:
-        """What the inputs make of the samples. Raises BadSample where they do, and for a lethal image."""
+        """Apply the inputs to the samples. Raises BadSample where they do, and for a lethal image."""
         if self.known or self.decoder:
             for sample in samples:
                 self._refuse_lethal(sample)
@@ -72,12 +72,12 @@ class Screened:
 
 
 def _death(decoder: SandboxDecoder, image: bytes) -> str:
-    """How the image ends its decoder; empty where it does not. Raises NodeFault where every image does."""
+    """Return how the image ends its decoder; empty if it does not. Raises NodeFault if every image does."""
     try:
         decoder.look(image)
     except Reject as reject:
         return str(reject) if reject.reason in LETHAL else ""
-    except NodeFault as fault:  # killed, or left by itself, again and again: by a sound image too?
+    except NodeFault as fault:  # the decoder died or exited repeatedly; raises again if a sound image ends it too
         decoder.look(SOUND)
         return str(fault)
     return ""
@@ -86,24 +86,24 @@ def _death(decoder: SandboxDecoder, image: bytes) -> str:
 def screened(
     inputs: Callable[[list[Sample]], Any], known: Iterable[int] = (), decoder: SandboxDecoder | None = None
 ) -> Any:
-    """The inputs, screened where they decode images."""
+    """Return the inputs, wrapped in `Screened` if they decode images."""
     return Screened(inputs, known, decoder) if isinstance(inputs, DecodesImages) else inputs
 
 
 def image_number(data: bytes) -> int:
-    """63 bits of the hash of an image's bytes: by it a lethal image is known in any dataset, order or world."""
+    """Return 63 bits of the hash of an image's bytes, which identify it in any dataset, order or world size."""
     return xxhash.xxh3_64_intdigest(data) >> 1
 
 
 def looking_decoder(cpu_s: float) -> SandboxDecoder:
-    """A sandbox that decodes as training does and gives an image so many seconds of processor time."""
+    """Return a sandbox that decodes as training does. cpu_s: CPU time per image in seconds."""
     return SandboxDecoder(ImageRules(max_pixels=MAX_PIXELS), stored=False, cpu_s=cpu_s)
 
 
 def search(stream: Source, inputs: Screened, positions: np.ndarray, cpu_s: float, maximum: Maximum) -> None:
-    """Decode the images of this rank's positions, int64 [n], in the sandbox, and those drawn in the place of bad ones.
+    """Decode in the sandbox the images at this rank's positions, int64 [n], and those drawn to replace bad ones.
 
-    All ranks call it with as many positions each; afterwards `inputs` of all of them know the lethal ones of all.
+    All ranks call it with equally many positions; afterwards every rank's `inputs` know the lethal images of all ranks.
     """
     looking = looking_decoder(cpu_s)
     sandboxed = Screened(inputs.inputs, inputs.known, looking)
@@ -111,14 +111,14 @@ def search(stream: Source, inputs: Screened, positions: np.ndarray, cpu_s: float
     try:
         for at in range(0, len(positions), AT_ONCE):
             usable.checked(usable.take(positions[at : at + AT_ONCE]))
-            sandboxed.known = known_to_all(sandboxed.known, maximum)  # often: a rank that is slow is waited for
+            sandboxed.known = known_to_all(sandboxed.known, maximum)  # often: all wait for a slow rank
     finally:
         looking.close()
     inputs.known, inputs.found = sandboxed.known, sandboxed.found
 
 
 def remember(run: Path, found: Iterable[dict[str, Any]]) -> None:
-    """Append lines to RUN/lethal_images.jsonl, and say so."""
+    """Append the records to RUN/lethal_images.jsonl, and print each."""
     for line in found:
         append_line(run / LETHAL_IMAGES, line)
         told = f"sample {line['key']!r} ends the process that decodes its image ({line['reason']})"
@@ -126,13 +126,13 @@ def remember(run: Path, found: Iterable[dict[str, Any]]) -> None:
 
 
 def remembered(run: Path) -> set[int]:
-    """The numbers of the images that RUN/lethal_images.jsonl names; a line that names none counts as torn."""
+    """Return the image numbers in RUN/lethal_images.jsonl; a line without a valid number counts as torn."""
     numbers = (line.get("image") for line in lines_of(run / LETHAL_IMAGES))
     return {number for number in numbers if type(number) is int and 0 <= number < 1 << 63}
 
 
 def known_to_all(mine: set[int], maximum: Maximum) -> set[int]:
-    """The union over ranks of numbers from 0 on."""
+    """Return the union over ranks of sets of non-negative numbers."""
     union: set[int] = set()
     while (highest := maximum([max(mine - union, default=-1)])[0]) >= 0:
         union.add(highest)

@@ -1,7 +1,7 @@
-"""Which words are masked and what stands in their place. BERT (arXiv:1810.04805), its whole-word masking, n-grams as in
-ALBERT (arXiv:1909.11942, section 3.1), ELECTRA (arXiv:2003.10555).
+"""Choice and replacement of masked tokens, as in BERT (arXiv:1810.04805, also whole-word masking), ALBERT (n-grams,
+arXiv:1909.11942, section 3.1) and ELECTRA (arXiv:2003.10555).
 
-Every draw comes from the generator handed in, which is the sample's own.
+All random numbers come from the given generator, which is the sample's own.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _SPACE, _UNKNOWN = "\u2581", "\ufffd"
 
 
 def mask_slots(rate: float, context: int) -> int:
-    """M: how many pieces a full context masks."""
+    """Return M, the number of masked pieces in a full context."""
     return max(1, round(rate * context))
 
 
 def draw_positions(
     tokens: np.ndarray, masking: str, rate: float, context: int, vocabulary: Vocabulary, generator: np.random.Generator
 ) -> np.ndarray:
-    """tokens: int64 [length] -> int64 [n], ascending: by "piece", whole "word" or "ngram" of up to three words."""
+    """Mask by "piece", whole "word" or "ngram" of up to three words: tokens int64 [length] -> int64 [n], ascending."""
     if masking == "piece":
         return masked_positions(tokens, rate, context, generator)
     longest = LONGEST_NGRAM if masking == "ngram" else 1
@@ -39,7 +39,7 @@ def draw_positions(
 def masked_positions(tokens: np.ndarray, rate: float, context: int, generator: np.random.Generator) -> np.ndarray:
     """Draw max(1, round(rate * length)) positions, never of [CLS], [SEP] or [PAD] -> int64 [n], ascending.
 
-    tokens: int64 [length] without padding; the length counts [CLS] and [SEP]. Without a word there is no position.
+    tokens: int64 [length] without padding; the length counts [CLS] and [SEP]. n is 0 if there is no word.
     """
     candidates = np.flatnonzero(_maskable(tokens))
     return np.sort(generator.permutation(candidates)[: _wanted(tokens, rate, context)])
@@ -48,10 +48,11 @@ def masked_positions(tokens: np.ndarray, rate: float, context: int, generator: n
 def masked_words(
     tokens: np.ndarray, starts: np.ndarray, rate: float, context: int, longest: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """As `masked_positions` by whole words, which begin at `starts`, bool [length]: never a part of a word.
+    """As `masked_positions`, but only whole words; they begin at `starts`, bool [length].
 
-    Words are taken in drawn order, with longest > 1 as n-grams of n words with a chance in proportion to 1 / n, shorter
-    where n do not fit. Words that would exceed the number are passed over; where none fits it is the shortest.
+    Words are taken in random order. With longest > 1 they are n-grams of n words, n drawn with probability proportional
+    to 1 / n and reduced where n words do not fit. Words that would exceed the number of positions are skipped; if no
+    word fits, the shortest is masked, unless it exceeds even the number of a full context.
     """
     words = _words(_maskable(tokens), starts)
     chosen, room = np.zeros(len(tokens), bool), _wanted(tokens, rate, context)
@@ -73,9 +74,9 @@ def masked_words(
 
 
 def word_starts(ids: list[int], vocabulary: Vocabulary) -> np.ndarray:
-    """Where a word begins: bool [n]. Text with Chinese characters is cut into words by jieba.
+    """Return which pieces begin a word, bool [n]. Text with Chinese characters is split into words by jieba.
 
-    Raises ConfigError where jieba is needed and not installed: without it the masks would be others.
+    Raises ConfigError when jieba is needed but not installed: without it the masks would differ.
     """
     pieces = [_UNKNOWN if i == vocabulary.unk else " " if i < len(SPECIALS) else vocabulary.piece(i) for i in ids]
     pieces = [piece.replace(_SPACE, " ") for piece in pieces]
@@ -98,7 +99,7 @@ def _segmenter() -> Any:
             "task.masking by whole words needs jieba for Chinese text; pip install 'tessera[chinese]', or mask by piece"
         ) from None
     tokenizer = jieba.Tokenizer()
-    # its own start-up would load a cache from the temporary folder, where anybody may have put one
+    # jieba's own initialisation loads a cache from the temporary folder, where any user may have written one
     tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
     tokenizer.initialized = True
     return tokenizer
@@ -107,7 +108,7 @@ def _segmenter() -> Any:
 def replace_bert(
     tokens: np.ndarray, positions: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
 ) -> np.ndarray:
-    """80 % [MASK], 10 % unchanged, 10 % a random piece (no special one), each piece by itself -> int64 [length]."""
+    """Per position: 80 % [MASK], 10 % unchanged, 10 % a random non-special piece -> int64 [length]."""
     chance = generator.random(len(positions))
     pieces = generator.integers(len(SPECIALS), vocabulary.size, len(positions))
     masked = tokens.copy()
@@ -118,7 +119,7 @@ def replace_bert(
 def replace_electra(
     tokens: np.ndarray, positions: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
 ) -> np.ndarray:
-    """85 % [MASK], 15 % unchanged -> int64 [length]."""
+    """Per position: 85 % [MASK], 15 % unchanged -> int64 [length]."""
     masked = tokens.copy()
     masked[positions] = np.where(generator.random(len(positions)) < 0.85, vocabulary.mask, tokens[positions])
     return masked
@@ -133,7 +134,7 @@ def _wanted(tokens: np.ndarray, rate: float, context: int) -> int:
 
 
 def _words(maskable: np.ndarray, starts: np.ndarray) -> list[np.ndarray]:
-    """Places of the pieces of each word; what cannot be masked parts words."""
+    """Return the indices of each word's pieces; tokens that cannot be masked separate words."""
     places = np.flatnonzero(maskable)
     begins = starts[places].copy()
     begins[1:] |= np.diff(places) > 1

@@ -1,4 +1,4 @@
-"""Masked captions -> rows of the batch: one a row with padding behind, or several a row with next to none.
+"""Masked captions -> rows of the batch: one per row with trailing padding, or several per row with almost none.
 
 Letters: b samples, R rows, S the model's context, M masked positions of a row.
 """
@@ -16,7 +16,7 @@ from pretrain.schema.tasks import MaskingConfig
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One masked sample. tokens, masked, types: int64 [length]; positions: int64 [n]; noise: the sample's key;
+    """One masked sample. tokens, masked, types: int64 [length]; positions: int64 [n]; noise: its dropout key;
     uniforms: float32 [n] or more.
     """
 
@@ -30,12 +30,12 @@ class Example:
 
 
 def rows_of(examples: list[Example], context: int, task: MaskingConfig) -> dict[str, Tensor]:
-    """A sample a row, or as few rows as they fit in."""
+    """Build the batch with one sample per row or, with `task.packing`, several per row."""
     return packed(examples, context) if task.packing else padded(examples, context, task.mask_rate)
 
 
 def padded(examples: list[Example], context: int, rate: float) -> dict[str, Tensor]:
-    """A sample a row: tokens, types, noise int64 [b, S]; attention bool [b, S]; positions, labels int64 [b, M];
+    """One sample per row: tokens, types, noise int64 [b, S]; attention bool [b, S]; positions, labels int64 [b, M];
     label_weights float32 [b, M], 0 where a slot is empty; is_random int64 [b] and uniforms float32 [b, M] where given.
     """
     slots = mask_slots(rate, context)
@@ -43,9 +43,9 @@ def padded(examples: list[Example], context: int, rate: float) -> dict[str, Tens
 
 
 def packed(examples: list[Example], context: int) -> dict[str, Tensor]:
-    """Several samples a row: as `padded`, [R, ...], with the most masked positions of a row for M, and two more:
-    segments int64 [R, S], which sample of the row a token belongs to, -1 for padding; places int64 [R, S], its place
-    in that sample. A token is to attend to its own segment only.
+    """Several samples per row: as `padded`, [R, ...], where M is the largest number of masked positions in a row, plus
+    segments int64 [R, S], the index in the row of a token's sample, -1 for padding, and places int64 [R, S], the
+    token's index in its sample. A token must attend to its own segment only.
     """
     rows = [[examples[i] for i in row] for row in fill([len(example.tokens) for example in examples], context)]
     slots = max(1, *(sum(len(example.positions) for example in row) for row in rows))
@@ -53,7 +53,7 @@ def packed(examples: list[Example], context: int) -> dict[str, Tensor]:
 
 
 def fill(lengths: list[int], room: int) -> list[list[int]]:
-    """First fit, the longest first: lengths of at most `room` -> indices by row, each row at most `room` long."""
+    """First fit, longest first: lengths of at most `room` -> indices by row, each row at most `room` long."""
     rows: list[list[int]] = []
     left = np.empty(0, np.int64)
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -97,7 +97,7 @@ def _own(examples: list[Example], context: int) -> dict[str, np.ndarray]:
 
 
 def pad(values: list[int] | np.ndarray, length: int) -> np.ndarray:
-    """[n] -> [length] of the same kind, int64 for a list, zeros ([PAD]) behind."""
+    """Pad with trailing zeros ([PAD]): [n] -> [length] of the same dtype, int64 for a list."""
     array = np.asarray(values, None if isinstance(values, np.ndarray) else np.int64)
     whole = np.zeros(length, array.dtype)
     whole[: len(array)] = array
@@ -105,5 +105,5 @@ def pad(values: list[int] | np.ndarray, length: int) -> np.ndarray:
 
 
 def stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Rows -> the batch: a new first dimension for every key."""
+    """Stack rows to a batch, with a new first dimension for every key."""
     return {key: torch.from_numpy(np.stack([one[key] for one in rows])) for key in rows[0]}

@@ -1,4 +1,4 @@
-"""Encoded images -> tensors of pixels. Crop and flip are drawn from the sample, never from a rank or a worker.
+"""Encoded images -> pixel tensors. Crop and flip are drawn per sample, independent of rank and worker.
 
 Letters: b batch, S image side.
 """
@@ -24,7 +24,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def drawn_pixels(samples: list[Sample], image_size: int, data: DataConfig, seed: int) -> np.ndarray:
-    """uint8 [b, S, S, 3], RGB: the crop that each sample draws."""
+    """Decode each sample with its own random crop and flip -> uint8 [b, S, S, 3], RGB."""
     pictures = [
         pixels(s, image_size, data.crop_scale, data.flip, crop_generator(seed, s), data.crop_ratio) for s in samples
     ]
@@ -32,7 +32,7 @@ def drawn_pixels(samples: list[Sample], image_size: int, data: DataConfig, seed:
 
 
 def crop_generator(seed: int, sample: Sample) -> np.random.Generator:
-    """The random numbers of this sample's crop and flip."""
+    """Return the random generator of this sample's crop and flip."""
     return sample_generator(seed, sample.epoch, sample.id, "crop")
 
 
@@ -44,11 +44,11 @@ def pixels(
     generator: np.random.Generator | None = None,
     crop_ratio: tuple[float, float] = (1.0, 1.0),
 ) -> np.ndarray:
-    """Decode, scale and crop, mirror by chance -> uint8 [S, S, 3], RGB.
+    """Decode, crop, scale and randomly flip -> uint8 [S, S, 3], RGB.
 
-    At crop_scale and crop_ratio of (1, 1), or without a generator, the picture is `images.resize` in mode center_crop,
-    the one that the build stores and that image codes are made of. Otherwise it is a drawn rectangle, stretched to the
-    square. Raises BadSample when the image does not decode.
+    With crop_scale and crop_ratio of (1, 1), or without a generator, the result is that of `images.resize` in mode
+    center_crop, which the build stores and image codes are made from. Otherwise it is a random rectangle, stretched to
+    the square. Raises BadSample when the image does not decode.
     """
     try:
         image = decode_rgb(sample.image)
@@ -68,10 +68,10 @@ def pixels(
 def _draw_crop(
     image: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], generator: np.random.Generator
 ) -> np.ndarray:
-    """uint8 [H, W, 3] -> a rectangle of it, uint8 [h, w, 3].
+    """Crop a random rectangle: uint8 [H, W, 3] -> uint8 [h, w, 3].
 
-    Its area is drawn from `scale`, in units of the largest square of the image, its width / height from `ratio`, evenly
-    in the logarithm, its place uniformly; a side beyond the image is cut to it.
+    Its area is uniform in `scale`, in units of the image's largest square; its width / height is log-uniform in
+    `ratio`; its place is uniform. A side larger than the image is clipped.
     """
     height, width = image.shape[:2]
     side = min(height, width) * float(np.sqrt(generator.uniform(*scale)))

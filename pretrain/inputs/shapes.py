@@ -1,6 +1,6 @@
-"""The shapes of one micro-batch, without data: for what is computed before there are any.
+"""Shapes of one micro-batch without data, for computations before there are any.
 
-A key stands once in SHAPES, whichever tasks read it.
+SHAPES has one entry per key, whichever tasks read it.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,14 +14,14 @@ from pretrain.inputs.masking import mask_slots
 
 
 class Shape(NamedTuple):
-    """Of one tensor of a batch."""
+    """Sizes and dtype of one tensor of a batch."""
 
     sizes: tuple[int, ...]
     dtype: torch.dtype
 
 
 def batch_shapes(config: RunConfig, keys: Iterable[str], rows: int) -> dict[str, Shape]:
-    """What the run's inputs make of `rows` samples, as large as they can be; packed: a sample a row.
+    """Return the largest shapes that the run's inputs make of `rows` samples; with packing, of one sample per row.
 
     keys: those that the task reads.
     """
@@ -29,13 +29,13 @@ def batch_shapes(config: RunConfig, keys: Iterable[str], rows: int) -> dict[str,
 
 
 def _beside(config: RunConfig) -> list[str]:
-    """Keys that the task hands on or does not name: the noise of dropout, and where packed samples stand."""
+    """Return the keys beyond the task's own: dropout noise and, with packing, segments and places."""
     drops, packs = _said(config.model, "dropout") is not None, bool(_said(config.task, "packing"))
     return ["noise"] * drops + ["segments", "places"] * packs
 
 
 def _said(settings: BaseModel, name: str) -> Any:
-    """The value of the field `name` of these settings, or else of one of their parts; None where there is none."""
+    """Return the field `name` of these settings or of a nested section; None if there is none."""
     if name in type(settings).model_fields:
         return getattr(settings, name)
     parts = (getattr(settings, field) for field in type(settings).model_fields)
@@ -70,7 +70,7 @@ def _codes(config: RunConfig, rows: int) -> Shape:
 
 
 def _noise(config: RunConfig, rows: int) -> Shape:
-    """A key a token, or one a sample where the model reads codes behind its text."""
+    """One key per token, or one per sample where the model reads codes after its text."""
     return Shape((rows, 1 if config.model.reads.codes else _context(config)), torch.int64)
 
 

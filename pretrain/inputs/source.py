@@ -1,4 +1,4 @@
-"""What a run reads: one dataset, or several mixed, with the text and image tokenizers that its configuration names."""
+"""Opens a run's data: one dataset or a mixture, with the text and image tokenizers that its configuration names."""
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.shards.codes import find_meta
@@ -16,9 +16,9 @@ from pretrain.schema.common import CodesRead, TextRead
 def open_data(
     config: RunConfig, dataset: str | None = None, with_codes: bool = True
 ) -> tuple[Source, Vocabulary | None]:
-    """The stream of the run's datasets (or of another one read the same way) and its text tokenizer, checked for fit.
+    """Open the run's datasets (or `dataset`, read the same way) and its text tokenizer; check that they fit the model.
 
-    with_codes: open the image codes too where the model reads some.
+    with_codes: also open the image codes, if the model reads them.
     """
     reads, data = config.model.reads, config.data
     tokenizer = Vocabulary(data.text_tokenizer) if data.text_tokenizer else None
@@ -30,7 +30,7 @@ def open_data(
 
 
 def open_stream(data: DataConfig, seed: int, codes: str | None = None) -> Source:
-    """Raises ConfigError for weights that cannot be laid out, DataError for a dataset that is not there."""
+    """Open the dataset or mixture. Raises ConfigError for unusable weights, DataError for a missing dataset."""
     geometry = Geometry(**data.shuffle.model_dump())
     if data.dataset is not None:
         return Stream(data.dataset, seed, codes, geometry)
@@ -43,7 +43,7 @@ def open_stream(data: DataConfig, seed: int, codes: str | None = None) -> Source
 
 
 def _check_room(tokenizer: Vocabulary, text: TextRead, path: str) -> None:
-    """Raise ConfigError where the tokenizer has ids that the model has no embedding for."""
+    """Raise ConfigError when the tokenizer has ids without an embedding in the model."""
     if tokenizer.size > text.vocab_size:
         raise ConfigError(
             f"the text tokenizer {path} has {tokenizer.size} pieces, the model room for {text.vocab_size}; raise "
@@ -52,7 +52,7 @@ def _check_room(tokenizer: Vocabulary, text: TextRead, path: str) -> None:
 
 
 def codes_id(config: RunConfig, reads: CodesRead, dataset: str | None = None) -> str:
-    """The id of the image tokenizer that the run names, in the precision in which the data were encoded.
+    """Return the id of the run's image tokenizer, in the precision in which the data were encoded.
 
     Raises ConfigError when its codes do not fit the model.
     """

@@ -1,6 +1,6 @@
-"""Captions of samples -> token ids: what the tasks that read text share.
+"""Captions of samples -> token ids, shared by the tasks that read text.
 
-Every draw comes from (seed, epoch, sample id, purpose): a sample looks the same in whatever batch it stands.
+All random numbers come from (seed, epoch, sample id, purpose), so a sample is the same in any batch.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 
 def caption_of(sample: Sample, seed: int) -> str:
-    """The caption that this sample shows in this epoch."""
+    """Return the caption drawn for this sample in this epoch."""
     return choose(sample, sample_generator(seed, sample.epoch, sample.id, "caption"))
 
 
 def noise_key(sample: Sample, seed: int) -> int:
-    """What a model's dropout knows of this sample in this epoch, 63 bits (see `models.noise`)."""
+    """Return the key of this sample's dropout noise in this epoch, 63 bits (see `models.noise`)."""
     return int(sample_generator(seed, sample.epoch, sample.id, "dropout").integers(1 << 63))
 
 
 def choose(sample: Sample, generator: np.random.Generator) -> str:
-    """One of the sample's captions; raises BadSample naming the key when there is none."""
+    """Draw one of the sample's captions. Raises BadSample naming the key when there is none."""
     captions = captions_of(sample)
     return captions[int(generator.integers(len(captions)))]
 
 
 def captions_of(sample: Sample) -> list[str]:
-    """The sample's captions, blank ones left out; raises BadSample naming the key when none is left."""
+    """Return the sample's non-blank captions. Raises BadSample naming the key when there is none."""
     captions = [caption for caption in sample.captions if caption.strip()]
     if not captions:
         raise BadSample(f"sample {sample.key!r} has no caption; text models need one, rebuild with a caption per image")
@@ -42,14 +42,14 @@ def captions_of(sample: Sample) -> list[str]:
 
 
 def join(first: list[int], second: list[int], vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """[CLS] first [SEP], and second [SEP] where there is one -> tokens, types: int64 [length]."""
+    """Join as [CLS] first [SEP], then second [SEP] if there is one -> tokens, types: int64 [length]."""
     head = [vocabulary.cls, *first, vocabulary.sep]
     tail = [*second, vocabulary.sep] if second else []
     return np.array(head + tail, np.int64), np.array([0] * len(head) + [1] * len(tail), np.int64)
 
 
 def trim(first: list[int], second: list[int], room: int, generator: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Take pieces off the longer segment, front or back by chance, until both together have `room`."""
+    """Remove pieces from the longer segment, at a random end, until both together have at most `room`."""
     first, second = list(first), list(second)
     while len(first) + len(second) > room:
         longer = first if len(first) > len(second) else second

@@ -7,7 +7,7 @@ from pretrain.schema.clip import ClipConfig
 
 
 def _pre_norm_block(ours: str, theirs: str) -> list[Rule]:
-    """A block of transformers' CLIP."""
+    """Return the rules of a block of transformers' CLIP."""
     attention = f"{theirs}.self_attn"
     return [
         *affine(f"{ours}.norm1", f"{theirs}.layer_norm1"),
@@ -20,7 +20,7 @@ def _pre_norm_block(ours: str, theirs: str) -> list[Rule]:
 
 
 def _openai_block(ours: str, theirs: str) -> list[Rule]:
-    """A `resblocks` block of OpenAI's CLIP, whose attention is a torch MultiheadAttention."""
+    """Return the rules of a `resblocks` block of OpenAI's CLIP, whose attention is a torch MultiheadAttention."""
     return [
         *affine(f"{ours}.norm1", f"{theirs}.ln_1"),
         Rule(f"{ours}.attention.qkv.weight", (f"{theirs}.attn.in_proj_weight",)),
@@ -73,7 +73,7 @@ def _openai_clip(config: ClipConfig) -> list[Rule]:
 
 
 def _heads_of_64(tower: str) -> Callable[[ClipConfig], int | float]:
-    """Heads that OpenAI's programs give a tower: one for every 64 of its width."""
+    """Return the number of heads that OpenAI's code gives a tower: its width / 64, a float if that is no integer."""
 
     def heads(config: ClipConfig) -> int | float:
         width: int = getattr(config, tower).width
@@ -82,7 +82,7 @@ def _heads_of_64(tower: str) -> Callable[[ClipConfig], int | float]:
     return heads
 
 
-# open_clip writes the same names as OpenAI, whose files carry three numbers besides the weights
+# open_clip uses the same names as OpenAI, whose files also contain three numbers
 LAYOUTS: dict[str, PublicLayout] = {
     "transformers-clip": PublicLayout("clip", _transformers_clip, ignored=("embeddings.position_ids",)),
     "openai-clip": PublicLayout(

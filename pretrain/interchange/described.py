@@ -1,4 +1,4 @@
-"""Our configurations as the config.json of transformers, for the layouts that have one; without ids of tokens."""
+"""Our configurations as transformers' config.json, for the layouts that have one; without token ids."""
 
 from collections.abc import Callable
 from typing import Any

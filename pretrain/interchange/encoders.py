@@ -5,7 +5,7 @@ from pretrain.schema.encoders import BertConfig, ElectraConfig
 
 
 def _post_norm_blocks(ours: str, theirs: str, layers: int) -> list[Rule]:
-    """The encoder of transformers' BERT and ELECTRA."""
+    """Return the rules of the encoder of transformers' BERT and ELECTRA."""
     rules = []
     for number in range(layers):
         mine, other = f"{ours}.blocks.{number}", f"{theirs}.layer.{number}"
@@ -36,7 +36,7 @@ def _transformers_bert(config: BertConfig) -> list[Rule]:
 
 
 def _transformers_electra(config: ElectraConfig) -> list[Rule]:
-    """Two models in one dict: `discriminator.` before ElectraForPreTraining, `generator.` before ElectraForMaskedLM."""
+    """Two models: `discriminator.` prefixes ElectraForPreTraining, `generator.` prefixes ElectraForMaskedLM."""
     judge, maker = "discriminator", "generator"
     shared = {"word.weight": "word_embeddings.weight", "position.weight": "position_embeddings.weight"}
     shared |= {"segment.weight": "token_type_embeddings.weight"}

@@ -1,7 +1,6 @@
-"""An exported model: a folder with config.json and model.safetensors. Nothing in it executes.
+"""Exported models: folders with config.json and model.safetensors, which contain no executable code.
 
-config.json holds "model", and of the run that it comes from "task", "data", "seed", "step"
-and "fingerprints".
+config.json holds "model" and, of the model's run, "task", "data", "seed", "step" and "fingerprints".
 """
 
 import json
@@ -34,10 +33,9 @@ def export_model(
     state: Mapping[str, Tensor],
     more: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a new folder -> its path. Raises ConfigError for a used one, DataError where it cannot be written.
+    """Write a new folder -> its path. Raises ConfigError if it is in use, DataError if it cannot be written.
 
-    more: what config.json says beside the model: "task", "data", "seed" and "fingerprints" as a run's does,
-    and the "step".
+    more: entries of config.json besides the model: "task", "data", "seed" and "fingerprints" as in a run's, "step".
     """
     with new_folder(directory) as folder:
         save_weights(folder, state)
@@ -48,13 +46,13 @@ def export_model(
 def write_notes(
     folder: Path, model_config: Settings, more: Mapping[str, Any] | None = None, name: str = NOTES_FILE
 ) -> None:
-    """Write what is known of a model into `folder`: the config.json of an export of ours, tessera.json of any other."""
+    """Write model configuration and `more` into `folder`: config.json for our own layout, tessera.json for others."""
     tree = {"model": model_config.model_dump(mode="json"), **(more or {})}
     (folder / name).write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_notes(directory: str | Path, model_config: Settings) -> dict[str, Any]:
-    """What tessera.json in the folder of another layout says beside the model; nothing where that is another one."""
+    """Return the entries of tessera.json besides the model; empty if it is missing or describes another model."""
     try:
         tree = json.loads(Path(directory, NOTES_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -65,18 +63,18 @@ def read_notes(directory: str | Path, model_config: Settings) -> dict[str, Any]:
 
 
 def save_weights(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
-    """Write model.safetensors into `folder`; raises DataError where that fails."""
+    """Write model.safetensors into `folder`. Raises DataError when that fails."""
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     try:
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    except SafetensorError as error:  # what it says of a full disk is no OSError
+    except SafetensorError as error:  # a full disk raises this, not OSError
         raise DataError(f"{WEIGHTS_FILE} cannot be written ({error}); make room, then export again") from None
 
 
 def load_model(directory: str | Path) -> tuple[nn.Module, ModelConfig]:
-    """-> the model in evaluation mode on the CPU, and its configuration.
+    """Return the model in evaluation mode on the CPU, and its configuration.
 
-    Raises ConfigError for the folder of a run, DataError naming what does not fit.
+    Raises ConfigError for a run's folder, DataError naming what does not fit.
     """
     folder = Path(directory)
     config = load_config(folder)
@@ -97,7 +95,7 @@ def load_model(directory: str | Path) -> tuple[nn.Module, ModelConfig]:
 
 
 def load_config(directory: str | Path) -> ModelConfig:
-    """The model's configuration in the folder; raises DataError when there is none or it is not one."""
+    """Read the model's configuration in the folder. Raises DataError when it is missing or invalid."""
     path = Path(directory) / CONFIG_FILE
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -105,6 +103,6 @@ def load_config(directory: str | Path) -> ModelConfig:
     except FileNotFoundError:
         hint = foreign_model(directory)
         raise DataError(f"{path} does not exist; give a folder that `tessera checkpoint export` wrote{hint}") from None
-    except (ValueError, RecursionError, KeyError, TypeError) as error:  # pydantic's is a ValueError
+    except (ValueError, RecursionError, KeyError, TypeError) as error:  # pydantic's error is a ValueError
         hint = foreign_model(directory)
         raise DataError(f"{path} does not describe a model ({error}); export the model again{hint}") from None

@@ -1,7 +1,7 @@
-"""Folders of transformers -> our configuration and weights. What our models do not compute is refused by name.
+"""Folders of transformers -> our configuration and weights. Settings that our models lack are refused by name.
 
-A foreign config.json is read twice: its fields become our configuration, and what our configuration would write
-(`described.CONFIGS`) must then agree with every entry that has an effect. So an unknown entry is refused.
+A foreign config.json is read twice. First its fields become our configuration; then every entry that has an effect must
+equal what our configuration would write (`described.CONFIGS`). So unknown entries are refused.
 """
 
 import json
@@ -40,7 +40,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "norm_eps": "text_config.layer_norm_eps",
     },
 }  # fmt: skip
-"""Our field -> their entry, of the layouts whose config.json says all that ours needs."""
+"""Our field -> their entry, for the layouts whose config.json determines our configuration."""
 
 _TEXT_DEFAULTS: dict[str, Any] = {
     "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -62,14 +62,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "projection_dim": 512,
     },
 }
-"""What transformers takes for an entry that is not there."""
+"""Defaults of transformers for missing entries."""
 
 NEUTRAL: dict[str, Any] = {
     "is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
     "cross_attention_hidden_size": None, "position_embedding_type": "absolute", "attention_dropout": 0.0,
     "num_channels": 3, "dropout": 0.0,
 }  # fmt: skip
-"""Entries that change what is computed, at the value at which they do not."""
+"""Entries that can change the computation, with the value at which they do not."""
 NO_EFFECT = frozenset({
     "architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "initializer_range",
     "initializer_factor", "logit_scale_init_value", "use_cache", "return_dict", "output_hidden_states",
@@ -80,7 +80,7 @@ NO_EFFECT = frozenset({
     "torchscript", "tf_legacy_loss", "use_bfloat16", "summary_type", "summary_use_proj", "summary_activation",
     "summary_last_dropout", "attn_implementation", "_attn_implementation",
 })  # fmt: skip
-"""Entries about training from nothing, other heads, or tokens, whose ids belong to the tokenizer."""
+"""Entries about initialisation, outputs, other heads, or token ids, which belong to the tokenizer."""
 GENERATION = frozenset({
     "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample",
     "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
@@ -88,15 +88,15 @@ GENERATION = frozenset({
     "num_beams", "num_return_sequences", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate",
     "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
 })  # fmt: skip
-"""What older versions wrote into every file."""
+"""Generation settings, which older versions of transformers wrote into every file."""
 NESTED_NO_EFFECT = ("model_type", "projection_dim")
-"""Of the towers of a CLIP, whose whole has them too."""
+"""Entries of a CLIP's towers that the enclosing config.json has too."""
 SAME = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"}
-"""Other names of an activation."""
+"""Aliases of activations."""
 
 
 def read_layout(directory: str | Path, layout: str) -> tuple[ModelConfig, State]:
-    """A folder that `save_pretrained` wrote (of an ELECTRA: one with `discriminator` and `generator`) -> ours.
+    """Read a folder written by `save_pretrained` (for ELECTRA, one with `discriminator` and `generator`) -> ours.
 
     Raises ConfigError for a layout without a config.json of its own, DataError naming what does not fit.
     """
@@ -117,10 +117,10 @@ def read_layout(directory: str | Path, layout: str) -> tuple[ModelConfig, State]
 
 
 def _tree(path: Path, layout: str) -> dict[str, Any]:
-    """config.json with what transformers takes for entries that are not there, and one name for each activation."""
+    """Read config.json; fill missing entries with transformers' defaults, and replace aliases of activations."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("text_config", "vision_config"):  # older files say a tower twice, and the second counts
+        for name in ("text_config", "vision_config"):  # older files define a tower twice; the second definition wins
             if tree.get(f"{name}_dict"):
                 tree[name] = tree.get(name, {}) | tree[f"{name}_dict"]
             tree.pop(f"{name}_dict", None)
@@ -167,7 +167,7 @@ def _fraction(generator: Mapping[str, Any], discriminator: Mapping[str, Any]) ->
 
 
 def _check(path: Path, tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises DataError naming every entry with an effect that our model does not have."""
+    """Raise DataError naming every entry with an effect that our model does not support."""
     expected = flatten(wanted)
     faults = []
     for key, value in flatten(tree).items():

@@ -23,7 +23,7 @@ def _mingpt(config: GptConfig, prefix: str = "") -> list[Rule]:
 
 
 def _easynlp_gpt(config: GptConfig) -> list[Rule]:
-    """The GPT beside the VQGAN (`first_stage_model.`, which is of the taming layout) in one file."""
+    """The GPT in a file that also holds the VQGAN (`first_stage_model.`, in the taming layout)."""
     return _mingpt(config, "transformer.")
 
 
@@ -46,7 +46,7 @@ def _transformers_gpt2(config: GptConfig) -> list[Rule]:
 
 
 def _unpack_gpt2(config: GptConfig, state: State) -> State:
-    """c_attn -> query, key, value; positions get a batch dimension; of the head only the image vocabulary stays."""
+    """Split c_attn into query, key, value; add a batch dimension to positions; reduce the head to image codes."""
     for number in range(config.layers):
         for part in ("weight", "bias"):
             packed = state.pop(f"transformer.h.{number}.attn.c_attn.{part}", None)
@@ -61,7 +61,7 @@ def _unpack_gpt2(config: GptConfig, state: State) -> State:
 
 
 def _pack_gpt2(config: GptConfig, state: State) -> State:
-    """The reverse; the head's rows of text ids are zero: take the softmax over the image vocabulary."""
+    """Invert `_unpack_gpt2`. The head's rows for text ids are zero: take the softmax over the image vocabulary only."""
     for number in range(config.layers):
         for part in ("weight", "bias"):
             parts = [state.pop(f"transformer.h.{number}.attn.{x}.{part}") for x in ("query", "key", "value")]

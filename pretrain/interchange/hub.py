@@ -1,4 +1,4 @@
-"""Folders that `from_pretrained` of transformers reads: config.json beside model.safetensors."""
+"""Export to folders that transformers' `from_pretrained` reads: config.json and model.safetensors."""
 
 import json
 import sys
@@ -19,10 +19,10 @@ TOKEN_IDS_FILE = "token_ids.json"
 def export_layout(
     directory: str | Path, layout: str, config: Any, state: State, more: Mapping[str, Any] | None = None
 ) -> Path:
-    """Our state dict in a public layout -> the new folder; a folder in it for each model where there are several.
+    """Write our state dict in a public layout -> the new folder, with a subfolder per model if there are several.
 
-    Layouts of transformers get their config.json, OpenAI's a list of the ids that changed places. Raises DataError
-    naming the keys or settings that differ. more: what tessera.json says beside the model.
+    Layouts of transformers get their config.json, OpenAI's a list of the exchanged token ids. Raises DataError naming
+    the keys or settings that differ. more: entries of tessera.json besides the model.
     """
     check_derived(layout, config)
     weights = export_state(layout, config, state)
@@ -44,7 +44,7 @@ def export_layout(
 
 
 def _with_token_ids(tree: dict[str, Any]) -> dict[str, Any]:
-    """The special tokens of our vocabularies, for a text encoder or the text tower of a CLIP."""
+    """Add the special token ids of our vocabularies, for a text encoder or the text tower of a CLIP."""
     ids = {"pad_token_id": Vocabulary.pad}
     if "text_config" in tree:
         ids |= {"bos_token_id": Vocabulary.cls, "eos_token_id": Vocabulary.sep}
@@ -53,7 +53,7 @@ def _with_token_ids(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _put_end_of_text_last(folder: Path, config: ClipConfig, weights: State) -> None:
-    """Exchange the rows of [SEP] and of the last id, and say so: OpenAI's text tower pools at the largest id."""
+    """Swap the rows of [SEP] and the last id, and report it: OpenAI's text tower pools at the largest id."""
     end, last = Vocabulary.sep, config.text.vocab_size - 1
     rows = weights["token_embedding.weight"]
     rows[[end, last]] = rows[[last, end]]

@@ -1,7 +1,7 @@
-"""Public weight layouts <-> ours, as rules over names: no model of the other side is needed.
+"""Conversion between public weight layouts and ours by rules over names, without the other side's model code.
 
-A layout is the complete list of rules for one configuration, so that a key too many or too few is named. LAYOUTS puts
-together what stands in a file for each family.
+A layout is the complete list of rules for one configuration, so that missing and unknown keys are named. LAYOUTS
+collects the layouts of all model families, one file each.
 """
 
 import functools
@@ -29,7 +29,7 @@ def import_state(layout: str, config: Any, state: Mapping[str, Tensor]) -> State
 
 
 def export_state(layout: str, config: Any, state: Mapping[str, Tensor]) -> State:
-    """Our state dict -> weights in `layout`, each a tensor of its own. Raises DataError naming the keys that differ."""
+    """Our state dict -> weights in `layout`, without shared storage. Raises DataError naming the keys that differ."""
     rules = _rules(layout, config)
     ours = {rule.ours for rule in rules}
     _refuse(layout, ours - state.keys(), state.keys() - ours)
@@ -40,7 +40,7 @@ def export_state(layout: str, config: Any, state: Mapping[str, Tensor]) -> State
 
 
 def _layout_of(layout: str, config: Any) -> PublicLayout:
-    """Raises DataError for a name that is not known, ConfigError for a layout of another family."""
+    """Return the layout. Raises DataError for an unknown name, ConfigError for a layout of another family."""
     if layout not in LAYOUTS:
         raise DataError(f"layout {layout!r} is not known; use one of {', '.join(sorted(LAYOUTS))}")
     if LAYOUTS[layout].kind != config.kind:
@@ -58,7 +58,7 @@ def _rules(layout: str, config: Any) -> list[Rule]:
 
 
 def check_derived(layout: str, config: Any) -> None:
-    """Raises DataError for a setting that programs of the layout would derive otherwise from an exported file."""
+    """Raise DataError for a setting that the layout's programs would derive differently from an exported file."""
     wanted = {name: value(config) for name, value in _layout_of(layout, config).derived.items()}
     _check_settings(layout, config, wanted)
 

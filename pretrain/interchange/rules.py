@@ -1,4 +1,4 @@
-"""What a public weight layout is: rules over names of tensors, and what they do to tensors."""
+"""Public weight layouts as rules that map tensor names and transform tensors."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,11 +14,11 @@ State = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One of our tensors and the names it has there.
+    """One of our tensors and its names in the other layout.
 
-    same: one tensor, unchanged. stack: theirs stand on each other along dimension 0 of ours.
+    same: one tensor, unchanged. stack: ours is theirs concatenated along dimension 0.
     transpose: theirs is ours transposed. scalar: theirs has shape (), ours (1,).
-    copies: every one of theirs equals ours (tied weights); files may leave out all but the first.
+    copies: each of theirs equals ours (tied weights); files may omit all but the first.
     """
 
     ours: str
@@ -32,11 +32,11 @@ def _as_is(config: Any, state: State) -> State:
 
 @dataclasses.dataclass(frozen=True)
 class PublicLayout:
-    """kind: of the model configuration; rules: configuration -> every rule; ignored: endings of weightless keys.
+    """kind: of the model configuration; rules: configuration -> all rules; ignored: suffixes of non-weight keys.
 
-    fixed: settings that no file of this layout says, as its programs have them built in.
-    derived: settings that its programs compute from the shapes of what is exported.
-    unpack and pack: what no rule can say, done to their state before import and after export.
+    fixed: settings that the layout's programs hard-code, so that its files do not contain them.
+    derived: settings that its programs compute from the shapes of the exported tensors.
+    unpack, pack: transformations that rules cannot express, of their state before import and after export.
     """
 
     kind: str
@@ -74,7 +74,7 @@ def export_rule(rule: Rule, tensor: Tensor) -> State:
 
 
 def affine(ours: str, *theirs: str, form: Literal["same", "stack"] = "same") -> list[Rule]:
-    """Weight and bias."""
+    """Return the rules of a weight and a bias."""
     return [Rule(f"{ours}.{part}", tuple(f"{name}.{part}" for name in theirs), form) for part in ("weight", "bias")]
 
 
@@ -83,5 +83,5 @@ def copies(ours: str, *theirs: str) -> Rule:
 
 
 def without(prefix: str) -> Callable[[Any, State], State]:
-    """Leaves out what belongs to another model of the same file."""
+    """Return an `unpack` that drops keys with this prefix, which belong to another model in the same file."""
     return lambda config, state: {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}

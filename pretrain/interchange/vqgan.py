@@ -9,7 +9,7 @@ from pretrain.schema.vqgan import VqganConfig
 
 
 def _taming_vqgan(config: VqganConfig) -> list[Rule]:
-    """Our names are theirs. Raises DataError for another number of groups, and for a middle without attention."""
+    """Names are identical. Raises DataError unless there are 32 groups and attention in the middle blocks."""
     if not config.attention_at:
         raise DataError(
             "programs of layout 'taming-vqgan' have attention in the middle blocks, the configuration has "

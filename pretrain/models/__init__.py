@@ -1,4 +1,4 @@
-"""MODELS: kind of the configuration -> the class that is built from it. Each is written for one device."""
+"""MODELS: `model.kind` -> model class, built from its configuration. Each is written for one device."""
 
 from torch import nn
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Bert(nn.Module):
-    """Encoder with a masked-word head at masked positions (decoder tied to the word embedding) and the NSP head."""
+    """Encoder with an MLM head at masked positions (decoder tied to the word embedding) and an NSP head."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Bert(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """tokens, types: int64 [B, S]; attention: bool [B, S], False on padding; positions: int64 [B, M].
 
-        segments, places: int64 [B, S], of rows of several samples (see `inputs.packing`).
+        segments, places: int64 [B, S], for rows of several samples (see `inputs.packing`).
 
         -> word logits float32 [B, M, V] at `positions`, next-sentence logits float32 [B, 2] (0 is next, 1 is random).
         """

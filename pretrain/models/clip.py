@@ -1,7 +1,7 @@
 """CLIP with a ViT, Radford et al. 2021, arXiv:2103.00020. Written for one device.
 
-Deviations: both towers take the text tower's initialisation, the only one the authors give for blocks; biases start
-at 0. `logit_scale` has shape (1,), and its ceiling stands in the forward instead of after the optimizer step.
+Deviations: both towers use the text tower's initialisation, the only one the authors give for blocks; biases start
+at 0. `logit_scale` has shape (1,), and is clamped in the forward instead of after the optimizer step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_LOGIT_SCALE = math.log(100.0)
 
 
 class _Ceiling(torch.autograd.Function):
-    """min(x, ceiling), whose gradient above the ceiling lets x come down but not rise further."""
+    """min(x, ceiling), with a gradient that above the ceiling can decrease x but not increase it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ceiling: float) -> Tensor:
@@ -38,7 +38,7 @@ class _Ceiling(torch.autograd.Function):
 
 
 class ClipVision(nn.Module):
-    """ViT: patches and a class token -> pre-norm blocks -> the class token, projected."""
+    """ViT: patches and a class token -> pre-norm blocks -> projected class token."""
 
     def __init__(self, config: VisionTower, embed_dim: int, activation: str, eps: float) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class ClipVision(nn.Module):
         _init_blocks(self.blocks, config.width)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: float [B, 3, H, W], normalised -> float32 [B, embed_dim], of length 1."""
+        """pixels: float [B, 3, H, W], normalised -> float32 [B, embed_dim], unit length."""
         patches = self.patch(pixels.to(self.positions.dtype)).flatten(2).transpose(1, 2)
         first = self.class_token.to(patches.dtype).expand(len(patches), 1, -1)
         x = self.norm_pre(torch.cat([first, patches], dim=1) + self.positions)
@@ -84,9 +84,9 @@ class ClipText(nn.Module):
         _init_blocks(self.blocks, config.width)
 
     def forward(self, tokens: Tensor, eot: Tensor) -> Tensor:
-        """tokens: int64 [B, S], eot: int64 [B], place of the end-of-text token -> float32 [B, embed_dim], of length 1.
+        """tokens: int64 [B, S], eot: int64 [B], index of the end-of-text token -> float32 [B, embed_dim], unit length.
 
-        What stands behind the end of text is never seen: attention is causal, so padding needs no mask.
+        Attention is causal, so tokens after the end of text have no effect and padding needs no mask.
         """
         x = self.word(tokens) + self.positions[: tokens.shape[1]]
         for block in self.blocks:
@@ -96,7 +96,7 @@ class ClipText(nn.Module):
 
 
 class Clip(nn.Module):
-    """Image and text towers into one space, and the scale of their similarities."""
+    """Image and text towers with a shared embedding space, and the scale of their similarities."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -105,18 +105,18 @@ class Clip(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
 
     def forward(self, pixels: Tensor, tokens: Tensor, eot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> image float32 [B, E], text float32 [B, E], both of length 1, and scale float32 [1], at most 100."""
+        """-> image float32 [B, E], text float32 [B, E], both unit length, and scale float32 [1], at most 100."""
         scale = _Ceiling.apply(self.logit_scale.float(), MAX_LOGIT_SCALE).exp()
         return self.vision(pixels), self.text(tokens, eot), scale
 
 
 def eot_by_largest_id(tokens: Tensor) -> Tensor:
-    """Place of the end-of-text token in OpenAI's vocabulary, where it has the largest id: int64 [B, S] -> [B]."""
+    """Index of the end-of-text token in OpenAI's vocabulary, where it has the largest id: int64 [B, S] -> [B]."""
     return tokens.argmax(dim=-1)
 
 
 def _init_blocks(blocks: nn.ModuleList, width: int) -> None:
-    """Deviations: attention in w^-.5, MLP in (2w)^-.5, what adds to the residual w^-.5 (2L)^-.5; biases 0."""
+    """Standard deviations: attention in w^-.5, MLP in (2w)^-.5, residual outputs w^-.5 (2L)^-.5; biases 0."""
     residual = width**-0.5 * (2 * len(blocks)) ** -0.5
     for block in blocks:
         assert isinstance(block, PreNormBlock)

@@ -1,7 +1,7 @@
-"""PatchGAN discriminator: real or reconstructed, judged patch by patch. Isola et al. 2017, arXiv:1611.07004.
+"""PatchGAN discriminator: classifies each patch as real or reconstructed. Isola et al. 2017, arXiv:1611.07004.
 
-Ours normalises with GroupNorm where the original has BatchNorm: statistics of a rank's batch would make the result
-depend on how many ranks there are.
+Deviation: GroupNorm instead of BatchNorm, whose statistics over a rank's batch would make the result depend on the
+number of ranks.
 """
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from pretrain.schema.vqgan import discriminator_widths, group_count
 
 
 class PatchDiscriminator(nn.Module):
-    """`layers` strided 4x4 convolutions, one unstrided, one that writes a logit per patch; leaky ReLU 0.2."""
+    """`layers` strided 4x4 convolutions, one unstrided, one that outputs a logit per patch; leaky ReLU 0.2."""
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """ELECTRA, Clark et al. 2020, arXiv:2003.10555. Written for one device.
 
-Deviation: a replacement is drawn by inverse CDF from one uniform number per masked position, not by a maximum over
-Gumbel noise per word; the distribution is the same, and the number comes with the sample.
+Deviation: a replacement is sampled by inverse CDF from one uniform number per masked position, not as the maximum over
+Gumbel noise per word. The distribution is the same, and the number comes with the sample.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class ElectraOutput(NamedTuple):
-    """What the two towers say."""
+    """Outputs of generator and discriminator."""
 
     word_logits: Tensor  # float32 [B, M, V], generator, at the masked positions
-    replaced_logits: Tensor  # float32 [B, S], discriminator: above 0 it takes the token for a replaced one
-    replaced: Tensor  # bool [B, S], the truth
-    corrupted: Tensor  # int64 [B, S], what the discriminator read
+    replaced_logits: Tensor  # float32 [B, S], discriminator; above 0 predicts a replaced token
+    replaced: Tensor  # bool [B, S], the targets
+    corrupted: Tensor  # int64 [B, S], input of the discriminator
 
 
 class RtdHead(nn.Module):
-    """Was this token replaced: Linear, activation, Linear to one logit."""
+    """Replaced-token head: Linear, activation, Linear to one logit per token."""
 
     def __init__(self, width: int, activation: str) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class RtdHead(nn.Module):
 
 
 class Electra(nn.Module):
-    """A small generator fills masked words in; the discriminator tells which words are not the original ones.
+    """A small generator fills in masked words; the discriminator predicts which words differ from the original.
 
     Word, position and type embeddings and their norm are shared, at the discriminator's embedding width.
     """
@@ -52,7 +52,7 @@ class Electra(nn.Module):
         width, heads = config.generator_size
         self.embeddings = TextEmbeddings(config)
         self.generator = TextEncoder.of(config, width, heads)
-        self.mlm = MlmHead(config, width)  # GELU whatever the towers have, as published
+        self.mlm = MlmHead(config, width)  # always GELU, as published
         self.discriminator = TextEncoder.of(config, config.width, config.heads)
         self.rtd = RtdHead(config.width, config.activation)
         self.apply(init_bert)
@@ -72,7 +72,7 @@ class Electra(nn.Module):
         """tokens (masked), types: int64 [B, S]; attention: bool [B, S]; the rest [B, M]: positions and labels int64,
         label_weights float (0 where a slot is empty), uniforms float32 in [0, 1).
 
-        segments, places: int64 [B, S], of rows of several samples (see `inputs.packing`).
+        segments, places: int64 [B, S], for rows of several samples (see `inputs.packing`).
         """
         key_mask = own_segment(attention, segments)
         hidden = self.generator(self.embeddings(tokens, types, places), key_mask)
@@ -87,17 +87,17 @@ class Electra(nn.Module):
 
 @torch.no_grad()
 def sample_words(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw from softmax(logits) by inverse CDF: logits float32 [..., V], uniforms [...] in [0, 1) -> int64 [...]."""
+    """Sample from softmax(logits) by inverse CDF: logits float32 [..., V], uniforms [...] in [0, 1) -> int64 [...]."""
     cumulative = logits.softmax(-1).cumsum(-1)
     targets = uniforms.to(cumulative.dtype)[..., None] * cumulative[..., -1:]
     drawn = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
-    # rounding may lift a target onto the total, which lies behind the last word
+    # rounding may raise a target to the total, whose index is one past the last word
     return drawn.clamp(max=logits.shape[-1] - 1)
 
 
 def put(tokens: Tensor, positions: Tensor, values: Tensor, filled: Tensor) -> Tensor:
-    """`tokens` [B, S] with `values` [B, M] at `positions` [B, M] where `filled` [B, M]; empty slots change nothing."""
+    """Write `values` [B, M] to `tokens` [B, S] at `positions` [B, M] where `filled` [B, M]; ignore empty slots."""
     length = tokens.shape[1]
-    # an empty slot points at position 0 as well: send it to a column that is cut off again
+    # empty slots also point at position 0: write them to an extra column, which is cut off
     targets = torch.where(filled, positions, length)
     return F.pad(tokens, (0, 1)).scatter(1, targets, values)[:, :length]

@@ -1,7 +1,7 @@
 """Text-to-image GPT over VQGAN codes (the GPT of EasyNLP's text2image_generation).
 
 One causal transformer reads T text tokens, then I image codes. Ids [0, image_vocab) are codes; text ids follow, offset
-by image_vocab. The head writes image codes only, and only at the I places that predict one.
+by image_vocab. The head outputs logits of image codes only, and only at the I places that predict one.
 Letters: B batch, T text tokens, I image tokens, L = T + I, D width, H heads, V image vocabulary.
 """
 
@@ -18,21 +18,21 @@ from pretrain.models.noise import Dropout
 if TYPE_CHECKING:
     from pretrain.schema.gpt import GptConfig
 
-PAD = 0  # text id that fills a caption, and stands for the empty caption of guidance
+PAD = 0  # text id that pads captions and, alone, is the empty caption of guidance
 
 
 class Cache:
-    """Keys and values of all layers, allocated once: two tensors [layers, B, H, L, D/H]; `length` places are filled."""
+    """KV cache of all layers, allocated once: two tensors [layers, B, H, L - 1, D/H]; `length` places are filled."""
 
     def __init__(self, config: GptConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        length = config.text_tokens + config.image_tokens - 1  # the last code is never read
+        length = config.text_tokens + config.image_tokens - 1  # the last code is never an input
         shape = (config.layers, batch, config.heads, length, config.width // config.heads)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [B, H, n, D/H] behind what is there -> all keys and values of the layer so far."""
+        """Append keys and values [B, H, n, D/H] of a layer -> all keys and values of that layer so far."""
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
@@ -54,7 +54,7 @@ class Gpt(nn.Module):
     def forward(self, text: Tensor, codes: Tensor) -> Tensor:
         """text: int64 [B, T], codes: int64 [B, n], n <= I -> float32 logits [B, n, V], the i-th predicting codes[:, i].
 
-        The last code is no input: nothing is predicted from it.
+        The last code is not an input, because nothing is predicted from it.
         """
         tokens = torch.cat([text + self.config.image_vocab, codes[:, :-1]], 1)
         return self.step(tokens, start=0, last=codes.shape[1])
@@ -62,7 +62,7 @@ class Gpt(nn.Module):
     def step(self, tokens: Tensor, start: int, last: int, cache: Cache | None = None) -> Tensor:
         """tokens: ids int64 [B, n] at places start.. -> float32 logits [B, last, V] of the last places.
 
-        Without a cache `tokens` is the whole sequence; with one, everything before `start` is in it.
+        Without a cache, `tokens` is the whole sequence; with one, the cache holds everything before `start`.
         """
         x = self.embed(tokens, start)
         for block in self.blocks:
@@ -80,13 +80,13 @@ class Gpt(nn.Module):
         guidance: float = 1.0,
         uniforms: Tensor | None = None,
     ) -> Tensor:
-        """text: int64 [B, T], left as it is -> codes int64 [B, I].
+        """Sample image codes: text int64 [B, T], not modified -> codes int64 [B, I].
 
-        temperature 0 takes the most likely code. top_k 0 keeps all codes. guidance other than 1 mixes in the logits of
-        the empty caption, u + guidance (c - u), as further rows of the same batch with keys and values of their own;
-        it needs training with `caption_drop`. Ho & Salimans 2022, arXiv:2207.12598.
-        uniforms: float64 [B, I] in [0, 1), one number per code, torch's own when None: a row's codes depend on its
-        numbers, not on the batch around it.
+        temperature: 0 takes the most likely code. top_k: 0 keeps all codes. guidance: classifier-free guidance scale
+        (Ho & Salimans 2022, arXiv:2207.12598); 1 disables it. The logits are u + guidance (c - u), with u those of the
+        empty caption, computed as further rows of the batch. It needs training with `caption_drop`.
+        uniforms: float64 [B, I] in [0, 1), one number per code, drawn by torch when None. A row's codes depend on its
+        numbers, not on the other rows.
         """
         if uniforms is None:
             uniforms = torch.rand(len(text), self.config.image_tokens, dtype=torch.float64, device=text.device)
@@ -105,14 +105,14 @@ class Gpt(nn.Module):
         return codes
 
     def cache_dtype(self, device_type: str) -> torch.dtype:
-        """What the projections of keys and values write."""
+        """Return the dtype of the projected keys and values."""
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return next(self.parameters()).dtype
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, uniforms: Tensor) -> Tensor:
-    """float32 logits [B, V], float64 uniforms [B] -> codes int64 [B], by the inverse of the cumulative distribution."""
+    """float32 logits [B, V], float64 uniforms [B] -> codes int64 [B], sampled by inverse CDF."""
     if temperature == 0:
         return logits.argmax(-1)
     if 0 < top_k < logits.shape[-1]:
@@ -127,7 +127,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, uniforms: Tensor) -> 
 
 
 class Embed(nn.Module):
-    """Token plus learned position."""
+    """Token embedding plus learned position embedding."""
 
     def __init__(self, config: GptConfig) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Embed(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Separate matrices with bias for queries, keys and values."""
+    """Causal self-attention with separate query, key and value projections, with bias."""
 
     def __init__(self, config: GptConfig, layer: int) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class CausalAttention(nn.Module):
         self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        """[B, n, D] -> [B, n, D]; with a filled cache n is 1."""
+        """[B, n, D] -> [B, n, D]; n must be 1 if the cache is not empty."""
         batch, length, width = x.shape
         q, k, v = (
             layer(x).view(batch, length, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)

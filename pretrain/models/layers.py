@@ -1,6 +1,6 @@
-"""Transformer pieces that several models share. Letters: B batch, S sequence, D width, H heads, V vocabulary.
+"""Transformer layers shared by several models. Letters: B batch, S sequence, D width, H heads, V vocabulary.
 
-Every parameter is used inside the forward of the module that owns it, so that sharded training (ZeRO-3), which
+Every parameter is used only in the forward of the module that owns it, so that sharded training (ZeRO-3), which
 gathers a module's parameters around its forward, needs no special case.
 """
 
@@ -40,8 +40,9 @@ def attend(
 ) -> Tensor:
     """torch's SDPA over [B, H, S, D/H]; `mask` bool, True where a key may be attended to.
 
-    `dropout` of the weights makes them explicit, a second time in the backward: no kernel takes a sample's own noise.
-    On a CPU in float32 whatever the autocast: the backward of the bf16 kernel is four times slower there.
+    With active `dropout` the attention weights are materialised, and recomputed in the backward: no kernel accepts
+    per-sample noise. On a CPU it runs in float32 even under autocast: there the bf16 kernel's backward is four times
+    slower.
     """
     on_cpu = q.device.type == "cpu"
     with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
@@ -68,7 +69,7 @@ def _attend_dropped(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through torch's SDPA; one matrix makes queries, keys and values."""
+    """Multi-head self-attention through torch's SDPA, with one fused projection for queries, keys and values."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, activation, Linear; the middle is four times as wide."""
+    """Linear, activation, Linear; the hidden layer is four times as wide."""
 
     def __init__(self, width: int, activation: str = "gelu") -> None:
         super().__init__()
@@ -101,19 +102,19 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A part of a model that can keep its inputs alone and be computed again in the backward: `recompute`."""
+    """A part of a model that supports activation checkpointing (see `recompute`): only its inputs are kept."""
 
     again = False
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """Its forward; the hooks of sharded training, which gather its parameters, are part of what is repeated."""
+        """Run the forward. The recomputation includes the hooks of sharded training, which gather its parameters."""
         if not (self.again and self.training and torch.is_grad_enabled()):
             return super().__call__(*inputs, **named)
         return checkpoint(super().__call__, *inputs, use_reentrant=False, context_fn=noise_again, **named)
 
 
 def recompute(model: nn.Module) -> None:
-    """From here on the model's blocks are computed again in the backward; values and gradients stay as they are."""
+    """Recompute the model's blocks in the backward from now on; values and gradients do not change."""
     for module in model.modules():
         if isinstance(module, Block):
             module.again = True
@@ -157,18 +158,17 @@ class PostNormBlock(Block):
 
 
 def own_segment(attention: Tensor, segments: Tensor | None) -> Tensor:
-    """The key mask: attention bool [B, S] as it is, or, with segments int64 [B, S], bool [B, S, S], block by block.
+    """Return the key mask: attention bool [B, S] unchanged or, with segments int64 [B, S], block-wise bool [B, S, S].
 
-    Padding is a segment too, so that no query is left without a key.
+    Padding is a segment too, so that every query has a key.
     """
     return attention if segments is None else segments[:, :, None] == segments[:, None, :]
 
 
 class WordEmbedding(nn.Embedding):
-    """One matrix that reads tokens and, transposed, writes logits over them.
+    """One matrix that embeds tokens and, transposed, computes logits over them.
 
-    Both uses are calls of this same module: its parameter has one owner and one name, and sharded training gathers it
-    for either.
+    Both uses call this module: its parameter has one owner and one name, and sharded training gathers it for both.
     """
 
     def forward(self, x: Tensor, decode: bool = False) -> Tensor:
@@ -177,7 +177,7 @@ class WordEmbedding(nn.Embedding):
 
 
 class TextEmbeddings(nn.Module):
-    """norm(word + position + segment), as BERT reads its input."""
+    """norm(word + position + segment), BERT's input embedding."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -189,14 +189,14 @@ class TextEmbeddings(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, types: Tensor, places: Tensor | None = None) -> Tensor:
-        """tokens, types, places (0, 1, ... where not given): int64 [B, S] -> [B, S, embedding width]."""
+        """tokens, types, places (default 0, 1, ...): int64 [B, S] -> [B, S, embedding width]."""
         if places is None:
             places = torch.arange(tokens.shape[1], device=tokens.device)
         return self.dropout(self.norm(self.word(tokens) + self.position(places) + self.segment(types)))
 
 
 class TextEncoder(nn.Module):
-    """Projection from the embedding width where it differs, then post-norm blocks."""
+    """Projection from the embedding width if it differs, then post-norm blocks."""
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def of(cls, config: EncoderConfig, width: int, heads: int) -> TextEncoder:
-        """The encoder of a configuration, at this width and with these heads."""
+        """Build the encoder of a configuration with this width and number of heads."""
         own = (config.layers, heads, config.dropout, config.activation, config.norm_eps)
         return cls(config.embedding_width, width, *own)
 
@@ -227,7 +227,7 @@ class TextEncoder(nn.Module):
 
 
 class MlmHead(nn.Module):
-    """Transform, then logits over the vocabulary by the word embedding: at masked positions only."""
+    """Transform, then logits over the vocabulary through the word embedding, at masked positions only."""
 
     def __init__(self, config: EncoderConfig, width: int, activation: str = "gelu") -> None:
         super().__init__()
@@ -244,7 +244,7 @@ class MlmHead(nn.Module):
 
 
 def init_bert(module: nn.Module) -> None:
-    """For `Module.apply`: matrices from a normal of deviation .02 cut at two deviations, biases 0, norms 1 and 0."""
+    """For `Module.apply`: matrices N(0, .02) truncated at two standard deviations, biases 0, norms 1 and 0."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
     if isinstance(module, nn.Linear) and module.bias is not None:

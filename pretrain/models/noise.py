@@ -1,7 +1,7 @@
-"""Dropout whose noise is the sample's own: the same in whatever batch, row, rank or device the sample stands.
+"""Dropout with per-sample noise: the same for a sample in any batch, row, rank or device.
 
-Whether an activation is kept is a hash of the sample's key, the token's place in the sample, the module and the lane,
-with no generator and no state. Letters: B rows, S sequence, D width, H heads.
+Whether an activation is kept is a hash of the sample's key, the token's index in the sample, the module and the
+channel; there is no generator and no state. Letters: B rows, S sequence, D width, H heads.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 
 class Noise(NamedTuple):
-    """keys: int64 [B, S], the sample of each token by its key, or [B, 1] where a row is one sample; places: int64
-    [B, S], the token's place in its sample, None where it is the place in the row.
+    """Noise of a batch. keys: int64 [B, S], the key of each token's sample, or [B, 1] with one sample per row; places:
+    int64 [B, S], the token's index in its sample, None if that is its index in the row.
     """
 
     keys: Tensor
@@ -30,7 +30,7 @@ _current: ContextVar[Noise | None] = ContextVar("noise", default=None)
 
 @contextlib.contextmanager
 def noise_of(keys: Tensor | None, places: Tensor | None = None) -> Iterator[None]:
-    """Within, `Dropout` takes its noise from these; without keys, each call draws some from torch's generator."""
+    """Make `Dropout` use this noise within the context; without keys, each call draws from torch's generator."""
     token = _current.set(None if keys is None else Noise(keys, places))
     try:
         yield
@@ -39,20 +39,20 @@ def noise_of(keys: Tensor | None, places: Tensor | None = None) -> Iterator[None
 
 
 def noise_again() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    """For torch's checkpoint: the contexts of a forward and of its repetition, which has the noise of now."""
+    """For torch's checkpoint: return the contexts of a forward and of its recomputation, with the current noise."""
     noise = _current.get()
     return contextlib.nullcontext(), noise_of(*noise or (None,))
 
 
 def name_noise(model: nn.Module) -> None:
-    """Give every `Dropout` of the model noise of its own, by the module's name: the same in every process."""
+    """Give every `Dropout` of the model its own noise, derived from the module's name and equal in every process."""
     for name, module in model.named_modules():
         if isinstance(module, Dropout):
             module.site = zlib.crc32(name.encode())
 
 
 class Dropout(nn.Module):
-    """Zero each activation with probability `rate` and scale the others by 1 / (1 - rate); in training only."""
+    """Zero each activation with probability `rate` and scale the others by 1 / (1 - rate), in training only."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Dropout(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Is anything dropped?"""
+        """Whether anything is dropped."""
         return self.training and self.rate > 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Dropout(nn.Module):
         return self._dropped(x, _hash(high[..., None], low[..., None], lanes))
 
     def pairs(self, weights: Tensor, noise: Noise) -> Tensor:
-        """Attention weights [B, H, S, S], query by key: noise of the query's token, with the key's place for a lane."""
+        """Drop attention weights [B, H, S, S], query by key: noise of the query's token; channel: key and head."""
         heads, length = weights.shape[1:3]
         keys = torch.arange(length, device=weights.device)[None] if noise.places is None else noise.places
         head = torch.arange(heads, device=weights.device)[:, None, None] << 20
@@ -84,12 +84,12 @@ class Dropout(nn.Module):
         return self._dropped(weights, _hash(high, low, (keys[:, None, None, :] + head).int()))
 
     def noise(self, x: Tensor) -> Noise:
-        """That of the batch, or one of torch's generator for the rows of x [B, ...]."""
+        """Return the batch's noise, or one drawn from torch's generator for the rows of x [B, ...]."""
         drawn = _current.get()
         return drawn or Noise(torch.randint(torch.iinfo(torch.int64).max, (len(x), 1), device=x.device))
 
     def _tokens(self, noise: Noise, length: int) -> tuple[Tensor, Tensor]:
-        """-> two int32 [B, S] that name sample, place and module."""
+        """Return two int32 [B, S], a hash of sample, token index and module."""
         keys, places = noise
         if places is None:
             places = torch.arange(length, device=keys.device)[None]
@@ -102,7 +102,7 @@ class Dropout(nn.Module):
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's step and finaliser (Steele, Lea, Flood 2014), int64: products wrap, shifts are made logical."""
+    """SplitMix64's step and finaliser (Steele, Lea, Flood 2014), int64: products wrap, shifts are logical."""
     x = x + -0x61C8864680B583EB
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
@@ -110,7 +110,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _hash(high: Tensor, low: Tensor, lanes: Tensor) -> Tensor:
-    """MurmurHash3's finaliser over int32 that broadcast, one part of the token before it and one within -> int32."""
+    """MurmurHash3's finaliser on broadcast int32; `high` enters before it, `low` within it -> int32."""
     x = high + lanes * -0x61C88647
     x = (x ^ (x >> 16 & 0xFFFF)) * -0x7A143595
     x = (x ^ (x >> 13 & 0x7FFFF) ^ low) * -0x3D4D51CB

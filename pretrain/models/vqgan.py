@@ -1,4 +1,4 @@
-"""VQGAN: image <-> grid of codes. Esser et al. 2021, arXiv:2012.09841; module names are those of its public weights.
+"""VQGAN: image <-> grid of codes. Esser et al. 2021, arXiv:2012.09841; module names match the public weights.
 
 Letters: B batch, C channels, S image side, G grid side (codes per side), Z latent channels, E code width, N codebook.
 """
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Quantised(NamedTuple):
-    """What the codebook makes of latents."""
+    """Result of quantising latents."""
 
     codes: Tensor  # int64 [B, G*G], row by row
-    latents: Tensor  # float32 [B*G*G, E], what was looked up
-    nearest: Tensor  # float32 [B*G*G, E], the codebook's rows, with gradient to the codebook
-    output: Tensor  # [B, E, G, G], `nearest` in value, straight-through to the latents in gradient
+    latents: Tensor  # float32 [B*G*G, E], before quantisation
+    nearest: Tensor  # float32 [B*G*G, E], codebook rows, with gradient to the codebook
+    output: Tensor  # [B, E, G, G], value of `nearest`, straight-through gradient to the latents
 
 
 class Vqgan(nn.Module):
@@ -40,7 +40,7 @@ class Vqgan(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.code_width, config.latent_channels, 1)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Quantised]:
-        """float [B, 3, S, S] in [-1, 1] -> (reconstruction [B, 3, S, S], what was quantised)."""
+        """float [B, 3, S, S] in [-1, 1] -> (reconstruction [B, 3, S, S], quantised latents)."""
         quantised = self.quantize(self.quant_conv(self.encoder(pixels)))
         return self.decoder(self.post_quant_conv(quantised.output)), quantised
 
@@ -49,12 +49,12 @@ class Vqgan(nn.Module):
         return self.quantize(self.quant_conv(self.encoder(pixels))).codes
 
     def decode(self, codes: Tensor) -> Tensor:
-        """codes int64 [B, G*G] -> [B, 3, S, S], about [-1, 1], not clamped."""
+        """codes int64 [B, G*G] -> [B, 3, S, S], roughly in [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(self.quantize.look_up(codes, self.config.grid)))
 
 
 class Codebook(nn.Module):
-    """Nearest neighbour in L2 (argmin in float32 whatever the autocast), straight-through gradient."""
+    """Nearest neighbour in L2 (argmin in float32 even under autocast), straight-through gradient."""
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Codebook(nn.Module):
         return Quantised(codes.view(batch, -1), flat, nearest, output)
 
     def nearest(self, flat: Tensor) -> Tensor:
-        """float32 [n, E] -> int64 [n]: argmin over the codebook of |z - e|^2, less the constant |z|^2."""
+        """float32 [n, E] -> int64 [n]: argmin over the codebook of |z - e|^2, without the constant |z|^2."""
         table = self.embedding.weight.float()
         return torch.addmm(table.square().sum(1), flat, table.t(), alpha=-2).argmin(1)
 
@@ -89,8 +89,8 @@ class Codebook(nn.Module):
 class Norm(nn.GroupNorm):
     """GroupNorm with the published epsilon. groups: as `VqganConfig.norm_groups`.
 
-    On a CPU the input is made contiguous and the affine takes its dtype: torch's backward for channels-last or mixed
-    dtypes is up to ten times slower (a training step in bf16: 447 ms before, 233 ms so).
+    On a CPU the input is made contiguous and weight and bias are cast to its dtype: torch's backward for channels-last
+    or mixed dtypes is up to ten times slower (a training step in bf16: 447 ms without, 233 ms with this).
     """
 
     def __init__(self, channels: int, groups: NormGroups) -> None:
@@ -105,7 +105,7 @@ class Norm(nn.GroupNorm):
 
 
 class PlaceNorm(nn.LayerNorm):
-    """Statistics over the channels of one place: nothing of the rest of the picture comes in."""
+    """LayerNorm over the channels of one place, independent of the rest of the picture."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
@@ -116,18 +116,18 @@ class PlaceNorm(nn.LayerNorm):
 
 
 def norm_of(channels: int, groups: NormGroups, local: bool) -> nn.Module:
-    """GroupNorm as published, or one that sees a single place."""
+    """Return GroupNorm as published or, if `local`, `PlaceNorm`."""
     return PlaceNorm(channels) if local else Norm(channels, groups)
 
 
 def convolution(channels: int, out_channels: int, local: bool) -> nn.Conv2d:
-    """3x3 as published, or 1x1; the side stays."""
+    """Return a 3x3 convolution as published or, if `local`, 1x1; both keep the side."""
     kernel = 1 if local else 3
     return nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2)
 
 
 class ResBlock(Block):
-    """Two normalised convolutions beside a skip, which is a 1x1 convolution where the width changes."""
+    """Two normalised convolutions with a skip connection, a 1x1 convolution where the width changes."""
 
     def __init__(self, channels: int, out_channels: int, groups: NormGroups, local: bool = False) -> None:
         super().__init__()
@@ -212,9 +212,9 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention, block at the smallest side; without attention where the configuration has none at all.
+    """Block, attention, block at the smallest side; no attention if the configuration has none at all.
 
-    A code then stands for its own neighbourhood, not for the whole picture.
+    A code then describes its own neighbourhood, not the whole picture.
     """
 
     def __init__(self, channels: int, attention: bool, groups: NormGroups, local: bool = False) -> None:
@@ -229,7 +229,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels -> latents. `local_encoder`: places meet only in the first convolution and where the side is halved."""
+    """Pixels -> latents. With `local_encoder`, only the first convolution and the downsampling mix places."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents -> pixels; one block more per level than the encoder. `up` counts from the finest side, as published."""
+    """Latents -> pixels, with one more block per level than the encoder. `up` is ordered finest first, as published."""
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The sections `model` and `task` of a run, a file for each family of models; imports no torch.
+"""The sections `model` and `task` of a run, one file per model family; imports no torch.
 
-ModelConfig and TaskConfig are the unions: the one place that lists all kinds.
+ModelConfig and TaskConfig are the unions that list all kinds.
 """
 
 from typing import Annotated
@@ -28,7 +28,7 @@ TaskConfig = Annotated[_Tasks, Field(discriminator="kind")]
 
 
 def tasks_of(model: str) -> list[str]:
-    """The kinds of the tasks that train models of a kind; the first is meant where none is said."""
+    """Return the task kinds that train a model of kind `model`; the first is the default."""
     return [
         name
         for name, settings in TASK_SETTINGS.items()

@@ -1,4 +1,4 @@
-"""CLIP and its towers. Imports no torch."""
+"""Schema of CLIP and its towers. Imports no torch."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from pretrain.schema.common import ModelSettings, PixelsRead, Reads, TextRead, c
 
 
 class VisionTower(Settings):
-    """ViT of CLIP: patches -> one embedding."""
+    """CLIP's ViT: patches -> one embedding."""
 
     image_size: PositiveInt = 224
     patch_size: PositiveInt = 32
@@ -31,7 +31,7 @@ class VisionTower(Settings):
 
 
 class TextTower(Settings):
-    """Causal transformer of CLIP, pooled at the end-of-text token."""
+    """CLIP's causal text transformer, pooled at the end-of-text token."""
 
     vocab_size: PositiveInt = 49408
     context: PositiveInt = 77

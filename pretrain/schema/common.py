@@ -1,4 +1,4 @@
-"""What the schemas of several families share: what a model reads, and rules of attention. Imports no torch."""
+"""Parts shared by the schemas of several model families: model inputs and checks of attention. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,14 +6,14 @@ from typing import Literal
 from data_pipeline.settings import Settings
 
 MAIN = "main"
-"""The role of all parameters that no other optimizer of a task has."""
+"""Role of all parameters that no other optimizer of the task owns."""
 Activation = Literal["gelu", "gelu_new", "relu"]
-"""gelu is exact; gelu_new its approximation by tanh, as in GPT-2 and Google's BERT."""
+"""gelu is exact; gelu_new is its tanh approximation, as in GPT-2 and Google's BERT."""
 
 
 @dataclass(frozen=True)
 class TextRead:
-    """Token ids below `vocab_size`, at most `context` of them; the names are those of the model's fields."""
+    """At most `context` token ids below `vocab_size`; `*_field` are the names of the model's fields for them."""
 
     vocab_size: int
     context: int
@@ -30,7 +30,7 @@ class PixelsRead:
 
 @dataclass(frozen=True)
 class CodesRead:
-    """`count` image codes a sample, each below `codebook`."""
+    """`count` image codes per sample, each below `codebook`."""
 
     count: int
     codebook: int
@@ -38,7 +38,7 @@ class CodesRead:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a model takes from a sample; None where it takes nothing of that kind. classes: labels 0 to below it."""
+    """Inputs of a model by kind; None where it reads none. classes: number of labels, 0 to classes - 1."""
 
     text: TextRead | None = None
     pixels: PixelsRead | None = None
@@ -47,23 +47,23 @@ class Reads:
 
 
 class ModelSettings(Settings):
-    """Base of every model's section, which has a `kind` of its own."""
+    """Base of every model's section; each subclass has its own `kind`."""
 
     kind: str
 
     @property
     def reads(self) -> Reads:
-        """What the model takes from a sample."""
+        """What the model reads of a sample."""
         raise NotImplementedError
 
     @property
     def makes(self) -> CodesRead | None:
-        """The codes that an image tokenizer makes of an image; None for any other model."""
+        """The codes that an image tokenizer produces from an image; None for any other model."""
         return None
 
 
 def check_heads(width: int, heads: int, name: str = "width") -> None:
-    """Raise ValueError where the heads of an attention do not share its width evenly."""
+    """Raise ValueError when the width of an attention is not divisible by its heads."""
     if width % heads:
         near = [number for number in range(1, width + 1) if width % number == 0]
         best = min(near, key=lambda number: (abs(number - heads), number))

@@ -1,4 +1,4 @@
-"""The text encoders: BERT, ELECTRA. Imports no torch."""
+"""Schemas of the text encoders BERT and ELECTRA. Imports no torch."""
 
 from typing import Literal
 
@@ -47,7 +47,7 @@ class ElectraConfig(EncoderConfig):
 
     @property
     def generator_size(self) -> tuple[int, int]:
-        """Width and heads of the generator: the fraction of the width, in heads of 64, at least one."""
+        """Width and heads of the generator: `generator_fraction` of the width, with heads of 64, at least one head."""
         width = round(self.width * self.generator_fraction)
         return width, max(1, width // 64)
 

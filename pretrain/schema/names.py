@@ -1,8 +1,8 @@
-"""Names of earlier versions: refused in YAML and overrides with the present ones, translated in what was saved."""
+"""Names from earlier versions. YAML and overrides refuse them with the current name; saved files are translated."""
 
 RENAMED = {
     "objective": "task",
     "data.vocabulary": "data.text_tokenizer",
     "data.tokenizer": "data.image_tokenizer",
 }
-"""Old name -> new, of sections, of fields in them, and of fingerprints, which have the name of their field."""
+"""Old name -> new, for sections, their fields, and fingerprints (which are named after their field)."""

@@ -1,4 +1,4 @@
-"""Configurations that earlier versions saved, as this one reads them. YAML files and overrides are never translated."""
+"""Translation of configurations saved by earlier versions. YAML files and overrides are never translated."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,23 +16,23 @@ BEFORE_FIELDS: dict[str, dict[str, Any]] = {
     "gpt": {"activation": "gelu", "norm_eps": 1e-5},
     "clip": {"norm_eps": 1e-5},
 }
-"""What was fixed before it became a field, by the kind of the model."""
+"""Values that were fixed before they became fields, by kind of model."""
 
 
 def saved_run(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved configuration, or identity, of a run."""
+    """Translate the saved configuration, or identity, of a run."""
     tree = {key: _renamed(key, section) for key, section in _renamed("", tree).items()}
     model = {"model": _with_known_sides(saved_model(tree["model"]))} if "model" in tree else {}
     return {**tree, **model, **_with_known_best(tree)}
 
 
 def saved_fingerprints(tree: Mapping[Any, Any]) -> dict[str, str]:
-    """The saved fingerprints under the present names of what they are of."""
+    """Rename saved fingerprints to the current names."""
     return {RENAMED.get(str(name), str(name)): str(fingerprint) for name, fingerprint in tree.items()}
 
 
 def _renamed(section: str, tree: Any) -> Any:
-    """`tree` with the present names of its keys; what is no mapping stays as it is, for the schema to refuse."""
+    """Rename the keys of `tree` to the current names; leave anything but a mapping for the schema to refuse."""
     if not isinstance(tree, Mapping):
         return tree
     prefix = f"{section}." if section else ""
@@ -40,22 +40,22 @@ def _renamed(section: str, tree: Any) -> Any:
 
 
 def _with_known_best(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out a `train.keep_best` that is refused today; it was accepted once, and kept the lowest or nothing."""
+    """Drop a `train.keep_best` that is invalid now; earlier versions accepted it and kept the lowest or nothing."""
     train = tree.get("train")
     if not isinstance(train, Mapping) or not train.get("keep_best"):
         return {}
     try:
         task = pydantic.TypeAdapter(TaskConfig).validate_python(tree.get("task"))
         check_best(train["keep_best"], task, train["steps"])
-    except (AttributeError, KeyError, TypeError, ValueError):  # pydantic's is a ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):  # pydantic's error is a ValueError
         return {"train": {**train, "keep_best": ""}}
     return {}
 
 
 def _with_known_sides(tree: Any) -> Any:
-    """Leave out sides of `attention_at` that no level of a vqgan has: alone they gave the middle blocks attention.
+    """Drop sides in `attention_at` that no vqgan level has; with none left, only the middle blocks have attention.
 
-    An exported model keeps them: its id, by which codes are known, is a digest of its configuration.
+    Exported models keep these sides: the id that names their codes is a digest of the configuration.
     """
     try:
         at, sides = tree["attention_at"], sides_of_levels(tree["image_size"], len(tree["multipliers"]))
@@ -66,9 +66,9 @@ def _with_known_sides(tree: Any) -> Any:
 
 
 def saved_model(tree: Any) -> Any:
-    """The saved configuration of a model; what is none stays as it is, for the schema to refuse.
+    """Translate the saved configuration of a model; return anything else unchanged, for the schema to refuse.
 
-    A vqgan without `norm_groups` had four channels a group and at most 32 groups, which is 32 from 128 channels on.
+    A vqgan without `norm_groups` had four channels per group and at most 32 groups, that is 32 from 128 channels on.
     """
     if not isinstance(tree, Mapping) or "kind" not in tree:
         return tree

@@ -1,4 +1,4 @@
-"""What a task can be told: its settings, which models it trains, and the metrics of a step. Imports no torch."""
+"""Settings of each task, the models it trains, and the metrics of its steps. Imports no torch."""
 
 from typing import ClassVar, Literal
 
@@ -13,37 +13,37 @@ from pretrain.schema.vqgan import MIDDLE, VqganConfig, discriminator_widths, gro
 
 Direction = Literal["min", "max"]
 Metrics = dict[str, Direction | None]
-"""Name in a step's row -> whether less or more of it is better; None: neither by itself."""
+"""Metric name in metrics.jsonl -> whether lower or higher is better; None: neither."""
 
 STEP: Metrics = {"loss": "min", "grad_norm": None, "lr": None}
 MASKED: Metrics = {"mlm_loss": "min", "mlm_accuracy": "max"}
 SMALLEST_SIDE = 8
-"""Pixels of the smallest image that a reconstruction is compared in: its edges are compared down to a quarter."""
+"""Smallest side in pixels for the reconstruction loss, which compares edges down to a quarter of the side."""
 
 
 class TaskSettings(Settings):
-    """Base of every task's section, which has a `kind` of its own."""
+    """Base of every task's section; each subclass has its own `kind`."""
 
     kind: str
     trains: ClassVar[tuple[type[ModelSettings], ...]] = ()
     """The models that the task trains."""
     roles: ClassVar[tuple[str, ...]] = (MAIN,)
-    """One name for each optimizer, the model's first."""
+    """Names of the optimizers, the model's first."""
     replicated: ClassVar[bool] = False
-    """Does every rank need the whole weights (ZeRO stage 0)?"""
+    """Whether every rank needs the full weights (ZeRO stage 0)."""
     metrics: ClassVar[Metrics] = STEP
-    """What a row of metrics.jsonl may hold."""
+    """Metrics that a row of metrics.jsonl may hold."""
 
     def yields(self, metric: str, steps: int) -> bool:
-        """Does a run of so many steps ever have this one of `metrics`?"""
+        """Return whether a run of `steps` steps ever reports `metric`, one of `metrics`."""
         return True
 
     def shortest_row(self) -> str:
-        """The shortest row of text that the task can use, pieces separated by spaces; empty where any will do."""
+        """Return the shortest usable row of text, pieces separated by spaces; empty if any length works."""
         return ""
 
     def check(self, model: ModelSettings, global_batch: int) -> None:
-        """Raise ValueError where the task cannot train this model, which is one of `trains`."""
+        """Raise ValueError when the task cannot train this model, an instance of `trains`."""
 
 
 class ContrastiveConfig(TaskSettings):
@@ -58,15 +58,15 @@ class ContrastiveConfig(TaskSettings):
         return "[CLS] a [SEP]"
 
     def check(self, model: ModelSettings, global_batch: int) -> None:
-        """A pair is told apart from other pairs."""
+        """Require a second pair to contrast with."""
         if global_batch < 2:
             raise ValueError("train.global_batch=1 has no other pair to tell a pair from; use 2 or more")
 
 
 class MaskingConfig(TaskSettings):
-    """What is masked: pieces, whole words (Chinese ones by jieba), or n-grams of one to three words.
+    """Masking of pieces, whole words (Chinese words by jieba), or n-grams of one to three words.
 
-    packing: several samples share a row, each attending to itself alone, so that next to no padding is computed.
+    packing: put several samples in a row, each attending only to itself, so that almost no padding is computed.
     """
 
     mask_rate: PositiveFloat = Field(0.15, lt=1.0)
@@ -79,7 +79,7 @@ class MaskingConfig(TaskSettings):
 
 
 class MlmNspConfig(MaskingConfig):
-    """Masked language model, with next-sentence prediction where `nsp` is set (BERT)."""
+    """Masked language modelling, with next-sentence prediction if `nsp` is set (BERT)."""
 
     kind: Literal["mlm"] = "mlm"
     nsp: bool = True
@@ -87,15 +87,15 @@ class MlmNspConfig(MaskingConfig):
     metrics = {**STEP, **MASKED, "nsp_loss": "min", "nsp_accuracy": "max"}
 
     def yields(self, metric: str, steps: int) -> bool:
-        """Those of the pairs only with pairs."""
+        """Return whether the run reports `metric`; `nsp_*` only with `nsp`."""
         return self.nsp or not metric.startswith("nsp_")
 
     def shortest_row(self) -> str:
-        """A text of one piece, or two of them."""
+        """A text of one piece, or with `nsp` two such texts."""
         return "[CLS] a [SEP] b [SEP]" if self.nsp else super().shortest_row()
 
     def check(self, model: ModelSettings, global_batch: int) -> None:
-        """Pairs need rows and types of their own."""
+        """Require unpacked rows and two token types for sentence pairs."""
         assert isinstance(model, BertConfig)
         if self.nsp and self.packing:
             raise ValueError("task.packing leaves no row of its own to a pair of sentences; set task.nsp=false")
@@ -115,7 +115,7 @@ class RtdConfig(MaskingConfig):
 
 
 class AutoregressiveConfig(TaskSettings):
-    """Cross-entropy of the image codes given the text (and, with `caption_drop`, given nothing, for guidance)."""
+    """Cross-entropy of the image codes given the text, which is dropped at rate `caption_drop` (for guidance)."""
 
     kind: Literal["autoregressive"] = "autoregressive"
     caption_drop: NonNegativeFloat = Field(0.0, lt=1.0)
@@ -123,7 +123,7 @@ class AutoregressiveConfig(TaskSettings):
     metrics = {**STEP, "code_accuracy": "max"}
 
     def check(self, model: ModelSettings, global_batch: int) -> None:
-        """A code has an alternative."""
+        """Require at least two image codes."""
         assert isinstance(model, GptConfig)
         if model.image_vocab < 2:
             raise ValueError(
@@ -132,7 +132,7 @@ class AutoregressiveConfig(TaskSettings):
 
 
 class ReconstructionConfig(TaskSettings):
-    """Training of the VQGAN: pixels + perceptual + adversarial + codebook."""
+    """VQGAN training: pixel, perceptual, adversarial and codebook losses."""
 
     kind: Literal["reconstruction"] = "reconstruction"
     codebook_weight: PositiveFloat = 1.0
@@ -152,12 +152,12 @@ class ReconstructionConfig(TaskSettings):
     }  # fmt: skip
 
     def yields(self, metric: str, steps: int) -> bool:
-        """Those of the discriminator once it takes part."""
+        """Return whether the run reports `metric`; the discriminator's only if it starts before the end."""
         plays = bool(self.discriminator_weight) and self.discriminator_start_step < steps
         return plays or not metric.startswith(("adversarial_", "discriminator_"))
 
     def check(self, model: ModelSettings, global_batch: int) -> None:
-        """The image is large enough for the edges that are compared and for a patch of the discriminator."""
+        """Require attention at known levels, and an image large enough for the edge loss and a discriminator patch."""
         assert isinstance(model, VqganConfig)
         if model.image_size < SMALLEST_SIDE:
             raise ValueError(
@@ -174,7 +174,7 @@ class ReconstructionConfig(TaskSettings):
 
 
 def _check_discriminator(model: VqganConfig) -> None:
-    """The widths of its norms must divide into groups, and its convolutions must leave a patch to judge."""
+    """Require widths that divide into norm groups, and convolutions that leave at least one patch."""
     channels, layers = model.discriminator_channels, model.discriminator_layers
     for wider in discriminator_widths(channels, layers):
         groups = group_count(wider, "width/4")
@@ -202,7 +202,7 @@ TASK_SETTINGS: dict[str, type[TaskSettings]] = {
 
 
 def parsed(best: str) -> tuple[str, Direction | None]:
-    """`train.keep_best` -> the metric's name, and its direction where one is given or known."""
+    """Parse `train.keep_best` -> the metric's name, and its direction if given or known."""
     front, colon, name = best.partition(":")
     if colon and front in ("min", "max"):
         return name, "min" if front == "min" else "max"
@@ -211,7 +211,7 @@ def parsed(best: str) -> tuple[str, Direction | None]:
 
 
 def check_best(best: str, task: TaskSettings, steps: int) -> None:
-    """Raises ValueError with the known names for one that the task does not yield, or without a direction."""
+    """Raise ValueError, listing the known names, for a metric that the task does not report or without a direction."""
     if not best:
         return
     name, direction = parsed(best)

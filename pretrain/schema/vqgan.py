@@ -1,4 +1,4 @@
-"""The image tokenizer: VQGAN. Imports no torch."""
+"""Schema of the image tokenizer, VQGAN. Imports no torch."""
 
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ NormGroups = PositiveInt | Literal["width/4"]
 
 
 def group_count(channels: int, groups: "int | Literal['width/4']") -> int:
-    """Groups of a GroupNorm over so many channels."""
+    """Return the number of groups of a GroupNorm over `channels` channels."""
     return min(32, channels // 4) if groups == "width/4" else groups
 
 
@@ -19,22 +19,23 @@ MIDDLE: Literal["middle"] = "middle"
 
 
 def sides_of_levels(image_size: int, levels: int) -> list[int]:
-    """Pixels a side of each level of a VQGAN, the finest first."""
+    """Return the side of each level of a VQGAN in pixels, finest first."""
     return [image_size // 2**index for index in range(levels)]
 
 
 class VqganConfig(ModelSettings):
     """VQGAN, Esser et al. 2021, arXiv:2012.09841 (taming f16-16384 by default).
 
-    norm_groups: groups of every GroupNorm: 32, as in all published weights; where 32 does not divide the widths, which
-    nothing published has, the default is "width/4": four channels a group, at most 32 groups. Narrow models of one's
-    own want that too: a group of one channel forgets that channel's mean, and with it the colours of flat areas.
+    norm_groups: groups of every GroupNorm. The default is 32, as in all published weights, or "width/4" where 32 does
+    not divide the widths (no published model): four channels per group, at most 32 groups. Set "width/4" for other
+    narrow models too: a group of one channel loses that channel's mean, and with it the colours of flat areas.
 
-    attention_at: sides of the levels that have attention, and the middle blocks with them; "middle": these alone, which
-    is the default where no level has the side 16; an empty list: none at all.
+    attention_at: sides of the levels with attention; the middle blocks then have it too. "middle": only those blocks,
+    the default when no level has side 16. An empty list: no attention.
 
-    local_encoder: every code is a function of its own patch and a rim of a few pixels. As published, normalisation and
-    wide kernels put what stands elsewhere in the picture into each code, which a small model cannot compose anew.
+    local_encoder: make every code a function of its own patch and a few pixels around it. In the published encoder,
+    normalisation and wide kernels carry information from the whole picture into each code; a small model cannot
+    generate such codes in new combinations.
     """
 
     kind: Literal["vqgan"] = "vqgan"
@@ -53,22 +54,22 @@ class VqganConfig(ModelSettings):
 
     @property
     def sides(self) -> list[int]:
-        """Pixels a side of each level, the finest first."""
+        """Side of each level in pixels, finest first."""
         return sides_of_levels(self.image_size, len(self.multipliers))
 
     @property
     def widths(self) -> list[int]:
-        """Channels of each level, the finest first."""
+        """Channels of each level, finest first."""
         return [self.channels * multiplier for multiplier in self.multipliers]
 
     def group_counts(self, groups: "int | Literal['width/4'] | None" = None) -> list[int]:
-        """Groups of the norms of each width, the finest first."""
+        """Return the norm groups of each width, finest first. groups: None for `norm_groups`."""
         return [group_count(width, groups or self.norm_groups) for width in (self.channels, *self.widths)]
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _groups_of_narrow_widths(cls, tree: Any) -> Any:
-        """The default where 32 groups are impossible."""
+        """Default `norm_groups` to "width/4" where 32 groups are impossible."""
         channels = tree.get("channels", 128) if isinstance(tree, dict) else 128
         if not isinstance(channels, int) or channels % 32 == 0 or "norm_groups" in tree:
             return tree
@@ -77,7 +78,7 @@ class VqganConfig(ModelSettings):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _attention_of_other_sides(cls, tree: Any) -> Any:
-        """The default where no level has its side."""
+        """Default `attention_at` to "middle" where no level has side 16."""
         if not isinstance(tree, dict) or "attention_at" in tree:
             return tree
         defaults = {name: cls.model_fields[name].default for name in ("image_size", "multipliers")}
@@ -88,7 +89,7 @@ class VqganConfig(ModelSettings):
 
     @pydantic.model_validator(mode="after")
     def _sides_halve(self) -> "VqganConfig":
-        """Each level but the last halves the side."""
+        """Require a side that every level but the last can halve."""
         factor = 2 ** (len(self.multipliers) - 1)
         if self.image_size % factor:
             raise ValueError(
@@ -129,5 +130,5 @@ class VqganConfig(ModelSettings):
 
 
 def discriminator_widths(channels: int, layers: int) -> list[int]:
-    """Channels of the discriminator's normalised layers."""
+    """Return the channels of the discriminator's normalised layers."""
     return [channels * min(2**index, 8) for index in range(1, layers + 1)]

@@ -1,4 +1,4 @@
-"""TASKS: kind of the configuration -> Task(model, config, collectives). Each file is what a task reads and its loss."""
+"""TASKS: `task.kind` -> Task(model, config, collectives). Each file holds the inputs and the loss of one task."""
 
 from pretrain.tasks.autoregressive import Autoregressive
 from pretrain.tasks.contrastive import Contrastive

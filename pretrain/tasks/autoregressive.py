@@ -1,4 +1,4 @@
-"""Cross-entropy of the image codes, given the text and the codes before (EasyNLP's text2image_generation)."""
+"""Cross-entropy of the image codes, given the text and the preceding codes (EasyNLP's text2image_generation)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 
 class AutoregressiveInputs:
-    """Samples -> {"text": int64 [b, T], "codes": int64 [b, I], "noise": int64 [b, 1]}; one caption each, drawn by the
-    sample, as the key of its dropout is.
+    """Samples -> {"text": int64 [b, T], "codes": int64 [b, I], "noise": int64 [b, 1]}.
+
+    The caption and the dropout key are drawn from the sample's own random numbers.
     """
 
     def __init__(self, config: RunConfig, stream: Source, tokenizer: Vocabulary | None) -> None:
@@ -36,21 +37,21 @@ class AutoregressiveInputs:
         self.seed = config.seed
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        """The batch of these samples, in their order; raises DataError naming the key of one that does not fit."""
+        """Return the batch, in the samples' order. Raises DataError with the key of a sample that does not fit."""
         text = np.stack([self._text(sample) for sample in samples])
         codes = np.stack([codes_of(sample, self.reads, self.seed) for sample in samples])
         noise = torch.tensor([[noise_key(sample, self.seed)] for sample in samples])
         return {"text": torch.from_numpy(text), "codes": torch.from_numpy(codes), "noise": noise}
 
     def _text(self, sample: Sample) -> np.ndarray:
-        """-> int64 [T]; all padding with probability `caption_drop`."""
+        """Return the caption's ids, int64 [T]; all padding with probability `caption_drop`."""
         caption = caption_of(sample, self.seed)
         dropped = sample_generator(self.seed, sample.epoch, sample.id, "caption_drop").random() < self.caption_drop
         return text_ids("" if dropped else caption, self.tokenizer, self.text_tokens)
 
 
 class Autoregressive(Task):
-    """Mean over all image codes; text is read but not predicted."""
+    """Mean cross-entropy over all image codes; text is read but not predicted."""
 
     inputs = AutoregressiveInputs
     keys: ClassVar[tuple[str, ...]] = ("text", "codes")

@@ -1,4 +1,4 @@
-"""What a task may ask of the other ranks; the loop hands one in, so that tasks know no ranks."""
+"""Collective operations for tasks. The training loop passes them in, so that tasks do not depend on ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

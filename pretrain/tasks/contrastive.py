@@ -1,9 +1,9 @@
 """Symmetric cross-entropy between the images and the texts of the global batch (CLIP, arXiv:2103.00020, fig. 3).
 
-The loss compares every pair of the batch, so a sum over micro-batches is another loss. Gradient caching (GradCache, Gao
+The loss compares all pairs of the batch, so a sum over micro-batches is another loss. Gradient caching (GradCache, Gao
 et al. 2021, arXiv:2101.06983) makes it independent of the split: all micro-batches are embedded without gradient, the
 loss of the whole batch is differentiated with respect to the embeddings, and each micro-batch is embedded once more to
-carry its part of that gradient into the weights. It costs one more forward and bounds memory by the micro-batch.
+propagate its part of that gradient to the weights. It costs one more forward and bounds memory by the micro-batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class ContrastiveInputs:
-    """Samples -> {"pixels": float32 [b, 3, H, W], "tokens": int64 [b, S], "eot": int64 [b], place of [SEP]}."""
+    """Samples -> {"pixels": float32 [b, 3, H, W], "tokens": int64 [b, S], "eot": int64 [b], index of [SEP]}."""
 
     def __init__(self, config: RunConfig, stream: Source, tokenizer: Vocabulary | None) -> None:
         reads = config.model.reads
@@ -40,7 +40,7 @@ class ContrastiveInputs:
         self.tokenizer = tokenizer
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        """The batch of these samples, in their order."""
+        """Return the batch, in the samples' order."""
         images = drawn_pixels(samples, self.image_size, self.data, self.seed)
         texts = [self.text(caption_of(sample, self.seed)) for sample in samples]
         return {
@@ -50,13 +50,13 @@ class ContrastiveInputs:
         }
 
     def text(self, caption: str) -> tuple[np.ndarray, int]:
-        """-> tokens int64 [S]: [CLS] pieces [SEP] [PAD]..., truncated to the context; and the place of [SEP]."""
+        """Return tokens int64 [S], [CLS] pieces [SEP] [PAD]..., truncated to the context; and the index of [SEP]."""
         pieces = self.tokenizer.encode(caption)[: self.context - 2]
         return pad([self.tokenizer.cls, *pieces, self.tokenizer.sep], self.context), len(pieces) + 1
 
 
 class Contrastive(Task):
-    """Every rank gathers all embeddings and takes the loss of the whole global batch, so all ranks return the same."""
+    """Every rank gathers all embeddings and computes the loss of the global batch: all ranks return the same."""
 
     inputs = ContrastiveInputs
     keys: ClassVar[tuple[str, ...]] = ("pixels", "tokens", "eot")
@@ -66,8 +66,8 @@ class Contrastive(Task):
     def forward(self, batch: Batch) -> Batch:
         """pixels float [b, 3, H, W], tokens int64 [b, S], eot int64 [b] -> loss and in-batch accuracies.
 
-        With "embed" in the batch: the embeddings instead. With `slopes` in it: the loss and metrics that they carry,
-        the loss with the gradient of this micro-batch's part.
+        With "embed" in the batch, returns the embeddings and the scale instead. With the result of `slopes` in the
+        batch, returns its loss and metrics; the loss then has the gradient of this micro-batch's part.
         """
         image, text, scale = self.model(batch["pixels"], batch["tokens"], batch["eot"])
         if "embed" in batch:
@@ -80,10 +80,10 @@ class Contrastive(Task):
         return self._of_global_batch(image, text, scale)
 
     def slopes(self, rows: list[Batch]) -> list[Batch]:
-        """The embeddings of this rank's micro-batches, in order -> what each one's second `forward` needs to know.
+        """Embeddings of this rank's micro-batches, in order -> the extra inputs of each one's second `forward`.
 
-        The engine takes the mean of gradients over n micro-batches and over ranks; `gather` sums over ranks. So parts
-        of the sum over samples are scaled by n, and the scale's gradient, the same everywhere, is not.
+        The engine averages gradients over n micro-batches and over ranks; the backward of `gather` sums over ranks.
+        The embeddings' gradients are therefore scaled by n; the scale's gradient, equal everywhere, is not.
         """
         image, text = (torch.cat([row[name] for row in rows]).detach().requires_grad_() for name in ("image", "text"))
         scale = rows[0]["scale"].detach().requires_grad_()
@@ -95,10 +95,10 @@ class Contrastive(Task):
         return [shared | {"image_slope": a, "text_slope": b} for a, b in parts]
 
     def _of_global_batch(self, image: Tensor, text: Tensor, scale: Tensor) -> Batch:
-        """image, text float32 [b, E] of this rank, scale [1] -> loss and metrics of all ranks' rows.
+        """image, text float32 [b, E] of this rank, scale [1] -> loss and metrics over all ranks' rows.
 
-        The product is float32 whatever the autocast: in bf16 logits near 100 would be half a unit off, and only where
-        the batch is not accumulated, as `slopes` runs outside of the autocast.
+        The product is computed in float32 even under autocast: in bf16, logits near 100 would be off by half a unit,
+        and only without accumulation, because `slopes` runs outside the autocast.
         """
         with torch.autocast(image.device.type, enabled=False):
             images, texts = (self.collectives.gather(rows.float()) for rows in (image, text))
@@ -114,6 +114,6 @@ class Contrastive(Task):
 
 
 def contrastive_loss(logits: Tensor) -> Tensor:
-    """logits float32 [B, B], image i against text j, pairs on the diagonal -> mean of both cross-entropies []."""
+    """logits float32 [B, B], image i by text j, pairs on the diagonal -> mean of both cross-entropies []."""
     pairs = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2

@@ -1,4 +1,4 @@
-"""Masked words and, where asked for, next sentence (BERT, arXiv:1810.04805, section 3.1)."""
+"""Masked language modelling, optionally with next-sentence prediction (BERT, arXiv:1810.04805, section 3.1)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SHORT_PAIRS = 0.1  # share of sentence pairs that are cut to a random length bel
 
 
 class MlmInputs:
-    """Samples -> the tensors of `packing.padded` with is_random, 0 where the second segment follows; or, where the
-    task packs, those of `packing.packed`.
+    """Samples -> the tensors of `packing.padded`, with is_random 0 where the second segment follows the first; or,
+    with `task.packing`, those of `packing.packed`.
     """
 
     def __init__(self, config: RunConfig, stream: Source, tokenizer: Vocabulary | None) -> None:
@@ -42,11 +42,11 @@ class MlmInputs:
         self.tokenizer = tokenizer
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        """The batch of these samples: a row each in their order, or packed."""
+        """Return the batch: one row per sample in their order, or packed."""
         return rows_of([self.one(sample) for sample in samples], self.context, self.task)
 
     def one(self, sample: Sample) -> Example:
-        """One masked sample."""
+        """Tokenize and mask one sample."""
         first, second, is_random = self.segments(sample)
         tokens, types = join(first, second, self.tokenizer)
         generator = sample_generator(self.seed, sample.epoch, sample.id, "mask")
@@ -56,7 +56,7 @@ class MlmInputs:
         return Example(tokens, masked, types, positions, noise_key(sample, self.seed), is_random=is_random)
 
     def segments(self, sample: Sample) -> tuple[list[int], list[int], bool]:
-        """-> pieces of the first and second segment, and whether the second is another sample's."""
+        """Return the pieces of the first and second segment, and whether the second comes from another sample."""
         if not self.pairs:
             return self.tokenizer.encode(caption_of(sample, self.seed))[: self.context - 2], [], False
         generator = sample_generator(self.seed, sample.epoch, sample.id, "segments")
@@ -72,8 +72,9 @@ class MlmInputs:
         return *trim(first, second, room, generator), is_random
 
     def neighbours(self, sample: Sample, generator: np.random.Generator) -> tuple[list[int], list[int]]:
-        """Two captions of the sample in drawn order, or its only one cut in two at a drawn end of a sentence; where it
-        has but one sentence, at a drawn piece.
+        """Return the pieces of two captions of the sample, in random order.
+
+        A single caption is split at a random end of a sentence or, if it has only one sentence, at a random piece.
         """
         captions = captions_of(sample)
         if len(captions) > 1:
@@ -91,10 +92,10 @@ class MlmInputs:
 
 
 class Mlm(Task):
-    """Mean over the masked words of all ranks, plus mean over their samples of the next-sentence loss.
+    """Mean loss over the masked words of all ranks, plus the mean next-sentence loss over their samples.
 
-    Word counts differ between ranks: a rank returns its sum over the mean count per rank, so that the mean over ranks
-    is the global mean, however samples are spread. Accumulated micro-batches are averaged as equals.
+    Word counts differ between ranks. Each rank divides its sum by the mean count per rank, so that the mean over ranks
+    is the global mean, however samples are distributed. Accumulated micro-batches have equal weight.
     """
 
     inputs = MlmInputs
@@ -111,12 +112,12 @@ class Mlm(Task):
     config: MlmNspConfig
 
     def counts(self, batch: Batch) -> Batch:
-        """What this micro-batch's sums are divided by; `forward` takes their mean over micro-batches and ranks."""
+        """Return the divisors of this micro-batch's sums; `forward` gets their mean over micro-batches and ranks."""
         return {"masked_words": batch["label_weights"].sum()}
 
     def forward(self, batch: Batch) -> Batch:
         """The tensors of MlmInputs -> loss and, over all ranks, mlm_loss, mlm_accuracy (nsp_loss, nsp_accuracy)."""
-        several = {key: batch[key] for key in ("segments", "places") if key in batch}  # samples in a row
+        several = {key: batch[key] for key in ("segments", "places") if key in batch}  # only when packed
         words, pairs = self.model(batch["tokens"], batch["types"], batch["attention"], batch["positions"], **several)
         labels, weights = batch["labels"], batch["label_weights"]
         nll = word_loss(words, labels, weights)

@@ -3,14 +3,14 @@
     main = nll + codebook_weight * codebook + [step >= discriminator_start_step] lambda * generator
     nll = mean(|x - y|) + perceptual_weight * perceptual(x, y),   y the reconstruction, generator = -mean D(y)
     lambda = discriminator_weight * clamp(|d nll / d last layer| / (|d generator / d last layer| + 1e-4), 0, 1e4)
-    discriminator = hinge(D(x), D(y')),   y' the reconstruction by the model that the turn of main has just updated
+    discriminator = hinge(D(x), D(y')),   y' the reconstruction by the model after main's update in this step
 
-Two optimizers take turns, the model's first. Deviations: before discriminator_start_step there is no turn of the
-discriminator, where the original takes steps of gradient zero: its weights do not move either way, but its AdamW counts
-from its first gradient on, so that the bias correction holds for it (the original's first steps are 1.6 times the
-rate). The norms in lambda are of the global batch: with accumulation one more forward of every micro-batch finds them
-before the first backward (`slopes`). Perceptual distance is LPIPS in the paper; ours is injectable and by
-default needs no weights (`EdgePyramid`).
+Two optimizers take turns, the model's first. Deviations: before discriminator_start_step the discriminator has no turn,
+where the original takes steps with zero gradient. Its weights stay the same either way, but here its AdamW counts steps
+from its first gradient on, so that the bias correction is right (the original's first steps are 1.6 times the learning
+rate). The norms in lambda are those of the global batch: with accumulation, one more forward of every micro-batch
+computes them before the first backward (`slopes`). The perceptual distance is LPIPS in the paper; ours is injectable,
+and the default needs no weights (`EdgePyramid`).
 Letters: B batch of this rank, S image side, E code width, N codebook size, M latents of a batch.
 """
 
@@ -33,7 +33,7 @@ from pretrain.tasks.collectives import Collectives
 from pretrain.tasks.task import PREVIEWED, Batch, Task
 
 EDGE_WEIGHT = 1 / 24
-REVIVAL_POOL = 1024  # latents of a rank's part of the step that dead codes may be replaced by
+REVIVAL_POOL = 1024  # latents of a step that each rank keeps as replacements of dead codes
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
@@ -51,15 +51,15 @@ class ReconstructionInputs:
         self.seed = config.seed
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        """The batch of these samples, in their order."""
+        """Return the batch, in the samples' order."""
         return {"pixels": to_tensor(drawn_pixels(samples, self.image_size, self.data, self.seed))}
 
 
 class EdgePyramid(nn.Module):
     """Squared error, plus L1 of the error's differences between neighbouring pixels at sides S, S/2, S/4.
 
-    Needs no weights. The edges punish blur; the square keeps colours apart, where L1 alone settles on their median
-    and draws grey for the first hundreds of steps.
+    Needs no weights. The edge terms penalise blur. The squared error separates colours; with L1 alone the model first
+    learns their median and outputs grey for hundreds of steps.
     """
 
     def forward(self, pixels: Tensor, reconstruction: Tensor) -> Tensor:
@@ -74,14 +74,14 @@ class EdgePyramid(nn.Module):
 
 
 class Reconstruction(Task):
-    """Owns model and discriminator; `after_step` replaces codes that nothing uses."""
+    """Owns the model and the discriminator; `after_step` replaces unused codes."""
 
     inputs = ReconstructionInputs
     keys: ClassVar[tuple[str, ...]] = ("pixels", "step")
     compares_batch = True
     model: Vqgan
     config: ReconstructionConfig
-    last_used: Tensor  # int64 [N], the step at which each code was last used
+    last_used: Tensor  # int64 [N], step at which each code was last used
 
     def __init__(
         self,
@@ -98,15 +98,15 @@ class Reconstruction(Task):
                 model.config.discriminator_channels, model.config.discriminator_layers
             )
         self.register_buffer("last_used", torch.zeros(model.config.codebook_size, dtype=torch.int64))
-        self._pool = torch.empty(0)  # float32 [<= REVIVAL_POOL, E], latents of the last step, all its micro-batches
+        self._pool = torch.empty(0)  # float32 [<= REVIVAL_POOL, E], latents of the last step's micro-batches
         self._pool_step = -1
 
     def role_of(self, name: str) -> str:
-        """The discriminator's parameters learn apart."""
+        """Return "discriminator" for the discriminator's parameters, MAIN for all others."""
         return "discriminator" if name.startswith("discriminator.") else MAIN
 
     def turns(self, step: int) -> tuple[str, ...]:
-        """The model, then, from its start on, the discriminator."""
+        """Return the model's role and, from discriminator_start_step on, the discriminator's."""
         return self.roles if self._plays(step) else self.roles[:1]
 
     def _plays(self, step: int) -> bool:
@@ -115,8 +115,8 @@ class Reconstruction(Task):
     def forward(self, batch: Batch) -> Batch:
         """pixels float32 [B, 3, S, S] in [-1, 1], step int64 [], turn int64 [] -> loss and metrics of that turn.
 
-        With "embed" in the batch: what `slopes` needs of this micro-batch. With what it returned, "adversarial_weight",
-        in the batch: the loss with that lambda.
+        With "embed" in the batch, returns what `slopes` needs of this micro-batch. With "adversarial_weight" (from
+        `slopes`) in the batch, uses it as lambda.
         """
         discriminates, step = bool(batch.get("turn", 0)), int(batch["step"])
         if "embed" in batch:
@@ -126,7 +126,7 @@ class Reconstruction(Task):
         return self._reconstruct(batch["pixels"], step, batch.get("adversarial_weight"))
 
     def slopes(self, rows: list[Batch]) -> list[Batch]:
-        """Gradients at the last layer -> lambda of the global batch for each micro-batch; empty without that loss."""
+        """Gradients at the last layer -> lambda of the global batch per micro-batch; empty without adversarial loss."""
         if not rows[0]:
             return rows
         weight = self._adaptive_weight(torch.stack([row["at_last_layer"] for row in rows]).mean(0))
@@ -142,12 +142,12 @@ class Reconstruction(Task):
         return absolute + self.config.perceptual_weight * self.perceptual(pixels, reconstruction)
 
     def _judged(self, reconstruction: Tensor) -> Tensor:
-        """The loss of the generator []: -mean D."""
+        """Return the generator loss [], -mean D."""
         assert self.discriminator is not None
         return -self.discriminator(reconstruction).float().mean()
 
     def _reconstruct(self, pixels: Tensor, step: int, weight: Tensor | None) -> Batch:
-        """The turn of the model. weight: lambda, computed here where it is None."""
+        """Compute the model's turn. weight: lambda; computed here when None."""
         output, quantised = self.model(pixels)
         reconstruction = output.float()
         absolute = (pixels - reconstruction).abs().mean()
@@ -169,7 +169,7 @@ class Reconstruction(Task):
         return {"loss": loss} | {name: value.detach() for name, value in metrics.items()}
 
     def _adversarial(self, reconstruction: Tensor, nll: Tensor, weight: Tensor | None) -> tuple[Tensor, Batch]:
-        """-> (lambda * generator, metrics)."""
+        """Return (lambda * generator, metrics)."""
         generator = self._judged(reconstruction)
         if not torch.is_grad_enabled():
             return generator, {}
@@ -178,7 +178,7 @@ class Reconstruction(Task):
         return weight * generator, {"adversarial_weight": weight}
 
     def _discriminate(self, pixels: Tensor) -> Batch:
-        """The turn of the discriminator: the model only draws."""
+        """Compute the discriminator's turn; the model runs without gradient."""
         assert self.discriminator is not None
         with torch.no_grad():
             drawn, _ = self.model(pixels)
@@ -187,21 +187,21 @@ class Reconstruction(Task):
         return {"loss": hinge_loss(real, fake)} | logits
 
     def _at_last_layer(self, nll: Tensor, generator: Tensor) -> Tensor:
-        """Gradients of both [] at the decoder's last layer: float32 [2, 3, C, 3, 3]."""
+        """Return the gradients of both losses [] at the decoder's last layer, float32 [2, 3, C, 3, 3]."""
         last = self.model.decoder.conv_out.weight
         (of_nll,) = torch.autograd.grad(nll, last, retain_graph=True)
         (of_generator,) = torch.autograd.grad(generator, last, retain_graph=True)
         return torch.stack([of_nll, of_generator]).detach()
 
     def _adaptive_weight(self, at_last_layer: Tensor) -> Tensor:
-        """lambda []: the gradients at the last layer are averaged over the ranks before the norm."""
+        """Return lambda []. The gradients at the last layer are averaged over ranks before the norm is taken."""
         both = self.collectives.sum(at_last_layer) / self.collectives.world
         ratio = both[0].norm() / (both[1].norm() + 1e-4)
         return self.config.discriminator_weight * ratio.clamp(0, 1e4)
 
     def _usage(self, codes: Tensor, step: int) -> Batch:
-        """Counts the codes of the global batch; in training also remembers when each was last used."""
-        used = codes.flatten()  # not bincount, whose result has no shape before there are data
+        """Count the codes used in the global batch -> metrics; in training, update `last_used`."""
+        used = codes.flatten()  # not bincount: its output shape depends on the data
         counts = torch.zeros_like(self.last_used).index_add_(0, used, torch.ones_like(used))
         counts = self.collectives.sum(counts.float())
         if self.training:
@@ -212,19 +212,19 @@ class Reconstruction(Task):
 
     @torch.no_grad()
     def preview(self, first: Callable[[int], Batch]) -> Tensor:
-        """float32 [2 PREVIEWED, 3, S, S]: the first samples, then their reconstructions."""
+        """Return float32 [2 PREVIEWED, 3, S, S]: the first samples, then their reconstructions."""
         pixels = first(PREVIEWED)["pixels"]
         drawn, _ = self.model(pixels.to(self.last_used.device))
         return torch.cat([pixels, drawn.float().cpu()])
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Codes unused for `revive_after_steps` steps become latents of the last global batch.
+        """Replace codes unused for `revive_after_steps` steps by latents of the last global batch.
 
-        Drawn with chances in proportion to the squared distance from the codebook (k-means++, Arthur & Vassilvitskii
-        2007): drawn evenly, most would go to plain ground, which then has dozens of codes that mean the same. The
-        draw is seeded by `step` and every rank sees the same pool, so all write the same rows. Edits the codebook in
-        place: its owner must hold it whole (ZeRO stage 0).
+        A latent's probability is proportional to its squared distance from the codebook (k-means++, Arthur &
+        Vassilvitskii 2007). With uniform probability most replacements would be plain background, and dozens of codes
+        would mean the same. The draw is seeded by `step` and every rank sees the same pool, so all ranks write the same
+        rows. Edits the codebook in place, so every rank must hold all of it (ZeRO stage 0).
         """
         if not self.config.revive_after_steps:
             return
@@ -246,7 +246,8 @@ class Reconstruction(Task):
 def codebook_loss(latents: Tensor, nearest: Tensor, commitment: float, legacy: bool = False) -> Tensor:
     """latents z, nearest e: float32 [M, E] -> mean (sg[z] - e)^2 + commitment * mean (z - sg[e])^2.
 
-    `legacy` weighs the other term, as taming-transformers did by mistake and its published weights were trained.
+    `legacy` applies the commitment weight to the other term: a mistake of taming-transformers, with which its published
+    weights were trained.
     """
     to_codes = (latents.detach() - nearest).square().mean()
     to_latents = (latents - nearest.detach()).square().mean()
@@ -254,11 +255,11 @@ def codebook_loss(latents: Tensor, nearest: Tensor, commitment: float, legacy: b
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Logits of the discriminator, any shape -> half the mean of each side's hinge."""
+    """Logits of the discriminator, any shape -> half the sum of both mean hinge losses []."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def psnr(pixels: Tensor, reconstruction: Tensor) -> Tensor:
-    """float32 [B, 3, S, S] in [-1, 1] -> mean over images, dB of the clamped reconstruction."""
+    """float32 [B, 3, S, S] in [-1, 1] -> PSNR [] of the clamped reconstruction in dB, averaged over images."""
     error = (pixels - reconstruction.clamp(-1, 1)).square().mean((1, 2, 3)) / 4
     return (-10 * torch.log10(error.clamp(min=1e-10))).mean()

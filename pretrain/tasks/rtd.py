@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class RtdInputs:
-    """As MlmInputs without `is_random`, and uniforms float32 [b, M] in [0, 1) to draw the generator's words with."""
+    """As MlmInputs without `is_random`, plus uniforms float32 [b, M] in [0, 1) for sampling the generator's words."""
 
     def __init__(self, config: RunConfig, stream: Source, tokenizer: Vocabulary | None) -> None:
         assert isinstance(config.task, RtdConfig) and config.model.reads.text and tokenizer
@@ -35,11 +35,11 @@ class RtdInputs:
         self.tokenizer = tokenizer
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        """The batch of these samples: a row each in their order, or packed."""
+        """Return the batch: one row per sample in their order, or packed."""
         return rows_of([self.one(sample) for sample in samples], self.context, self.task)
 
     def one(self, sample: Sample) -> Example:
-        """One masked sample."""
+        """Tokenize and mask one sample."""
         pieces = self.tokenizer.encode(caption_of(sample, self.seed))[: self.context - 2]
         tokens, types = join(pieces, [], self.tokenizer)
         generator = sample_generator(self.seed, sample.epoch, sample.id, "mask")
@@ -53,7 +53,7 @@ class RtdInputs:
 
 
 class Rtd(Task):
-    """The generator's mean over masked words and the discriminator's over all words but padding, both over all ranks.
+    """Mean loss of the generator over masked words and of the discriminator over non-padding words, over all ranks.
 
     Each sum is divided by its own count, as in `mlm.Mlm`: the mean over ranks of "loss" is exact.
     """
@@ -66,12 +66,12 @@ class Rtd(Task):
     config: RtdConfig
 
     def counts(self, batch: Batch) -> Batch:
-        """What this micro-batch's sums are divided by; `forward` takes their mean over micro-batches and ranks."""
+        """Return the divisors of this micro-batch's sums; `forward` gets their mean over micro-batches and ranks."""
         return {"masked_words": batch["label_weights"].sum(), "real_words": batch["attention"].sum()}
 
     def forward(self, batch: Batch) -> Batch:
         """The tensors of RtdInputs -> loss and, over all ranks, the losses and accuracies of both towers."""
-        several = {key: batch[key] for key in ("segments", "places") if key in batch}  # samples in a row
+        several = {key: batch[key] for key in ("segments", "places") if key in batch}  # only when packed
         out = self.model(**{key: batch[key] for key in self.keys}, **several)
         labels, weights, real = batch["labels"], batch["label_weights"], batch["attention"]
         nll = word_loss(out.word_logits, labels, weights)

@@ -1,4 +1,4 @@
-"""What every task is: a model with what it reads and its loss. What a task does not override, it does not need."""
+"""The base class of all tasks: a model with its inputs and its loss. A task overrides only what it needs."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -11,22 +11,22 @@ from pretrain.tasks.collectives import Collectives
 
 Batch = dict[str, Tensor]
 PREVIEWED = 16
-"""Samples of a preview: the first of the stream."""
+"""Number of samples in a preview, taken from the start of the stream."""
 
 
 class Task(nn.Module):
-    """A model under its loss.
+    """A model with its loss.
 
-    `forward(batch)` returns named scalars []: the mean over ranks of "loss" is the loss of the global batch, the others
-    are detached metrics. The batch holds the tensors of `keys`, "step" int64 [] (updates made) and "turn" int64 [].
+    `forward(batch)` returns named scalars []: the mean of "loss" over ranks is the loss of the global batch; the others
+    are detached metrics. The batch holds the tensors of `keys`, "step" int64 [] (steps made) and "turn" int64 [].
     """
 
     inputs: ClassVar[Any]
-    """Inputs(config, stream, text tokenizer): turns a list of samples into the tensors of a batch."""
+    """Factory: inputs(config, stream, text tokenizer) returns a callable from a list of samples to a batch."""
     keys: ClassVar[tuple[str, ...]] = ()
-    """What `forward` reads of a batch."""
+    """Keys of the batch that `forward` reads."""
     compares_batch: ClassVar[bool] = False
-    """Does the gradient of a part of the batch depend on the whole of it? `slopes` is called then."""
+    """Whether the gradient of a micro-batch depends on the whole batch; `slopes` is called then."""
     model: nn.Module
 
     def __init__(self, model: nn.Module, config: TaskSettings, collectives: Collectives) -> None:
@@ -37,49 +37,49 @@ class Task(nn.Module):
 
     @property
     def trains(self) -> tuple[type[ModelSettings], ...]:
-        """The models, by their settings, that the task trains."""
+        """The settings classes of the models that the task trains."""
         return self.config.trains
 
     @property
     def replicated(self) -> bool:
-        """Does every rank need the whole weights (ZeRO stage 0)?"""
+        """Whether every rank needs the full weights (ZeRO stage 0)."""
         return self.config.replicated
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """One name for each optimizer, MAIN first; each has an AdamW of its own: `optim`, `optim.roles.ROLE`."""
+        """Names of the optimizers, MAIN first. Each is an AdamW with its own settings: `optim`, `optim.roles.ROLE`."""
         return self.config.roles
 
     def role_of(self, name: str) -> str:
-        """The role of the parameter of this name."""
+        """Return the role of the parameter with this name."""
         return MAIN
 
     def turns(self, step: int) -> tuple[str, ...]:
-        """Whose optimizers update in this step, one after another: a part of `roles`, the same on every rank.
+        """Return the roles that update in this step, in order: a subset of `roles`, the same on every rank.
 
-        Each turn is a forward, a backward and an update of one role's parameters. `forward` finds the number of the
-        role under "turn", returns that turn's "loss" and sees the weights that the turns before have left. Parameters
-        of other roles receive no gradient, but gradients pass through them.
+        Each turn is a forward, a backward and an update of one role's parameters. `forward` gets the role's index as
+        "turn", returns that turn's "loss" and uses the weights as the previous turns left them. Parameters of other
+        roles receive no gradient, but gradients flow through them.
         """
         return (MAIN,)
 
     def counts(self, batch: Batch) -> Batch:
-        """What this micro-batch's sums are divided by, each [].
+        """Return the divisors of this micro-batch's sums, each [].
 
-        With accumulation `forward` gets their means over micro-batches and ranks, under the same names.
+        With accumulation, `forward` gets their means over micro-batches and ranks under the same names.
         """
         return {}
 
     def slopes(self, rows: list[Batch]) -> list[Batch]:
-        """What to add to each micro-batch of this rank so that its gradient is that of the whole batch.
+        """Return what to add to each micro-batch of this rank so that the step has the gradient of the whole batch.
 
-        rows: what `forward` returned for each of them with the key "embed" in the batch.
+        rows: the results of `forward` for the micro-batches with the key "embed" in the batch.
         """
         raise NotImplementedError(f"{type(self).__name__} compares the batch and has no slopes")
 
     def after_step(self, step: int) -> None:
-        """What follows an update, on every rank alike."""
+        """Called after each step, on every rank in the same way. step: steps made."""
 
     def preview(self, first: Callable[[int], Batch]) -> Tensor | None:
-        """Pictures to look at, float32 [n, 3, S, S] in [-1, 1]. first(n): the first n samples of the stream."""
+        """Return preview pictures, float32 [n, 3, S, S] in [-1, 1], or None. first(n): the stream's first n samples."""
         return None
