@@ -16,7 +16,7 @@ from data_pipeline.settings import MAX_SEED
 
 
 def finite(value: float | None) -> float | None:
-    """Callback of options that take a float. Raises BadParameter for infinity; NaN is below every minimum."""
+    """Check a float option (a typer callback). Raise BadParameter for infinity and NaN, which pass `min`."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not finite; give a number")
     return value
@@ -44,7 +44,7 @@ Name = Annotated[str | None, typer.Option(help="Take the checkpoint of this name
 
 @contextlib.contextmanager
 def interruptible(written: Callable[[], str]) -> Iterator[None]:
-    """Raise Ctrl-C in the block as an Interrupted that says what is `written` by then."""
+    """Turn Ctrl-C in the block into an Interrupted whose message is `written()`: what has been written by then."""
     try:
         yield
     except KeyboardInterrupt:
@@ -52,7 +52,7 @@ def interruptible(written: Callable[[], str]) -> Iterator[None]:
 
 
 def as_dict(result: Any) -> dict[str, Any]:
-    """What a command has to say as a plain mapping: a mapping, a dataclass, a pydantic model, a path or nothing."""
+    """Convert a command's result (mapping, dataclass, pydantic model, path or None) to a plain dict."""
     if result is None:
         return {}
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
@@ -63,9 +63,9 @@ def as_dict(result: Any) -> dict[str, Any]:
 
 
 def emit(result: Mapping[str, Any], as_json: bool) -> None:
-    """Print `result` as one JSON line, or as `name  value` lines for a person, where a table is its number of rows."""
+    """Print `result` as one JSON line, or as `name  value` lines, in which a table is shown as its number of rows."""
     if as_json:
-        escaped = "utf" not in (sys.stdout.encoding or "").lower()  # by JSON's escapes, not the stream's
+        escaped = "utf" not in (sys.stdout.encoding or "").lower()  # use JSON's escapes, not the stream's
         typer.echo(json_module.dumps(result, ensure_ascii=escaped, sort_keys=True, default=str))
         return
     width = max((len(name) for name in result), default=0)

@@ -1,7 +1,7 @@
-"""Why an attempt ended, and whether another one would help.
+"""Diagnose why an attempt ended, and whether another one would help.
 
-The first failure counts, what it tore down with it does not: a rank that loses a peer fails too. Ranks say what
-happened in RUN/faults.jsonl; of a rank that was killed its exit code tells.
+Only the first failure counts: ranks that lose a peer fail as a consequence. Ranks write their faults to
+RUN/faults.jsonl; a rank that was killed is known by its exit code alone.
 """
 
 import signal
@@ -19,14 +19,14 @@ BY_EXIT_CODE: dict[int, Cause] = {
     Requeue.exit_code: "preemption",
 }
 USER_CODE_EXIT = 1
-"""Python's own for an exception that nobody caught: what a scheduler's job leaves with, no node fault."""
+"""Python's exit code for an uncaught exception; a scheduler's job exits with it instead of a node fault."""
 DECODING = "; it crashed while decoding an image, which the next attempt searches for"
 LONGEST_PAUSE_S = 60.0
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One process that left before the others were told to, with its exit code (negative: killed by that signal)."""
+    """A process that exited before any was told to, with its exit code (negative: killed by that signal)."""
 
     rank: int
     code: int
@@ -38,20 +38,24 @@ class Failure:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The cause, and the sentence for people."""
+    """The cause, and a message for people."""
 
     cause: Cause
     why: str
 
 
 def diagnose(failures: Sequence[Failure], faults: Sequence[dict[str, Any]], code: int) -> Diagnosis:
-    """failures: in the order in which they were seen; faults: the attempt's lines; code: the group's exit code."""
+    """Diagnose the end of an attempt.
+
+    failures: in the order in which they were seen; faults: the attempt's lines of faults.jsonl; code: the group's exit
+    code.
+    """
     telling = next((cause for known, cause in BY_EXIT_CODE.items() if known == code and cause != "node"), None)
     if telling is not None:
         return Diagnosis(telling, next((fault["why"] for fault in faults if fault["cause"] == telling), telling))
     blamed = next((fault for fault in faults if "blamed" in fault), None)
     killed = next((failure for failure in failures if failure.code < 0), None)
-    if blamed is not None:  # it is the watchdog that killed then
+    if blamed is not None:  # then the watchdog sent the kill
         return Diagnosis(blamed["cause"], blamed["why"])
     if killed is not None:
         return Diagnosis("node", f"rank {killed.rank} {killed.how}")
@@ -67,15 +71,18 @@ def diagnose(failures: Sequence[Failure], faults: Sequence[dict[str, Any]], code
 
 
 def exit_code_for(diagnosis: Diagnosis, code: int) -> int:
-    """What the launcher leaves with: user code is no fault of a node, whatever `code` the processes agree on."""
+    """Return the launcher's exit code: 1 for user code, which is no node fault, else the processes' `code`."""
     return USER_CODE_EXIT if diagnosis.cause == "user code" else code
 
 
 def worth_another_attempt(diagnosis: Diagnosis, made_steps: bool) -> bool:
-    """Nodes die and are taken away: yes. Storage: only if it once worked. Wrong settings and code stay wrong: no."""
+    """Return whether to retry: yes after a node fault or preemption, no for configuration or user code.
+
+    After a storage fault, only if the attempt made steps, so that storage has worked before.
+    """
     return diagnosis.cause in ("node", "preemption") or (diagnosis.cause == "storage" and made_steps)
 
 
 def pause_s(diagnosis: Diagnosis, earlier: int) -> float:
-    """How long to wait before the next attempt: storage is given time to come back, twice as long each time."""
+    """Return the seconds to wait before the next attempt: exponential backoff after a storage fault, else 0."""
     return min(2.0**earlier, LONGEST_PAUSE_S) if diagnosis.cause == "storage" else 0.0

@@ -1,4 +1,4 @@
-"""Child processes that must not outlive who started them; imports next to nothing, for whoever starts processes."""
+"""Child processes that die with their parent. Imports almost nothing, so that any module can use it."""
 
 import ctypes
 import os
@@ -12,14 +12,14 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int) -> Any:
-    """What a child runs before its program: SIGKILL for it as soon as the launcher is gone (Linux)."""
+    """Return a `preexec_fn` that has the child killed with SIGKILL once `parent` exits; None except on Linux."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)
 
     def arm() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was gone before the line above
+        if os.getppid() != parent:  # the parent exited before the line above
             os._exit(NodeFault.exit_code)
 
     return arm

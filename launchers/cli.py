@@ -1,6 +1,6 @@
-"""The `tessera` command: one table of commands, and the only place where an error becomes text and an exit code.
+"""The `tessera` command: the table of commands, and the only place that turns errors into text and exit codes.
 
-Commands import what they need when they run: `--help` and `--dry-run` need no torch.
+Commands import their dependencies when they run, so `--help` and `--dry-run` need no torch.
 """
 
 import errno
@@ -17,7 +17,7 @@ from data_pipeline.errors import FILE_SYSTEM_ERRORS, ConfigError, Interrupted, R
 from launchers import commands_checkpoint, commands_data, commands_launch, commands_plan, commands_run
 from launchers.output import finish_output, protect_output
 
-USAGE_EXIT = 2  # what the argument parser leaves with; to us a wrong command line is a wrong configuration
+USAGE_EXIT = 2  # the argument parser's exit code, reported as a configuration error (64)
 
 app = typer.Typer(
     name="tessera",
@@ -43,7 +43,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Options before the command; the text of the help is the app's own."""
+    """Options before the command; the help text is set on the app."""
 
 
 data = typer.Typer(no_args_is_help=True, help="Raw pairs -> shards, codes and their checks.")
@@ -90,10 +90,10 @@ app.command("chaos")(commands_run.chaos)
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code.
+    """Run the command line and exit with its exit code.
 
-    A process that trained leaves at once, its output flushed: the interpreter's orderly end would stop threads wherever
-    they are, and where one is about to come back from a call of torch's, C++ aborts the process and its exit code.
+    A process that trained flushes its output and calls os._exit. The interpreter's shutdown would stop threads wherever
+    they are; if one is returning from a torch call, C++ aborts the process and its exit code is lost.
     """
     protect_output()
     code = finish_output(run(), needed=not commands_run.trains)
@@ -103,28 +103,31 @@ def main() -> None:
 
 
 def run() -> int:
-    """-> exit code. A TesseraError is printed without a traceback; an unexpected exception keeps its own."""
+    """Run the command and return its exit code.
+
+    A TesseraError is printed without a traceback; an unexpected exception is raised, with its traceback.
+    """
     try:
         app(prog_name="tessera")
     except TesseraError as error:
         return _tell(error)
-    except OSError as error:  # of a disk, a path or its rights, wherever it was met
+    except OSError as error:  # a disk, path or permission error from anywhere
         if error.errno not in FILE_SYSTEM_ERRORS or (commands_run.trains and error.errno == errno.ENOENT):
-            raise  # with its traceback: a file that a user's module misses while it trains
+            raise  # with its traceback: user code did not find a file during training
         return _tell(storage_error(error, error.filename or "storage"))
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-        if code == Interrupted.exit_code:  # what typer makes of Ctrl-C
+        if code == Interrupted.exit_code:  # typer's exit code for Ctrl-C
             return _tell(Interrupted("interrupted: files are written whole or not at all, and what is finished stays"))
         return ConfigError.exit_code if code == USAGE_EXIT else code
     return 0
 
 
 def _tell(error: TesseraError) -> int:
-    """Print the error -> its exit code."""
+    """Print the error and return its exit code."""
     asked_for = isinstance(error, Requeue | Interrupted)
     if isinstance(error, Interrupted):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would meet the interpreter's end
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the shutdown
     text, style = (str(error), "") if asked_for else (f"error: {error}", "red")
     Console(stderr=True, soft_wrap=True).print(text, style=style, markup=False, highlight=False)
     return error.exit_code

@@ -1,4 +1,4 @@
-"""`tessera checkpoint ...`: what is saved, is it whole, name it, take it elsewhere, tidy up."""
+"""`tessera checkpoint ...`: list, verify, export, import, name and remove checkpoints."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from launchers.arguments import AsJson, Name, Overrides, Run, RunOrExport, Step,
 
 
 def list_checkpoints(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
-    """The committed checkpoints of a run, oldest first, and why each is kept."""
+    """List the committed checkpoints of a run, oldest first, and why each is kept."""
     from pretrain.checkpoint.verbs import list_
 
     rows = [as_dict(row) for row in list_(run, overrides or [])]
@@ -21,7 +21,7 @@ def list_checkpoints(run: Run, overrides: Overrides = None, json: AsJson = False
 
 
 def verify(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
-    """Sizes and digests of every file; leaves with 74 when something is off."""
+    """Check size and digest of every file; exits with 74 when one is wrong."""
     from pretrain.checkpoint.verbs import verify as run_verify
 
     emit(as_dict(run_verify(run, overrides or [])), json)
@@ -39,7 +39,7 @@ def export(
     again: Annotated[bool, typer.Option("--again", help="Leave OUTPUT as it is where it holds this export.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Write the newest whole checkpoint as one plain folder: for other commands, other programs, or DeepSpeed."""
+    """Export the newest whole checkpoint to a plain folder, for other commands, other programs or DeepSpeed."""
     with interruptible(lambda: _unwritten(output)):
         from pretrain.checkpoint.verbs import export as run_export
 
@@ -48,7 +48,7 @@ def export(
 
 
 def _unwritten(output: Path) -> str:
-    """What an interrupted command left at its output, which becomes what it is at once."""
+    """Say whether an interrupted command wrote its output, which appears atomically."""
     return f"{output} is written" if output.is_dir() and any(output.iterdir()) else f"{output} was not written"
 
 
@@ -58,7 +58,7 @@ def import_weights(
     form: Annotated[str, typer.Option("--format", help="transformers-bert, transformers-clip, transformers-electra.")],
     json: AsJson = False,
 ) -> None:
-    """Write weights of a public layout as an export of ours; what our model does not compute is refused by name."""
+    """Convert weights of a public layout to a tessera export; refuses, by name, what our model does not compute."""
     with interruptible(lambda: _unwritten(output)):
         from pretrain.checkpoint.verbs import import_
 
@@ -74,14 +74,14 @@ def name(
     remove: Annotated[bool, typer.Option("--remove", help="Take the name away.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Keep the newest whole checkpoint from retention under a name."""
+    """Name the newest whole checkpoint, which protects it from retention."""
     from pretrain.checkpoint.verbs import name as run_name
 
     emit(run_name(run, label, step, remove, overrides or []), json)
 
 
 def gc(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
-    """Remove what no manifest names and what retention no longer keeps."""
+    """Remove files that no manifest names, and checkpoints that retention no longer keeps."""
     from pretrain.checkpoint.verbs import gc as run_gc
 
     emit(as_dict(run_gc(run, overrides=overrides or [])), json)

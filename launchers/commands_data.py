@@ -1,4 +1,4 @@
-"""`tessera data ...` and `tessera vocab ...`: thin wrappers over data_pipeline; `encode` hands it the model."""
+"""`tessera data ...` and `tessera vocab ...`: thin wrappers over data_pipeline; `encode` passes it the model."""
 
 from collections import Counter
 from pathlib import Path
@@ -21,7 +21,7 @@ Dataset = Annotated[
 
 
 def build(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
-    """Raw pairs -> shards (and codes where the configuration names a tokenizer)."""
+    """Build shards from raw pairs (and image codes where the configuration names a tokenizer)."""
     from data_pipeline.config import BuildConfig
     from data_pipeline.settings import load_settings
     from data_pipeline.workers import in_driver
@@ -37,14 +37,14 @@ def _build(settings: "BuildConfig", progress: bool) -> dict[str, Any]:
     from data_pipeline.shards.codes import encode_dataset
     from pretrain.inputs.image_tokenizer import load_tokenizer
 
-    load_tokenizer(settings.image_tokenizer)  # a wrong folder is told before the build
+    load_tokenizer(settings.image_tokenizer)  # report a wrong folder before the build
     built = run_build(settings, progress)
     where = (load_tokenizer, settings.image_tokenizer, settings.workers, progress, settings.ray_address)
     return {**built, "codes": encode_dataset(settings.output, *where)["tokenizer"]}
 
 
 def retry(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
-    """Only the rows that a finished build rejected, as new shards; what stands stays as it is."""
+    """Retry only the rows that a finished build rejected, as new shards; existing shards stay unchanged."""
     from data_pipeline.config import BuildConfig
     from data_pipeline.settings import load_settings
     from data_pipeline.workers import in_driver
@@ -68,7 +68,7 @@ def report(
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:
-    """One HTML page that shows a dataset: what went in and out, examples, sizes, captions, codes."""
+    """Write an HTML report of a dataset: rows in and out, examples, sizes, captions, codes."""
     from data_pipeline.config import BuildConfig
     from data_pipeline.ingest.report import write_report
     from data_pipeline.settings import load_settings
@@ -127,7 +127,7 @@ def index(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a CPU unless told.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Index tars that were made elsewhere, without changing them."""
+    """Index tars made elsewhere, without changing them."""
     from data_pipeline.shards.verify import index as run_index
 
     emit(as_dict(run_index(tars, workers)), json)
@@ -141,7 +141,7 @@ def verify(
     seed: Seed = 0,
     json: AsJson = False,
 ) -> None:
-    """Digests, accounting and codes; leaves with 74 when something is off."""
+    """Check digests, accounting and codes; exits with 74 when something is wrong."""
     from data_pipeline.shards.verify import verify as run_verify
 
     model = None if image_tokenizer is None else _tokenizer_of(dataset, image_tokenizer)
@@ -149,7 +149,7 @@ def verify(
 
 
 def _tokenizer_of(dataset: str, directory: Path) -> "ImageTokenizer":
-    """The tokenizer in the precision in which the dataset was encoded."""
+    """Load the tokenizer in the precision in which the dataset was encoded."""
     from data_pipeline.shards.codes import find_meta
     from data_pipeline.shards.manifest import open_dataset
     from pretrain.inputs.image_tokenizer import load_tokenizer_of
@@ -166,7 +166,7 @@ def order(
     count: Annotated[int, typer.Option(min=0, help="How many positions.")] = 10,
     json: AsJson = False,
 ) -> None:
-    """Sample keys by position, one a line: of a dataset, or of what a run reads, its mixture included."""
+    """Print sample keys by position, one per line: of a dataset, or of a run's data including its mixture."""
     from data_pipeline.stream.reader import Stream
 
     if dataset.endswith((".yaml", ".json")):

@@ -1,6 +1,6 @@
-"""`tessera launch local|slurm|kubernetes`: what a command line means, checked; then rendered, started or submitted.
+"""`tessera launch local|slurm|kubernetes`: check a command line, then render, start or submit it.
 
-And `tessera preflight`, which looks around before.
+Also `tessera preflight`, the checks before a run.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ PROGRAMS: dict[Task, Callable[..., None]] = {
 
 
 def check_options(spec: RunSpec) -> None:
-    """Read the command line that will run, without running it: a mistake in it ends the command here, with 64."""
+    """Parse the command line that will run, without running it: a mistake in it ends this command with 64."""
     program = typer.Typer(add_completion=False)
     program.command()(PROGRAMS[spec.task])
     words = COMMANDS[spec.task]
@@ -59,12 +59,12 @@ def check_options(spec: RunSpec) -> None:
 
 
 def with_changes(rest: list[str] | None, change: list[str] | None) -> list[str]:
-    """The arguments of what runs: overrides or options, and the changes, which every attempt is told again."""
+    """Return the arguments of the launched command: overrides or options, then the changes, for every attempt."""
     return [*(rest or []), *(f"--change={word}" for word in change or [])]
 
 
 def checked(steps: list[Step[Any]]) -> list[Step[Any]]:
-    """The steps, once the command line of each was read."""
+    """Check the command line of each step and return the steps."""
     for step in steps:
         check_options(step.spec)
     return steps
@@ -86,7 +86,7 @@ def local(
 ) -> None:
     """Start the processes of one machine, stream their output, and stop them with a save on Ctrl-C or SIGTERM.
 
-    The steps of a pipeline run one after another, until one does not end with 0.
+    The steps of a pipeline run in sequence, until one exits with a code other than 0.
     """
     steps = checked(plan_steps(LocalCluster, config, with_changes(rest, change), cluster, nodes, procs_per_node, task))
     for step in steps:
@@ -119,10 +119,10 @@ def preflight(
     ] = 20,
     json: AsJson = False,
 ) -> None:
-    """Devices, collectives, storage, clock, disk, data and program on every rank, before the expensive part.
+    """Check devices, collectives, storage, clock, disk, data and program on every rank, before the expensive part.
 
-    Starts this machine's processes, or is one, inside srun and torchrun. Leaves with 0, with 70 for a node, with 74 for
-    storage or data, and says which rank.
+    Starts this machine's processes; inside srun or torchrun it acts as one of them. Exits with 0, with 70 for a node
+    fault or 74 for storage or data, and names the rank.
     """
     from launchers.preflight import Asked, inside_group, run_rank_and_leave, start_group
 
@@ -146,7 +146,7 @@ def slurm(
 ) -> None:
     """Render batch scripts for the site described by --cluster, and submit them unless --dry-run.
 
-    The steps of a pipeline wait for each other; where one is refused, none is submitted.
+    Each step of a pipeline waits for the steps it depends on; if one is refused, none is submitted.
     """
     steps = checked(plan_steps(SlurmCluster, config, with_changes(rest, change), cluster, nodes, procs_per_node, task))
     if seeds == "":
@@ -187,7 +187,7 @@ def kubernetes(
 
 
 def _only(steps: list[Step[Any]]) -> Step[Any]:
-    """The one step of a place that does not know pipelines."""
+    """Return the only step, for a place without pipelines. Raise ConfigError for several."""
     if len(steps) > 1:
         raise ConfigError(f"{len(steps)} steps: this place knows no order of jobs; launch them one by one")
     return steps[0]

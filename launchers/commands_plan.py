@@ -20,7 +20,7 @@ def plan(
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Memory, FLOPs, traffic and time of a run before it starts, with error bars, and which setting is fastest."""
+    """Predict memory, FLOPs, traffic and time of a run, with error bars, and name the fastest setting."""
     from rich.console import Console
 
     from launchers.plan.clusters import cluster_of

@@ -21,7 +21,7 @@ from launchers.arguments import (
 )
 
 trains = False
-"""Has this process begun to train? Then it must not leave by the interpreter's orderly end (cli.main)."""
+"""Whether this process has begun to train; if so, it must exit without the interpreter's shutdown (cli.main)."""
 
 
 def train(
@@ -29,7 +29,7 @@ def train(
     overrides: Overrides = None,
     change: Changes = None,
 ) -> None:
-    """Train, or go on where the run's newest checkpoint stands; inside a process group or alone."""
+    """Train, or resume from the run's newest checkpoint; inside a process group or alone."""
     from launchers.watch import refuse_other_folder
     from pretrain.config import check_initial, consented_keys, load_run
 
@@ -40,12 +40,12 @@ def train(
     from pretrain.runtime.signals import ignore_stop_signals
 
     trains = True
-    from pretrain.train import main  # after the configuration: a mistake in it need not wait for torch
+    from pretrain.train import main  # after the configuration, whose mistakes are reported without torch
 
     try:
         main(run_config, consented_keys(change or []))
     except Requeue:
-        ignore_stop_signals()  # it is saved and leaving: whoever asks again must not make it die of a signal instead
+        ignore_stop_signals()  # saved and exiting: another stop signal must not kill the process now
         raise
 
 
@@ -66,7 +66,7 @@ def generate(
     step: Step = None,
     name: Name = None,
 ) -> None:
-    """Draw images from text; prints their paths, a labelled grid first."""
+    """Generate images from a prompt; prints their paths, a labelled grid first."""
     where = str(out) if out else None
     with interruptible(lambda: "the images whose paths are printed are written, no other"):
         from pretrain.generate import main
@@ -85,7 +85,7 @@ def evaluate(
     name: Name = None,
     json: AsJson = False,
 ) -> None:
-    """Print the figures of a run's newest checkpoint on its held-out data, then write RUN/evaluation.json."""
+    """Evaluate a run's newest checkpoint on its held-out data; prints the figures, then writes RUN/evaluation.json."""
     printed: list[bool] = []
 
     def say(told: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ def evaluate(
 
 
 def status(run: Run, json: AsJson = False) -> None:
-    """Is it running, how far is it, how fast; leaves with 70 where its job vanished."""
+    """Show the state, progress and speed of a run; exits with 70 if its job vanished."""
     from launchers.watch import run_status
 
     told = run_status(run)
@@ -118,7 +118,7 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False,
     job: Annotated[bool, typer.Option("--job", help="What the run's job printed, instead of its metrics.")] = False,
 ) -> None:
-    """The last lines of the run's metrics.jsonl, one a step."""
+    """Print the last lines of the run's metrics.jsonl, one per logged step."""
     from launchers.watch import job_lines, metric_lines
 
     for line in (job_lines if job else metric_lines)(run, lines, follow):
@@ -130,7 +130,7 @@ def stop(
     timeout_s: Annotated[float, typer.Option(min=1, callback=finite, help="How long the save may take.")] = 300,
     json: AsJson = False,
 ) -> None:
-    """Ask a run on this machine, or its job, to save and leave for good, and wait until it has."""
+    """Ask a run on this machine, or its job, to save and exit for good, and wait until it has."""
     from launchers.watch import stop_run
 
     emit(stop_run(run, timeout_s), json)
@@ -144,7 +144,7 @@ def chaos(
     procs_per_node: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 2,
     json: AsJson = False,
 ) -> None:
-    """Kill a run again and again, start it again, and hold the result against an undisturbed one; verdict last."""
+    """Kill and restart a run repeatedly, and compare the result with an undisturbed run; prints the verdict last."""
     from launchers.chaos.campaign import run_campaign
     from launchers.chaos.laws import broken_laws
     from launchers.chaos.report import figures, write_report

@@ -1,8 +1,8 @@
-"""`make demo`: raw pairs to generated images with the public commands, one after the other, on two CPU cores.
+"""`make demo`: from raw pairs to generated images with the public commands, in sequence, on two CPU cores.
 
 Every stage is a command that a user would type; it is printed before it runs. The text-to-image run is killed half way
-and started again. Ends with a table, the pictures' paths and runs/demo/summary.json. `--quick` does the same with a few
-steps each, for a look at the machinery; its figures mean nothing.
+and resumed. Ends with a table, the paths of the images and runs/demo/summary.json. `--quick` runs a few steps of each
+stage, to exercise the machinery; its figures are meaningless.
 """
 
 import argparse
@@ -35,20 +35,20 @@ QUICK = {
     "heldout": ["source.count=100"],
     "train": ["train.steps=6", "train.checkpoint_every_steps=2", "train.log_every_steps=2", "optim.warmup_steps=2"],
 }
-"""Overrides of `--quick`, by what they shorten."""
+"""Overrides of `--quick`, by the kind of stage that they shorten."""
 
 console = Console(highlight=False)
 
 
 @dataclass
 class Demo:
-    """The stages so far: how long each took."""
+    """The stages run so far, with the duration of each in seconds."""
 
     quick: bool
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, title: str, *command: str) -> None:
-        """One stage; leaves with its exit code when it fails."""
+        """Run one stage; exits with its exit code if it fails."""
         process = self.start(title, *command)
         began = time.monotonic()
         try:
@@ -69,17 +69,17 @@ class Demo:
         return subprocess.Popen([sys.executable, "-m", "launchers.cli", *command])
 
     def launch(self, name: str) -> tuple[str, ...]:
-        """The command that trains configs/demo/NAME.yaml over two processes."""
+        """Return the command that trains configs/demo/NAME.yaml on two processes."""
         more = QUICK["train"] if self.quick else []
         return ("launch", "local", f"configs/demo/{name}.yaml", "--procs-per-node", str(PROCESSES), *more)
 
     def build(self, name: str) -> tuple[str, ...]:
-        """The command that builds configs/demo/NAME.yaml."""
+        """Return the command that builds configs/demo/NAME.yaml."""
         return ("data", "build", f"configs/demo/{name}.yaml", *(QUICK[name] if self.quick else []))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """All stages, the summary, the table."""
+    """Run all stages, write the summary, print the table."""
     parser = argparse.ArgumentParser(prog="python -m launchers.demo", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few steps a stage: shows the way, not the result")
     demo = Demo(parser.parse_args(arguments).quick)
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def prepare(demo: Demo) -> None:
-    """Pairs -> shards, vocabulary, image tokenizer, codes."""
+    """Make shards, vocabulary, image tokenizer and codes from raw pairs."""
     demo.run("build shards", *demo.build("data"))
     demo.run("build held-out shards", *demo.build("heldout"))
     demo.run("train vocabulary", "vocab", "train", "configs/demo/vocab.yaml")
@@ -105,7 +105,10 @@ def prepare(demo: Demo) -> None:
 
 
 def pretrain(demo: Demo) -> dict[str, Any]:
-    """The three families under ZeRO-3; the last is killed half way and resumed -> what happened."""
+    """Pretrain the three families under ZeRO-3; the last is killed half way and resumed.
+
+    Returns the step at which it was killed, the step it resumed from and its last step.
+    """
     demo.run("pretrain CLIP", *demo.launch("clip"))
     demo.run("pretrain ELECTRA", *demo.launch("electra"))
     title, run = "pretrain GPT", ROOT / "gpt"
@@ -118,7 +121,7 @@ def pretrain(demo: Demo) -> dict[str, Any]:
 
 
 def kill_half_way(launcher: "subprocess.Popen[bytes]", run: Path) -> int:
-    """SIGKILL a rank of the run once half its steps are done -> the step it had logged then."""
+    """Send SIGKILL to a rank of the run once half its steps are done; return the last logged step."""
     deadline = time.monotonic() + STAGE_TIMEOUT_S
     while last_step(run) < total_steps(run) / 2:
         if launcher.poll() is not None or time.monotonic() > deadline:
@@ -135,7 +138,7 @@ def kill_half_way(launcher: "subprocess.Popen[bytes]", run: Path) -> int:
 
 
 def evaluate(demo: Demo) -> dict[str, Any]:
-    """The figures of all runs on held-out scenes."""
+    """Evaluate all runs on held-out scenes and return their figures."""
     for name in ("vqgan", "clip", "electra"):
         demo.run(f"evaluate {name}", "evaluate", str(ROOT / name))
     demo.run("evaluate gpt", "evaluate", str(ROOT / "gpt"), "--rerank", str(ROOT / "clip"))
@@ -159,7 +162,7 @@ def evaluate(demo: Demo) -> dict[str, Any]:
 
 
 def show(demo: Demo, summary: dict[str, Any]) -> None:
-    """The closing table and where to look."""
+    """Print the closing table and the paths of the outputs."""
     table = Table(title="tessera demo", title_justify="left")
     for column in ("figure", "value"):
         table.add_column(column)
@@ -175,7 +178,7 @@ def show(demo: Demo, summary: dict[str, Any]) -> None:
 
 
 def last_step(run: Path) -> int:
-    """The last step in metrics.jsonl, 0 without one."""
+    """Return the last step in metrics.jsonl, 0 if there is none."""
     path = run / METRICS
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     whole = [line for line in lines[-2:] if line.endswith("\n")]
@@ -183,25 +186,25 @@ def last_step(run: Path) -> int:
 
 
 def training_figures(run: Path) -> tuple[float, float]:
-    """-> (median steps per second, peak resident memory of rank 0 in GiB)."""
+    """Return (median steps per second, peak resident memory of rank 0 in GiB)."""
     rows = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     step_s = statistics.median(row["step_s"] for row in rows)
     return round(1 / step_s, 2), round(max(row["peak_memory_gib"] for row in rows), 2)
 
 
 def total_steps(run: Path) -> float:
-    """train.steps of the run; infinity before it has written its configuration."""
+    """Return train.steps of the run; infinity until it has written its configuration."""
     path = run / "config.json"
     return float(read_json(path)["train"]["steps"]) if path.is_file() else float("inf")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of the run."""
+    """Read a JSON file of the run."""
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def children_of(pid: int) -> list[int]:
-    """Direct children of a process, oldest first."""
+    """Return the direct children of a process, oldest first."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 

@@ -1,4 +1,4 @@
-"""What the reports of all ranks before a run mean: who is missing, hangs, differs, is slow, or said what is broken.
+"""Judge the preflight reports of all ranks: which ranks are missing, hang, differ, are slow or report an error.
 
 A report is plain JSON: {"host", "values": {check: values}, "errors": {check: [code, text]}}.
 """
@@ -16,7 +16,7 @@ from data_pipeline.errors import DataError, NodeFault
 
 SLOWER = 1.5
 FLOORS_S = {"matmul": 0.02, "link": 0.01}
-"""A rank is slow that takes SLOWER times as long as is typical, and this much longer."""
+"""A rank is slow if it takes over SLOWER times as long as is typical, and at least these seconds longer."""
 CLOCK_S = 1.0
 STORAGE = ("data", "storage", "disk")
 COLLECTIVES = ("barrier", "broadcast", "all-reduce", "all-gather", "reduce-scatter")
@@ -28,7 +28,7 @@ Reports = Mapping[int, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be, and the exit code that it means."""
+    """A problem that was found, and its exit code."""
 
     check: str
     code: int
@@ -37,12 +37,12 @@ class Finding:
 
 
 def code_of(check: str) -> int:
-    """What a failure of this check means for the exit code."""
+    """Return the exit code for a failure of this check."""
     return DataError.exit_code if check in STORAGE else NodeFault.exit_code
 
 
 def judge(reports: Reports, world: int) -> list[Finding]:
-    """All findings, in the order of the checks."""
+    """Return all findings, in the order of the checks."""
     reports = dict(sorted(reports.items()))
     found = [*_missing(reports, world), *_errors(reports), *_clocks(reports), *_unequal(reports)]
     for check, floor in FLOORS_S.items():
@@ -51,7 +51,7 @@ def judge(reports: Reports, world: int) -> list[Finding]:
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """0, or 74 where storage or data are among what was found, else 70."""
+    """Return 0 without findings, 74 if any concerns storage or data, else 70."""
     return max((finding.code for finding in findings), default=0)
 
 
@@ -62,7 +62,7 @@ def _missing(reports: Reports, world: int) -> Iterator[Finding]:
 
 
 def _errors(reports: Reports) -> Iterator[Finding]:
-    """The same words of several ranks are one finding."""
+    """Yield one finding per distinct error message, with all ranks that reported it."""
     by_words: dict[tuple[str, int, str], list[int]] = {}
     for rank, report in reports.items():
         for check, (code, text) in report["errors"].items():
@@ -84,7 +84,7 @@ def _clocks(reports: Reports) -> Iterator[Finding]:
 
 
 def _unequal(reports: Reports) -> Iterator[Finding]:
-    """Those who are not with the most."""
+    """Yield the ranks whose values differ from the most common one."""
     for check in ("program", "data"):
         for name in sorted({name for report in reports.values() for name in report["values"].get(check, {})}):
             said = _values(reports, check, name)
@@ -106,7 +106,7 @@ def _slow(check: str, seconds: Mapping[int, float], floor: float) -> Iterator[Fi
 
 
 def _values(reports: Reports, check: str, name: str) -> dict[int, Any]:
-    """Rank -> value, of those who have it."""
+    """Return rank -> value, for the ranks that have one."""
     found = ((rank, report["values"].get(check, {}).get(name)) for rank, report in reports.items())
     return {rank: value for rank, value in found if value is not None}
 
@@ -115,7 +115,7 @@ def _values(reports: Reports, check: str, name: str) -> dict[int, Any]:
 
 
 def show(console: Console, reports: Reports, world: int, findings: list[Finding]) -> None:
-    """The table, and what was found below it."""
+    """Print the table, and the findings below it."""
     hosts = {report["host"] for report in reports.values()}
     table = Table(title=f"{len(reports)} of {world} ranks on {len(hosts)} hosts")
     for column in ("check", "", "result"):
@@ -131,7 +131,7 @@ def show(console: Console, reports: Reports, world: int, findings: list[Finding]
 
 
 def where(reports: Reports, ranks: tuple[int, ...]) -> str:
-    """ "rank 3 (host b)" and the like."""
+    """Name ranks and their hosts, as in "rank 3 (host b)"."""
     hosts = list(dict.fromkeys(reports[rank]["host"] for rank in ranks if rank in reports))
     names = ", ".join(map(str, ranks[:NAMED])) + (f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else "")
     on = f" (host {', '.join(hosts[:NAMED])}{' ...' if len(hosts) > NAMED else ''})" if hosts else ""
@@ -139,7 +139,7 @@ def where(reports: Reports, ranks: tuple[int, ...]) -> str:
 
 
 def _told(reports: Reports, check: str) -> Iterator[str]:
-    """What the table says of a check, a line each."""
+    """Yield the table's lines for a check."""
     if check == "clock" and (offsets := list(_values(reports, check, "offset_s").values())):
         yield f"within {(max(offsets) - min(offsets)) * 1e3:.0f} ms"
         return

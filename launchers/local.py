@@ -1,8 +1,8 @@
 """Start the processes of a run on this machine, stream their output, stop them with a save, leave no orphan.
 
-Exit code: 0 when every process left with 0; else the most telling of theirs (64, 74, then 70, then 75). A process that
-died by a signal or with a traceback is a node fault, 70. Another attempt is made where the cause lets hope: causes.py.
-Within a scheduler's job, which makes the attempts, 1 says of user code what 64 says of a configuration: no other one.
+Exit code: 0 if every process exits with 0, else the most informative of theirs (64, 74, then 70, then 75). A process
+that a signal or an uncaught exception ends counts as a node fault, 70. causes.py decides whether to make another
+attempt. In a scheduler's job, which makes the attempts, user code exits with 1, which like 64 prevents another one.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from launchers.spec import RunSpec
 
 POLL_S = 0.05
-LOOK_S = 1.0  # for word of other hosts: on their file system it is no cheaper
+LOOK_S = 1.0  # between checks for faults written by other hosts; each is a call to a shared file system
 FIRST_PORT, PORTS = 20_000, 12_000
-"""Where runs meet. Below 32768, where Linux begins to take ports for connections that go out."""
+"""Range of rendezvous ports: below 32768, where Linux's ports for outgoing connections begin."""
 
 
 @dataclass(frozen=True)
 class ExitPatience:
-    """How long the launcher waits before it goes on to the next, rougher means."""
+    """Seconds that the launcher waits before each escalation."""
 
     stop_s: float = 300.0  # for the save, after a stop signal
     settle_s: float = 10.0  # for the others to notice a dead peer by themselves, before SIGTERM
@@ -50,7 +50,7 @@ class ExitPatience:
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of one node. `command` is a whole argv, the same for each; the environment tells them apart."""
+    """The processes of one node. `command` is the full argv, the same for each; only their environments differ."""
 
     command: tuple[str, ...]
     procs: int
@@ -62,7 +62,7 @@ class Group:
     env: tuple[tuple[str, str], ...] = ()
 
     def environment(self, local_rank: int) -> dict[str, str]:
-        """What process `local_rank` is told besides the inherited environment; the user's own entries win."""
+        """Return the variables of process `local_rank`, added to the inherited ones; the user's entries win."""
         return {
             "RANK": str(self.first_rank + local_rank),
             "LOCAL_RANK": str(local_rank),
@@ -89,9 +89,9 @@ def launch_local(
     restarts: int | None = None,
     dry_run: bool = False,
 ) -> int:
-    """Run this machine's processes -> exit code. Raises ConfigError before anything is started."""
+    """Run this machine's processes and return the exit code. Raise ConfigError before anything is started."""
     restarts = spec.retries if restarts is None else restarts
-    spec = replace(spec, lead_s=int(min(spec.lead_s, lead_s())))  # what started us may be in more of a hurry
+    spec = replace(spec, lead_s=int(min(spec.lead_s, lead_s())))  # the parent process may allow less time
     if spec.on_ray and spec.nodes > 1:
         raise ConfigError(f"a {spec.task} on {spec.nodes} nodes is for slurm or kubernetes, or name a `ray_address`")
     check_rendezvous(spec.nodes, node_rank, master_addr, master_port)
@@ -111,7 +111,7 @@ def launch_local(
 
 
 def check_rendezvous(nodes: int, node_rank: int, master_addr: str, master_port: int) -> None:
-    """Raises ConfigError for a node that is none, and for nodes that could not find each other."""
+    """Raise ConfigError for an invalid node rank or address, and for nodes that could not find each other."""
     if node_rank >= nodes:
         raise ConfigError(f"--node-rank {node_rank} does not exist among {nodes} nodes; they count from 0")
     if not master_addr.isprintable() or len(master_addr.split()) != 1 or master_addr != master_addr.strip():
@@ -123,10 +123,10 @@ def check_rendezvous(nodes: int, node_rank: int, master_addr: str, master_port: 
 
 
 def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: ExitPatience) -> int:
-    """Attempt after attempt while the cause of the end is worth one and `restarts` lasts.
+    """Make attempts while the cause of the last end justifies another and `restarts` allows it; return the exit code.
 
-    Of several nodes each starts its own processes again: they wait for each other at node 0's port. A stop of one is a
-    stop of all.
+    With several nodes, each restarts its own processes, which wait for each other at node 0's port. Stopping one node
+    stops all.
     """
     in_a_job = "TESSERA_ATTEMPT" in os.environ  # a scheduler's job started us and counts the attempts
     several = group.world_size > group.procs
@@ -163,10 +163,10 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
 
 
 def _owns(run: Path) -> bool:
-    """Whether RUN/launcher.json is still this launcher's: a later attempt may have been started elsewhere."""
+    """Return whether RUN/launcher.json is still this launcher's: a later attempt may have started elsewhere."""
     try:
         record = read_record(run)
-    except DataError:  # damaged, so that nobody's word is lost
+    except DataError:  # damaged, so that overwriting it loses nothing
         return True
     return (record.get("host"), record.get("pid")) == (socket.gethostname(), os.getpid())
 
@@ -189,7 +189,7 @@ def _record(group: Group) -> dict[str, Any]:
 
 
 def dry_run_text(group: Group) -> str:
-    """A shell script that starts the processes as `attend` would, a line for each, and waits for them."""
+    """Return a shell script that starts the processes as `attend` would, one per line, and waits for them."""
     group = replace(group, master_port=group.master_port or free_port())
     lines = []
     for local_rank in range(group.procs):
@@ -198,26 +198,26 @@ def dry_run_text(group: Group) -> str:
     return " &\n".join(lines) + (" &\nwait" if len(lines) > 1 else "")
 
 
-# -------------------------------------------------------------------------------------------- one group's life
+# ----------------------------------------------------------------------------------------- running one group
 
 
 @dataclass(frozen=True)
 class End:
-    """How a group ended; `failures` are those that nobody had told to leave, the first seen first."""
+    """How a group ended. `failures`: processes that exited without being told to, in the order seen."""
 
     exit_code: int
     failures: tuple[Failure, ...]
 
 
 def run_group(group: Group, stops: StopSignals, patience: ExitPatience = ExitPatience()) -> int:
-    """`attend`, for who wants the exit code alone."""
+    """Run `attend` and return the exit code alone."""
     return attend(group, stops, patience).exit_code
 
 
 def attend(group: Group, stops: StopSignals, patience: ExitPatience = ExitPatience(), run: Path | None = None) -> End:
-    """Start the group, wait for its end. Nothing of it is left running on return.
+    """Start the group and wait for its end. Nothing of it is left running on return.
 
-    run: where ranks of other hosts say that one of ours hangs, which nobody here may see.
+    run: folder in which ranks of other hosts report that a process here hangs, which may not show on this host.
     """
     group = replace(group, env=((LEAD_VARIABLE, f"{patience.stop_s:g}"), *group.env))
     children = [_start(group, local_rank) for local_rank in range(group.procs)]
@@ -243,7 +243,7 @@ def _wait(
     failures: list[Failure],
     given_up: "GivenUp | None" = None,
 ) -> None:
-    """Returns when all have left or a deadline says that the rest must be killed; fills `failures`."""
+    """Wait until all have exited or a deadline requires that the rest be killed; fill `failures`."""
     terminate_at, kill_at, stopping = float("inf"), float("inf"), False
     while True:
         codes = [child.poll() for child in children]
@@ -271,13 +271,13 @@ def _wait(
 
 
 class GivenUp:
-    """Ends processes of this host that ranks of others gave up as hanging: these have gone on to a new attempt."""
+    """Kills this host's processes once ranks of other hosts report them as hanging and start a new attempt."""
 
     def __init__(self, run: Path) -> None:
         self.run, self.start, self.looked = run, faults_size(run), time.monotonic()
 
     def end(self, children: Sequence["subprocess.Popen[str]"]) -> None:
-        """A look now and then; who is blamed is named by host and process, so that no later attempt is meant."""
+        """Kill blamed processes; checks every LOOK_S. Blame names host and pid, so it never hits a later attempt."""
         if time.monotonic() - self.looked < LOOK_S:
             return
         self.looked, host = time.monotonic(), socket.gethostname()
@@ -285,31 +285,31 @@ class GivenUp:
             return
         blamed = {tuple(one) for fault in read_faults(self.run, self.start) for one in fault.get("processes", ())}
         if any((host, child.pid) not in blamed for child in children):
-            return  # a rank beside them has a watchdog too, which lets them write their stacks and ends them
+            return  # the watchdog of a rank that is not blamed makes them write their stacks and ends them
         for child in (child for child in children if child.poll() is None):
             say(f"process {child.pid} hangs, say ranks of other hosts; killing it")
             child.kill()
 
 
 def _failed(code: int | None) -> bool:
-    """Left in a way that the others will not: 0 and 75 are ends that all reach together."""
+    """Return whether a process failed on its own; all processes reach exit codes 0 and 75 together."""
     return code not in (None, 0, Requeue.exit_code)
 
 
 def exit_code_of(codes: Sequence[int], stopped: bool) -> int:
-    """The group's exit code from its processes' (negative: killed by that signal)."""
+    """Return the group's exit code for its processes' codes (negative: killed by that signal)."""
     if all(code == 0 for code in codes):
         return 0
     for telling in (ConfigError.exit_code, DataError.exit_code):
         if telling in codes:
             return telling
-    # A process that SIGTERM met before it could catch it had nothing to save.
+    # A process that SIGTERM killed before it had a handler had nothing to save.
     harmless = {0, Requeue.exit_code} | ({-signal.SIGTERM} if stopped else set())
     return Requeue.exit_code if set(codes) <= harmless else NodeFault.exit_code
 
 
 def _start(group: Group, local_rank: int) -> "subprocess.Popen[str]":
-    """Rank 0 keeps this terminal, so that its progress bars work; the others are piped and prefixed."""
+    """Start one process. Rank 0 keeps the terminal, for its progress bars; the others are piped and prefixed."""
     pipe = None if group.first_rank + local_rank == 0 else subprocess.PIPE
     return subprocess.Popen(
         group.command,
@@ -319,8 +319,8 @@ def _start(group: Group, local_rank: int) -> "subprocess.Popen[str]":
         stderr=None if pipe is None else subprocess.STDOUT,
         text=True,
         errors="replace",
-        process_group=0,  # Ctrl-C reaches the launcher alone, which asks for a save
-        preexec_fn=die_with(os.getpid()),  # one system call: safe beside the thread that listens for signals
+        process_group=0,  # Ctrl-C reaches only the launcher, which asks for a save
+        preexec_fn=die_with(os.getpid()),  # one system call: safe beside the signal thread
     )
 
 
@@ -338,11 +338,11 @@ def _pump(child: "subprocess.Popen[str]", rank: int) -> threading.Thread:
 
 def _terminate(children: Sequence["subprocess.Popen[str]"]) -> None:
     for child in children:
-        child.terminate()  # does nothing to one that has left
+        child.terminate()  # no effect on one that has exited
 
 
 def _kill_tree(child: "subprocess.Popen[str]") -> None:
-    """SIGKILL to the child's process group: itself if it still runs, and what it may have left behind."""
+    """Send SIGKILL to the child's process group: itself if it still runs, and processes that it left behind."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -352,16 +352,16 @@ def _kill_tree(child: "subprocess.Popen[str]") -> None:
 
 
 def threads_per_process(procs: int, env: Mapping[str, str] = os.environ) -> int:
-    """Cores for each process; a smaller OMP_NUM_THREADS of the user's is kept."""
+    """Return the number of cores per process; a smaller OMP_NUM_THREADS of the user is kept."""
     share = max(1, len(os.sched_getaffinity(0)) // procs)
     asked = env.get("OMP_NUM_THREADS", "")
     return min(share, int(asked)) if asked.isdigit() and int(asked) else share
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now.
+    """Return a TCP port of this machine that nobody listens on now. Raise NodeFault if none is found.
 
-    Random, so that runs which start together differ; no connection that goes out takes it before rank 0 listens there.
+    Random, so that runs started together differ; no outgoing connection can take it before rank 0 listens there.
     """
     ports = random.SystemRandom().sample(range(FIRST_PORT, FIRST_PORT + PORTS), 100)
     for port in ports:
@@ -372,5 +372,5 @@ def free_port() -> int:
 
 
 def say(text: str) -> None:
-    """A line of the launcher's own, beside the output of the run."""
+    """Print a line of the launcher to stderr, beside the output of the run."""
     print(f"launcher: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Standard output and standard error that never end a command: a reader that left, a full disk, a closed terminal."""
+"""Output streams that never fail a command: not by a reader that exited, a full disk or a closed terminal."""
 
 import contextlib
 import errno
@@ -11,11 +11,11 @@ from typing import Any
 from data_pipeline.errors import DataError
 
 PATIENCE_S = 5.0
-"""How long a non-blocking descriptor whose reader is slow is waited for before a piece of output is dropped."""
+"""Seconds to wait for the slow reader of a non-blocking descriptor before a piece of output is dropped."""
 
 
 class Unfailing(io.RawIOBase):
-    """Writes to a file descriptor. What it does not take is dropped, and why is kept in `refused`."""
+    """Raw writer to a file descriptor. Output that fails is dropped; the error is kept in `refused`."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -31,7 +31,7 @@ class Unfailing(io.RawIOBase):
         return os.isatty(self.descriptor)
 
     def write(self, data: Any) -> int:
-        """-> the bytes that are dealt with: never fewer than one, so that the buffer above makes progress."""
+        """Return the bytes handled, written or dropped: at least one, so that the buffer above makes progress."""
         for _ in range(2):
             try:
                 return os.write(self.descriptor, data)
@@ -46,10 +46,10 @@ class Unfailing(io.RawIOBase):
 
 
 def protect_output() -> None:
-    """Replace sys.stdout and sys.stderr by streams that do not raise, unless another program put its own there.
+    """Replace sys.stdout and sys.stderr by streams that do not raise, unless another program has replaced them.
 
-    A character that their encoding lacks is written as an escape. Descriptors 0 to 2 that are closed are opened onto
-    /dev/null first: the next file to be opened would otherwise receive what is printed.
+    A character that their encoding lacks is written as an escape. Closed descriptors 0 to 2 are first opened onto
+    /dev/null; otherwise the next file to be opened would receive what is printed.
     """
     for descriptor in range(3):
         try:
@@ -77,7 +77,7 @@ def _protected(stream: Any, descriptor: int) -> io.TextIOWrapper:
 def print_program(text: str) -> None:
     """Print a rendered job as it would be submitted: in UTF-8, whatever the encoding of standard output.
 
-    An escape in the place of a letter would change what the job runs.
+    An escape in place of a character would change what the job runs.
     """
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
@@ -85,9 +85,9 @@ def print_program(text: str) -> None:
 
 
 def finish_output(code: int, needed: bool) -> int:
-    """Flush both streams -> the exit code: 74 for 0 where standard output is `needed` and did not arrive.
+    """Flush both streams; return the exit code: 74 instead of 0 if standard output is `needed` but was lost.
 
-    A reader that closed its pipe, such as `head`, has what it wanted.
+    Output refused by a closed pipe does not count as lost: its reader, such as `head`, has what it wanted.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -1,6 +1,6 @@
-"""Several things that run one after another: build -> encode -> train -> evaluate, from one file.
+"""Pipelines: steps that run in sequence, such as build -> encode -> train -> evaluate, from one file.
 
-A single thing is a pipeline of one step, so that every place knows one shape.
+A single command is a pipeline of one step, so that every place handles one form.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from launchers.spec import C, RunSpec, Task, describe, load_cluster
 
 
 class StepConfig(Settings):
-    """A step: what `tessera launch` takes on its command line.
+    """A step: the arguments that `tessera launch` takes on its command line.
 
-    after: names of steps that must have ended well; the step above where not given, `[]` for none. cluster: another
-    place than the rest, for example a partition without GPUs.
+    after: names of steps that must have succeeded; by default the step above, `[]` for none. cluster: the cluster file
+    of this step alone, for example a partition without GPUs.
     """
 
     target: Location
@@ -33,14 +33,14 @@ class StepConfig(Settings):
 
 
 class PipelineConfig(Settings):
-    """Steps, in an order in which they could run."""
+    """The steps of a pipeline, each below the steps it waits for."""
 
     steps: tuple[StepConfig, ...]
 
 
 @dataclass(frozen=True)
 class Step(Generic[C]):
-    """One thing that runs, where, and after which others (by name)."""
+    """One step: what runs, where, and after which other steps (by name)."""
 
     name: str
     spec: RunSpec
@@ -57,9 +57,9 @@ def plan_steps(
     procs_per_node: int | None = None,
     task: Task | None = None,
 ) -> list[Step[C]]:
-    """What a command line launches: the steps of a pipeline, or the one step that is no pipeline. All are checked.
+    """Return the checked steps that a command line launches: those of a pipeline, or a single one.
 
-    Raises ConfigError as `describe` does, and for steps that wait for none before them or share a folder.
+    Raise ConfigError as `describe` does, and for steps that wait for one not above them or share a folder.
     """
     if task is None and _is_pipeline(target):
         if arguments:
@@ -97,9 +97,9 @@ def _read_pipeline(
 
 
 def check_paths(steps: Sequence[Step[Any]]) -> None:
-    """Raise ConfigError for a path that a step reads where it is neither there nor written by a step above.
+    """Raise ConfigError if a step reads a path that neither exists nor is written by a step above.
 
-    Addresses and patterns are left to the step itself.
+    Addresses and patterns are left for the step itself to check.
     """
     written: list[Path] = []
     for step in steps:

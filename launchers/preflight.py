@@ -1,7 +1,7 @@
-"""`tessera preflight`: every process of a run looks around before the expensive part, and rank 0 says what is wrong.
+"""`tessera preflight`: every rank of a run is checked before the expensive part, and rank 0 reports what is wrong.
 
-Ranks speak through the store and meet before each thing that they do together, so that one who does not come is named
-instead of waited for. Every check has a deadline; what does not return by then is left behind in its thread.
+Ranks communicate through the store and synchronize before each collective check, so that an absent rank is named
+instead of waited for. Every check has a deadline; a check that exceeds it is left behind in its thread.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ MARGIN_S = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What the command line says."""
+    """The arguments of the command line."""
 
     config: Path | None
     overrides: Sequence[str]
@@ -46,12 +46,12 @@ class Asked:
 
 
 def inside_group() -> bool:
-    """Was this process started as one of several, by torchrun, srun or ourselves?"""
+    """Return whether this process was started as one of a group, by torchrun, srun or `start_group`."""
     return "RANK" in os.environ or {"SLURM_PROCID", "SLURM_STEP_ID"} <= os.environ.keys()
 
 
 def read_config(asked: Asked) -> RunConfig | None:
-    """The configuration, if one was named. Raises ConfigError for one that cannot run."""
+    """Load the configuration, if one was named. Raise ConfigError for one that cannot run."""
     if asked.config is None:
         return None
     config = load_run(asked.config, asked.overrides)
@@ -62,7 +62,7 @@ def read_config(asked: Asked) -> RunConfig | None:
 def start_group(
     asked: Asked, nodes: int | None, procs_per_node: int | None, node_rank: int, master_addr: str, master_port: int
 ) -> int:
-    """Start this machine's processes and wait for their verdict -> exit code."""
+    """Start this machine's processes, wait for their verdict and return the exit code."""
     cluster = load_cluster(LocalCluster, None)
     nodes, procs = nodes or cluster.nodes, procs_per_node or cluster.procs_per_node
     if config := read_config(asked):
@@ -82,7 +82,7 @@ def start_group(
         master_port=master_port or free_port(),
         env=tuple(sorted(cluster.env.items())),
     )
-    with StopSignals() as stops:  # ranks end by themselves, and rank 0 has to say why
+    with StopSignals() as stops:  # ranks exit by themselves; rank 0 needs time to report
         return attend(group, stops, ExitPatience(MARGIN_S, 4 * asked.timeout_s, MARGIN_S)).exit_code
 
 
@@ -90,7 +90,7 @@ def start_group(
 
 
 def run_rank(asked: Asked) -> int:
-    """This process's part -> exit code, the same on every rank that is heard of. Threads that hang are left behind."""
+    """Run this rank's checks; return the exit code, the same on every rank that reports. Leaves hanging threads."""
     began = time.monotonic()
     from pretrain.runtime.mesh import Mesh
 
@@ -101,7 +101,7 @@ def run_rank(asked: Asked) -> int:
 
 
 def run_rank_and_leave(asked: Asked) -> NoReturn:
-    """The same as a whole process. Leaves at once: a thread that hangs in a collective must not keep it."""
+    """Run `run_rank`, then exit at once: a thread that hangs in a collective must not keep the process alive."""
     try:
         code = run_rank(asked)
     except TesseraError as error:
@@ -113,7 +113,7 @@ def run_rank_and_leave(asked: Asked) -> NoReturn:
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """The result of `call`, or what it raises; NodeFault when it does not end in time."""
+    """Return the result of `call`, or raise what it raises; raise Hangs, a NodeFault, after `seconds`."""
     box: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
     def work() -> None:
@@ -133,11 +133,11 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 class Hangs(NodeFault):
-    """Did not return before its deadline."""
+    """A call did not return before its deadline."""
 
 
 class Rank:
-    """One rank on its way through the checks."""
+    """The checks of one rank."""
 
     def __init__(self, mesh: "Mesh", timeout_s: float) -> None:
         self.mesh = mesh
@@ -146,15 +146,15 @@ class Rank:
         self.values: dict[str, Any] = {}
         self.errors: dict[str, tuple[int, str]] = {}
         self.together = True
-        """False once a rank was lost: nothing more is done with the others."""
+        """False once a rank was lost: collective checks are skipped from then on."""
 
     def look(self, config: RunConfig | None) -> None:
-        """All checks, in an order in which the cheap ones come first and the common ones last."""
+        """Run all checks, cheap ones first and collective ones last."""
         from pretrain.inputs.source import open_data
         from pretrain.runtime import probes
 
         mesh = self.mesh
-        absent = probes.absent_places(config) if config else []  # before the ranks meet for their clocks
+        absent = probes.absent_places(config) if config else []  # before the ranks synchronize to compare clocks
         self.check("clock", self._clock)
         self.check("program", lambda: probes.program(config, mesh))
         if config is not None:
@@ -163,7 +163,7 @@ class Rank:
             self.check("disk", lambda: probes.disk(config, mesh))
         self.check("health", lambda: probes.health(mesh))
         self.check("matmul", lambda: probes.matmul(mesh), together=True)
-        if self.together:  # all are done with their storage
+        if self.together:  # all ranks have finished their storage checks
             probes.remove_places(absent)
         if mesh.world > 1:
             for name in findings.COLLECTIVES:
@@ -172,7 +172,7 @@ class Rank:
                 self.check("link", lambda: probes.link(mesh, probes.peers_of(mesh.rank, hosts)), together=True)
 
     def check(self, name: str, probe: Callable[[], dict[str, Any]], together: bool = False) -> None:
-        """Note what the probe says or what is wrong; a common one only while all are there."""
+        """Record the probe's result or error; a collective (`together`) probe runs only while all ranks are there."""
         if together and not self.together:
             return
         try:
@@ -199,12 +199,13 @@ class Rank:
         code = error.exit_code if isinstance(error, TesseraError) and not isinstance(error, Hangs) else None
         self.errors[name] = (code or findings.code_of(name), f"{'' if ours else f'{type(error).__name__}: '}{error}")
 
-    # ---------------------------------------------------------------------------- words with the others
+    # ---------------------------------------------------------------------------- messages between ranks
 
     def meet(self, name: str) -> float:
-        """Wait until all have come here -> seconds by which this clock is ahead of rank 0's, and the way of the word.
+        """Wait for all ranks; return the seconds by which this clock is ahead of rank 0's, plus the message's latency.
 
-        Rank 0 waits for each for as long as a check may take, the others as long for rank 0's word. Raises Absent.
+        Rank 0 waits for the others as long as a check may take; the others wait twice as long for rank 0's message.
+        Raise Absent if a rank is missing.
         """
         store, mesh = self.mesh.store, self.mesh
         keys = [f"{name}/{rank}" for rank in range(mesh.world)]
@@ -221,7 +222,7 @@ class Rank:
         return now - float(word["now"])
 
     def _all(self, keys: list[str], seconds: float) -> bool:
-        """Are all keys there in time? A server that is stopped does not even say no."""
+        """Return whether all keys are set in time. A suspended store never answers, hence the deadline around it."""
         with contextlib.suppress(RuntimeError, Hangs):
             within(seconds + MARGIN_S, lambda: self.mesh.store.wait(keys, timedelta(seconds=seconds)))
             return True
@@ -233,12 +234,12 @@ class Rank:
         return [f"rank {rank} does not come, it was last seen at {last.get(rank, 'the start')!r}" for rank in gone]
 
     def _clock(self) -> dict[str, Any]:
-        """The least of some rounds: the word takes its time, but never less than none."""
+        """Return the clock's offset in seconds: the least of several rounds, since latency only adds to it."""
         offsets = [self.meet(f"clock-{number}") for number in range(CLOCK_ROUNDS)]
         return {"offset_s": 0.0 if self.mesh.rank == 0 else min(offsets)}
 
     def _hosts(self) -> dict[str, list[int]]:
-        """Host -> its ranks; the same on every rank."""
+        """Return host -> its ranks, the same on every rank; empty if a rank is missing."""
         from pretrain.runtime.mesh import read_all
 
         store, mesh = self.mesh.store, self.mesh
@@ -253,7 +254,7 @@ class Rank:
     # ------------------------------------------------------------------------------------------ the end
 
     def conclude(self, began: float, as_json: bool) -> int:
-        """Report; rank 0 gathers, judges and prints; all leave with one code."""
+        """Report; rank 0 gathers, judges and prints. Return the exit code, the same on every rank."""
         report = {"host": socket.gethostname(), "values": self.values, "errors": self.errors}
         if self.mesh.rank > 0:
             return self._await_verdict(report)
@@ -278,7 +279,7 @@ class Rank:
             raise NodeFault(f"rank {self.mesh.rank}: {error}; look at the node of rank 0") from None
 
     def _gather(self) -> dict[int, dict[str, Any]]:
-        """Rank -> report, of those who give one in time."""
+        """Return rank -> report, for the other ranks that report in time."""
         from pretrain.runtime.mesh import read_all
 
         store, others = self.mesh.store, range(1, self.mesh.world)
@@ -302,4 +303,4 @@ class Rank:
 
 
 class Absent(NodeFault):
-    """Somebody did not come to where all meet."""
+    """A rank did not reach the point where all ranks synchronize."""

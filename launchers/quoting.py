@@ -1,6 +1,6 @@
-"""Put text of a configuration into a rendered job so that it stays text: the only quoting for every template.
+"""Quote configuration text in rendered jobs, so that it is never run as code; all templates use this module alone.
 
-`quoted` makes a word of bash, `directive` a line that sbatch reads, `comment` a comment, `kubelet` a word of a pod.
+`quoted` makes a bash word, `directive` an #SBATCH line, `comment` a comment, `kubelet` a word of a pod's command.
 """
 
 import re
@@ -13,23 +13,23 @@ PLAIN_OPTION = re.compile(r"[\w@%+=:,./<>-]*", re.ASCII)
 
 
 class Shell(str):
-    """Source text of bash, quoted already: a variable that the shell of the job expands."""
+    """Bash source that is already quoted: a variable for the job's shell to expand."""
 
 
 def quoted(*parts: str) -> Shell:
-    """Join `parts` into one word of bash; only what is `Shell` is expanded. Raises ConfigError for what is no text."""
+    """Join `parts` into one bash word; only `Shell` parts are expanded. Raise ConfigError for what is no text."""
     return Shell("".join(part if isinstance(part, Shell) else shlex.quote(_text(part)) for part in parts))
 
 
 def command_line(words: Iterable[str]) -> Shell:
-    """Join words into a command of bash."""
+    """Join words into a bash command."""
     return Shell(" ".join(quoted(word) for word in words))
 
 
 def directive(name: str, value: object = None) -> str:
-    """One line of options for sbatch, which knows quotation marks and backslashes, but no line breaks in a value.
+    """Return one #SBATCH line. sbatch supports quotation marks and backslashes in a value, but no line breaks.
 
-    Raises ConfigError for a value that no such line can hold.
+    Raise ConfigError for a value that such a line cannot hold.
     """
     if value is None:
         return f"#SBATCH --{name}"
@@ -42,18 +42,18 @@ def directive(name: str, value: object = None) -> str:
 
 
 def comment(text: str) -> str:
-    """A comment of one line: what would end the line, or cannot be seen, is shown as its escape."""
+    """Return a one-line comment; line breaks and other unprintable characters are shown as escapes."""
     shown = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
     return "# " + "".join(shown)
 
 
 def kubelet(word: str) -> str:
-    """A word of a pod's command or environment, in which Kubernetes would expand $(NAME)."""
+    """Escape a word of a pod's command or environment, in which Kubernetes would expand $(NAME)."""
     return _text(word).replace("$", "$$")
 
 
 def _text(word: str) -> str:
-    """`word`, if a command line can hold it."""
+    """Return `word`. Raise ConfigError if a command line cannot hold it."""
     if "\0" in word or not word.isascii() and word.encode("utf-8", "replace").decode() != word:
         raise ConfigError(f"{word!r} holds a zero byte or is no UTF-8; a command line cannot hold it, write it anew")
     return word

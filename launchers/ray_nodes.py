@@ -1,8 +1,8 @@
-"""`python -m launchers.ray_nodes --nodes N --cpus C -- COMMAND`: one Ray over the nodes of a job, a task on each.
+"""`python -m launchers.ray_nodes --nodes N --cpus C -- COMMAND`: one Ray cluster over a job's nodes, a task on each.
 
 The task of node 0 starts Ray's head at MASTER_ADDR:MASTER_PORT, waits until all N nodes have joined, and runs the
-`tessera` command there; the other tasks lend their node until the head is gone. `ray symmetric-run` does the like, but
-ends with `ray stop`, which kills every Ray of the machine, and refuses to start where another one runs.
+`tessera` command there; the other tasks lend their node until the head is gone. `ray symmetric-run` is similar, but
+ends with `ray stop`, which kills every Ray process of the machine, and refuses to start where another Ray runs.
 """
 
 import argparse
@@ -23,15 +23,15 @@ from launchers.children import die_with
 from launchers.local import say
 
 JOIN_TIMEOUT_S = 300.0
-"""Nodes differ in how long they take to start a program."""
+"""Seconds until all nodes must have joined; nodes differ in how long they take to start a program."""
 POLL_S = 0.2
 LOST_AFTER = 3
-"""So many refused connections, one a second, and the head is gone."""
+"""Consecutive refused connections, one per second, after which the head counts as gone."""
 QUIET = ("--disable-usage-stats", "--block")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code of the command on node 0; 0 on the others, which only lend their CPUs."""
+    """Return the exit code of the command on node 0; 0 on the others, which only lend their CPUs."""
     parser = argparse.ArgumentParser(prog="python -m launchers.ray_nodes", description=__doc__)
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--cpus", type=int, required=True, help="of this node, for Ray")
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = f"/tmp/tessera-{os.environ['SLURM_JOB_ID']}"  # /tmp/ray may be another user's; sockets need short names
     if os.environ["SLURM_NODEID"] != "0":
         code = lend(host, port, args.cpus)
-        shutil.rmtree(folder, ignore_errors=True)  # where the head told Ray to write, on this node too
+        shutil.rmtree(folder, ignore_errors=True)  # Ray uses the head's folder on this node too
         return code
     head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}")
     with ray_node(*head, f"--node-ip-address={host}", f"--num-cpus={args.cpus}") as ray:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def address_of(name: str) -> str:
-    """The IPv4 address of node 0. Raises NodeFault for a name that does not resolve here."""
+    """Return the IPv4 address of node 0. Raise NodeFault for a name that does not resolve here."""
     try:
         return socket.gethostbyname(name)
     except (OSError, UnicodeError) as error:
@@ -65,7 +65,7 @@ def address_of(name: str) -> str:
 
 
 def lend(host: str, port: int, cpus: int) -> int:
-    """Join the head, stay until it is gone. Raises NodeFault where it never comes."""
+    """Join the head and stay until it is gone. Raise NodeFault if it never starts, or if this node's Ray ends first."""
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     while (own := _address_towards(host, port)) is None:
         if time.monotonic() > deadline:
@@ -85,16 +85,16 @@ def lend(host: str, port: int, cpus: int) -> int:
 
 @contextlib.contextmanager
 def ray_node(*options: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """`ray start --block`, ended with all that it started."""
+    """Run `ray start --block`; on exit, end it and all processes that it started."""
     argv = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, *QUIET]
-    env = {"RAY_worker_niceness": "0", **os.environ}  # the job's processors are its own: nobody is to be let by
+    env = {"RAY_worker_niceness": "0", **os.environ}  # the job owns its CPUs, so Ray need not yield
     child = subprocess.Popen(
         argv, process_group=0, preexec_fn=die_with(os.getpid()), stdout=subprocess.DEVNULL, env=env
     )
     try:
         yield child
     finally:
-        child.terminate()  # which --block passes on to Ray's processes
+        child.terminate()  # --block forwards it to Ray's processes
         try:
             child.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -103,7 +103,7 @@ def ray_node(*options: str) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 def wait_for_nodes(address: str, nodes: int, head: "subprocess.Popen[bytes]") -> None:
-    """Returns once `nodes` are there. Raises NodeFault where the head ends or they do not come."""
+    """Wait until `nodes` nodes have joined. Raise NodeFault if the head ends or they do not join in time."""
     import ray
 
     deadline = time.monotonic() + JOIN_TIMEOUT_S
@@ -124,7 +124,7 @@ def wait_for_nodes(address: str, nodes: int, head: "subprocess.Popen[bytes]") ->
 
 
 def _address_towards(host: str, port: int) -> str | None:
-    """This machine's address on the way to host:port; None where nobody answers there."""
+    """Return this machine's own address in a connection to host:port; None if nothing answers there."""
     try:
         with socket.create_connection((host, port), timeout=10) as connection:
             return str(connection.getsockname()[0])

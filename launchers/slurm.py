@@ -1,7 +1,7 @@
-"""RunSpec -> a batch script that a site can read and edit, and its submission. Facts: man sbatch, srun, scontrol.
+"""Render a RunSpec as a batch script that a site can read and edit, and submit it. Facts: man sbatch, srun, scontrol.
 
-`--signal` without `B:` reaches the processes themselves, which save and leave with 75. What an end means is decided by
-slurm_end.py from what the processes wrote; the script then puts the job back into the queue, or does not.
+`--signal` without `B:` reaches the processes themselves, which save and exit with 75. slurm_end.py decides from what
+the processes wrote whether the script requeues the job.
 """
 
 import re
@@ -84,9 +84,9 @@ LARGEST_SEED = 4_000_000  # Slurm's largest index of an array
 def render(spec: RunSpec, cluster: SlurmCluster, seeds: str = "", after: Sequence[str] = ()) -> str:
     """Render the batch script.
 
-    seeds: an array, as sbatch writes it, 0-3 or 1,5,9. after: jobs that must have ended well.
-    Every value goes through `launchers.quoting`; `setup` alone is shell code. Raises ConfigError for what no site can
-    run.
+    seeds: an array in sbatch's notation, 0-3 or 1,5,9. after: jobs that must have succeeded.
+    Every value goes through `launchers.quoting`; only `setup` is shell code. Raise ConfigError for a job that no site
+    can run.
     """
     _check(spec, cluster, seeds)
     comes_back = cluster.requeues > 0 and spec.goes_on
@@ -111,7 +111,7 @@ def render(spec: RunSpec, cluster: SlurmCluster, seeds: str = "", after: Sequenc
 
 
 def _exports(spec: RunSpec, cluster: SlurmCluster) -> list[str]:
-    """The lines that set the environment of the job's processes. Ray gives its own number of threads to each."""
+    """Return the lines that set the environment of the job's processes. Ray sets each one's number of threads."""
     threads = {} if spec.task in ("build", "encode") else {"OMP_NUM_THREADS": str(cluster.cpus_per_proc)}
     values = {**threads, **spec.environment}
     return [
@@ -140,13 +140,13 @@ def _check(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> None:
 
 
 def _words_of_seed(spec: RunSpec) -> list[Shell]:
-    """Overrides of one task of an array: its seed, a folder of its own, and its own place for checkpoints."""
+    """Return the overrides of one array task: its seed, its own folder, and its own checkpoint location."""
     elsewhere = [quoted("train.checkpoints=", spec.checkpoints, "/seed-", TASK_NUMBER)] if spec.checkpoints else []
     return [quoted("seed=", TASK_NUMBER), quoted("run=", Shell('"$run"')), *elsewhere]
 
 
 def _directives(spec: RunSpec, cluster: SlurmCluster, seeds: str, after: Sequence[str]) -> list[str]:
-    """The #SBATCH lines, without those that the site leaves empty."""
+    """Return the #SBATCH lines, without those that the site leaves empty."""
     optional = {
         "account": cluster.account,
         "partition": cluster.partition,
@@ -176,7 +176,10 @@ def _directives(spec: RunSpec, cluster: SlurmCluster, seeds: str, after: Sequenc
 
 
 def _option(text: str) -> str:
-    """One of `options`, with or without its dashes: reservation=x, --reservation x, -C gpu, exclusive."""
+    """Return the line of one of `options`, with or without dashes: reservation=x, --reservation x, -C gpu, exclusive.
+
+    Raise ConfigError for anything else.
+    """
     found = OPTION.fullmatch(text.strip())
     if found is None:
         raise ConfigError(f"options: {text!r} is no option of sbatch; write NAME or NAME=VALUE, as reservation=x")
@@ -184,28 +187,28 @@ def _option(text: str) -> str:
 
 
 def _tasks_per_node(spec: RunSpec, cluster: SlurmCluster) -> int:
-    """torchrun and Ray start a node's processes themselves."""
+    """Return the tasks per node: 1 where torchrun or Ray starts a node's processes."""
     return spec.procs_per_node if cluster.start == "srun" else 1
 
 
 def _cpus_per_task(spec: RunSpec, cluster: SlurmCluster) -> int:
-    """The node's share: a training divides it among its processes, everything else has it whole."""
+    """Return the CPUs per task: training divides the node's CPUs among its processes, other tasks get all of them."""
     whole = cluster.cpus_per_proc * (spec.procs_per_node if spec.task == "train" else cluster.procs_per_node)
     return whole // _tasks_per_node(spec, cluster)
 
 
 def _gpus(spec: RunSpec, cluster: SlurmCluster) -> int:
-    """Of a node: what trains or encodes takes all, what generates one, what reads and writes none."""
+    """Return the GPUs per node: all to train or encode, one to generate or evaluate, none to read and write."""
     if spec.task in ("train", "encode"):
         return cluster.gpus_per_node
     return min(1, cluster.gpus_per_node) if spec.wants_gpus else 0
 
 
-# ------------------------------------------------------------------------------------- what srun is told to run
+# ----------------------------------------------------------------------------------------- the srun command
 
 
 def _program(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> tuple[str, ...]:
-    """The words that follow the interpreter in each task."""
+    """Return the arguments of the interpreter in each task."""
     if spec.on_ray:
         told = ("--nodes", str(spec.nodes), "--cpus", str(_cpus_per_task(spec, cluster)))
         return ("-m", "launchers.ray_nodes", *told, "--", *spec.arguments, quoted(RAY_OPTION[spec.task], RAY))
@@ -217,7 +220,7 @@ def _program(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> tuple[str, ...
 
 
 def _srun_container(cluster: SlurmCluster) -> str:
-    """Options of srun itself, with a blank behind: pyxis only."""
+    """Return srun's container options, with a trailing blank; pyxis only."""
     if cluster.container != "pyxis":
         return ""
     options = [f"--container-image={cluster.container_image}"]
@@ -227,7 +230,7 @@ def _srun_container(cluster: SlurmCluster) -> str:
 
 
 def _inside(cluster: SlurmCluster, spec: RunSpec) -> list[str]:
-    """What stands before the interpreter: apptainer only."""
+    """Return the words before the interpreter; apptainer only."""
     if cluster.container != "apptainer":
         return []
     binds = [part for mount in cluster.container_mounts for part in ("--bind", mount)]
@@ -236,11 +239,11 @@ def _inside(cluster: SlurmCluster, spec: RunSpec) -> list[str]:
 
 
 def _requeue(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> str:
-    """The part of the script that reads what the end means; in the container where there is one."""
+    """Return the part of the script that runs slurm_end.py, inside the container if there is one, and requeues."""
     container = _srun_container(cluster)
     judge = command_line([*_inside(cluster, spec), cluster.python, "-m", "launchers.slurm_end"])
     return REQUEUE.format(
-        # an array's first number stands for all of it
+        # the job number of an array alone would name all of its tasks
         job='"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if seeds else '"$SLURM_JOB_ID"',
         requeues=cluster.requeues,
         judge=f"srun --nodes=1 --ntasks=1 --ntasks-per-node=1 {container}{judge}" if container else judge,
@@ -252,10 +255,10 @@ def _requeue(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> str:
 
 
 def submit(step: Step[SlurmCluster], seeds: str = "", after: Sequence[str] = ()) -> dict[str, Any]:
-    """Write the script into the run's folder and hand it to sbatch -> {"job", "script", "run"}.
+    """Write the script into the run's folder and submit it with sbatch; return {"job", "script", "run"}.
 
-    Raises ConfigError where there is no sbatch, while the run is in the queue already, and with the scheduler's own
-    words where it refuses; NodeFault where it does not answer.
+    Raise ConfigError if there is no sbatch, if the run is queued or running already, and with the scheduler's message
+    if it refuses; NodeFault if it does not answer.
     """
     spec = step.spec
     text = render(spec, step.cluster, seeds, after)
@@ -277,7 +280,7 @@ def submit(step: Step[SlurmCluster], seeds: str = "", after: Sequence[str] = ())
 
 
 def _note(step: Step[SlurmCluster], job: str, seeds: str) -> None:
-    """Write down which job the run is, so that it is found again."""
+    """Write the run's job.json (and each seed's), so that the job can be found again."""
     spec, folder = step.spec, Path(step.spec.run_folder)
     script = folder / SCRIPT_NAME
     record = {"place": "slurm", "job": job, "name": spec.name, "saves": spec.saves, "script": str(script)}
@@ -289,9 +292,9 @@ def _note(step: Step[SlurmCluster], job: str, seeds: str) -> None:
 
 
 def submit_all(steps: Sequence[Step[SlurmCluster]], seeds: str = "") -> list[dict[str, Any]]:
-    """Submit a pipeline; where a step fails, or this is interrupted, those before it are taken back, which is said."""
+    """Submit a pipeline. If a step fails or this is interrupted, cancel the submitted steps and print that."""
     jobs: dict[str, dict[str, Any]] = {}
-    for step in steps:  # all are rendered before the first is submitted: a mistake in the last costs nothing
+    for step in steps:  # render all before submitting any, so that a mistake in the last one costs nothing
         render(step.spec, step.cluster, seeds)
     try:
         for step in steps:
@@ -304,12 +307,12 @@ def submit_all(steps: Sequence[Step[SlurmCluster]], seeds: str = "") -> list[dic
 
 
 def render_all(steps: Sequence[Step[SlurmCluster]], seeds: str = "") -> str:
-    """The scripts of all steps; of the jobs that a step waits for the names stand in the place of their numbers."""
+    """Return the scripts of all steps, with <NAME> in place of the number of each job that a step waits for."""
     return "\n".join(render(step.spec, step.cluster, seeds, [f"<{name}>" for name in step.after]) for step in steps)
 
 
 def seeds_of(text: str) -> list[int]:
-    """0-3 or 1,5,9 -> the numbers. Raises ConfigError for anything else."""
+    """Parse 0-3 or 1,5,9 into the list of seeds. Raise ConfigError for anything else."""
     seeds: list[int] = []
     for part in text.split(",") if text else []:
         first, dash, last = part.partition("-")

@@ -1,6 +1,6 @@
-"""`python -m launchers.slurm_end RUN ...`: what the end of a job's attempt means. The batch script asks it.
+"""`python -m launchers.slurm_end RUN ...`: decide what follows the end of a job's attempt, for the batch script.
 
-Prints `end`, `requeue`, or `requeue NODE,NODE`: back into the queue without these nodes. Imports no torch.
+Prints `end`, `requeue`, or `requeue NODE,NODE` to requeue the job without these nodes. Imports no torch.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from pretrain.runtime.goodput import append_line, lines_of
 from pretrain.runtime.mlflow_feed import FAILED, end_run
 
 EXCLUDED = "excluded.jsonl"
-"""Which nodes a job was told to do without, and why."""
+"""File that records which nodes a job was told to exclude, and why."""
 
 SIGNALLED = 128
-"""A shell adds this to the number of the signal that ended a program."""
+"""A shell adds this to the number of the signal that ended a program, and exits with the sum."""
 ASKED_TO_STOP = {
     Requeue.exit_code: "stopped and saved",
-    # what did not catch the scheduler's announcement dies of it: a build, whose finished shards stand
+    # a program without a handler for the scheduler's warning dies of it: a build, whose finished shards stay
     SIGNALLED + signal.SIGUSR1: "told that time is up; what is finished stays",
 }
 
@@ -32,10 +32,10 @@ ASKED_TO_STOP = {
 def verdict(
     diagnosis: Diagnosis, made_steps: bool, blamed: Sequence[str], gone: int, may_exclude: int
 ) -> tuple[bool, list[str]]:
-    """-> (whether the job goes back into the queue, the nodes that it must do without from then on).
+    """Return (whether the job is requeued, the nodes that it must exclude from then on).
 
-    blamed: nodes that this fault is put down to; gone: how many it has been put down to before. A fault that comes
-    again on other nodes, more than `may_exclude` of them, is not theirs: the end.
+    blamed: nodes blamed for this fault; gone: number of nodes blamed before. If the fault recurs on more than
+    `may_exclude` nodes, the nodes are not its cause and the job ends.
     """
     if not worth_another_attempt(diagnosis, made_steps):
         return False, []
@@ -46,7 +46,7 @@ def verdict(
 
 
 def blamed_ranks(faults: Sequence[dict[str, Any]], world: int) -> list[int]:
-    """The ranks that a watchdog blames; else those that never said what became of them, where others did."""
+    """Return the ranks that a watchdog blames; else those that wrote no fault, if at least half of all did."""
     for fault in faults:
         if "blamed" in fault:
             return sorted(fault["blamed"])
@@ -56,7 +56,7 @@ def blamed_ranks(faults: Sequence[dict[str, Any]], world: int) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read what the attempt left behind, print the verdict; the reason goes to stderr, into the job's output."""
+    """Read what the attempt left behind and print the verdict; the reason goes to stderr, the job's output."""
     args = _parser().parse_args(argv)
     faults, nodes, out = read_faults(args.run, args.faults_from), args.nodes.split(), args.out.replace("(null)", "")
     ranks = blamed_ranks(faults, len(nodes) * args.procs_per_node)
@@ -79,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def diagnosis_of(status: int, faults: Sequence[dict[str, Any]], ranks: Sequence[int] = ()) -> Diagnosis:
-    """srun leaves with the highest code of its tasks: what the tasks wrote themselves says more.
+    """Diagnose an attempt by its faults first: srun's `status` is only the highest exit code of its tasks.
 
-    ranks: those to blame. Of faults the first counts: who is told of it by a lost peer writes later.
+    ranks: those to blame. The first fault counts: ranks that fail because they lost a peer write theirs later.
     """
     if not faults and status in ASKED_TO_STOP:
         return Diagnosis("preemption", ASKED_TO_STOP[status])

@@ -1,7 +1,7 @@
-"""Hand Slurm a job, ask what became of it, ask it to save and leave. Works with accounting and without.
+"""Submit, query and stop Slurm jobs. Works with accounting and without.
 
 The controller knows a job until MinJobAge after its end; sacct knows it for longer, where a site has it; what the
-batch script wrote into the run's folder as its last act stays for good.
+batch script wrote into the run's folder at its end is kept for good.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import Any
 from data_pipeline.errors import ConfigError, NodeFault, Requeue
 
 END = "job.end"
-"""Written by the batch script: job, restarts and exit code of its newest end."""
+"""File that the batch script writes: job, number of restarts and exit code of its latest end."""
 ENDED = re.compile(r"\s*(?P<job>[0-9_]+) (?P<restarts>[0-9]+) (?P<code>[0-9]{1,3})\s*")
 TOOL_TIMEOUT_S = 60
 PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -22,14 +22,14 @@ RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_
 SACCT_FIELDS = ("JobID", "JobName", "State", "ExitCode", "NodeList")
 FIELD = re.compile(r"(\S+?)=(.*?)(?= [A-Za-z:/]+=|$)")
 NO_ANSWER = re.compile("Unable to contact slurm controller|Socket timed out|in standby mode")
-"""Words of Slurm's tools where it is not the request that is wrong."""
+"""Messages of Slurm's tools when the request itself is not at fault."""
 
 
 def hand_in(script: Path, name: str) -> str:
-    """Hand the script of a job called `name` to sbatch -> the job's number.
+    """Submit the script of a job called `name` with sbatch; return the job's number.
 
-    Raises ConfigError with the scheduler's own words where it refuses, NodeFault where it does not answer: it may have
-    taken the job all the same, for a controller that was busy reads later what it was sent.
+    Raise ConfigError with the scheduler's message if it refuses, NodeFault if it does not answer. It may have accepted
+    the job even then: a busy controller reads later what it was sent.
     """
     then = f"once `scontrol ping` says UP, see that `squeue --me --name={name}` is empty, and start the command again"
     try:
@@ -45,7 +45,7 @@ def hand_in(script: Path, name: str) -> str:
 
 
 def take_back(jobs: Sequence[str]) -> str:
-    """Cancel jobs that were submitted a moment ago -> what became of them, for people."""
+    """Cancel jobs that were just submitted; return a message about the outcome."""
     listed = f"{'job' if len(jobs) == 1 else 'jobs'} {', '.join(jobs)}"
     try:
         done = _run("scancel", *jobs)
@@ -58,10 +58,9 @@ def take_back(jobs: Sequence[str]) -> str:
 
 
 def look(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """-> {"state": queued, running, done, stopped, cancelled, failed or vanished, and what is known besides}.
+    """Return "state" (queued, running, done, stopped, cancelled, failed or vanished) and other known fields.
 
-    record: what `submit` wrote into `folder`. Raises ConfigError where there is no Slurm, NodeFault where it does not
-    answer.
+    record: what `submit` wrote into `folder`. Raise ConfigError if there is no Slurm, NodeFault if it does not answer.
     """
     rows = _controller(record) or _accounting(record)
     if not rows:
@@ -85,9 +84,9 @@ def look(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def stop(record: Mapping[str, Any], folder: Path) -> None:
-    """Ask the job to save and leave for good; returns at once, and may be called again.
+    """Ask the job to save and exit for good. Returns at once; may be called again.
 
-    What has not begun, or has nothing to save, is cancelled.
+    A job that has not started, or has nothing to save, is cancelled.
     """
     job, state = str(record["job"]), look(record, folder)["state"]
     if state not in ("queued", "running"):
@@ -96,29 +95,29 @@ def stop(record: Mapping[str, Any], folder: Path) -> None:
         _run("scancel", job)
         return
     _run("scancel", "--state=PENDING", job)
-    # 1. Without this its own script would put it back into the queue after the save.
+    # 1. Without this, the job's own script would requeue it after the save.
     _run("scontrol", "update", f"JobId={job}", "Requeue=0")
-    # 2. The processes, not the script: they save and leave with 75. Said twice it says nothing new.
+    # 2. Signal the processes, not the script: they save and exit with 75. A second signal has no further effect.
     _run("scancel", "--signal=USR1", job)
 
 
-# ------------------------------------------------------------------------------------------------ who knows
+# ------------------------------------------------------------------------------------------ sources of state
 
 
 def _controller(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What scontrol says: a row for each task of an array, one otherwise; nothing where the job is forgotten."""
+    """Return scontrol's rows: one per task of an array, otherwise one; none if the controller forgot the job."""
     done = _run("scontrol", "show", "job", "--oneliner", str(record["job"]))
     if done.returncode:
         if "Invalid job id" in done.stderr:
             return []
         raise NodeFault(f"Slurm does not answer: {done.stderr.strip() or f'scontrol left with {done.returncode}'}")
     rows = [dict(FIELD.findall(line)) for line in done.stdout.splitlines() if line.startswith("JobId=")]
-    # Numbers begin anew when a site loses its state: another name is another job.
+    # Job numbers restart when a site loses its state: another name means another job.
     return [row | {"State": row["JobState"]} for row in rows if row.get("JobName") == record["name"]]
 
 
 def _accounting(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What sacct says; nothing where a site has no accounting."""
+    """Return sacct's rows; none where a site has no accounting."""
     fields = ",".join(SACCT_FIELDS)
     try:
         done = _run("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={record['job']}", f"-o{fields}")
@@ -129,7 +128,7 @@ def _accounting(record: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _left_behind(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What the batch script said last, of a job that nobody knows any more."""
+    """Return the end that the batch script recorded, for a job that Slurm no longer knows; else state vanished."""
     path = folder / END
     end = ENDED.fullmatch(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
     if end is not None and end["job"] == str(record["job"]):
@@ -143,7 +142,7 @@ def _left_behind(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _state(row: Mapping[str, str]) -> str:
-    """Ours for Slurm's."""
+    """Map Slurm's state of a job to ours."""
     words = row["State"].split()
     if words[0] in PENDING:
         return "queued"
@@ -159,19 +158,19 @@ def _ended(code: int) -> str:
 
 
 def _of_all(states: Counter[str]) -> str:
-    """Of an array: what still moves first, then what went wrong."""
+    """Return the state of an array: active states take precedence, then failures."""
     order = ("running", "queued", "failed", "cancelled", "stopped", "done")
     return next(state for state in order if states[state])
 
 
 def _exit_code(row: Mapping[str, str]) -> int:
-    """Slurm writes code:signal."""
+    """Parse Slurm's "code:signal"; a signal becomes 128 plus its number."""
     code, _, number = row["ExitCode"].partition(":")
     return int(code) or (128 + int(number) if number.isdigit() and int(number) else 0)
 
 
 def _run(*argv: str) -> "subprocess.CompletedProcess[str]":
-    """One of Slurm's tools. Raises ConfigError where it is missing, NodeFault where it does not come back."""
+    """Run one of Slurm's tools. Raise ConfigError if it is missing, NodeFault if it does not return in time."""
     try:
         return subprocess.run(argv, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False)
     except FileNotFoundError:

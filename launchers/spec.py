@@ -1,6 +1,6 @@
-"""One description of a run, rendered by local.py, slurm.py and kubernetes.py; and the schema of the place it runs in.
+"""The description of a run that local.py, slurm.py and kubernetes/ render, and the schemas of the places it runs in.
 
-The recipe says what is learnt, `configs/cluster/*.yaml` says where. Imports no torch: a login node renders jobs too.
+The recipe says what to train, `configs/cluster/*.yaml` where. Imports no torch: login nodes render jobs too.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ CLUSTER_DIR = Path("configs/cluster")
 
 
 class ClusterConfig(Settings):
-    """What every place has. `lead_s` and `retries` are what it calls by names of its own."""
+    """Settings of every place. `lead_s` and `retries` map to settings that each place names differently."""
 
     nodes: PositiveInt = 1
     procs_per_node: PositiveInt = 1
@@ -35,12 +35,12 @@ class ClusterConfig(Settings):
 
     @property
     def lead_s(self) -> int:
-        """Seconds from the signal to stop to the kill: a step and a save must fit."""
+        """Seconds from the stop signal to the kill: a step and a save must fit."""
         raise NotImplementedError
 
     @property
     def retries(self) -> int:
-        """How often what was struck, or stopped by time, is started again."""
+        """Maximum number of new attempts after a fault or a time limit."""
         raise NotImplementedError
 
 
@@ -54,17 +54,17 @@ class LocalCluster(ClusterConfig):
 
     @property
     def lead_s(self) -> int:
-        """Seconds from the signal to stop to the kill."""
+        """Seconds from the stop signal to the kill."""
         return self.stop_timeout_s
 
     @property
     def retries(self) -> int:
-        """New attempts."""
+        """Maximum number of new attempts."""
         return self.restarts
 
 
 def _time_limit(given: Any) -> str:
-    """A limit in one of Slurm's forms. Raises ValueError, for numbers too: YAML makes them of hours and minutes."""
+    """Check a limit in one of Slurm's forms. Raise ValueError also for numbers, which YAML makes of unquoted times."""
     if isinstance(given, int) and not isinstance(given, bool):
         minutes, seconds = divmod(given, 60)
         clock = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
@@ -82,11 +82,11 @@ TimeLimit = Annotated[str, BeforeValidator(_time_limit)]
 
 
 class SlurmCluster(ClusterConfig):
-    """A Slurm site. What is empty is left out of the batch script.
+    """A Slurm site. Empty fields are left out of the batch script.
 
-    start: who starts the processes of a node. master_addr: how rank 0 is found, by the name of its node or by the
-    address that Slurm has of it, where names do not resolve. options: further options of sbatch, with or without their
-    dashes. setup: lines of shell that run first, the only field that is code.
+    start: what starts the processes of a node. master_addr: how rank 0 is found, by the name of its node or, where
+    names do not resolve, by the address that Slurm has for it. options: further sbatch options, with or without dashes.
+    setup: shell lines that run first, the only field that is code.
     """
 
     kind: Literal["slurm"] = "slurm"
@@ -115,21 +115,21 @@ class SlurmCluster(ClusterConfig):
 
     @property
     def lead_s(self) -> int:
-        """Seconds from the signal to stop to the kill."""
+        """Seconds from the stop signal to the kill."""
         return self.signal_lead_s
 
     @property
     def retries(self) -> int:
-        """New attempts."""
+        """Maximum number of new attempts."""
         return self.requeues
 
 
 class KubernetesCluster(ClusterConfig):
-    """A Kubernetes cluster with the JobSet controller, or Kubeflow's trainer; builds on several nodes need KubeRay.
+    """A Kubernetes cluster with the JobSet controller or Kubeflow Trainer; builds on several nodes need KubeRay.
 
-    queue: Kueue's, where there is one. topology: a label of nodes, whose value is the same within a rack or block; the
-    pods of a run are kept within one. rdma: devices of a pod by the name of their resource. secrets: names of Secrets
-    whose keys become variables of the environment. tolerations: keys of taints.
+    queue: Kueue's queue, if there is one. topology: a node label whose value is the same within a rack or block; the
+    pods of a run are kept within one. rdma: number of devices per pod by resource name. secrets: names of Secrets whose
+    keys become environment variables. tolerations: keys of taints.
     """
 
     kind: Literal["kubernetes"] = "kubernetes"
@@ -156,12 +156,12 @@ class KubernetesCluster(ClusterConfig):
 
     @property
     def lead_s(self) -> int:
-        """Seconds from the signal to stop to the kill."""
+        """Seconds from the stop signal to the kill."""
         return self.stop_timeout_s
 
     @property
     def retries(self) -> int:
-        """New attempts."""
+        """Maximum number of new attempts."""
         return self.max_restarts
 
 
@@ -169,7 +169,7 @@ C = TypeVar("C", bound=ClusterConfig)
 
 
 def load_cluster(schema: type[C], path: Path | None) -> C:
-    """The cluster file at `path`; without one, configs/cluster/<kind>.yaml of the working folder, else the defaults."""
+    """Load the cluster file at `path`; by default configs/cluster/<kind>.yaml if it exists, else the defaults."""
     kind = schema.model_fields["kind"].default
     usual = CLUSTER_DIR / f"{kind}.yaml"
     if path is None and not usual.is_file():
@@ -190,22 +190,22 @@ COMMANDS: dict[Task, tuple[str, ...]] = {
     "generate": ("generate",),
 }
 RECOGNISED: dict[str, Task] = {"model": "train", "source": "build", "dataset": "vocab"}
-"""A YAML says what it is by a section that it alone has."""
+"""The section that identifies the task of a YAML."""
 LAUNCHED = Path("runs")
 LONGEST_NAME, NAME_DIGITS = 40, 6
 RAY_OPTION: dict[Task, str] = {"build": "ray_address=", "encode": "--ray-address="}
-"""What the address of a Ray is put behind."""
+"""Prefix of the argument that holds a Ray cluster's address."""
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Something that runs, whatever the place: a command line of `tessera`, on how many processes, by which rules.
+    """A `tessera` command to run, whatever the place: its arguments, number of processes and rules of restart.
 
     `arguments` is what follows `tessera`. `run_folder` is where the launcher keeps its records: a training's own
-    folder, runs/NAME of the others. `storage` lists what is read and written, folders and addresses; `checkpoints` is
-    where a training's go, if not into its folder. `lead_s` are the seconds from the signal to stop to the kill,
-    `retries` the new attempts; image and volumes stay with the place. `reads` is the part of `storage` that must exist
-    before it starts.
+    folder, runs/NAME for other tasks. `storage` lists the folders and addresses that are read or written; `reads` is
+    the part of it that must exist before the start. `checkpoints` is where a training saves, if not in its folder.
+    `lead_s` is the time in seconds from the stop signal to the kill, `retries` the maximum number of new attempts.
+    Image and volumes are settings of the place.
     """
 
     name: str
@@ -228,54 +228,54 @@ class RunSpec:
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """What it makes itself."""
+        """The part of `storage` that it writes itself."""
         return tuple(path for path in self.storage if path not in self.reads)
 
     @property
     def saves(self) -> bool:
-        """Does it save when it is signalled, and leave with 75?"""
+        """Whether it saves on a stop signal and exits with 75."""
         return self.task == "train"
 
     @property
     def goes_on(self) -> bool:
-        """Does the same command go on where it was interrupted? The other tasks begin again."""
+        """Whether the same command resumes where it was interrupted; other tasks start over."""
         return self.task in ("train", "build", "encode")
 
     @property
     def wants_gpus(self) -> bool:
-        """Does it compute, or only read and write?"""
+        """Whether it runs a model, rather than only reading and writing."""
         return self.task not in ("build", "vocab", "export")
 
     @property
     def on_ray(self) -> bool:
-        """Does it need a Ray of several nodes? On one node a build starts its own."""
+        """Whether it needs a Ray cluster over several nodes; on one node a build starts its own."""
         return self.task in ("build", "encode") and self.nodes > 1
 
     def with_workers(self, count: int) -> "RunSpec":
-        """The same with `count` processes, unless it says itself how many."""
+        """Return a copy with `count` workers, unless its arguments already give a number."""
         told = {"build": ("workers=", f"workers={count}"), "encode": ("--workers", f"--workers={count}")}
         if self.task not in told or any(word.startswith(told[self.task][0]) for word in self.arguments):
             return self
         return replace(self, arguments=(*self.arguments, told[self.task][1]))
 
     def on_cluster_of(self, address: str) -> "RunSpec":
-        """The same, told to join the Ray at `address`, which the place starts."""
+        """Return a copy that joins the Ray cluster at `address`, which the place starts."""
         return replace(self, arguments=(*self.arguments, RAY_OPTION[self.task] + address))
 
     @property
     def command(self) -> tuple[str, ...]:
-        """What follows the interpreter, in each process."""
+        """Arguments of the interpreter, in each process."""
         return ("-m", "launchers.cli", *self.arguments)
 
     @property
     def environment(self) -> dict[str, str]:
-        """What every process is told in every place; a place adds ranks, rendezvous and threads. The user's win."""
+        """Variables of each process in every place; a place adds ranks, rendezvous, threads. The user's entries win."""
         lead = {LEAD_VARIABLE: str(self.lead_s)} if self.saves else {}
         return {"PYTHONUNBUFFERED": "1", **lead, **dict(self.env)}
 
     @property
     def header(self) -> tuple[str, str, str]:
-        """Lines for the head of a rendered job: command, hash of its resolved configuration, what it touches."""
+        """Lines for the head of a rendered job: command, size and configuration hash, paths read and written."""
         command = command_line(["tessera", *self.arguments])
         size = f"{self.nodes} x {self.procs_per_node} processes, configuration {self.config_hash}"
         return command, size, f"reads and writes {', '.join(self.storage)}"
@@ -289,11 +289,11 @@ def describe(
     procs_per_node: int | None = None,
     task: Task | None = None,
 ) -> RunSpec:
-    """Check what shall run and its fit to the number of processes, before anything starts or is submitted.
+    """Check a command and whether it fits the number of processes, before anything starts; return its RunSpec.
 
-    target: the YAML of a run, build or vocabulary; the dataset that `encode`, the run that `export`, `evaluate` and
-    `generate` work on. arguments: overrides, or that command's options. Raises ConfigError for a wrong recipe, for a
-    batch that does not divide, and for a target that does not say what it is.
+    target: the YAML of a run, build or vocabulary; the dataset of `encode`; the run of `export`, `evaluate` and
+    `generate`. arguments: overrides, or that command's options. Raise ConfigError for a wrong recipe, for a batch that
+    does not divide, and for a target whose task cannot be recognised.
     """
     task = task or task_of(target)
     spec = RunSpec(
@@ -313,7 +313,7 @@ def describe(
 
 
 def task_of(target: str | Path) -> Task:
-    """What a YAML describes. Raises ConfigError where it cannot be told."""
+    """Return the task that a YAML describes. Raise ConfigError if it cannot be recognised."""
     path = Path(target)
     tree: Mapping[str, object] = read_yaml(path) if path.suffix in (".yaml", ".yml", ".json") else {}
     found = next((task for key, task in RECOGNISED.items() if key in tree), None)
@@ -348,7 +348,7 @@ def _train(spec: RunSpec, target: str, arguments: Sequence[str]) -> RunSpec:
 
 
 def split_changes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments of a training -> overrides, and what follows each --change (or --change=)."""
+    """Split the arguments of a training into overrides and the values of --change (one word or two)."""
     overrides: list[str] = []
     changes: list[str] = []
     words = iter(arguments)
@@ -380,7 +380,7 @@ def _vocab(spec: RunSpec, target: str, overrides: Sequence[str]) -> RunSpec:
 
 
 def _command(spec: RunSpec, target: str, arguments: Sequence[str]) -> RunSpec:
-    """What is told by options alone: the hash is that of the command line."""
+    """Complete the spec of a command that has options but no YAML; its hash is that of the command line."""
     hashed = hashlib.sha256("\0".join(spec.arguments).encode()).hexdigest()[:16]
     named = tuple(_named_folders(spec.task, arguments))
     return replace(
@@ -393,7 +393,7 @@ def _command(spec: RunSpec, target: str, arguments: Sequence[str]) -> RunSpec:
 
 
 def _named_folders(task: Task, arguments: Sequence[str]) -> list[str]:
-    """What a command line touches besides its target: the tokenizer of `encode`, the output of `export`."""
+    """Return what a command line touches besides its target: the tokenizer of `encode`, the output of `export`."""
     if task == "export":
         return [word for word in arguments[:1] if not word.startswith("-")]
     pairs = zip(arguments, [*arguments[1:], ""], strict=False)
@@ -413,7 +413,7 @@ DESCRIBED: dict[Task, Callable[[RunSpec, str, Sequence[str]], RunSpec]] = {
 
 
 def seconds_of(limit: str) -> int:
-    """Slurm's time limit in seconds: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    """Convert a Slurm limit to seconds: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
     days, dash, clock = limit.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
@@ -421,7 +421,7 @@ def seconds_of(limit: str) -> int:
 
 
 def check_gpus(procs_per_node: int, gpus_per_node: int) -> None:
-    """A device belongs to one process."""
+    """Raise ConfigError for more processes than GPUs: a GPU belongs to one process."""
     if gpus_per_node and procs_per_node > gpus_per_node:
         raise ConfigError(
             f"procs_per_node={procs_per_node} is more than gpus_per_node={gpus_per_node}; "
@@ -430,7 +430,7 @@ def check_gpus(procs_per_node: int, gpus_per_node: int) -> None:
 
 
 def dns_label(text: str, longest: int = LONGEST_NAME) -> str:
-    """`text` as a job name that Slurm, DNS and Kubernetes accept: a-z, 0-9 and '-', a letter first, not too long."""
+    """Return `text` as a name for Slurm, DNS and Kubernetes: a-z, 0-9 and '-', a letter first, cut to `longest`."""
     label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if not label or not label[0].isalpha():
         label = f"run-{label}"
@@ -438,9 +438,9 @@ def dns_label(text: str, longest: int = LONGEST_NAME) -> str:
 
 
 def job_name(text: str) -> str:
-    """`text` where it is a label of at most 40 letters; otherwise its label and six digits of its sha256.
+    """Return `text` if it is a label of at most 40 letters; otherwise its label and six digits of its sha256.
 
-    Names that differ in case, punctuation, other letters or behind the cut then differ as jobs and objects too.
+    Names that differ only in case, punctuation, non-ASCII letters or after the cut then differ as jobs and objects too.
     """
     if dns_label(text) == text:
         return text

@@ -1,7 +1,7 @@
 """`python -m launchers.torchrun --nnodes N --nproc-per-node P -m MODULE ...`: torchrun on one node of a Slurm job.
 
-torchrun itself leaves with 1 whatever its processes left with, and dies of the signal that Slurm announces the end
-with; here both come through. Ranks follow the order of the job's nodes.
+torchrun itself exits with 1 whatever its processes exited with, and dies of the signal by which Slurm announces the
+time limit. This wrapper keeps the exit code and ignores the signal. Ranks follow the order of the job's nodes.
 """
 
 import os
@@ -13,12 +13,12 @@ from launchers.local import exit_code_of
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run torchrun -> the most telling exit code of this node's processes."""
+    """Run torchrun and return the most informative exit code of this node's processes."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # Slurm signals every process of a step: those that train save, this one waits for them.
+    # Slurm signals every process of a step: training processes save, this one waits for them.
     signal.signal(signal.SIGUSR1, lambda *_: None)
     told = [
         f"--node-rank={os.environ['SLURM_NODEID']}",

@@ -1,7 +1,7 @@
-"""Follow and stop a run, by what lies in its folder: launcher.json, config.json, metrics.jsonl, job.json.
+"""Follow and stop a run through the files in its folder: launcher.json, config.json, metrics.jsonl, job.json.
 
-launcher.json is written by the launcher of this machine, job.json by who submitted the run to a scheduler: then that
-place is asked.
+launcher.json is written by the launcher of this machine. job.json is written when a run is submitted to a scheduler,
+which is then queried.
 """
 
 import itertools
@@ -27,17 +27,17 @@ from pretrain.runtime.goodput import METRICS, goodput, lines_back, raw_lines_bac
 RECORD = "launcher.json"
 JOB = "job.json"
 POLL_S = 0.1
-ASK_S = 2.0  # a scheduler is asked no more often
-ASK_AGAIN_S = 10.0  # to stop
+ASK_S = 2.0  # minimum time between queries to a scheduler
+ASK_AGAIN_S = 10.0  # before a stop request to a scheduler is repeated
 
 
 @dataclass(frozen=True)
 class RunPlace:
-    """How a scheduler is asked about the job of a record, in the run's folder.
+    """Functions that query a scheduler about the job of a record, given the run's folder.
 
-    look -> "state" (queued, running, done, stopped, cancelled, failed or vanished) and what is known besides; stop
-    asks for a save and an end, and may be called again until that has come. output: the last lines of what rank 0
-    writes, followed or not, for a place that does not write them into a file of this machine.
+    look: returns "state" (queued, running, done, stopped, cancelled, failed or vanished) and other known fields. stop:
+    asks the job to save and exit; may be called again until it has. output: yields the last lines of rank 0's output,
+    followed or not, for a place that does not write them to a file on this machine.
     """
 
     look: Callable[[Mapping[str, Any], Path], dict[str, Any]]
@@ -58,17 +58,17 @@ def _kubernetes() -> RunPlace:
 
 
 PLACES: dict[str, Callable[[], RunPlace]] = {"slurm": _slurm, "kubernetes": _kubernetes}
-"""What a place needs is imported when a run turns out to be there."""
+"""Import a place's modules only once a run turns out to be there."""
 
 # ---------------------------------------------------------------------------- the launcher's record of itself
 
 Label = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$", max_length=253)]
-"""What identifies a job or an object: it becomes an argument of a command or a part of an address."""
+"""Identifier of a job or an object; restricted, since it becomes a command's argument or part of an address."""
 
 
 @with_config(gate.OPEN)
 class _Launcher(TypedDict):
-    """What launcher.json holds. `pid` is sent signals: 0 and below would mean groups of processes."""
+    """Contents of launcher.json. `pid` receives signals: 0 and below would mean process groups."""
 
     pid: Annotated[int, Field(ge=1, le=2**31 - 1)]
     start_ticks: int | None
@@ -82,7 +82,7 @@ class _Launcher(TypedDict):
 
 @with_config(gate.OPEN)
 class _Job(TypedDict):
-    """What job.json holds: of Slurm `name`, `saves` and `output`, of Kubernetes `kind`, `namespace` and `uid`."""
+    """Contents of job.json: `name`, `saves`, `output` for Slurm; `kind`, `namespace`, `uid` for Kubernetes."""
 
     place: str
     job: Label
@@ -98,14 +98,14 @@ _OF_PLACES = {"slurm": ("name", "output"), "kubernetes": ("kind", "namespace", "
 
 
 def write_record(run: Path, record: dict[str, Any], name: str = RECORD) -> None:
-    """Replace RUN/launcher.json (or job.json) as a whole: a reader sees the old or the new one."""
+    """Replace RUN/launcher.json (or job.json) atomically: a reader sees the old or the new one."""
     with storage_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     write_whole(run / name, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_record(run: Path, name: str = RECORD) -> dict[str, Any]:
-    """RUN/launcher.json (or job.json); empty where there is none. Raises DataError when it is damaged."""
+    """Read RUN/launcher.json (or job.json); empty if there is none. Raise DataError if it is damaged."""
     path = run / name
     if not path.is_file():
         return {}
@@ -115,9 +115,9 @@ def read_record(run: Path, name: str = RECORD) -> dict[str, Any]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When process `pid` started, in clock ticks since boot; None when it is gone or a zombie.
+    """Return when process `pid` started, in clock ticks since boot; None if it is gone or a zombie.
 
-    Together with the pid this names a process for good: pids are used again, zombies still answer `kill -0`.
+    Pid and start time together identify a process: pids are reused, and zombies still answer `kill -0`.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
@@ -128,7 +128,7 @@ def start_ticks(pid: int) -> int | None:
 
 
 def is_running(record: dict[str, Any]) -> bool:
-    """Whether the launcher that wrote `record` still runs on this machine."""
+    """Return whether the launcher that wrote `record` still runs on this machine."""
     if record.get("host") != socket.gethostname() or "pid" not in record:
         return False
     ticks = start_ticks(int(record["pid"]))
@@ -136,7 +136,7 @@ def is_running(record: dict[str, Any]) -> bool:
 
 
 def metrics_size(run: Path) -> int:
-    """Bytes of metrics.jsonl: it grows with every step."""
+    """Return the size of metrics.jsonl in bytes, which grows with every logged step; 0 if there is none."""
     path = run / METRICS
     return path.stat().st_size if path.is_file() else 0
 
@@ -145,7 +145,10 @@ def metrics_size(run: Path) -> int:
 
 
 def job_of(run: Path) -> dict[str, Any]:
-    """RUN/job.json, if that run belongs to a scheduler; empty otherwise. Raises ConfigError for an unknown place."""
+    """Read RUN/job.json of a run submitted to a scheduler; empty if there is none.
+
+    Raise ConfigError for an unknown place, DataError if a field of the place is missing.
+    """
     record = read_record(run, JOB)
     if record and record.get("place") not in PLACES:
         raise ConfigError(
@@ -158,12 +161,12 @@ def job_of(run: Path) -> dict[str, Any]:
 
 
 def look_at_job(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the scheduler says of it."""
+    """Return the job's place, and what its scheduler knows of it."""
     return {"place": record["place"], **PLACES[record["place"]]().look(record, run)}
 
 
 def refuse_other_folder(run: str | Path) -> None:
-    """Raises ConfigError where `run` holds the config.json of something else, which training would replace."""
+    """Raise ConfigError if `run` holds the config.json of an exported model, which training would replace."""
     try:
         tree = json.loads((Path(run) / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):  # there is none, or a crash damaged it
@@ -175,7 +178,7 @@ def refuse_other_folder(run: str | Path) -> None:
 
 
 def refuse_second_launch(run: Path) -> None:
-    """Raises ConfigError while this run runs, or waits to, here or at a scheduler."""
+    """Raise ConfigError while this run is running here, or is running or queued at a scheduler."""
     record, job = read_record(run), job_of(run)
     if is_running(record):
         raise ConfigError(f"{run}: process {record['pid']} is training this run; `tessera stop {run}` first")
@@ -187,7 +190,7 @@ def refuse_second_launch(run: Path) -> None:
 
 
 def run_status(run: Path) -> dict[str, Any]:
-    """State, attempt, step, loss of the run in folder `run`. Raises ConfigError where there is no run."""
+    """Return state, attempt, step and loss of the run in folder `run`. Raise ConfigError if there is no run."""
     record, job, last = read_record(run), job_of(run), _last_metrics(run)
     if not record and not last and not job:
         lacks = f"no whole step in {METRICS}, and no {RECORD} or {JOB}"
@@ -212,9 +215,9 @@ def run_status(run: Path) -> dict[str, Any]:
 
 
 def metric_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
-    """The last `lines` complete lines of metrics.jsonl; with `follow` also those that come, until the run ends.
+    """Yield the last `lines` complete lines of metrics.jsonl; with `follow`, also new ones until the run ends.
 
-    Where there are none yet, or not on this machine, what its job printed.
+    Without that file on this machine, yield the output of the run's job. Raise ConfigError if there is no job either.
     """
     path = run / METRICS
     if path.is_file():
@@ -225,7 +228,7 @@ def metric_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
 
 
 def job_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
-    """The same of what the run's job printed. Raises ConfigError where no job was submitted or nothing was printed."""
+    """Yield the last lines of the job's output, as `metric_lines` does. Raise ConfigError without a job or output."""
     job = job_of(run)
     if not job:
         raise ConfigError(f"{run / JOB}: not there; this run was not submitted to a scheduler")
@@ -253,7 +256,10 @@ def _last_lines(run: Path, path: Path, lines: int, follow: bool) -> Iterator[str
 
 
 def stop_run(run: Path, timeout_s: float) -> dict[str, Any]:
-    """Ask the run's launcher or job to save, wait for its end. Raises NodeFault when that takes too long."""
+    """Ask the run's launcher or job to save and exit, and wait for its end; return its status.
+
+    Raise ConfigError if nothing is running, NodeFault if the end takes longer than `timeout_s`.
+    """
     record, began = read_record(run), time.monotonic()
     if job := job_of(run):
         _stop_job(run, job, timeout_s)
@@ -270,7 +276,7 @@ def stop_run(run: Path, timeout_s: float) -> dict[str, Any]:
 
 
 def _stop_job(run: Path, job: Mapping[str, Any], timeout_s: float) -> None:
-    """Again and again: a process that was not there yet when it was asked has not heard it."""
+    """Ask the job to stop, repeatedly: a process that started after a request has not received it."""
     state = look_at_job(run, job)["state"]
     if state not in ("queued", "running"):
         raise ConfigError(f"{run}: job {job['job']} is {state}, there is nothing to stop")
@@ -300,7 +306,7 @@ def _state(record: dict[str, Any]) -> str:
 
 
 def _complete_lines(file: TextIO) -> Iterator[str]:
-    """Lines from here on that are written to their end; a half-written one is left for the next call."""
+    """Yield the complete lines from here on; an incomplete last line is left for the next call."""
     while True:
         start = file.tell()
         line = file.readline()
@@ -315,7 +321,7 @@ def _last_metrics(run: Path) -> dict[str, Any]:
 
 
 def _total_steps(run: Path) -> int | None:
-    """What config.json says; None where it is damaged, for a run is followed and stopped without it."""
+    """Read train.steps of config.json; None if missing or damaged, since a run can be followed without it."""
     try:
         return int(json.loads((run / "config.json").read_text(encoding="utf-8"))["train"]["steps"])
     except (OSError, ValueError, KeyError, TypeError):

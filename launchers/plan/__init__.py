@@ -1,1 +1,1 @@
-"""What a run will need, before anything starts: memory, FLOPs, traffic, time. Torch is imported only by a trace."""
+"""Predict what a run needs, before it starts: memory, FLOPs, traffic, time. Only a trace imports torch."""

@@ -1,4 +1,4 @@
-"""Where a run is to go: devices, how many, and what joins them. Figures are the makers', dense and without sparsity."""
+"""The devices and networks that a run is planned for. Figures are the vendors', dense (no sparsity)."""
 
 import dataclasses
 import difflib
@@ -13,9 +13,9 @@ TERA, GIGA = 1e12, 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One device: peaks in FLOP/s, memory in bytes that the driver leaves, rates in bytes/s.
+    """One device: peaks in FLOP/s by precision, memory in bytes after the driver's share, rates in bytes/s.
 
-    link: to the devices of its node, one way; network: its share of what leaves the node, one way.
+    link: one-way rate to the devices of its node; network: its share of the node's one-way network rate.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Device:
         return self.name != "cpu"
 
 
-# fp32 is that of the plain cores: torch leaves TF32 off.
+# fp32 is the peak without tensor cores: torch leaves TF32 off.
 GPUS = {
     "a100-40": Device("a100-40", {"bf16": 312e12, "fp32": 19.5e12}, 39.4 * GIB, 1.555e12, 300e9, 25e9),
     "a100-80": Device("a100-80", {"bf16": 312e12, "fp32": 19.5e12}, 79.1 * GIB, 2.039e12, 300e9, 25e9),
@@ -43,7 +43,7 @@ CPU = "cpu"
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """nodes x per_node devices; network: bytes/s that leave a node one way."""
+    """nodes x per_node devices; network: one-way bytes/s out of a node."""
 
     device: Device
     nodes: int
@@ -56,12 +56,12 @@ class Cluster:
 
     @property
     def memory(self) -> float:
-        """Bytes that a process may use: a CPU's are shared by those of its node."""
+        """Bytes that a process may use; on CPUs, the processes of a node share its memory."""
         return self.device.memory if self.device.on_gpu else self.device.memory / self.per_node
 
 
 def cluster_of(gpu: str, nodes: int, per_node: int, network_gbits: float | None = None) -> Cluster:
-    """Raises ConfigError for a GPU that is not known, naming the nearest."""
+    """Return a cluster of the named GPU or of this CPU. Raise ConfigError for an unknown name, with the nearest one."""
     name = gpu.lower().replace("_", "-")
     device = this_cpu(per_node) if name == CPU else GPUS.get(name)
     if device is None:
@@ -75,7 +75,7 @@ def cluster_of(gpu: str, nodes: int, per_node: int, network_gbits: float | None 
 
 
 def this_cpu(processes: int) -> Device:
-    """A process's share of this machine, timed here: what plain products and copies of numpy reach on all cores."""
+    """Return one process's share of this machine: the rates of numpy's matmul and copy on all cores, measured here."""
     flops, rate = _timed_product(), _timed_copy()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     peaks = {"fp32": flops / processes, "bf16": flops / processes}
@@ -83,11 +83,11 @@ def this_cpu(processes: int) -> Device:
 
 
 LOOPBACK = 2e9
-"""Bytes/s of gloo over one machine's loopback; another network is told with --network-gbits."""
+"""Bytes/s of gloo over the loopback of one machine; --network-gbits sets another network."""
 
 
 def _timed_product(side: int = 1024, tries: int = 5) -> float:
-    """FLOP/s, the best of a few."""
+    """Return the FLOP/s of a float32 matmul, the best of a few tries."""
     import numpy as np
 
     a = np.ones((side, side), np.float32)
@@ -95,7 +95,7 @@ def _timed_product(side: int = 1024, tries: int = 5) -> float:
 
 
 def _timed_copy(size: int = 2**25, tries: int = 3) -> float:
-    """Bytes/s read and written, the best of a few."""
+    """Return the bytes/s read and written by a copy, the best of a few tries."""
     import numpy as np
 
     source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)

@@ -1,7 +1,7 @@
-"""A device on paper: tensors without memory that modules take for those of a GPU or a CPU, and its rules of autocast.
+"""A simulated device: tensors without memory that modules see as on a GPU or a CPU, and that device's autocast rules.
 
-Tensors are on torch's "meta" device, whose operations compute shapes and dtypes alone. Within a PlannedDevice they say
-that they are on the planned one, and what autocast and attention do there is done at the calls of torch's functions:
+Tensors are on torch's "meta" device, whose operations only compute shapes and dtypes. Within a PlannedDevice they
+report the planned device, and calls of torch's functions are overridden to do what autocast and attention do there:
 torch built without CUDA can neither enter CUDA's autocast nor run a backward of fake tensors on "cuda".
 """
 
@@ -16,14 +16,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import _default_meta_extractor
 
 GPU, CPU = "xpu", "cpu"
-"""What a planned GPU calls itself: torch lets no autocast of "cuda" be entered where there is none."""
+"""Device types of a planned GPU and CPU; not "cuda", whose autocast torch refuses to enter without CUDA."""
 META = torch.device("meta")
 LOWER = frozenset((
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "prelu",
     "matmul", "__matmul__", "__rmatmul__", "mm", "mv", "bmm", "addmm", "addmv", "addr", "addbmm", "baddbmm", "einsum",
     "chain_matmul", "multi_dot", "vecdot", "scaled_dot_product_attention",
 ))  # fmt: skip
-"""What autocast computes in its own precision, from torch's "CUDA Ops that can autocast to float16"; a CPU alike."""
+"""Functions that autocast runs in low precision, from torch's "CUDA Ops that can autocast to float16"; also on CPU."""
 LOSSES = (
     "cross_entropy", "nll_loss", "kl_div", "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "prod", "cdist",
     "soft_margin_loss", "hinge_embedding_loss", "binary_cross_entropy_with_logits", "cosine_embedding_loss",
@@ -37,11 +37,11 @@ FULL = {
         "log_softmax", "cumprod", "cumsum", "sum",
     )),
 }  # fmt: skip
-"""What it computes in float32, from the same lists."""
+"""Functions that autocast runs in float32, by device, from the same lists."""
 
 
 class PlannedDevice(TorchFunctionMode):
-    """Within, tensors are on a GPU or on a CPU. low: autocast's precision, or None where there is no autocast."""
+    """Mode in which tensors report being on a GPU or a CPU. low: autocast's dtype, or None without autocast."""
 
     def __init__(self, on_gpu: bool, low: torch.dtype | None) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class PlannedDevice(TorchFunctionMode):
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it as the device would."""
+        """Run the function as the planned device would."""
         named, name = kwargs or {}, getattr(function, "__name__", "")
         if name == "__get__":
             return self._property(function, args)
@@ -63,13 +63,13 @@ class PlannedDevice(TorchFunctionMode):
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """As a training step enters it; copies of weights are made once within."""
+        """Enter autocast as a training step does; within it, each weight is cast once."""
         with torch.autocast(self.name, self.low, enabled=self.low is not None):
             yield
         self.copies.clear()
 
     def stay_in(self, block: nn.Module) -> None:
-        """Let a block be on this device also where a backward computes it again, when torch has left the mode."""
+        """Keep a block on this device when a backward recomputes it, at which time torch has left this mode."""
         entered: list[bool] = []
 
         def enter(*_: Any) -> None:
@@ -79,7 +79,7 @@ class PlannedDevice(TorchFunctionMode):
 
         def leave(*_: Any) -> None:
             if entered.pop():
-                self.copies.clear()  # autocast was entered for this block alone
+                self.copies.clear()  # autocast was entered only for this block
                 self.__exit__(None, None, None)
 
         block.register_forward_pre_hook(enter)
@@ -88,7 +88,7 @@ class PlannedDevice(TorchFunctionMode):
     def _property(self, getter: Any, args: Any) -> Any:
         said = getter(*args)
         if said == META and getter == _DEVICE:
-            checks = sys._getframe(2).f_code is _CHECKS  # torch's checkpoint, which asks within and without this mode
+            checks = sys._getframe(2).f_code is _CHECKS  # torch's checkpoint, which asks inside and outside this mode
             return said if checks else self.device
         return self.name == GPU if getter == _IS_CUDA and args[0].is_meta else said
 
@@ -118,7 +118,7 @@ class PlannedDevice(TorchFunctionMode):
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
-        """The kernel that torch takes: on a GPU flash in 16 bits without a mask, else the memory-efficient one."""
+        """Call the kernel that torch would: on a GPU flash in 16 bits without a mask, else the memory-efficient one."""
         kernels, bias = torch.ops.aten, attn_mask
         if bias is not None and bias.dtype == torch.bool:
             bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, -torch.inf)

@@ -1,4 +1,4 @@
-"""What a trace of the task says, as plain numbers: parameters, FLOPs, and the bytes that it keeps, holds and moves."""
+"""The results of a trace as plain numbers: parameters, FLOPs, and bytes saved for the backward, held and moved."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ FP32 = 4
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One parameter. low: of a plain linear or convolution, which DeepSpeed sends in the precision of the autocast."""
+    """One parameter. low: of a plain linear or convolution, which DeepSpeed communicates in autocast's dtype."""
 
     numel: int
     low: bool = False
@@ -16,14 +16,18 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """One forward, with its backward where it has one. FLOPs: of products, attention, convolutions; the rest in bytes.
+    """Costs of one forward and, if there is one, its backward.
 
-    forward, backward: of the model; repeated: computed again in the backward; outside: of the task around the model.
-    layers, loss: kept for the backward by the model and by the task around it; copies: of weights in the autocast's
-    precision, low: of those that DeepSpeed sends so; cast, cast_low: the most of these at one time, as autocast holds
-    those of a block that is computed again to the end of the forward; temporary: the most that lives beside all these.
-    moved, moved_back: read and written by the operations of the forward and of the backward. gathered, returned: put
-    together over all ranks, and summed over them on the way back. tokens: looked up at once.
+    FLOPs, of matmuls, attention and convolutions. forward, backward: of the model; repeated: recomputed in the
+    backward; outside: of the task around the model.
+
+    Bytes. layers, loss: saved for the backward by the model and by the task around it; copies, copies_low: saved casts
+    of weights to autocast's dtype, low if DeepSpeed communicates the weight in it; cast, cast_low: the peaks of these,
+    as autocast holds the casts of a recomputed block until the end of the forward; temporary: the peak beside all
+    these; batch: the inputs. moved, moved_back: read and written by the operations of the forward and of the backward.
+    gathered, returned: gathered from all ranks in the forward, and summed over them in the backward.
+
+    tokens: number of tokens in the largest embedding look-up.
     """
 
     forward: float = 0
@@ -46,27 +50,27 @@ class Figures:
 
     @property
     def flops(self) -> float:
-        """All that is computed, what is computed twice counted twice."""
+        """All FLOPs, recomputation included."""
         return self.forward + self.backward + self.repeated + self.outside
 
     @property
     def kept(self) -> float:
-        """Bytes that wait for the backward, without the batch."""
+        """Bytes saved for the backward, without the batch."""
         return self.layers + self.loss + self.copies + self.copies_low
 
     @property
     def most(self) -> float:
-        """Bytes held at the worst moment, without the batch and the gradients of parameters."""
+        """Peak bytes, without the batch and the gradients of parameters."""
         return self.layers + self.loss + self.cast + self.cast_low + self.temporary
 
     def then(self, other: "Figures") -> "Figures":
-        """Both, one after the other: work adds up, of memory the greater counts."""
+        """Return the costs of both in sequence: work adds up, memory is that of the larger one."""
         larger = max(self, other, key=lambda one: one.most)
         summed = {name: getattr(self, name) + getattr(other, name) for name in WORK}
         return dataclasses.replace(larger, **summed)
 
     def towards(self, other: "Figures", share: float) -> "Figures":
-        """On the line from these to the others: 0 is these, 1 the others."""
+        """Interpolate linearly between these figures (share 0) and the others (share 1)."""
         return self._with(other, lambda mine, theirs: mine + share * (theirs - mine))
 
     def _with(self, other: "Figures", both: Callable[[float, float], float]) -> "Figures":
@@ -75,17 +79,17 @@ class Figures:
 
 
 WORK = ("forward", "backward", "repeated", "outside", "moved", "moved_back", "gathered", "returned")
-"""The fields that add up over what is done one after the other."""
+"""The fields that add up over forwards and backwards in sequence."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """A step of one rank.
+    """Costs of a step of one rank.
 
-    micro: forward and backward of each micro-batch. Where the gradient of a micro-batch depends on the whole batch,
-    first: the forward of each that goes before, whole: what is then computed once of all, and cached: bytes of what is
-    known of them. rows: samples of a micro-batch. low: bytes of an element under autocast, 4 where there is none.
-    later: roles of parameters that do not learn in this step, but later in the run.
+    micro: forward and backward of each micro-batch. If the gradient of a micro-batch depends on the whole batch
+    (gradient caching), first: the earlier forward of each micro-batch; whole: the work then done once for all of them;
+    cached: bytes cached of them. rows: samples per micro-batch. low: bytes per element under autocast, 4 without it.
+    later: roles that have no turn in this step, but later in the run.
     """
 
     weights: tuple[Weight, ...]
@@ -103,10 +107,10 @@ class Traced:
         return sum(weight.numel for weight in self.weights)
 
     def at(self, rows: int, other: "Traced") -> "Traced":
-        """A step in micro-batches of `rows`, on the line from this one to another of the same batch.
+        """Interpolate a step in micro-batches of `rows` between this one and another of the same batch.
 
-        Bytes and FLOPs are proportional to rows but for a constant; of temporary bytes, the most of several such
-        lines, the line between two points is the upper bound.
+        Bytes and FLOPs are affine in rows. Temporary bytes are the maximum of several such functions, for which
+        interpolation between two points is an upper bound.
         """
         share = (rows - self.rows) / (other.rows - self.rows)
         between = {

@@ -1,4 +1,4 @@
-"""The plan of a recipe on a cluster, and the advice: the fastest setting whose memory is enough, error included."""
+"""Plan a recipe on a cluster, and advise: the fastest setting whose memory suffices, its error included."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ DAY_S = 86_400
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """One setting of a run on a cluster; `paces`: at low, usual and high shares of the makers' figures."""
+    """The plan of one setting on a cluster. `paces`: at low, usual and high shares of the vendors' figures."""
 
     config: RunConfig
     cluster: Cluster
@@ -36,39 +36,39 @@ class RunPlan:
 
     @property
     def forward_flops(self) -> float:
-        """Of the model, of one sample."""
+        """Forward FLOPs of the model per sample."""
         return self.traced.micro.forward / self.micro
 
     @property
     def sample_flops(self) -> float:
-        """Forward and backward of one sample; what is computed twice counts once, logits of the global batch do not."""
+        """Forward and backward FLOPs per sample, without recomputation and without logits of the global batch."""
         return (self.traced.micro.forward + self.traced.micro.backward) / self.micro
 
     @property
     def tokens(self) -> int:
-        """Of a sample, where a sample is tokens alone; else 0."""
+        """Tokens per sample if a sample consists of tokens alone, else 0."""
         return round(self.traced.micro.tokens / self.micro)
 
     @property
     def step_flops(self) -> float:
-        """Of all ranks, without what is computed twice."""
+        """FLOPs of a step over all ranks, without recomputation."""
         return self.sample_flops * self.config.train.global_batch
 
     @property
     def margin(self) -> float:
-        """Bytes left when the memory's error is taken in; below 0 it may not be enough."""
+        """Bytes left after the memory used and its error; below 0, memory may not suffice."""
         return self.cluster.memory - self.memory.used - self.memory.error
 
     @property
     def mfu(self) -> tuple[float, float, float]:
-        """Shares of the peak by `step_flops`, at the three paces."""
+        """Model FLOPs utilization: `step_flops` as a share of the peak, at the three paces."""
         peak = self.cluster.world * self.cluster.device.peaks[self.config.train.precision]
         low, usual, high = (self.step_flops / (pace.step * peak) for pace in self.paces)
         return low, usual, high
 
     @property
     def days(self) -> tuple[float, float, float]:
-        """To the end of the run, at the three paces."""
+        """Days to the end of the run, at the three paces."""
         low, usual, high = (self.config.train.steps * pace.step / DAY_S for pace in self.paces)
         return low, usual, high
 
@@ -82,7 +82,7 @@ class RunPlan:
 
 
 def make_plan(config: RunConfig, cluster: Cluster, traced: Traced | None = None) -> RunPlan:
-    """Raises ConfigError when the batch does not divide, or there are more processes than samples."""
+    """Plan a run. Raise ConfigError if the batch does not divide or there are more processes than samples."""
     micro, accumulation = check_batch(config, cluster.world)
     traced = traced or trace_step(config, cluster)
     size = traced.parameters
@@ -95,7 +95,7 @@ def make_plan(config: RunConfig, cluster: Cluster, traced: Traced | None = None)
 
 
 def trace_step(config: RunConfig, cluster: Cluster) -> Traced:
-    """A step of the real task on one rank; imports torch."""
+    """Trace a step of the real task on one rank. Imports torch."""
     from launchers.plan.trace import trace
 
     micro, accumulation = check_batch(config, cluster.world)
@@ -103,7 +103,7 @@ def trace_step(config: RunConfig, cluster: Cluster) -> Traced:
 
 
 def check_batch(config: RunConfig, world: int) -> tuple[int, int]:
-    """-> micro-batch and accumulation."""
+    """Return (micro-batch, accumulation). Raise ConfigError if the batch does not divide among `world` ranks."""
     if world > config.train.global_batch:
         raise ConfigError(
             f"{world} processes are more than train.global_batch={config.train.global_batch} has samples; use at most "
@@ -119,10 +119,10 @@ def check_batch(config: RunConfig, world: int) -> tuple[int, int]:
 
 
 def advise(config: RunConfig, cluster: Cluster, planned: RunPlan | None = None) -> RunPlan | None:
-    """The fastest setting with a margin, without computing again where that is possible; None where none has one.
+    """Return the fastest setting with a positive margin, without recomputation if possible; None if there is none.
 
-    Of settings that are equally fast within 1 % the recipe's own is taken, else the lower stage and larger micro-batch.
-    planned: the recipe's own, which is not traced once more.
+    Among settings within 1 % of the fastest, prefer the recipe's own, then the lower stage, then the larger
+    micro-batch. planned: the recipe's own plan, whose trace is reused.
     """
     for recompute in (False, True):
         known = planned.traced if planned and config.train.recompute == recompute else None
@@ -140,7 +140,7 @@ def _choice(plan: RunPlan) -> tuple[int, int]:
 
 
 def candidates(config: RunConfig, cluster: Cluster, recompute: bool, known: Traced | None = None) -> list[RunPlan]:
-    """Every stage that the model trains under, with every micro-batch that divides a rank's part of the batch."""
+    """Return plans for every stage that the task supports and every micro-batch that divides a rank's batch."""
     per_rank = config.train.global_batch // cluster.world
     sizes = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
     train = config.train.model_copy(update={"recompute": recompute})
@@ -155,9 +155,9 @@ def candidates(config: RunConfig, cluster: Cluster, recompute: bool, known: Trac
 
 
 def _traces(config: RunConfig, cluster: Cluster, sizes: list[int], known: Traced | None) -> list[Traced]:
-    """A step in micro-batches of each of these sizes, ascending: the ends are traced, the others lie on their line.
+    """Return a step for each of these micro-batch sizes, ascending: the ends are traced, the others interpolated.
 
-    Where the loss is one of the whole batch, the end of the line is the largest size that splits the batch.
+    If the loss is over the whole batch, the upper end of the interpolation is the largest size that splits the batch.
     """
 
     def traced(size: int) -> Traced:
@@ -174,7 +174,7 @@ def _traces(config: RunConfig, cluster: Cluster, sizes: list[int], known: Traced
 
 
 def stages_of(config: RunConfig) -> list[int]:
-    """The ZeRO stages that the run's task trains under: what the schema refuses, it does not."""
+    """Return the ZeRO stages that the run's task supports: those that the schema accepts."""
     found = []
     for stage in range(4):
         with contextlib.suppress(ValueError):
@@ -185,7 +185,7 @@ def stages_of(config: RunConfig) -> list[int]:
 
 
 def first_limit(plan: RunPlan, best: RunPlan | None) -> str:
-    """What stops first: memory, the batch, or what the step waits for."""
+    """Return what limits the run first: memory, the batch, or the largest part of the step."""
     if plan.margin < 0:
         return (
             "memory: see the advice" if best else "memory, at every stage and micro-batch: take more or larger devices"
@@ -200,7 +200,7 @@ def first_limit(plan: RunPlan, best: RunPlan | None) -> str:
 
 
 def as_json(plan: RunPlan, best: RunPlan | None) -> dict[str, Any]:
-    """Everything, with units in the names."""
+    """Return the whole plan as plain data, with units in the names."""
     train, device = plan.config.train, plan.cluster.device
     tokens = plan.tokens
     usual = plan.paces[1]
@@ -231,7 +231,7 @@ def as_json(plan: RunPlan, best: RunPlan | None) -> dict[str, Any]:
 
 
 def setting(plan: RunPlan) -> dict[str, Any]:
-    """What the advice chooses."""
+    """Return the settings that the advice chooses."""
     return {
         "zero_stage": plan.config.train.zero_stage,
         "micro_batch": plan.micro,

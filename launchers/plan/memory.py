@@ -1,4 +1,4 @@
-"""What one device holds at the worst moment of a step, item by item, each with the error that its check allows."""
+"""Peak memory of one device in a step, item by item, each with the error that its check allows."""
 
 import dataclasses
 from typing import Any
@@ -9,15 +9,15 @@ from launchers.plan.traffic import released_share
 
 STATE, WORKING, ACTIVATION, FIXED = "states", "working set", "activations", "fixed"
 ERRORS = {STATE: 0.02, WORKING: 0.3, ACTIVATION: 0.1, FIXED: 0.35}
-"""Shares by which a kind of item may be off. tests/benchmarks/bench_planner.py measures the first three, on a CPU."""
+"""Relative error by kind of item. tests/benchmarks/bench_planner.py measures the first three, on a CPU."""
 FLAT_REDUCTION = 500_000_000  # elements that stage 0 flattens at once
 CONTEXT = 1.5 * GIB  # CUDA's context, its libraries and NCCL's buffers; a guess from reports, not measured here
-SLACK = 0.05  # of the activations: what the allocator cannot use again
+SLACK = 0.05  # share of the activations that the allocator cannot reuse
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """`bytes` for `what`; kind: one of ERRORS."""
+    """`bytes` used by `what`; kind: a key of ERRORS."""
 
     what: str
     kind: str
@@ -36,13 +36,14 @@ class Memory:
 
     @property
     def error(self) -> float:
-        """Bytes by which `used` may be off, were every item off to the same side."""
+        """Bytes by which `used` may be off if all items err in the same direction."""
         return sum(item.bytes * ERRORS[item.kind] for item in self.items)
 
 
 def memory_of(traced: Traced, settings: dict[str, Any], world: int, accumulation: int) -> Memory:
-    """Of a step. The worst moment is near the end of a forward, or the update, when activations are gone and gradients
-    are flattened.
+    """Return the memory of a step.
+
+    Its peak is near the end of a forward, or at the update, when activations are freed and gradients are flattened.
     """
     size, zero = traced.parameters, settings["zero_optimization"]
     held = [*states(size, world, zero["stage"], accumulation), *working_set(traced, zero)]
@@ -55,10 +56,10 @@ def memory_of(traced: Traced, settings: dict[str, Any], world: int, accumulation
 
 
 def states(size: int, world: int, stage: int, accumulation: int) -> list[Item]:
-    """Weights, gradients, optimizer. Weights are float32 at every precision: autocast computes with copies of them.
+    """Return weights, gradients and optimizer states. Weights are float32 at every precision: autocast casts copies.
 
-    Stages 1 to 3 keep a master beside the working weights, which in float32 is the same once more. Stage 1 reduces
-    gradients once a step, so accumulated ones are whole.
+    Stages 1 to 3 keep master weights beside the working weights, a duplicate as both are float32. Stage 1 reduces
+    gradients once per step, so accumulated gradients are not sharded.
     """
     part = size / world
     whole_gradients = stage == 0 or (stage == 1 and accumulation > 1)
@@ -72,13 +73,13 @@ def states(size: int, world: int, stage: int, accumulation: int) -> list[Item]:
 
 
 def flattened(size: int, world: int, stage: int) -> list[Item]:
-    """Gradients once more, in one piece: for stage 0's reduction, for the update of stages 1 and 2."""
+    """Return a flat copy of the gradients: for the reduction of stage 0, for the update of stages 1 and 2."""
     number = {0: min(size, FLAT_REDUCTION) if world > 1 else 0, 1: size / world, 2: size / world, 3: 0}[stage]
     return [Item("flat gradients", WORKING, float(FP32 * number))]
 
 
 def working_set(traced: Traced, zero: dict[str, Any]) -> list[Item]:
-    """Buckets, and under stage 3 the gathered weights."""
+    """Return the buckets and, under stage 3, the gathered weights."""
     if zero["stage"] == 0:
         return []
     precisions = len({weight.low for weight in traced.weights}) if traced.low != FP32 else 1
@@ -89,7 +90,7 @@ def working_set(traced: Traced, zero: dict[str, Any]) -> list[Item]:
 
 
 def gathered(traced: Traced, zero: dict[str, Any]) -> float:
-    """Stage 3: all that stay until their backward, else the kept ones and what is fetched ahead."""
+    """Return the bytes of stage 3's gathered weights: persistent ones, and the greater of retained and prefetched."""
     sizes = [(weight.numel, traced.low if weight.low else FP32) for weight in traced.weights]
     threshold = zero["stage3_param_persistence_threshold"]
     kept = sum(numel * width for numel, width in sizes if numel <= threshold)
@@ -100,10 +101,10 @@ def gathered(traced: Traced, zero: dict[str, Any]) -> float:
 
 
 def activations(traced: Traced, zero: dict[str, Any]) -> list[Item]:
-    """What waits for the backward, and the most that lives beside it.
+    """Return what is saved for the backward, and the peak of what is held beside it.
 
-    With gradient caching the loss of the whole batch is computed before there are activations of a micro-batch: the
-    greater of both counts, and what is known of all micro-batches is held beside either.
+    With gradient caching, the loss of the whole batch is computed before a micro-batch has activations: the greater of
+    the two counts, and the cached features of all micro-batches are held beside either.
     """
     moments = [_items(figures, zero) for figures in (traced.micro, traced.whole)]
     greater = max(moments, key=lambda items: sum(item.bytes for item in items))
@@ -111,7 +112,7 @@ def activations(traced: Traced, zero: dict[str, Any]) -> list[Item]:
 
 
 def _items(figures: Figures, zero: dict[str, Any]) -> list[Item]:
-    # stage 3 gathers linear layers in the autocast's precision already
+    # stage 3 already gathers linear layers in autocast's dtype
     copies = figures.cast + (0 if zero["stage"] == 3 else figures.cast_low)
     spares = zero["stage"] == 3 and zero.get("memory_efficient_linear", False)
     named = {"layers": figures.layers, "loss": figures.loss, "batch": figures.batch}

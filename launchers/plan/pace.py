@@ -1,8 +1,8 @@
-"""How long a step takes: products at a share of the peak, the rest at a share of the memory's rate, then the network.
+"""Predict the time of a step: matmuls at a share of peak, the rest at a share of the memory rate, then the network.
 
-    step = products / (peak x reached) + moved / (rate x reached) + update + what of the transfers nothing hides
+    step = products / (peak x share) + moved / (rate x share) + update + exposed transfers
 
-Three times come out, for shares that are low, usual and high; the true one should lie between the outer two.
+The result is three times, for low, usual and high shares; the true one should lie between the outer two.
 """
 
 import dataclasses
@@ -14,7 +14,10 @@ from launchers.plan.traffic import Transfer
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """Of what the makers promise, reached: by products, by memory, by links; hidden: of the backward's transfers."""
+    """Shares of the vendors' figures that products (matmuls), memory and links reach.
+
+    hidden: share of the backward's time in which transfers overlap with it.
+    """
 
     products: float
     memory: float
@@ -26,16 +29,16 @@ SHARES = {
     "gpu": (Shares(0.3, 0.5, 0.5, 0.3), Shares(0.6, 0.6, 0.7, 0.7), Shares(0.8, 0.85, 0.85, 0.95)),
     "cpu": (Shares(0.4, 0.3, 0.3, 0.0), Shares(0.7, 0.6, 0.6, 0.0), Shares(0.95, 1.2, 1.0, 0.0)),
 }
-"""Low, usual, high. Published runs on GPUs lie between (tests/launchers/plan/test_published.py); a CPU's are set by the
-recipes of configs/demo and configs/small (bench_planner.py), whose tensors fit its caches: above its copying rate.
+"""Low, usual, high. Published runs on GPUs lie between (tests/launchers/plan/test_published.py). CPU shares are set by
+the recipes of configs/demo and configs/small (bench_planner.py), whose tensors fit in cache, faster than memory copies.
 """
 UPDATE_BYTES = 7 * FP32
-"""AdamW reads weight, gradient and moments, and writes all but the gradient."""
+"""Bytes per parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """Seconds of one step, by part."""
+    """Seconds of one step, by part. exposed: the part of `network` that does not overlap with computation."""
 
     products: float
     moved: float
@@ -55,7 +58,7 @@ class Pace:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a rank computes in a step: FLOPs, bytes moved beside the products, parameters updated."""
+    """The work of a rank in a step: FLOPs, bytes moved outside the products, parameters updated."""
 
     flops: float
     moved: float
@@ -63,7 +66,7 @@ class Work:
 
     @classmethod
     def of(cls, traced: Traced, accumulation: int, updated: float) -> "Work":
-        """A step."""
+        """Sum the work over all micro-batches of a step."""
         parts = ((traced.micro, accumulation), (traced.first, accumulation), (traced.whole, 1))
         flops = sum(times * figures.flops for figures, times in parts)
         moved = sum(times * (figures.moved + figures.moved_back) for figures, times in parts)
@@ -71,7 +74,7 @@ class Work:
 
 
 def paces(work: Work, transfers: list[Transfer], cluster: Cluster, precision: str) -> tuple[Pace, Pace, Pace]:
-    """-> at low, usual and high shares."""
+    """Return the paces at low, usual and high shares."""
     found = []
     for share in SHARES["gpu" if cluster.device.on_gpu else "cpu"]:
         products = work.flops / (cluster.device.peaks[precision] * share.products)
@@ -85,7 +88,7 @@ def paces(work: Work, transfers: list[Transfer], cluster: Cluster, precision: st
 
 
 def network_seconds(transfers: list[Transfer], cluster: Cluster) -> float:
-    """At full rate: within a node over its links, between nodes as many rings side by side as a node has devices."""
+    """Return the seconds at full rate: over links within a node, over one ring per device of a node between nodes."""
     sent = sum(transfer.sent(cluster.world) for transfer in transfers)
     if cluster.nodes == 1:
         return sent / cluster.device.link
@@ -93,5 +96,5 @@ def network_seconds(transfers: list[Transfer], cluster: Cluster) -> float:
 
 
 def sent_by_node(transfers: list[Transfer], cluster: Cluster) -> float:
-    """Bytes that leave each node in a step: what one ring over all ranks carries."""
+    """Return the bytes that leave each node in a step: the traffic of one ring over all ranks."""
     return sum(transfer.sent(cluster.world) for transfer in transfers) if cluster.nodes > 1 else 0.0

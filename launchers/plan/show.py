@@ -1,4 +1,4 @@
-"""A plan for people: one table, with what it is based on and how far off it may be."""
+"""Print a plan for people: one table, what it is based on and how far off it may be."""
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +12,7 @@ UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k
 
 
 def show(plan: RunPlan, best: RunPlan | None, console: Console) -> None:
-    """Print the table, the advice and what the figures rest on."""
+    """Print the table, the advice and the basis of the figures."""
     console.print(_table(plan, best))
     for line in notes(plan, best):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -23,7 +23,7 @@ def _table(plan: RunPlan, best: RunPlan | None) -> Table:
     title = f"{plan.config.run} on {cluster.nodes} x {cluster.per_node} {cluster.device.name}"
     table = Table(title=title, show_header=False, title_justify="left")
     for _ in range(2):
-        table.add_column(overflow="fold")  # nothing is cut on a narrow terminal
+        table.add_column(overflow="fold")  # wrap on a narrow terminal, cut nothing
     table.add_row("model", f"{plan.config.model.kind}, {plan.parameters:,} parameters, {train.precision}")
     split = f"{train.global_batch} = {cluster.world} ranks x {plan.micro} x {plan.accumulation} accumulated"
     table.add_row("batch", f"{split}, ZeRO stage {train.zero_stage}")
@@ -46,7 +46,7 @@ def _table(plan: RunPlan, best: RunPlan | None) -> Table:
 
 
 def memory_line(plan: RunPlan) -> str:
-    """Used of available, its error and the margin: never a bare yes or no."""
+    """Return used and available memory, the error and the margin, rather than a bare yes or no."""
     text = f"{gib(plan.memory.used)} of {gib(plan.cluster.memory)}, off by {gib(plan.memory.error)} at most"
     if plan.margin >= 0:
         return f"{text}: {gib(plan.margin)} are left even then"
@@ -75,7 +75,7 @@ def _time_rows(plan: RunPlan) -> list[tuple[str, str]]:
 
 
 def notes(plan: RunPlan, best: RunPlan | None) -> list[str]:
-    """The advice, what is not counted, and what the figures rest on."""
+    """Return the advice, what is not counted, and the basis of the figures."""
     kinds = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in ERRORS.items())
     size, world, stage = plan.parameters, plan.cluster.world, plan.config.train.zero_stage
     own = sum(item.bytes for item in plan.memory.items if item.kind == STATE)
@@ -94,7 +94,7 @@ def notes(plan: RunPlan, best: RunPlan | None) -> list[str]:
 
 
 def not_counted(plan: RunPlan) -> list[str]:
-    """What makes this run's steps differ from the one that was planned."""
+    """Return what makes this run's steps differ from the planned one."""
     lines = []
     if getattr(plan.config.task, "packing", False):
         lines.append("Counted with a row a sample; packing needs fewer rows, by how much depends on the captions.")
@@ -104,7 +104,7 @@ def not_counted(plan: RunPlan) -> list[str]:
 
 
 def advice_line(plan: RunPlan, best: RunPlan | None) -> str:
-    """As overrides that can be put behind the command."""
+    """Return the advice, as overrides that can be appended to the command."""
     if best is None:
         return "Advice: no stage and no micro-batch has a margin here."
     text = f"train.zero_stage={best.config.train.zero_stage} train.micro_batch={best.micro}"
@@ -117,12 +117,12 @@ def advice_line(plan: RunPlan, best: RunPlan | None) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB, small ones as MiB."""
+    """Format bytes as GiB, small ones as MiB."""
     return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 10 else f"{size / GIB * 1024:.1f} MiB"
 
 
 def unit(value: float, name: str) -> str:
-    """1.23e9 -> 1.23 G."""
+    """Format with an SI prefix: 1.23e9 -> 1.23 G."""
     for factor, letter in UNITS:
         if value >= factor:
             return f"{value / factor:.4g} {letter}{name}"

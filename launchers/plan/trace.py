@@ -1,7 +1,7 @@
-"""Run the real task without data: its parameters, FLOPs, and the bytes that it keeps, holds and moves.
+"""Trace the real task without data: parameters, FLOPs, and bytes saved for the backward, held and moved.
 
-Tensors have a shape and a dtype and no memory (see `device`). Every operation of a forward and its backward passes a
-Recorder. Imports torch: only `launchers.plan.make` imports this module, when it plans.
+Tensors have a shape and a dtype but no memory (see `device`). A Recorder sees every operation of a forward and its
+backward. Imports torch: only `launchers.plan.make` imports this module, when it plans.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from pretrain.tasks import TASKS
 from pretrain.tasks.collectives import Collectives
 
 LOW_PRECISION_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""DeepSpeed sends the parameters of these classes, not of their subclasses, in the autocast's precision."""
+"""DeepSpeed communicates the parameters of these classes, not of their subclasses, in autocast's dtype."""
 Batch = dict[str, Tensor]
 
 
 def trace(config: RunConfig, rows: int, accumulation: int, world: int, on_gpu: bool, step: int = 0) -> Traced:
-    """A step of one rank of `world`, in micro-batches of `rows` samples."""
+    """Trace a step of one of `world` ranks, in micro-batches of `rows` samples."""
     task = TracedTask(config, world, on_gpu, step)
     micro = first = whole = Figures()
     kept = 0.0
@@ -51,7 +51,7 @@ def trace(config: RunConfig, rows: int, accumulation: int, world: int, on_gpu: b
 
 
 class Cached(NamedTuple):
-    """Of gradient caching. kept: bytes of what is known of all micro-batches; more: what one's batch learns of them."""
+    """Costs of gradient caching. kept: bytes cached of all micro-batches; more: what it adds to one's batch."""
 
     first: Figures
     whole: Figures
@@ -77,7 +77,7 @@ class TracedTask:
             self.module = TASKS[config.task.kind](model, config.task, collectives).train()
 
     def weights(self) -> tuple[Weight, ...]:
-        """Every parameter."""
+        """Return every parameter."""
         low = {
             id(parameter)
             for module in self.module.modules()
@@ -87,23 +87,23 @@ class TracedTask:
         return tuple(Weight(parameter.numel(), id(parameter) in low) for parameter in self.module.parameters())
 
     def turns(self, step: int) -> tuple[str, ...]:
-        """The optimizers' roles that take a turn in this step, in order."""
+        """Return the optimizer roles that take a turn in this step, in order."""
         return self.module.turns(step)
 
     def learn(self, role: str) -> None:
-        """From here on only the parameters of this role ask for a gradient."""
+        """Require gradients of this role's parameters only, from now on."""
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(self.module.role_of(name) == role)
             parameter.grad = None
 
     def batch(self, rows: int, role: str) -> Batch:
-        """Samples of the largest size."""
+        """Return a batch of samples of the largest size."""
         numbers = {"step": torch.tensor(self.step), "turn": torch.tensor(self.module.roles.index(role))}
         shapes = batch_shapes(self.config, self.module.keys, rows).items()
         return numbers | {key: torch.empty(sizes, dtype=dtype, device=META) for key, (sizes, dtype) in shapes}
 
     def forward_and_backward(self, batch: Batch) -> Figures:
-        """One micro-batch."""
+        """Trace the forward and backward of one micro-batch."""
         with self._recorded(batch) as recorder:
             loss = self._forward(batch)["loss"]
             recorder.turn_back()
@@ -112,9 +112,9 @@ class TracedTask:
         return recorder.figures(gradients)
 
     def cached(self, batch: Batch, rows: int, accumulation: int, role: str) -> "Cached":
-        """Gradient caching: what goes before the backward of the first micro-batch, and what it adds to the batch.
+        """Trace gradient caching: the work before the first micro-batch's backward, and what it adds to the batch.
 
-        Two parts stand for all micro-batches of a rank: their number does not change what the loss computes.
+        Two parts represent all micro-batches of a rank: their number does not change what the loss computes.
         """
         embed = {"embed": torch.tensor(1)}
         half = rows * accumulation // 2
@@ -130,14 +130,14 @@ class TracedTask:
         return Cached(first.figures(), whole.figures(), float(accumulation * size), more)
 
     def _forward(self, batch: Batch) -> Batch:
-        """As the engine calls it."""
+        """Call the module as the engine does."""
         with noise_of(batch.get("noise"), batch.get("places")), self.device.autocast():
             result: Batch = self.module(batch)
         return result
 
     @contextlib.contextmanager
     def _recorded(self, batch: Batch, *besides: Batch) -> Iterator["Recorder"]:
-        """Operations within are noted; besides: what is there already."""
+        """Record the operations within; besides: tensors that exist already."""
         self.ranks.clear()
         low = [weight.low for weight in self.weights()]
         weights = {_key(parameter): low for parameter, low in zip(self.module.parameters(), low, strict=True)}
@@ -152,13 +152,13 @@ class TracedTask:
 
 
 class Ranks:
-    """Collectives of `world` ranks of which this is one: shapes as they would be, and how much is sent."""
+    """Simulated collectives of one of `world` ranks: the resulting shapes, and the bytes gathered and returned."""
 
     def __init__(self, world: int) -> None:
         self.world, self.gathered, self.returned = world, 0, 0
 
     def clear(self) -> None:
-        """Forget what was sent."""
+        """Reset the counts."""
         self.gathered = self.returned = 0
 
     def gather(self, x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class _PlannedGather(torch.autograd.Function):
 
 
 def _key(tensor: Tensor) -> int:
-    """Of the memory of a tensor, as long as it lives."""
+    """Return a key of the tensor's storage, unique while the storage lives."""
     return tensor.untyped_storage()._cdata
 
 
@@ -195,7 +195,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 @dataclasses.dataclass
 class Allocation:
-    """One storage. made_by: "layers", "loss", "copies" or "copies_low"; watch: notes its end."""
+    """One storage. made_by: "layers", "loss", "copies" or "copies_low"; watch: a weak reference that notes its end."""
 
     size: int
     made_by: str
@@ -203,7 +203,10 @@ class Allocation:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes of every operation what it computes, reads, writes and makes; weights: their memory -> sent in low?"""
+    """Records what every operation computes, reads, writes and allocates.
+
+    weights: storage key -> whether DeepSpeed communicates the weight in autocast's dtype.
+    """
 
     def __init__(self, weights: dict[int, bool], batch: Batch, ranks: Ranks) -> None:
         super().__init__()
@@ -219,23 +222,23 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Torch's compiler, which nothing here uses, takes seconds to import."""
+        """Return False: skipping torch's compiler would import it, which takes seconds; nothing here uses it."""
         return False
 
     def enter(self, *_: Any) -> None:
-        """The model's forward begins."""
+        """Note the start of the model's forward."""
         self.inside = True
 
     def leave(self, *_: Any) -> None:
-        """It ends; nodes of autograd made until now are the model's."""
+        """Note its end; autograd nodes created until now are the model's."""
         self.inside, self.model_end = False, torch._C._autograd._get_sequence_nr()
 
     def turn_back(self) -> None:
-        """The forward has ended: what is alive now waits for the backward."""
+        """Note the end of the forward: storages alive now are saved for the backward."""
         self.kept, self.back = list(self.alive.values()), True
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it and take notes."""
+        """Run the operation and record it."""
         with torch._C.DisableTorchFunction():
             return self._noted(operation, args, kwargs or {})
 
@@ -253,7 +256,7 @@ class Recorder(TorchDispatchMode):
         return made
 
     def _count(self, operation: Any, args: Any, kwargs: Any, made: Any) -> bool:
-        """Count its FLOPs -> whether it is one of those that have any."""
+        """Count the operation's FLOPs; return whether it has a formula for them."""
         packet = operation._overloadpacket
         if packet is torch.ops.aten.embedding and self.only_tokens:
             self.tokens = max(self.tokens, args[1].numel())
@@ -262,7 +265,7 @@ class Recorder(TorchDispatchMode):
         return packet in FLOPS
 
     def _kind(self) -> str:
-        """What is computed now; in a backward, gradients are on only where a forward is repeated."""
+        """Return the kind of the current work; in a backward, grad mode is on only while a forward is recomputed."""
         node = torch._C._current_autograd_node() if self.back else None
         if not (self.inside if node is None else node._sequence_nr() < self.model_end):
             return "outside"
@@ -288,7 +291,7 @@ class Recorder(TorchDispatchMode):
         memory.watch = weakref.ref(storage, gone)
 
     def figures(self, gradients: list[Tensor] | None = None) -> Figures:
-        """All notes; gradients: of parameters, which count elsewhere."""
+        """Return the recorded figures. gradients: of parameters, which are counted elsewhere."""
         kept = {"layers": 0, "loss": 0, "copies": 0, "copies_low": 0}
         for memory in self.kept or []:
             kept[memory.made_by] += memory.size
@@ -305,12 +308,12 @@ class Recorder(TorchDispatchMode):
 
 
 def _most(changes: Iterable[int]) -> int:
-    """The most at one time."""
+    """Return the peak of the running sum."""
     return max(itertools.accumulate(changes), default=0)
 
 
 def _writes(operation: Any) -> bool:
-    """Does it change one of its inputs?"""
+    """Return whether the operation changes one of its inputs."""
     return any(
         argument.alias_info is not None and argument.alias_info.is_write for argument in operation._schema.arguments
     )
@@ -328,7 +331,7 @@ def _attention_back(
 
 ATTENTION = ("flash_attention", "efficient_attention", "flash_attention_for_cpu")
 FLOPS: dict[Any, Any] = dict(flop_registry)
-"""Torch's formulas; those of attention are of plain products, whatever its kernels compute again."""
+"""Torch's formulas; attention counts as plain matmuls, without what its kernels recompute."""
 for _name in ATTENTION:
     _stem, _cpu, _ = _name.partition("_for_cpu")
     FLOPS[getattr(torch.ops.aten, f"_scaled_dot_product_{_name}")] = _attention

@@ -1,7 +1,7 @@
-"""What a step sends: the collectives of each ZeRO stage as our engine and DeepSpeed run them.
+"""Traffic of a step: the collectives of each ZeRO stage as our engine and DeepSpeed run them.
 
-Wire bytes are those of rings: with W ranks a gather or a scatter of n bytes passes (W - 1) / W of them through every
-rank, a reduction to all twice that. gloo scatters by reducing to all, NCCL does not.
+Bytes are those of ring algorithms: with W ranks, each rank sends n (W - 1) / W bytes in an all-gather or reduce-scatter
+of n bytes, twice that in an all-reduce. gloo's reduce-scatter is an all-reduce, NCCL's is not.
 """
 
 import dataclasses
@@ -10,12 +10,12 @@ from typing import Any
 from launchers.plan.figures import FP32, Traced, Weight
 
 PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "reduce_scatter by gloo": 2}
-REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's own, in elements: what is used again sooner stays gathered
+REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's default, in elements: weights reused sooner stay gathered
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """A collective over all ranks: `bytes` of the whole tensor, `times` a step."""
+    """A collective over all ranks: `bytes` of the whole tensor, `times` per step."""
 
     what: str
     kind: str
@@ -23,12 +23,12 @@ class Transfer:
     times: int
 
     def sent(self, world: int) -> float:
-        """Bytes that each rank sends in a step."""
+        """Return the bytes that each rank sends in a step."""
         return PASSES[self.kind] * self.bytes * self.times * (world - 1) / world
 
 
 def transfers_of(traced: Traced, settings: dict[str, Any], accumulation: int) -> list[Transfer]:
-    """All of a step, but for a few hundred bytes of metrics and agreements."""
+    """Return the transfers of a step, except for a few hundred bytes of metrics and agreements between ranks."""
     weights, low = traced.weights, traced.low
     zero = settings["zero_optimization"]
     stage, size = zero["stage"], traced.parameters
@@ -46,9 +46,9 @@ def transfers_of(traced: Traced, settings: dict[str, Any], accumulation: int) ->
 
 
 def _gathers(weights: tuple[Weight, ...], zero: dict[str, Any], low: int, accumulation: int) -> list[Transfer]:
-    """Stage 3: small weights once a step, others in every forward, and in every backward where they did not stay.
+    """Return stage 3's gathers: small weights once per step, others in every forward and, if released, every backward.
 
-    A block that is computed again has its backward right behind, before its weights are let go: nothing is added.
+    A recomputed block runs its backward right after, before its weights are released, and adds nothing.
     """
     threshold = zero["stage3_param_persistence_threshold"]
     kept = sum(w.numel * (low if w.low else FP32) for w in weights if w.numel <= threshold)
@@ -63,10 +63,10 @@ def _gathers(weights: tuple[Weight, ...], zero: dict[str, Any], low: int, accumu
 
 
 def released_share(weights: tuple[Weight, ...], zero: dict[str, Any]) -> float:
-    """Of the weights, how many are let go after the forward: those used again only after `reuse distance` elements.
+    """Return the share of the weights released after the forward: those reused after more than the reuse distance.
 
-    From the forward of a layer to its backward lie, twice, all the layers behind it. What the prefetch has looked at
-    already stays too.
+    Between a layer's forward and its backward, all later layers are used twice. Weights that the prefetch has already
+    requested stay too.
     """
     size = sum(weight.numel for weight in weights)
     stays = max(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE) / 2, zero["stage3_prefetch_bucket_size"])
@@ -74,7 +74,7 @@ def released_share(weights: tuple[Weight, ...], zero: dict[str, Any]) -> float:
 
 
 def _features(traced: Traced, accumulation: int) -> list[Transfer]:
-    """What a loss of the global batch gathers from all ranks, and its gradients back."""
+    """Return what a loss over the global batch gathers from all ranks, and the reduction of its gradients."""
     found = []
     for figures, times in ((traced.micro, accumulation), (traced.whole, 1)):
         if figures.gathered:
