@@ -1,4 +1,4 @@
-"""What a run writes for people: metrics.jsonl, system-NODE.jsonl and samples/, from which MLflow is fed."""
+"""A run's human-readable outputs: metrics.jsonl, system-NODE.jsonl and samples/, which are also sent to MLflow."""
 
 import json
 import os
@@ -25,7 +25,7 @@ CLOSE_TIMEOUT_S = 60.0
 
 
 class Writer:
-    """What rank 0 writes for people and for MLflow."""
+    """Writes rank 0's metrics, pictures and progress lines, and feeds MLflow."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Writer:
         fingerprints: Mapping[str, str] | None = None,
         changes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """fingerprints: of what the run depends on. changes: settings that were changed here, {"from", "to"} by key."""
+        """fingerprints: of the run's dependencies. changes: settings changed by this attempt, {"from", "to"} by key."""
         self.config = config
         self.attempt = attempt
         self.folder = Path(config.run)
@@ -66,7 +66,7 @@ class Writer:
         seconds: dict[str, float],
         told: dict[str, str],
     ) -> None:
-        """One line of metrics.jsonl: numbers, times, and `told` by the guards."""
+        """Write one line of metrics.jsonl: metrics, times, and the guards' decision `told`; print progress."""
         row: dict[str, Any] = {"step": step, "attempt": self.attempt, "loss": means["loss"]}
         row |= {"loss_hex": means["loss"].hex(), "positions": list(positions)}
         row |= {key: value for key, value in means.items() if key != "loss"}
@@ -79,21 +79,21 @@ class Writer:
             self.say(f"step {step}: {told['guard']}")
 
     def picture(self, pixels: Tensor, name: str, step: int) -> None:
-        """pixels float32 [n, 3, S, S] in [-1, 1] -> samples/NAME-step-S.png"""
+        """Write pixels float32 [n, 3, S, S] in [-1, 1] to samples/NAME-step-SSSSSSSS.png."""
         save_grid(pixels, self.folder / "samples" / f"{name}-step-{step:08d}.png")
 
     def say(self, text: str) -> None:
         print(text, flush=True)
 
     def close(self, status: str) -> None:
-        """status: of the attempt, as MLflow names it; empty where the run belongs to a later attempt."""
+        """Close all outputs. status: the attempt's MLflow status; empty if the run belongs to a later attempt."""
         self.metrics.close()
         if self.mlflow:
             self.mlflow.close(status)
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, a line a step, each flushed: a killed process loses none that it wrote."""
+    """Appends one line per step to metrics.jsonl, each flushed: a killed process loses no line that it wrote."""
 
     def __init__(self, run: Path, name: str = METRICS) -> None:
         run.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class MetricsLog:
         self._file = (run / name).open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        """One step."""
+        """Append one line."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
@@ -110,9 +110,9 @@ class MetricsLog:
 
 
 class SystemLog(threading.Thread):
-    """Appends what one node's processor, memory, disk, network and devices do to RUN/system-NODE.jsonl, at times.
+    """Appends one node's CPU, memory, disk, network and GPU metrics to RUN/system-NODE.jsonl at intervals.
 
-    A run shorter than the first interval has one line too, from its end.
+    The last line is written at the end, so that even a run shorter than the first interval has one.
 
     Names are those of MLflow's own system metrics, under the node's name, so that its page shows them.
     """
@@ -124,7 +124,7 @@ class SystemLog(threading.Thread):
         self._ending = threading.Event()
 
     def run(self) -> None:
-        psutil.cpu_percent()  # the first call only sets the mark from which the next one counts
+        psutil.cpu_percent()  # the first call only sets the reference for the next one
         count, ending = 0, False
         while not ending:
             ending = self._ending.wait(SYSTEM_INTERVAL_S if count else FIRST_INTERVAL_S)
@@ -139,7 +139,7 @@ class SystemLog(threading.Thread):
 
 
 def system_figures() -> dict[str, float]:
-    """What this machine does now; of CUDA devices the memory in use."""
+    """Return this machine's current system metrics; for CUDA devices only the memory in use."""
     memory, network = psutil.virtual_memory(), psutil.net_io_counters()
     figures = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -158,7 +158,7 @@ def system_figures() -> dict[str, float]:
 
 
 def _end_last_line(path: Path) -> None:
-    """Cut a last line that a killed process left half written."""
+    """Truncate an incomplete last line that a killed process left behind."""
     last = next(raw_lines_back(path), b"\n")
     if not last.endswith(b"\n"):
         os.truncate(path, path.stat().st_size - len(last))

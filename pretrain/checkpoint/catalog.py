@@ -1,4 +1,4 @@
-"""What lies where checkpoints lie: names, manifests, digests, claims, retention. Knows no tensors and no ranks."""
+"""Contents of a checkpoint root: names, manifests, digests, claims, retention. Independent of tensors and ranks."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ INDEX = "index.json"
 VERSION = 3
 DAMAGED = "it is damaged; go on from another checkpoint, `tessera checkpoint verify` tells which are whole"
 BUFFER = 8 << 20
-"""Bytes held at once while a file is hashed or read."""
+"""Bytes held in memory at once while a file is hashed or read."""
 FOLDER = re.compile(r"step-(\d+)\.attempt-(\d+)")
 CLAIM = re.compile(r"attempt-(\d+)\.json")
 NAME = re.compile(r"name-([A-Za-z0-9_.-]+)\.json")
@@ -44,7 +44,7 @@ class FileEntry(TypedDict):
 
 @with_config(gate.OPEN)
 class CheckpointManifest(TypedDict):
-    """What MANIFEST.json holds."""
+    """Contents of MANIFEST.json."""
 
     version: int
     step: gate.Count
@@ -59,12 +59,12 @@ class _StreamState(TypedDict):
 
 
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{12,64}(@step \d{1,15})?$")]
-"""Of what a run depends on; see fingerprints.py."""
+"""Fingerprint of something a run depends on; see fingerprints.py."""
 
 
 @with_config(gate.OPEN)
 class _State(TypedDict):
-    """What of state.json is counted with; its other parts are compared with what the run has."""
+    """The fields of state.json that are computed with; the other fields are compared with those of the run."""
 
     stream: NotRequired[_StreamState]
     means: NotRequired[dict[str, float]]
@@ -74,7 +74,7 @@ class _State(TypedDict):
 
 @with_config(gate.CLOSED)
 class _Label(TypedDict):
-    """What name-LABEL.json holds."""
+    """Contents of name-LABEL.json."""
 
     checkpoint: gate.FileName
 
@@ -112,13 +112,13 @@ class Saved:
         return tree
 
     def passed_over_by(self, later: "Saved") -> bool:
-        """Did the attempt that saved `later` start behind this one?"""
+        """Return whether the attempt that saved `later` resumed from before this checkpoint."""
         return later.attempt > self.attempt and later.step <= self.step
 
     def faults(self, part: int = 0, parts: int = 1) -> list[str]:
-        """What differs from the manifest, a line for each file; empty when all is whole.
+        """Return the differences from the manifest, one line per file; empty when all files are whole.
 
-        Only every `parts`-th file from `part` on is looked at: ranks share the work.
+        Only every `parts`-th file from `part` on is checked: ranks share the work.
         """
         try:
             files = self.manifest["files"]
@@ -129,23 +129,23 @@ class Saved:
 
 
 def checkpoint_root(run: str | Path, elsewhere: str | None) -> str:
-    """Where the checkpoints of a run lie: in its folder, unless its configuration names another place."""
+    """Return the root of a run's checkpoints: in its folder, unless its configuration names another place."""
     return elsewhere or f"{run}/checkpoints"
 
 
 def folder_name(step: int, attempt: int) -> str:
-    """The folder of a checkpoint under its root."""
+    """Return the name of a checkpoint's folder under its root."""
     return f"step-{step:08d}.attempt-{attempt}"
 
 
 def numbers(name: str) -> tuple[int, int]:
-    """-> (step, attempt) of a checkpoint's folder; (-1, -1) of anything else."""
+    """Return (step, attempt) of a checkpoint's folder name; (-1, -1) for any other name."""
     match = FOLDER.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else (-1, -1)
 
 
 def committed(root: str | Path) -> list[Saved]:
-    """Checkpoints that have a manifest, by step and attempt."""
+    """Return the checkpoints that have a manifest, sorted by step and attempt."""
     found = (Saved(f"{root}/{name}") for name in _folders(root))
     return [saved for saved in found if saved.storage.exists(MANIFEST)]
 
@@ -155,7 +155,7 @@ def _folders(root: str | Path) -> list[str]:
 
 
 def read_manifest(storage: Storage) -> CheckpointManifest:
-    """The manifest of a checkpoint. Raises DataError where it is missing, something else, or of another format."""
+    """Return the manifest of a checkpoint. Raises DataError if it is missing, invalid, or of another format version."""
     manifest: CheckpointManifest = gate.parse(CheckpointManifest, storage.get(MANIFEST), storage.root, DAMAGED)
     if manifest["version"] != VERSION:
         raise DataError(
@@ -169,7 +169,7 @@ def read_manifest(storage: Storage) -> CheckpointManifest:
 
 
 def read_json(storage: Storage, name: str) -> dict[str, Any]:
-    """Raises DataError where the object is missing or is no JSON object."""
+    """Read a JSON object. Raises DataError if it is missing or not a JSON object."""
     data = storage.get(name)
     try:
         tree = json.loads(data)
@@ -181,19 +181,19 @@ def read_json(storage: Storage, name: str) -> dict[str, Any]:
 
 
 def as_json(tree: Any) -> bytes:
-    """The bytes under which a tree is stored: the same for equal trees."""
+    """Serialise a tree as JSON bytes, the same bytes for equal trees."""
     return json.dumps(tree, indent=1, sort_keys=True).encode()
 
 
 def put_once(storage: Storage, name: str, data: bytes) -> dict[str, Any]:
-    """Create an object -> its entry in the manifest. Raises DataError where the name is taken."""
+    """Create an object -> its entry in the manifest. Raises DataError if the name is taken."""
     if not storage.put_if_absent(name, data):
         raise DataError(f"{storage.root}/{name} exists already; another attempt committed it")
     return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def file_fault(storage: Storage, entry: Mapping[str, Any]) -> str:
-    """How an object differs from its entry in a manifest; empty when it does not."""
+    """Return how an object differs from its entry in a manifest; empty when it does not."""
     name = entry["name"]
     try:
         if not storage.exists(name):
@@ -214,7 +214,7 @@ def file_fault(storage: Storage, entry: Mapping[str, Any]) -> str:
 
 
 def claim_attempt(root: str | Path, at_least: int, by: dict[str, Any]) -> int:
-    """Take the next free attempt number, from `at_least` on, for this process alone; earlier attempts are fenced."""
+    """Claim the next free attempt number from `at_least` on, exclusively; earlier attempts can no longer commit."""
     storage = open_storage(root)
     number = max(at_least, newest_claim(root) + 1)
     while not storage.put_if_absent(f"attempt-{number:05d}.json", as_json(by)):
@@ -223,12 +223,12 @@ def claim_attempt(root: str | Path, at_least: int, by: dict[str, Any]) -> int:
 
 
 def newest_claim(root: str | Path) -> int:
-    """The attempt that owns the run; -1 when none was made."""
+    """Return the number of the attempt that owns the run; -1 without any claim."""
     return max((int(match[1]) for name in open_storage(root).list() if (match := CLAIM.fullmatch(name))), default=-1)
 
 
 def consent_since(root: str | Path, attempt: int) -> dict[str, Any]:
-    """What attempts after `attempt` were told to change, by dotted key; the newest word on a key counts."""
+    """Return the changes that attempts after `attempt` were given consent for, by dotted key; the newest value wins."""
     storage = open_storage(root)
     later = {int(match[1]): name for name in storage.list() if (match := CLAIM.fullmatch(name))}
     consent: dict[str, Any] = {}
@@ -239,7 +239,7 @@ def consent_since(root: str | Path, attempt: int) -> dict[str, Any]:
 
 
 def refuse_overtaken(root: str | Path, attempt: int) -> None:
-    """Raises Overtaken when a later attempt has claimed the run: it must neither see our commits nor our removals."""
+    """Raise Overtaken if a later attempt has claimed the run: then this one must neither commit nor remove anything."""
     owner = newest_claim(root)
     if owner > attempt:
         raise Overtaken(
@@ -253,13 +253,13 @@ def refuse_overtaken(root: str | Path, attempt: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the last ones, every M-th step, the best by the metric `best`, and named ones.
+    """Which checkpoints are kept: the last ones, every M-th step, the best by the metric `best`, and named ones.
 
-    best: as `train.keep_best`, a name or min:NAME or max:NAME; the least where no direction is known.
+    best: as `train.keep_best`: NAME, min:NAME or max:NAME; the lowest value wins if no direction is known.
 
-    The last are counted among the regular ones, whose step `regular` divides: a roll back needs them, and a save that a
-    stop signal asked for must not push them out. Of the others the newest stays. None is counted that a later attempt
-    started behind: it would have started there, had that one been whole.
+    `last` counts only regular checkpoints, whose step is a multiple of `regular`: a roll-back needs them, and a save
+    requested by a stop signal must not displace them. Of the others the newest is kept. A checkpoint is not counted if
+    a later attempt resumed from before it: had it been whole, that attempt would have resumed from it.
     """
 
     last: int
@@ -269,12 +269,12 @@ class Retention:
 
     @classmethod
     def of(cls, train: "TrainConfig") -> "Retention":
-        """As a run's configuration has it."""
+        """Return the retention that a run's configuration asks for."""
         regular = train.checkpoint_every_steps
         return cls(train.keep_checkpoints, train.keep_every_steps, train.keep_best, regular)
 
     def reasons(self, root: str | Path, rows: list[Saved], new: str = "") -> dict[str, list[str]]:
-        """Folder name -> why it stays; no reason, no stay. new: the one just saved, whatever lies beside it."""
+        """Return folder name -> reasons to keep it, empty if none. new: the checkpoint just saved, always kept."""
         kept: dict[str, list[str]] = {saved.name: [] for saved in rows}
         line = [saved for saved in rows if not any(saved.passed_over_by(later) for later in rows)]
         regular = [saved for saved in line if saved.step % self.regular == 0]
@@ -298,7 +298,7 @@ class Retention:
 
 
 def _mean(saved: Saved, metric: str) -> float | None:
-    """Mean of the metric over the steps before the save; without a finite one a checkpoint cannot be the best."""
+    """Return the metric's mean since the previous save; None if not finite, which excludes the checkpoint from best."""
     try:
         mean = saved.state.get("means", {}).get(metric) if metric else None
     except DataError:
@@ -307,7 +307,7 @@ def _mean(saved: Saved, metric: str) -> float | None:
 
 
 def names(root: str | Path) -> Iterator[tuple[str, str]]:
-    """-> (folder name, label) of every named checkpoint."""
+    """Yield (folder name, label) of every named checkpoint."""
     storage = open_storage(root)
     for entry in storage.list():
         if match := NAME.fullmatch(entry):
@@ -316,11 +316,11 @@ def names(root: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def tidy(root: str | Path, retention: Retention, may_go: Callable[[int, int], bool], new: str = "") -> list[str]:
-    """Remove what nothing keeps, and folders without a manifest for which `may_go(step, attempt)` -> their names.
+    """Remove checkpoints without a reason to keep, and uncommitted folders if `may_go(step, attempt)` -> their names.
 
-    new: the checkpoint that was just saved, which stays.
+    new: the checkpoint that was just saved, which is kept.
 
-    The manifest goes first, so that no checkpoint is ever half there.
+    The manifest is removed first, so that a checkpoint never looks committed while it is incomplete.
     """
     rows = committed(root)
     kept = retention.reasons(root, rows, new)

@@ -1,8 +1,8 @@
-"""What a run depends on beside its settings, by content: text tokenizer, image tokenizer, initial weights, datasets.
+"""Content digests of a run's dependencies: text tokenizer, image tokenizer, initial weights, datasets.
 
-A fingerprint stands under the name of the setting that says where the thing lies ("data.text_tokenizer"). They are
-written into RUN/config.json, into the state of every checkpoint and into exported folders; another thing of the same
-shape is refused at every use.
+A fingerprint is stored under the name of the setting that holds the path ("data.text_tokenizer"), in RUN/config.json,
+in the state of every checkpoint and in exported folders. Every use is checked: different content is refused even if its
+shapes fit.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from pretrain.schema.saved import saved_fingerprints, saved_run
 
 TEXT_TOKENIZER, IMAGE_TOKENIZER, INITIAL = "data.text_tokenizer", "data.image_tokenizer", "initial"
 UNKNOWN = "0" * 12
-"""Of initial weights where a run was begun by a version that did not record them."""
+"""Fingerprint of initial weights in a run begun by a version that did not record them."""
 Fingerprints = dict[str, str]
 
 
 def of_files(data: DataConfig, missing_ok: bool = False) -> Fingerprints:
-    """Of the text tokenizer and the image tokenizer that are named: sha256 of the one, the fp32 id of the other.
+    """Return the fingerprints of the text tokenizer (sha256) and image tokenizer (fp32 id) that `data` names.
 
     missing_ok: leave out what cannot be read instead of raising DataError.
     """
@@ -48,17 +48,17 @@ def of_files(data: DataConfig, missing_ok: bool = False) -> Fingerprints:
 
 
 def of_datasets(data: DataConfig, stream: Source) -> Fingerprints:
-    """Of the datasets that `stream` was opened from as `data` names them."""
+    """Return the fingerprints of the datasets in `stream`, under the names of their settings in `data`."""
     if isinstance(stream, Mixture):
         return {f"data.datasets.{number}.path": one.fingerprint for number, one in enumerate(stream.streams)}
     return {"data.dataset": stream.fingerprint}
 
 
 def of_initial(source: str | Path, like: str = "") -> str | None:
-    """Of the weights in an exported folder or a run: sha256 over their tensors, for a run with "@step N" behind it.
+    """Return the sha256 of the weights in an exported folder or a run; for a run, "@step N" is appended.
 
-    like: the fingerprint to compare with, returned where the weights are the same; of a run the checkpoint of its step
-    is read. None where that is no longer there, so that nothing can be said.
+    like: the fingerprint to compare with; returned if the weights are the same. For a run, the checkpoint of its step
+    is read. None if the weights to compare can no longer be read.
     """
     from pretrain.checkpoint.trained import newest_whole, weights_in, weights_of
     from pretrain.interchange.folder import WEIGHTS_FILE
@@ -89,16 +89,16 @@ def _digest(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def recorded(folder: str | Path) -> Fingerprints | None:
-    """Those of a run or an exported folder; None where it was written before they were kept.
+    """Return the fingerprints of a run or an exported folder; None if it was written before they were recorded.
 
-    An export in another layout has them in its tessera.json, ours in their config.json.
+    An export in another layout stores them in its tessera.json, one in our own layout in its config.json.
     """
     found = fingerprints_in(_config_of(folder))
     return fingerprints_in(_config_of(folder, NOTES_FILE)) if found is None else found
 
 
 def fingerprints_in(tree: Mapping[str, Any]) -> Fingerprints | None:
-    """Those of a config.json or of a checkpoint's state; None where there are none."""
+    """Return the fingerprints in a config.json or in a checkpoint's state; None if it has none."""
     found = tree.get(FINGERPRINTS)
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         return None
@@ -114,18 +114,18 @@ def _config_of(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def check_files(folder: str | Path, config: RunConfig, missing_ok: bool = False) -> None:
-    """Raises ConfigError where `config` names another text or image tokenizer than the model in `folder` had.
+    """Raise ConfigError if `config` names another text or image tokenizer than the model in `folder` was trained with.
 
-    folder: of a run or an export. missing_ok: what cannot be read is not checked.
+    folder: of a run or an export. missing_ok: do not check what cannot be read.
     """
     known = recorded(folder)
     compare(known, {} if known is None else of_files(config.data, missing_ok), config, str(folder))
 
 
 def check_datasets(folder: str | Path, config: RunConfig, stream: Source) -> None:
-    """Raises ConfigError where `stream` was opened from the training data of the model in `folder`, and these differ.
+    """Raise ConfigError if the training data of the model in `folder`, opened as `stream`, have changed since.
 
-    Other data than the training data, by an override, are not compared.
+    If an override names other datasets than the training data, nothing is compared.
     """
     known, now = recorded(folder), config.data.model_dump(mode="json")
     data = _config_of(folder).get("data", {})
@@ -134,7 +134,7 @@ def check_datasets(folder: str | Path, config: RunConfig, stream: Source) -> Non
 
 
 def warn_of_others(source: str | Path, known: Fingerprints) -> None:
-    """Say it when the weights to start from are of another text or image tokenizer: their rows mean others."""
+    """Warn if initial weights were trained with another tokenizer: rows of their embeddings have other meanings."""
     theirs = recorded(source) or {}
     for name in (TEXT_TOKENIZER, IMAGE_TOKENIZER):
         if theirs.get(name, known.get(name)) != known.get(name, theirs.get(name)):
@@ -146,10 +146,10 @@ def warn_of_others(source: str | Path, known: Fingerprints) -> None:
 
 
 def compare(known: Fingerprints | None, now: Fingerprints, config: RunConfig, where: str, say: bool = True) -> None:
-    """Raises ConfigError naming each thing whose fingerprint differs.
+    """Raise ConfigError naming each dependency whose fingerprint differs.
 
-    known: what was recorded, None in what was written before fingerprints were kept: then (`say`) stderr is told what
-    could not be checked.
+    known: the recorded fingerprints, or None if written before they were recorded; then, with `say`, a note on stderr
+    lists what could not be checked.
     """
     if known is None:
         if say and (named := _named(config)):
@@ -177,7 +177,7 @@ def _short(fingerprint: str | None) -> str:
 
 
 def _named(config: RunConfig) -> list[str]:
-    """The settings of `config` that name something with a fingerprint, datasets aside."""
+    """Return the names of settings given in `config` that have a fingerprint, except datasets."""
     values = {
         TEXT_TOKENIZER: config.data.text_tokenizer,
         IMAGE_TOKENIZER: config.data.image_tokenizer,
@@ -187,7 +187,7 @@ def _named(config: RunConfig) -> list[str]:
 
 
 def _place(config: RunConfig, name: str) -> str:
-    """Where the thing of this name lies."""
+    """Return the value of the setting `name`, a dotted key: the path of the dependency."""
     value = config.model_dump(mode="json")
     for part in name.split("."):
         value = value[int(part)] if isinstance(value, list) else value[part]

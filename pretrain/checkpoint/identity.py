@@ -1,4 +1,4 @@
-"""The settings that a checkpoint is bound to, and those that a run may change with consent. Imports no torch."""
+"""The settings that a checkpoint is bound to, and those that may change with consent. Imports no torch."""
 
 import functools
 import importlib.metadata
@@ -30,7 +30,7 @@ FREE_TO_CHANGE = {
         "keep_every_steps", "keep_best", "checkpoints", "log_every_steps", "sample_every_steps", "collective_timeout_s",
     ),
 }  # fmt: skip
-"""Settings that a resumed run may have differently: where things lie, how work is split, what is written when.
+"""Settings that may differ in a resumed run: paths, how work is split, what is written and when.
 Datasets, their order and mixture are compared with the state of the stream; text tokenizer, image tokenizer and initial
 weights with their fingerprints (fingerprints.py)."""
 
@@ -38,16 +38,16 @@ FREE_IN_DEEPSPEED = frozenset((
     "activation_checkpointing", "aio", "comet", "comms_logger", "csv_monitor", "dump_state", "flops_profiler",
     "memory_breakdown", "steps_per_print", "tensorboard", "wall_clock_breakdown", "wandb",
 ))  # fmt: skip
-"""Keys of `deepspeed.extra` that only log or move bytes. Any other, clipping for one, is taken to change results."""
+"""Keys of `deepspeed.extra` that only log or move bytes. Others, such as clipping, are assumed to change results."""
 FREE_IN_ZERO = re.compile(
     r"stage\d?(_.*)?|.*bucket_size|overlap_comm|contiguous_gradients|reduce_scatter|allgather_partitions|offload_.*|"
     r"sub_group_size|round_robin_gradients|memory_efficient_linear"
 )
-"""The same within its `zero_optimization`: how state is split and moved."""
+"""Such keys within its `zero_optimization`: how state is split and moved."""
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """The settings that decide what is computed; a checkpoint is continued only under equal ones."""
+    """Return the settings that determine what is computed; a run resumes from a checkpoint only if they are equal."""
     tree = config.model_dump(mode="json")
     for section, keys in FREE_TO_CHANGE.items():
         if keys is None:
@@ -61,7 +61,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _deciding(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `deepspeed.extra` that may change results."""
+    """Return the part of `deepspeed.extra` that may change results."""
     kept = {key: value for key, value in extra.items() if key not in FREE_IN_DEEPSPEED}
     zero = kept.pop("zero_optimization", {})
     inner = {key: value for key, value in zero.items() if not FREE_IN_ZERO.fullmatch(key)}
@@ -70,7 +70,7 @@ def _deciding(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What computed it: packages that decide the numbers, and the commit where the program lies in a repository."""
+    """Return the versions of packages that affect results, and the git revision if the program is in a repository."""
     made_by = {name: importlib.metadata.version(name) for name in ("tessera", "torch", "deepspeed")}
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -80,17 +80,17 @@ def versions() -> dict[str, str]:
     return made_by | {"revision": found}
 
 
-# ------------------------------------------------------------------------------------------ saved against now
+# ---------------------------------------------------------------------------------------- saved vs. current
 
 Changes = dict[str, dict[str, Any]]
 """Dotted key -> {"from": value saved, "to": value now}."""
 
 
 def differences(saved: Mapping[str, Any], now: RunConfig) -> Changes:
-    """The settings in which a saved identity differs from a configuration.
+    """Return the settings in which a saved identity differs from a configuration.
 
-    A field that is newer than the checkpoint counts with its default. `deepspeed`, which older checkpoints do not have,
-    is not compared there (`unchecked` says so).
+    A field newer than the checkpoint is compared as its default value. `deepspeed` is not compared with older
+    checkpoints, which lack it (see `unchecked`).
     """
     before, after = flatten(_as_of_today(saved, now)), flatten(identity(now))
     return {
@@ -101,14 +101,14 @@ def differences(saved: Mapping[str, Any], now: RunConfig) -> Changes:
 
 
 def unchecked(saved: Mapping[str, Any], now: RunConfig) -> list[str]:
-    """Settings of `now` that may change results and of which an older checkpoint says nothing."""
+    """Return the settings of `now` that may change results but are not recorded in an older checkpoint."""
     return [] if "deepspeed" in saved else sorted(flatten({"deepspeed": identity(now)["deepspeed"]}))
 
 
 def _as_of_today(saved: Mapping[str, Any], now: RunConfig) -> dict[str, Any]:
-    """A saved identity as today's schema writes it: completed by what is free, validated, and reduced again.
+    """Convert a saved identity to the current schema: add the free settings, validate, and reduce to the identity.
 
-    Keys that today's schema does not know stay as they are; so does a tree that it refuses as a whole.
+    Keys unknown to the current schema are kept unchanged; so is a tree that the schema rejects as a whole.
     """
     tree, unknown = _completed(saved, now), {}
     try:
@@ -123,7 +123,7 @@ def _as_of_today(saved: Mapping[str, Any], now: RunConfig) -> dict[str, Any]:
 
 
 def _completed(saved: Mapping[str, Any], now: RunConfig) -> dict[str, Any]:
-    """A copy of the saved tree with the settings that are free, as they are now."""
+    """Return a copy of the saved tree with the current values of the free settings."""
     whole = now.model_dump(mode="json")
     tree = {"deepspeed": whole["deepspeed"]} | {key: _copied(value) for key, value in saved_run(saved).items()}
     for section, keys in FREE_TO_CHANGE.items():
@@ -150,7 +150,7 @@ def _take_out(tree: dict[str, Any], place: Sequence[int | str]) -> dict[str, Any
 
 
 def values_of(config: RunConfig, keys: Iterable[str]) -> dict[str, Any]:
-    """The values of dotted keys of the identity, for the claim of an attempt."""
+    """Return the values of dotted keys of the identity, for the claim of an attempt."""
     settings = flatten(identity(config))
     return {key: settings.get(key) for key in keys}
 
@@ -160,7 +160,7 @@ def check_identity(
 ) -> Changes:
     """Compare a saved identity with a configuration -> the consented changes.
 
-    Raises ConfigError listing every setting that differs without consent, and how to consent where that is possible.
+    Raises ConfigError listing every setting that differs without consent, and how to give consent where it is allowed.
     """
     found = differences(saved, now)
     agreed = {key: change for key, change in found.items() if _covered(key, found, consented)}
@@ -175,7 +175,7 @@ def check_identity(
 
 
 def _covered(key: str, found: Changes, consented: frozenset[str]) -> bool:
-    """Is the change of `key` consented to, by itself or as that of a role that follows the main optimizer?"""
+    """Return whether the change of `key` has consent, for itself or through the same change of the main optimizer."""
     main = re.sub(r"^optim\.roles\.[^.]+\.", "optim.", key)
     named = key in consented or (main in consented and found.get(main) == found[key])
     return named and CHANGEABLE.fullmatch(key) is not None

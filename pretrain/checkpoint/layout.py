@@ -1,10 +1,10 @@
-"""Slices of tensors -> safetensors files of each rank, written in one pass; byte ranges of such files -> slices.
+"""Slices of tensors -> safetensors files per rank, written in one pass; byte ranges of such files -> slices.
 
-In a file the tensors of one slice stand together, `param`, `exp_avg`, `exp_avg_sq` in this order, float32, little
-endian, under the keys KIND/NAME; the index says where each slice begins, so that a reader asks for nothing else.
+In a file the tensors of one slice are adjacent: `param`, `exp_avg`, `exp_avg_sq` in this order, float32, little endian,
+under the keys KIND/NAME. The index gives the offset of each slice, so that a reader requests nothing else.
 
-Stages 0 and 3 give every rank the same part of every parameter. Such an even split follows from names, shapes and
-ranks: no rank reports it and no index lists it, which would be ranks times parameters.
+Stages 0 and 3 split every parameter evenly over the ranks. An even split follows from names, shapes and world size, so
+only rank 0 reports its slices and the index does not list them, which would take ranks x parameters entries.
 """
 
 import bisect
@@ -38,7 +38,7 @@ KINDS = ("param", "exp_avg", "exp_avg_sq")
 ITEM = 4  # bytes of a float32
 READERS = 4
 PART = 1 << 30
-"""Bytes of tensors in a file, at most: S3 takes five times as much at once, and what fails is sent again whole."""
+"""Maximum bytes of tensors per file: S3 accepts five times as much at once, but a failed upload is repeated whole."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
@@ -47,7 +47,7 @@ NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one rank writes of one parameter: flat float32 views [hi - lo] by kind."""
+    """The part of one parameter that one rank writes: flat float32 views [hi - lo] by kind."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class RankShard:
-    """One rank's file before it is written: shares, and buffers by name."""
+    """Contents of one file of a rank before it is written: shares, and buffers by name."""
 
     rank: int
     file: str
@@ -66,14 +66,14 @@ class RankShard:
     buffers: dict[str, Tensor]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Key in the file -> tensor, in the order of the file."""
+        """Yield (key, tensor) in file order."""
         for share in self.shares:
             yield from ((f"{kind}/{share.name}", share.views[kind]) for kind in KINDS if kind in share.views)
         yield from ((f"buffer/{name}", tensor) for name, tensor in self.buffers.items())
 
 
 def shard_of(engine: "Engine", mesh: "Mesh") -> RankShard:
-    """What this rank writes, as views of the engine: its own parts; of what every rank keeps whole, an even part."""
+    """Return what this rank writes, as views of the engine: its own parts, and an even part of replicated tensors."""
     shares = []
     for owned in engine.owned():
         lo, hi = owned.lo, owned.hi
@@ -90,7 +90,7 @@ def _file(rank: int, part: int) -> str:
 
 
 def parts_of(shard: RankShard, limit: int) -> Iterator[RankShard]:
-    """The shard as files of at most `limit` bytes of slices each; the buffers go with the first."""
+    """Split the shard into files with at most `limit` bytes of slices each; the first one takes the buffers."""
     part, held, buffers = list[Share](), 0, shard.buffers
     number = 0
     for share in (piece for whole in shard.shares for piece in _cut_share(whole, limit)):
@@ -112,14 +112,14 @@ def _cut_share(whole: Share, limit: int) -> Iterator[Share]:
 
 
 class Staging:
-    """Host memory of one rank's shard: taken once, used again for every save."""
+    """Host memory for one rank's shard, allocated once and reused for every save."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     @torch.no_grad()
     def copy(self, shard: RankShard) -> RankShard:
-        """The same shard in host memory. Returns when the device may change its tensors again."""
+        """Copy the shard to host memory. When this returns, the device tensors may be changed again."""
         sizes = [_padded(tensor) for _, tensor in shard.tensors()]
         on_cuda = any(tensor.is_cuda for _, tensor in shard.tensors())
         if self._memory.numel() < sum(sizes):
@@ -137,7 +137,7 @@ class Staging:
 
 
 def _padded(tensor: Tensor) -> int:
-    """Bytes of a tensor, up to whole 8: views of any dtype need their alignment."""
+    """Return the bytes of a tensor, rounded up to a multiple of 8 so that views of any dtype are aligned."""
     return -(-tensor.numel() * tensor.element_size() // 8) * 8
 
 
@@ -151,10 +151,11 @@ def _staged(tensor: Tensor, block: Tensor) -> Tensor:
 
 
 def write_shard(storage: Storage, shard: RankShard) -> dict[str, Any]:
-    """Write and hash in one pass -> {name, bytes, sha256, rank, slices, buffers}: what manifest and index need.
+    """Write and hash a file in one pass -> its report for manifest and index.
 
-    slices: [name, shape, lo, hi, begin, kinds] each, begin counted in the file; buffers: name -> [dtype, shape,
-    begin, digest of its bytes].
+    The report is {name, bytes, sha256, rank, head, slices, buffers}. head: bytes before the first tensor. slices: a
+    list of [name, shape, lo, hi, begin, kinds]. buffers: name -> [dtype, shape, begin, digest of its bytes]. begin is
+    an offset in the file.
     """
     head, starts = _header(shard)
     digest, size = hashlib.sha256(), 0
@@ -187,9 +188,9 @@ def write_shard(storage: Storage, shard: RankShard) -> dict[str, Any]:
 
 
 def told_of(reports: list[dict[str, Any]], world: int) -> list[dict[str, Any]]:
-    """What rank 0 must be told of a rank's files: without the slices of a single one that is its part of an even split.
+    """Return what a rank reports of its files to rank 0; without slices if its one file is its part of an even split.
 
-    Rank 0 tells its own in full: there the others are named.
+    Rank 0 reports its own slices in full: they supply the names for all ranks.
     """
     if len(reports) > 1 or reports[0]["rank"] == 0 or not _is_even(reports[0], world):
         return reports
@@ -197,7 +198,7 @@ def told_of(reports: list[dict[str, Any]], world: int) -> list[dict[str, Any]]:
 
 
 def _is_even(report: dict[str, Any], world: int) -> bool:
-    """Are these the slices that an even split of the same parameters gives the rank, one behind the other?"""
+    """Return whether the slices are the rank's part of an even split of the same parameters, without gaps."""
     at = report["head"]
     for _, shape, lo, hi, begin, kinds in report["slices"]:
         if (lo, hi, begin) != (*even_part(math.prod(shape), report["rank"], world), at):
@@ -207,13 +208,13 @@ def _is_even(report: dict[str, Any], world: int) -> bool:
 
 
 def even_part(size: int, rank: int, world: int) -> tuple[int, int]:
-    """[lo, hi) of a parameter of `size` elements that the rank keeps in an even split."""
+    """Return the interval [lo, hi) of a parameter of `size` elements that the rank keeps in an even split."""
     part = -(-size // world)
     return min(rank * part, size), min((rank + 1) * part, size)
 
 
 def _header(shard: RankShard) -> tuple[bytes, dict[str, int]]:
-    """-> (length and JSON as safetensors has them, key -> where its bytes begin in the file)."""
+    """Return (safetensors header with its length prefix, key -> offset of its bytes in the file)."""
     entries: dict[str, Any] = {}
     at = 0
     for key, tensor in shard.tensors():
@@ -233,13 +234,14 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def index_of(reports: list[dict[str, Any]], storage: Storage | None = None) -> dict[str, Any]:
-    """The index over all ranks' files, from what each told.
+    """Build the index of all ranks' files from their reports.
 
-    Of an even split names, shapes, kinds and where each file's tensors begin; else names and shapes once, of each file
-    [number of name, lo, hi, begin, kinds]. Who told no slices, and is no part of an even split, is asked: its file.
+    An even split is stored as names, shapes, kinds and the offset of each file's tensors. Any other is stored as names
+    and shapes once, and for each file [index of name, lo, hi, begin, kinds]; slices that were not reported are then
+    read from the file's header.
 
-    buffers: name -> where rank 0 wrote it; own_buffers: the same by rank, of those alone whose bytes differ from rank
-    0's (batch norm's statistics are of a rank's own samples).
+    buffers: name -> location in rank 0's file. own_buffers: the same by rank, only for buffers whose bytes differ from
+    rank 0's (batch norm's statistics come from a rank's own samples).
     """
     first: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {}
@@ -264,7 +266,10 @@ def _listed_index(reports: list[dict[str, Any]], storage: Storage | None) -> dic
 
 
 def _even_index(reports: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The short index, where each rank has one file, rank 0's is even, no other told its slices, and all fit."""
+    """Return the short index of an even split, or None.
+
+    It needs one file per rank, an even split on rank 0, no slices reported by other ranks, and file sizes that fit.
+    """
     first, world = reports[0], len(reports)
     alone = all(report["rank"] == rank for rank, report in enumerate(reports))
     if not alone or any("slices" in report for report in reports[1:]) or not _is_even(first, world):
@@ -281,12 +286,12 @@ def _even_index(reports: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _slices_end(report: dict[str, Any]) -> int:
-    """Where the slices of a file end: buffers stand behind them."""
+    """Return the offset at which the slices of a file end; buffers follow them."""
     return min((where[2] for where in report["buffers"].values()), default=report["bytes"])
 
 
 def _slices_in(storage: Storage | None, report: dict[str, Any]) -> list[Any]:
-    """[name, shape, lo, hi, begin, kinds] of every slice, as a rank's own file says it."""
+    """Return [name, shape, lo, hi, begin, kinds] of every slice, read from the header of a rank's file."""
     assert storage is not None
     header = json.loads(storage.get_range(report["name"], 8, report["head"]))
     slices = json.loads(header["__metadata__"]["slices"])
@@ -302,7 +307,7 @@ def _slices_in(storage: Storage | None, report: dict[str, Any]) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Bytes [start, stop) of a file, and the flat tensor that they fill."""
+    """Bytes [start, stop) of a file, and the flat tensor to fill with them."""
 
     file: str
     start: int
@@ -312,7 +317,7 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Elements [lo, hi) of a parameter: in which file, where the first kind begins, how many kinds there are."""
+    """Elements [lo, hi) of a parameter: their file, the offset of the first kind, and the number of kinds."""
 
     lo: int
     hi: int
@@ -322,7 +327,7 @@ class Piece:
 
 
 class Even:
-    """An even split: `sizes` and `kinds` of the parameters in their order; `files` and `heads` of the ranks."""
+    """An even split: `sizes` and number of `kinds` by parameter; `files` and their header sizes `heads` by rank."""
 
     def __init__(self, sizes: list[int], kinds: list[int], files: list[str], heads: list[int]) -> None:
         self.files, self.heads = files, heads
@@ -331,12 +336,12 @@ class Even:
         self._begins: dict[int, np.ndarray] = {}
 
     def begins(self, rank: int) -> np.ndarray:
-        """Where each parameter begins in the rank's file, and where the last ends: int64 [parameters + 1]."""
+        """Return the offset of each parameter in the rank's file, and the end of the last: int64 [parameters + 1]."""
         mine = np.clip(self._sizes - rank * self._parts, 0, self._parts) * self._kinds * ITEM
         return self.heads[rank] + np.concatenate([[0], np.cumsum(mine)])
 
     def pieces(self, number: int, lo: int, hi: int) -> Iterator[Piece]:
-        """Those that hold [lo, hi) of a parameter, in order."""
+        """Yield the pieces that hold [lo, hi) of a parameter, in order."""
         size, part, kinds = int(self._sizes[number]), int(self._parts[number]), int(self._kinds[number])
         for rank in range(lo // part, -(-min(hi, size) // part)):
             if rank not in self._begins:
@@ -345,12 +350,12 @@ class Even:
             yield Piece(rank * part, min((rank + 1) * part, size), self.files[rank], begin, kinds)
 
     def kinds(self, number: int) -> int:
-        """How many kinds there are of a parameter."""
+        """Return the number of kinds stored for a parameter."""
         return int(self._kinds[number])
 
 
 class Listed:
-    """A split that is written down: of each parameter its pieces, sorted."""
+    """A split listed in the index: the sorted pieces of each parameter."""
 
     def __init__(self, count: int, files: Mapping[str, Sequence[Sequence[int]]]) -> None:
         self._pieces: list[list[Piece]] = [[] for _ in range(count)]
@@ -361,24 +366,24 @@ class Listed:
             pieces.sort(key=lambda piece: piece.lo)
 
     def pieces(self, number: int, lo: int, hi: int) -> Iterator[Piece]:
-        """Those that hold [lo, hi) of a parameter, in order."""
+        """Yield the pieces that hold [lo, hi) of a parameter, in order."""
         found = self._pieces[number]
         first = max(0, bisect.bisect_right(found, lo, key=lambda piece: piece.lo) - 1)
         yield from itertools.takewhile(lambda piece: piece.lo < hi, itertools.islice(found, first, None))
 
     def kinds(self, number: int) -> int:
-        """How many kinds there are of a parameter."""
+        """Return the number of kinds stored for a parameter."""
         return min((piece.kinds for piece in self._pieces[number]), default=0)
 
 
 BufferPlace = tuple[gate.FileName, str, list[gate.Count], gate.Count]
-"""Of a buffer: file, dtype, shape, first byte."""
+"""Location of a buffer: file, dtype, shape, offset of its first byte."""
 Kinds = Annotated[int, Field(ge=1, le=len(KINDS))]
 
 
 @with_config(gate.OPEN)
 class _Index(TypedDict):
-    """What index.json holds: `files` of a split that is written down; `kinds`, `heads` and `parts` of an even one."""
+    """Contents of index.json: `files` for a listed split; `kinds`, `heads` and `parts` for an even one."""
 
     names: list[gate.ParameterName]
     shapes: list[list[gate.Count]]
@@ -391,7 +396,7 @@ class _Index(TypedDict):
 
 
 def parse_index(data: bytes, where: str) -> _Index:
-    """The bytes of an index.json -> its contents. Raises DataError for something else, or what contradicts itself."""
+    """Parse the bytes of an index.json. Raises DataError if they are not an index or contradict themselves."""
     index: _Index = gate.parse(_Index, data, where, DAMAGED)
     names, sizes = index["names"], [math.prod(shape) for shape in index["shapes"]]
     places = [*index["buffers"].values(), *(place for own in index["own_buffers"].values() for place in own.values())]
@@ -409,7 +414,7 @@ def parse_index(data: bytes, where: str) -> _Index:
 
 
 class Slices:
-    """Reads any interval of any tensor of a checkpoint, whatever ranks and stage wrote it."""
+    """Reads any interval of any tensor of a checkpoint, independent of the world size and stage that wrote it."""
 
     def __init__(self, folder: str) -> None:
         self.folder = str(folder)
@@ -431,18 +436,18 @@ class Slices:
         return list(self._buffers)
 
     def kinds(self, name: str) -> tuple[str, ...]:
-        """Which tensors there are of a parameter: a frozen one has no moments."""
+        """Return the kinds of tensors stored for a parameter: a frozen one has no moments."""
         return KINDS[: self._split.kinds(self._numbers[name])]
 
     def pieces(self, name: str) -> list[Piece]:
-        """What files hold of a parameter, in order."""
+        """Return all pieces of a parameter, in order."""
         return list(self._split.pieces(self._numbers[name], 0, math.prod(self.shapes[name])))
 
     def fill(self, wanted: Iterable[tuple[str, str, int, Tensor]]) -> None:
-        """Read (kind, name, lo, flat float32 tensor [n]) each: the tensor becomes elements [lo, lo + n).
+        """For each (kind, name, lo, flat float32 tensor [n]), read elements [lo, lo + n) into the tensor.
 
-        Ranges that touch in a file are read at once, at most BUFFER bytes; READERS at a time. Raises DataError where
-        a part is missing.
+        Adjacent ranges of a file are read in one request of at most BUFFER bytes, with READERS threads. Raises
+        DataError if a part is missing.
         """
         ranges = sorted(
             (piece for kind, name, lo, into in wanted for piece in self._ranges(kind, name, lo, into)),
@@ -453,18 +458,18 @@ class Slices:
                 assert done is None
 
     def interval(self, kind: str, name: str, lo: int, hi: int) -> Tensor:
-        """-> float32 [hi - lo] of "param", "exp_avg" or "exp_avg_sq"."""
+        """Return elements [lo, hi) of kind "param", "exp_avg" or "exp_avg_sq" as float32 [hi - lo]."""
         tensor = self._empty(name, (hi - lo,), torch.float32)
         self.fill([(kind, name, lo, tensor)])
         return tensor
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """-> float32 in the parameter's own shape."""
+        """Return the whole tensor as float32 in the parameter's shape."""
         shape = torch.Size(self.shapes[name])
         return self.interval(kind, name, 0, shape.numel()).view(shape)
 
     def buffer(self, name: str, rank: int = 0) -> Tensor:
-        """A buffer in its own dtype and shape, as this rank had it."""
+        """Return a buffer in its own dtype and shape, with the values that this rank saved."""
         file, dtype, shape, begin = self._own_buffers.get(str(rank), {}).get(name) or self._buffers[name]
         tensor = self._empty(name, shape, DTYPES[dtype])
         size = tensor.numel() * tensor.element_size()
@@ -494,7 +499,7 @@ class Slices:
                 f"{self.folder} has {kind} of {name} only up to element {at} of {hi}; it belongs to another model"
             )
 
-    @torch.no_grad()  # of its own: gradients are switched off by thread
+    @torch.no_grad()  # needed here: grad mode is per thread
     def _read(self, run: list[Range]) -> None:
         start = run[0].start
         data = memoryview(bytearray(self._storage().get_range(run[0].file, start, run[-1].stop)))
@@ -510,7 +515,7 @@ class Slices:
 
 
 def _runs(ranges: Iterable[Range]) -> Iterator[list[Range]]:
-    """Sorted ranges -> runs of touching ones in one file, each of at most BUFFER bytes."""
+    """Group sorted ranges into runs of adjacent ones in one file, each of at most BUFFER bytes."""
     run: list[Range] = []
     for piece in (part for whole in ranges for part in _cut(whole)):
         touches = bool(run) and run[-1].file == piece.file and run[-1].stop == piece.start
@@ -523,7 +528,7 @@ def _runs(ranges: Iterable[Range]) -> Iterator[list[Range]]:
 
 
 def _cut(whole: Range) -> Iterator[Range]:
-    """A range in parts of at most BUFFER bytes."""
+    """Split a range into parts of at most BUFFER bytes."""
     for start in range(whole.start, whole.stop, BUFFER):
         stop = min(start + BUFFER, whole.stop)
         at, end = (start - whole.start) // ITEM, (stop - whole.start) // ITEM

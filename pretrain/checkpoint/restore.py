@@ -1,4 +1,4 @@
-"""A checkpoint -> the engine of this rank, whatever ranks and stage wrote it: it reads only the bytes that it keeps."""
+"""Loads a checkpoint of any world size and stage into this rank's engine, reading only the bytes that it keeps."""
 
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def restore(saved: Saved, engine: "Engine") -> None:
-    """Fill the engine's masters, moments, working copies, buffers and counts.
+    """Restore the engine's masters, moments, working copies, buffers and update counts.
 
-    At the world that wrote it every rank has its own buffers back, at another one those of rank 0. Raises DataError for
-    another model's checkpoint.
+    At the world size that wrote the checkpoint, every rank restores its own buffers; at any other, those of rank 0.
+    Raises DataError if the checkpoint belongs to another model.
     """
     slices = Slices(saved.folder)
     unknown = sorted(set(engine.names.values()) ^ set(slices.shapes))

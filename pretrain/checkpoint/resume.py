@@ -1,4 +1,4 @@
-"""May this run go on from this checkpoint? Settings, consented changes and fingerprints are compared here."""
+"""Checks whether a run may resume from a checkpoint: settings, consented changes and fingerprints."""
 
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def check_resumed(saved: Saved, config: RunConfig, stream: Source, mesh: "Mesh", known: Fingerprints) -> Changes:
-    """Compare a checkpoint with the run that goes on from it -> the settings that change here, with consent.
+    """Compare a checkpoint with the run that resumes from it -> the consented changes of settings.
 
-    known: the fingerprints of the run; those that only the checkpoint has are added. Raises ConfigError for another
-    configuration, text tokenizer, image tokenizer or other initial weights, DataError for other data.
+    known: the fingerprints of the run; those that only the checkpoint has are added. Raises ConfigError if the
+    configuration, text tokenizer, image tokenizer or initial weights differ, DataError if the data differ.
     """
     changed = _agreed_changes(saved, config)
     _check_fingerprints(saved, config, mesh, known)
@@ -36,10 +36,10 @@ def check_resumed(saved: Saved, config: RunConfig, stream: Source, mesh: "Mesh",
 
 
 def _agreed_changes(saved: Saved, config: RunConfig) -> Changes:
-    """The consented changes. Raises ConfigError for what differs without consent, and for an end behind the checkpoint.
+    """Return the consented changes. Raises ConfigError for other changes, and if the run ends before the checkpoint.
 
-    Consent stands in the claims of this attempt and of those since the checkpoint, for as long as the value is the one
-    that they were told: after an attempt that was killed before it saved, --change need not be given again.
+    Consent is read from the claims of all attempts since the checkpoint, including this one, and holds while the value
+    is the one recorded there. So --change need not be repeated after an attempt that was killed before it saved.
     """
     before, root = saved.state["identity"], saved.folder.rpartition("/")[0]
     consent = consent_since(root, saved.attempt) if differences(before, config) else {}
@@ -54,7 +54,7 @@ def _agreed_changes(saved: Saved, config: RunConfig) -> Changes:
 
 
 def _check_fingerprints(saved: Saved, config: RunConfig, mesh: "Mesh", known: Fingerprints) -> None:
-    """Datasets are compared with the state of the stream. Rank 0 says what cannot be checked."""
+    """Compare all fingerprints except datasets', which the stream's state covers. Rank 0 prints what is not checked."""
     before = fingerprints_in(saved.state)
     if mesh.rank == 0 and (settings := unchecked(saved.state["identity"], config)):
         print(f"{saved.folder} does not say under which {', '.join(settings)} it was made: not checked", flush=True)
@@ -68,7 +68,10 @@ def _check_fingerprints(saved: Saved, config: RunConfig, mesh: "Mesh", known: Fi
 
 
 def _initial_of_resumed(before: str | None, source: str, saved: Saved, mesh: "Mesh") -> Fingerprints:
-    """The fingerprint of `initial` to compare with the one before; none where its weights are gone, which is said."""
+    """Return the fingerprint of `initial` to compare with the saved one; empty if unknown or its weights are gone.
+
+    Rank 0 prints a note if the weights are gone. Raises ConfigError if the run began without `initial`.
+    """
     if before is None:
         raise ConfigError(
             f"initial={source}: {saved.folder} is of a run that began without it, and weights are read at the "

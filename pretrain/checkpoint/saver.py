@@ -1,7 +1,7 @@
-"""Checkpoints as ranks write and choose them together: staged, written beside training, committed by rank 0.
+"""Distributed saves and choice of checkpoints: staged, written in the background, committed by rank 0.
 
-Ranks tell each other through a store of their own, never through the training group: a storage error on one must not
-leave the others in a collective, and a slow disk must not hold up a step.
+Ranks communicate through the key-value store, never through the training group: a storage error on one rank must not
+leave the others in a collective, and a slow disk must not delay a step.
 """
 
 import contextlib
@@ -41,17 +41,17 @@ COMMIT_TIMEOUT_S = 600.0
 """How long a rank waits for the others once its own part is written."""
 LOAD_TIMEOUT_S = 3600.0
 ABANDON_S = 5.0
-"""What a save in flight is given when the run ends by an error: enough for one whose parts are all written."""
+"""Time given to a save in flight when the run ends with an error: enough if all its parts are already written."""
 READ_S = 10.0
-"""How long rank 0, which holds the store, stays for the others to read how a save ended."""
+"""How long rank 0, which holds the store, waits for the others to read the outcome of a save."""
 POLL_S = (0.005, 0.25)
 ASKED_AT_ONCE = 256
 ASKS_PER_S = 10_000
-"""What rank 0's store is asked by all ranks together while they wait for one word: it serves some 50,000."""
+"""Target rate of requests to rank 0's store by all ranks that wait for one key: the store serves about 50,000."""
 
 
 class Abandoned(TesseraError):
-    """The run ended while a save was under way; its folder has no manifest and is reaped later."""
+    """The run ended while a save was in progress; its folder has no manifest and is removed later."""
 
 
 class Checkpoints:
@@ -63,25 +63,25 @@ class Checkpoints:
         self.attempt = attempt
         self.retention = retention
         self.blocked_s = 0.0
-        """How long saves have held up training, in total: staging, and waiting for the save before."""
+        """Total time that saves have blocked training: staging, and waiting for the previous save."""
         self.last_save_s = 0.0
-        """How long the newest save took that was committed, from staging to commit; known to rank 0."""
+        """Duration of the newest committed save, from staging to commit; known only on rank 0."""
         self.overtaken = ""
-        """Why this rank's attempt no longer owns the run; empty while it does."""
+        """Why this attempt no longer owns the run; empty while it does."""
         self._staging = Staging()
         self._sums: dict[str, list[float]] = {}
         self._save: Save | None = None
         self._saves = self._choices = 0
 
     def note(self, means: dict[str, float]) -> None:
-        """Take in one step's metrics: their mean since the last save says which checkpoint is the best."""
+        """Add one step's metrics; their means since the previous save decide which checkpoint is the best."""
         for name, value in means.items():
             self._sums.setdefault(name, []).append(value)
 
     def save(self, engine: "Engine", step: int, state: dict[str, Any]) -> None:
-        """Stage this rank's shard; the rest is done by a thread. Waits for the save before, whose failure is no error.
+        """Stage this rank's shard and start a thread that saves it. First wait for the previous save.
 
-        A failed save is reported by rank 0 and the run goes on: the checkpoints before it are untouched.
+        A failed save raises nothing here: rank 0 reports it, the run continues, and earlier checkpoints are untouched.
         """
         began = time.monotonic()
         means = {name: sum(values) / len(values) for name, values in self._sums.items()}
@@ -94,9 +94,9 @@ class Checkpoints:
         self.blocked_s += time.monotonic() - began
 
     def finish(self) -> Saved | None:
-        """Wait for the last save -> the checkpoint, or None when there was none.
+        """Wait for the last save -> the checkpoint, or None if there was none.
 
-        Raises DataError when it failed, NodeFault when rank 0 went away before it had said so, Overtaken when a later
+        Raises DataError if it failed, NodeFault if rank 0 was lost before it reported the outcome, Overtaken if a later
         attempt owns the run.
         """
         if self._save is None:
@@ -111,16 +111,16 @@ class Checkpoints:
         return Saved(self._save.folder)
 
     def close(self) -> None:
-        """Give a save in flight a moment, then abandon it: never raises, never holds up an end by error."""
+        """Wait briefly for a save in flight, then abandon it. Never raises and never delays the end after an error."""
         if self._save is not None and not self._save.ended(ABANDON_S):
             self._save.abandoned.set()
             self._save.ended(ABANDON_S)
 
     def newest(self, every_steps: int = 1) -> Saved | None:
-        """The newest whole checkpoint, the same on every rank; damaged ones are passed over with a word why.
+        """Return the newest whole checkpoint, the same on every rank; None if there is none at all.
 
-        Only those whose step `every_steps` divides are looked at. Every rank checks sizes and digests of an equal part
-        of the files. Raises DataError when none is whole.
+        Only steps that are multiples of `every_steps` are considered. Every rank checks sizes and digests of an equal
+        part of the files; rank 0 prints why a damaged checkpoint is skipped. Raises DataError if none is whole.
         """
         if self._save is not None:
             self._save.ended(COMMIT_TIMEOUT_S)
@@ -158,7 +158,7 @@ UNTOUCHED = "the checkpoints before it are untouched"
 
 
 class Save(threading.Thread):
-    """One save under way: this rank's file, its report, and on rank 0 the commit."""
+    """One save in progress: this rank's files, their report, and on rank 0 the commit."""
 
     def __init__(
         self, owner: Checkpoints, number: int, step: int, shard: RankShard | None, state: dict[str, Any], began: float
@@ -174,16 +174,16 @@ class Save(threading.Thread):
         self.fault: type[TesseraError] = DataError
         self.abandoned = threading.Event()
         self.heard: list[int] = []
-        """Rank 0: the ranks that have reported."""
-        self.key = f"save-{number} {self.folder}"  # a word of an earlier save must not be taken for one of this
+        """On rank 0: the ranks that have reported."""
+        self.key = f"save-{number} {self.folder}"  # unique, so that keys of an earlier save are not read
 
     def ended(self, timeout_s: float) -> bool:
-        """Wait for the end, whatever it is -> whether it came."""
+        """Wait for the thread to end -> whether it did within `timeout_s`."""
         self.join(timeout_s)
         return not self.is_alive()
 
     def run(self) -> None:
-        """Write, report, and (rank 0) commit. What goes wrong is kept in `failure`, and said by rank 0."""
+        """Write, report, and on rank 0 commit. An error is kept in `failure` and printed by rank 0."""
         try:
             store = self.owner.mesh.side_store()
             store.set(f"{self.key}/{self.owner.mesh.rank}", json.dumps(_outcome(self._write)))
@@ -197,15 +197,15 @@ class Save(threading.Thread):
             self.failure = self.owner.overtaken = str(error)
         except (OSError, TesseraError) as error:
             self.failure = str(error)
-        except RuntimeError as error:  # of the store
+        except RuntimeError as error:  # from the store
             self.failure, self.fault = f"rank 0, whose process holds the store, is gone ({error})", NodeFault
         if self.owner.mesh.rank == 0:
             self._follow()
-            with contextlib.suppress(RuntimeError, TesseraError):  # who is gone reads nothing
+            with contextlib.suppress(RuntimeError, TesseraError):  # a lost rank reads nothing
                 list(_gather(store, [f"{self.key}/read/{rank}" for rank in self.heard], READ_S, self.abandoned))
 
     def _follow(self) -> None:
-        """Rank 0, after the commit: say what became of it, and let retention work."""
+        """Rank 0: print the outcome; after a commit apply retention, after a failure remove the folder."""
         if self.failure:
             then = "" if self.owner.overtaken else f"; {UNTOUCHED}, the run goes on"
             print(f"{self.folder} was not committed: {self.failure}{then}", flush=True)
@@ -222,7 +222,7 @@ class Save(threading.Thread):
         return told_of([write_shard(storage, part) for part in parts_of(self.shard, PART)], self.owner.mesh.world)
 
     def _commit(self, store: "KeyValues") -> None:
-        """Rank 0: all reports, index, state, and last the manifest."""
+        """Rank 0: collect all reports; write index, state, and last the manifest."""
         owner, storage = self.owner, open_storage(self.folder)
         reports, errors = self._reports(store)
         if errors:
@@ -235,7 +235,7 @@ class Save(threading.Thread):
         put_once(storage, MANIFEST, as_json(manifest | {"files": files}))
 
     def _reports(self, store: "KeyValues") -> tuple[list[dict[str, Any]], list[str]]:
-        """The files that the ranks wrote, and what went wrong, by rank."""
+        """Return the reports of all written files, and the errors, in rank order."""
         reports, errors = [], []
         keys = [f"{self.key}/{rank}" for rank in range(self.owner.mesh.world)]
         for rank, told in enumerate(_gather(store, keys, COMMIT_TIMEOUT_S, self.abandoned)):
@@ -248,14 +248,14 @@ class Save(threading.Thread):
         return reports, errors
 
     def _discard(self) -> None:
-        """Remove what a failed save wrote: on a full disk it would be in the way of the next one."""
+        """Remove what a failed save wrote: on a full disk it would leave no space for the next one."""
         storage = open_storage(self.folder)
-        with contextlib.suppress(OSError, TesseraError):  # what stays is reaped after the next commit
+        with contextlib.suppress(OSError, TesseraError):  # what remains is removed after the next commit
             if not storage.exists(MANIFEST):
                 storage.remove_all()
 
     def _tidy(self) -> None:
-        """The new checkpoint stands, whatever becomes of the old ones: what cannot be removed is said."""
+        """Apply retention. An error in removing old checkpoints is only printed: the new one is committed."""
         owner = self.owner
 
         def may_go(step: int, attempt: int) -> bool:
@@ -269,9 +269,9 @@ class Save(threading.Thread):
 
 
 def start_attempt(root: str | Path, mesh: "Mesh", at_least: int, changes: Mapping[str, Any] | None = None) -> int:
-    """The number of this attempt, claimed by rank 0 for all; attempts before it can no longer commit.
+    """Return the number of this attempt, which rank 0 claims for all ranks; earlier attempts can no longer commit.
 
-    changes: the settings that this attempt was told to change, by dotted key; the claim keeps them (`consent_since`).
+    changes: consented changes of settings by dotted key; they are stored in the claim (see `consent_since`).
     """
     by = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "world": mesh.world}
     by |= {"changes": dict(changes)} if changes else {}
@@ -279,24 +279,24 @@ def start_attempt(root: str | Path, mesh: "Mesh", at_least: int, changes: Mappin
 
 
 def from_rank_0(mesh: "Mesh", key: str, call: Callable[[], Any]) -> Any:
-    """What `call` returns on rank 0, as JSON, on every rank; what it raises there is a DataError on every rank."""
+    """Call on rank 0 and return its JSON result on every rank; an error is a DataError or Overtaken on every rank."""
     if mesh.rank == 0:
         mesh.store.set(key, json.dumps(_outcome(call)))
     return _result(_get(mesh.store, key, mesh.world, LOAD_TIMEOUT_S))
 
 
-# ------------------------------------------------------------------------------------- words between ranks
+# ------------------------------------------------------------------------------------ messages between ranks
 
 
 def _outcome(call: Callable[[], Any]) -> dict[str, Any]:
-    """What a rank tells the others: a result or, where it failed, the reason and whether the run was taken over."""
+    """Call and return a message for other ranks: the result, or the error and whether the run was overtaken."""
     try:
         return {"result": call()}
     except Abandoned:
         raise
     except (OSError, RuntimeError, TesseraError) as error:
         return {"error": str(error), "overtaken": isinstance(error, Overtaken)}
-    except Exception as error:  # a mistake of ours: without a word from here the others would wait for it
+    except Exception as error:  # a bug: without a message the other ranks would wait for this one
         return {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -311,7 +311,7 @@ def _result(told: dict[str, Any] | None) -> Any:
 def _get(
     store: "KeyValues", key: str, world: int, timeout_s: float, abandoned: threading.Event | None = None
 ) -> dict[str, Any]:
-    """The value of a key, for which all ranks may wait, once it is there. Raises DataError when it does not come."""
+    """Wait for a key, as all ranks may do at once, and return its value. Raises DataError after `timeout_s`."""
     if not _wait(store, [key], time.monotonic() + timeout_s, abandoned, world / ASKS_PER_S):
         raise DataError(f"no word within {timeout_s:.0f} s")
     return dict(json.loads(store.get(key)))
@@ -320,7 +320,7 @@ def _get(
 def _gather(
     store: "KeyValues", keys: list[str], timeout_s: float, abandoned: threading.Event | None = None
 ) -> Iterator[dict[str, Any] | None]:
-    """The values of all keys, in order, many in one question; None in the place of those that do not come."""
+    """Yield the values of all keys in order, requested in batches; None for a key not set within `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     for first in range(0, len(keys), ASKED_AT_ONCE):
         some = keys[first : first + ASKED_AT_ONCE]
@@ -333,7 +333,10 @@ def _gather(
 def _wait(
     store: "KeyValues", keys: list[str], deadline: float, abandoned: threading.Event | None, pause_s: float = 0.0
 ) -> bool:
-    """Are all there before the deadline? Polls, in the end every `pause_s`: a blocking wait could not be abandoned."""
+    """Return whether all keys are set before the deadline. Polls, since a blocking wait could not be abandoned.
+
+    The polling interval doubles up to the longer of `pause_s` and POLL_S[1].
+    """
     pause, longest = POLL_S[0], max(POLL_S[1], pause_s)
     while not store.check(keys):
         if abandoned is not None and abandoned.is_set():

@@ -1,4 +1,4 @@
-"""A checkpoint -> a model on one device: to evaluate, to export, to start another run from."""
+"""Loads a model from a checkpoint or an exported folder on one device, to evaluate, export or start another run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,15 +21,15 @@ from pretrain.schema import ModelConfig, tasks_of
 from pretrain.schema.saved import saved_run
 
 PREFIX = "model."
-"""Tasks hold their model under this name."""
+"""Prefix of the model's tensor names within a task."""
 NOT_SAID = "(the export does not say it)"
-"""Stands for a dataset that an exported model does not name."""
+"""Placeholder for a dataset that an exported model does not name."""
 
 
 class Trained(NamedTuple):
-    """A model in evaluation mode on the CPU, the settings to use it with, and the step that its weights are of.
+    """A model in evaluation mode on the CPU, the settings to use it with, and the step of its weights.
 
-    step: None for an exported model that does not say it.
+    step: None for an exported model that does not record it.
     """
 
     model: nn.Module
@@ -41,9 +41,9 @@ class Trained(NamedTuple):
 
 
 def run_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a run, or of an exported model as far as it says it, with `key=value` overrides.
+    """Return the configuration of a run, or of an exported model as far as recorded, with `key=value` overrides.
 
-    Raises ConfigError where there is none, DataError where it is damaged.
+    Raises ConfigError if there is none or an override names the model, DataError if it is damaged.
     """
     if fixed := next((text for text in overrides if text.partition("=")[0].split(".")[0] == "model"), None):
         raise ConfigError(f"override {fixed!r}: the weights in {source} decide the model; leave it out")
@@ -53,9 +53,9 @@ def run_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def saved_tree(source: str | Path) -> dict[str, Any]:
-    """What config.json of a run or an exported model holds.
+    """Return the contents of config.json of a run or an exported model.
 
-    Raises ConfigError where there is none, DataError where it is damaged or of another program.
+    Raises ConfigError if there is none, DataError if it is damaged or of another program.
     """
     if not (Path(source) / CONFIG_FILE).is_file():
         raise no_run(source)
@@ -69,12 +69,12 @@ def saved_tree(source: str | Path) -> dict[str, Any]:
 
 
 def is_export(tree: Mapping[str, Any]) -> bool:
-    """Is it the config.json of an exported model? That of a run says how it is trained."""
+    """Return whether this is the config.json of an exported model: a run's has training settings."""
     return "train" not in tree
 
 
 def _of_export(source: str | Path, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run that would use the model: what the export does not say is filled in."""
+    """Complete the settings of an export to a run's configuration, with placeholders for what it does not record."""
     kind = load_config(source).kind
     known = {key: value for key, value in tree.items() if key in RunConfig.model_fields}
     unsaid = {
@@ -92,7 +92,7 @@ def _of_export(source: str | Path, tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def root_of(run: str | Path, overrides: Sequence[str] = ()) -> str:
-    """Where the checkpoints of a run lie. Raises ConfigError for an exported model, which has none."""
+    """Return the root of a run's checkpoints. Raises ConfigError for an exported model, which has none."""
     if not (Path(run) / CONFIG_FILE).is_file():
         if foreign_model(run):
             raise no_run(run)
@@ -103,7 +103,7 @@ def root_of(run: str | Path, overrides: Sequence[str] = ()) -> str:
 
 
 def no_run(run: str | Path) -> ConfigError:
-    """For a path that a user took for a run's folder."""
+    """Return the error for a path that is not a run's folder."""
     what = "is no run: it has no config.json" if Path(run).is_dir() else "is no folder"
     return ConfigError(f"{run} {what}; give the folder that a configuration names as `run:`{foreign_model(run)}")
 
@@ -111,9 +111,9 @@ def no_run(run: str | Path) -> ConfigError:
 def newest_whole(
     run: str | Path, step: int | None = None, label: str | None = None, overrides: Sequence[str] = ()
 ) -> Saved:
-    """The newest checkpoint of a run whose files are whole, or that of a step, or the one named `label`.
+    """Return the newest whole checkpoint of a run, optionally only of step `step` or with the name `label`.
 
-    Raises ConfigError for a name that is not there, DataError when there is no such checkpoint.
+    Raises ConfigError if no checkpoint has that name, DataError if no such checkpoint is whole.
     """
     root = root_of(run, overrides)
     rows = [saved for saved in committed(root) if step in (None, saved.step)]
@@ -138,7 +138,7 @@ def newest_whole(
 def load_trained(
     source: str | Path, step: int | None = None, label: str | None = None, overrides: Sequence[str] = ()
 ) -> Trained:
-    """The model of an exported folder, or of a run's newest whole checkpoint (of a step; named `label`)."""
+    """Load the model of an exported folder, or of a run's newest whole checkpoint (of `step`; named `label`)."""
     config = run_config(source, overrides)
     model, _, at = load_weights(source, step, label, overrides)
     return Trained(model, config, at)
@@ -147,7 +147,7 @@ def load_trained(
 def load_weights(
     source: str | Path, step: int | None = None, label: str | None = None, overrides: Sequence[str] = ()
 ) -> tuple[nn.Module, ModelConfig, int | None]:
-    """The same without settings, which an exported model may lack -> model, its configuration, step."""
+    """Load as `load_trained` without settings, which an export may lack -> model, its configuration, step."""
     tree = saved_tree(source)
     if is_export(tree):
         if step is not None or label is not None:
@@ -167,7 +167,7 @@ def load_weights(
 
 
 def weights_of(saved: Saved) -> dict[str, Tensor]:
-    """Parameters and buffers of the model alone, under its own names."""
+    """Return only the model's parameters and buffers of a checkpoint, under the model's own names."""
     slices = Slices(saved.folder)
     parameters = {name: slices.whole("param", name) for name in slices.shapes if name.startswith(PREFIX)}
     buffers = {name: slices.buffer(name) for name in slices.buffers if name.startswith(PREFIX)}
@@ -178,10 +178,10 @@ def weights_of(saved: Saved) -> dict[str, Tensor]:
 
 
 def start_from(model: nn.Module, source: str | Path, config: ModelConfig | None = None) -> str:
-    """Copy what fits by name and shape from a run or an exported folder -> a table of what matched, for people.
+    """Copy tensors that match by name and shape from a run or an exported folder -> a readable table of matches.
 
-    Raises DataError when nothing fits: a run that starts from nothing by mistake looks like one that learns slowly.
-    config: of the model; then a source that computes something else with the same tensors is refused by ConfigError.
+    Raises DataError if nothing matches: a run that starts from scratch by mistake only seems to learn slowly.
+    config: of the model; if given, ConfigError is raised for a source that computes something else with equal tensors.
     """
     if config is not None:
         check_same_model(config, source)
@@ -198,13 +198,13 @@ def start_from(model: nn.Module, source: str | Path, config: ModelConfig | None 
 
 
 INVISIBLE = ("activation", "norm_eps", "heads", "norm_groups")
-"""Settings of a model that change what it computes, and that no tensor's shape shows."""
+"""Settings of a model that change what it computes without changing any tensor's shape."""
 SHAPED_BY = {"heads": "width", "norm_groups": "channels"}
-"""A setting that means nothing to weights of another size than this one."""
+"""Setting -> the size it depends on: between weights that differ in this size, the setting is not compared."""
 
 
 def check_same_model(config: ModelConfig, source: str | Path) -> None:
-    """Raises ConfigError naming the INVISIBLE settings that the source's config.json has otherwise, if it has one."""
+    """Raise ConfigError naming the INVISIBLE settings that differ in the source's config.json, if it has one."""
     if not (Path(source) / CONFIG_FILE).is_file():
         return
     tree = saved_tree(source)
@@ -237,7 +237,7 @@ def _row(name: str, ours: Tensor | None, theirs: Tensor | None) -> str:
 
 
 def weights_in(source: str | Path) -> dict[str, Tensor]:
-    """The tensors of an exported folder, or of a run's newest whole checkpoint."""
+    """Return the tensors of an exported folder, or of a run's newest whole checkpoint."""
     file = Path(source) / WEIGHTS_FILE
     if not file.is_file():
         return weights_of(newest_whole(source))

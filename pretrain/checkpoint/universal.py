@@ -1,8 +1,8 @@
-"""Export to DeepSpeed's universal layout, which stock DeepSpeed loads at stages 1 to 3 on any world.
+"""Export to DeepSpeed's universal layout, which stock DeepSpeed loads at stages 1 to 3 and any world size.
 
-OUT/latest_universal names the tag; OUT/TAG/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt hold one parameter each, whole;
-zero/optimizer_state.pt holds the groups. These files are pickles, as DeepSpeed wants them: written here, never read.
-Under stage 3 DeepSpeed gives every group the settings of the first one: set weight decay by hand after loading there.
+OUT/latest_universal names the tag; OUT/TAG/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt hold one whole parameter each;
+zero/optimizer_state.pt holds the groups. These files are pickles, as DeepSpeed requires: written here, never read.
+Under stage 3 DeepSpeed gives every group the settings of the first one: set weight decay by hand after loading.
 """
 
 import io
@@ -17,16 +17,16 @@ from pretrain.checkpoint.catalog import Saved
 from pretrain.checkpoint.layout import Slices
 
 TAG = "universal"
-DEEPSPEED_VERSION = "0.19.8"  # whose layout this is
+DEEPSPEED_VERSION = "0.19.8"  # the version whose layout this is
 KEYS = {"param": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
-"""Stages 1 and 2 look for the first, stage 3 for the second."""
+"""Stages 1 and 2 read the first, stage 3 the second."""
 
 
 def export_universal(saved: Saved, output: str | Path, note: Callable[[Path], None] = lambda folder: None) -> Path:
-    """Write the new folder OUTPUT, one parameter in memory at a time -> its path.
+    """Write the new folder `output`, with one parameter in memory at a time -> its path.
 
-    note: writes into the folder what DeepSpeed's files do not say.
+    note: a function that adds to the folder what DeepSpeed's files do not contain.
     """
     groups: dict[str, Any] = saved.state["optimizer"]["groups"]
     updates = {name: group["updates"] for group in groups.values() for name in group["names"]}
@@ -48,14 +48,14 @@ def export_universal(saved: Saved, output: str | Path, note: Callable[[Path], No
 
 
 def _write(value: Any, path: Path) -> None:
-    """As torch.save; a full disk is an OSError, which torch's own writer does not raise."""
+    """Write as torch.save does, but raise OSError on a full disk, which torch's own writer does not."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     path.write_bytes(buffer.getbuffer())
 
 
 def _optimizer_state(groups: dict[str, Any], updates: dict[str, int]) -> dict[str, Any]:
-    ordered = sorted(groups.values(), key=lambda group: int(group["number"]))  # as the optimizer has them
+    ordered = sorted(groups.values(), key=lambda group: int(group["number"]))  # in the optimizer's order
     rows = [{key: value for key, value in group.items() if key not in ("names", "number")} for group in ordered]
     hyper = [row | {"betas": tuple(row["betas"]), "params": []} for row in rows]
     step = torch.tensor(float(max(updates.values(), default=0)))
@@ -64,7 +64,7 @@ def _optimizer_state(groups: dict[str, Any], updates: dict[str, int]) -> dict[st
 
 
 def _model_state(saved: Saved, slices: Slices) -> dict[str, Any]:
-    """What DeepSpeed reads beside the parameters: counts, and buffers for who wants them."""
+    """Return what DeepSpeed reads besides the parameters: counts and buffers."""
     return {
         "module": {name: slices.buffer(name) for name in slices.buffers},
         "buffer_names": slices.buffers,

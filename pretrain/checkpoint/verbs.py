@@ -1,4 +1,4 @@
-"""What `tessera checkpoint` does: what is saved and why it stays, is it whole, name it, take it elsewhere, tidy up."""
+"""The `tessera checkpoint` commands: list, verify, export, import, name and garbage-collect checkpoints."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ from pretrain.interchange.layouts import LAYOUTS
 
 
 def list_(run: str | Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The committed checkpoints of a run, oldest first, and why each stays."""
+    """Return the committed checkpoints of a run, oldest first, and why each is kept."""
     root = _root(run, overrides)
     rows = committed(root)
     kept = _retention(run, overrides).reasons(root, rows)
@@ -52,7 +52,7 @@ def list_(run: str | Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]
 
 
 def _told_by(saved: Saved) -> dict[str, Any]:
-    """What its manifest says; nothing where that is damaged, which is for `verify` to tell."""
+    """Return world size and bytes from the manifest; None if it is damaged, which `verify` reports."""
     try:
         return {"world": saved.manifest["world"], "bytes": sum(entry["bytes"] for entry in saved.manifest["files"])}
     except DataError:
@@ -60,7 +60,7 @@ def _told_by(saved: Saved) -> dict[str, Any]:
 
 
 def verify(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Sizes and digests of all checkpoints. Raises DataError naming each file that is off, or when there is none."""
+    """Check sizes and digests of all checkpoints. Raises DataError naming each bad file, or if there are none."""
     rows = committed(_root(run, overrides))
     if not rows:
         raise DataError(f"{run}: no committed checkpoint; train the run first")
@@ -79,14 +79,14 @@ def export(
     overrides: Sequence[str] = (),
     again: bool = False,
 ) -> Path:
-    """The newest whole checkpoint (that of a step, the one named `label`), or an exported model, as `form`.
+    """Export the newest whole checkpoint (of `step`, or named `label`), or an exported model, in the format `form`.
 
-    tessera: config.json and model.safetensors, which every other command reads; `overrides` change the settings that
-    are noted in it. deepspeed: a universal checkpoint with the optimizer's state. One of LAYOUTS: model.safetensors
-    under the names of that public model; those of transformers with its config.json, so that `from_pretrained` takes
-    the folder. Both have a tessera.json, which says what the config.json of ours does. again: accept a folder that
-    holds this export already. Raises ConfigError for a used folder, and where the run names another vocabulary or image
-    tokenizer by now than it was trained with.
+    tessera: config.json and model.safetensors, which every other command reads; `overrides` change the settings
+    recorded there. deepspeed: a universal checkpoint with the optimizer's state. One of LAYOUTS: model.safetensors with
+    the tensor names of that public model, and for transformers its config.json, so that `from_pretrained` reads the
+    folder. The latter two also have a tessera.json with what our own config.json records. again: accept a folder that
+    already holds this export. Raises ConfigError for a used folder, or if the run's vocabulary or image tokenizer is
+    no longer the one it was trained with.
     """
     if form not in ("tessera", "deepspeed", *LAYOUTS):
         raise ConfigError(f"--format {form} is not known; use tessera, deepspeed, {', '.join(sorted(LAYOUTS))}")
@@ -107,9 +107,9 @@ def export(
 
 
 def import_(source: str | Path, output: str | Path, form: str) -> Path:
-    """A folder of a public layout -> a new folder as `export` writes it. Raises DataError naming what does not fit.
+    """Convert a folder of a public layout to a new folder as written by `export`. Raises DataError naming any mismatch.
 
-    What `export` noted in it of data and fingerprints is kept.
+    Data settings and fingerprints that `export` recorded in it are kept.
     """
     refuse_used(output)
     config, state = read_layout(source, form)
@@ -117,13 +117,13 @@ def import_(source: str | Path, output: str | Path, form: str) -> Path:
 
 
 def _settings_of(source: str | Path, overrides: Sequence[str]) -> RunConfig | None:
-    """The settings to use the model with; None where its source does not say them."""
+    """Return the settings to use the model with; None if its source does not record them."""
     tree = saved_tree(source)
     return None if is_export(tree) and "data" not in tree and not overrides else run_config(source, overrides)
 
 
 def _noted(settings: RunConfig | None, known: Mapping[str, str] | None) -> dict[str, Any]:
-    """What an export says beside its model."""
+    """Return what an export records besides its model."""
     tree = settings.model_dump(mode="json", include={"task", "data", "seed"}) if settings else {}
     return tree | ({FINGERPRINTS: dict(known)} if known else {})
 
@@ -131,7 +131,7 @@ def _noted(settings: RunConfig | None, known: Mapping[str, str] | None) -> dict[
 def name(
     run: str | Path, label: str, step: int | None = None, remove: bool = False, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Keep a checkpoint from retention under a name, or (`remove`) no longer."""
+    """Name a checkpoint, which protects it from retention, or with `remove` delete the name."""
     root, entry = _root(run, overrides), f"name-{label}.json"
     if not NAME.fullmatch(entry):
         raise ConfigError(f"name {label!r}: use letters, digits, '_', '-' and '.' only")
@@ -150,10 +150,10 @@ def name(
 
 
 def gc(run: str | Path, keep: int | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Remove checkpoints that nothing keeps (`keep` of the newest instead of the run's own number) and orphans.
+    """Remove checkpoints without a reason to keep, and orphans. keep: replaces the run's `train.keep_checkpoints`.
 
-    An orphan, a folder that was never committed, goes when its attempt was overtaken or a later step was committed: a
-    newer one may be one that a live run is writing.
+    An orphan, a folder that was never committed, is removed if its attempt was overtaken or a later step was committed:
+    a live run may still be writing a newer one.
     """
     root, kept = _root(run, overrides), _retention(run, overrides)
     rows = committed(root)
@@ -167,7 +167,7 @@ def gc(run: str | Path, keep: int | None = None, overrides: Sequence[str] = ()) 
 
 
 def _root(run: str | Path, overrides: Sequence[str]) -> str:
-    """Where its checkpoints lie, also if it lost its configuration. Raises ConfigError for what is no run."""
+    """Return the root of a run's checkpoints, even if its configuration is lost. Raises ConfigError if it is no run."""
     root = root_of(run, overrides)
     if not (Path(run) / "config.json").is_file() and not Path(root).is_dir():
         raise no_run(run)

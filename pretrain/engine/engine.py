@@ -1,13 +1,13 @@
 """DeepSpeed set-up and step: ZeRO stages 0 to 3 behind the same few calls, on CPU and CUDA.
 
-What DeepSpeed 0.19 gets wrong is put right here, each with a test in tests/pretrain/engine/test_engine.py: gradients
-left over from the step before (stage 3), ranks that run different modules (silently mixed weights), 0-dim parameters
-(broken initialisation), bf16 at stage 0 (another, less accurate path: autocast at every stage instead), and operators
-compiled for minutes on first use.
+Works around defects of DeepSpeed 0.19, each with a test in tests/pretrain/engine/test_engine.py: gradients left over
+from the previous step (stage 3), ranks that run different modules (silently mixed weights), 0-dim parameters (broken
+initialisation), bf16 at stage 0 (a different, less accurate path: autocast is used at every stage instead), and
+operators compiled for minutes on first use.
 
-Where a task takes turns, all its optimizers are groups of one AdamW, and a step of DeepSpeed is one of one role:
-the others' parameters ask for no gradient meanwhile, so theirs are zero in norm and clipping, and their groups are
-hidden from AdamW, which would decay weights and move moments even so.
+If a task has several roles, all its optimizers are groups of one AdamW, and each DeepSpeed step updates one role. The
+other roles' parameters do not require gradients meanwhile, so they add zero to norm and clipping. Their groups are
+hidden from AdamW, which would otherwise still decay their weights and update their moments.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 class Owned:
     """The part [lo, hi) of one flattened parameter that this rank keeps: writable float32 views [hi - lo].
 
-    replicated: every rank keeps the same, whole. A frozen parameter has no moments.
+    replicated: every rank keeps the same whole parameter. A frozen parameter has no moments.
     """
 
     name: str
@@ -56,9 +56,9 @@ class Owned:
 
 
 class Engine:
-    """A task under DeepSpeed.
+    """A task wrapped in DeepSpeed.
 
-    Calls of a step: for each of its turns take_turn, forward and backward (per micro-batch), update; then settle.
+    Calls in a step: for each turn take_turn, forward and backward (per micro-batch), update; then settle once.
     """
 
     def __init__(self, task: "Task", config: RunConfig, mesh: Mesh, micro_batch: int, accumulation: int) -> None:
@@ -70,7 +70,7 @@ class Engine:
         self._norm: float | None = None
         self._accepts: Callable[[float], bool] = math.isfinite
         self._verdict: bool | None = None
-        # Any: DeepSpeed hangs ds_tensor, ds_shape and _hp_mapping on nn.Parameter.
+        # Any: DeepSpeed adds ds_tensor, ds_shape and _hp_mapping to nn.Parameter.
         self.names: dict[Any, str] = {parameter: name for name, parameter in task.named_parameters()}
         self.trace = ModuleTrace(task)
         deepspeed = _quiet_deepspeed()
@@ -86,15 +86,15 @@ class Engine:
         self._guard_optimizer()
 
     def take_turn(self, role: str, keep: bool = False) -> None:
-        """From here to the next `update` only the parameters of `role` learn. keep: `settle` can take that back."""
+        """Train only the parameters of `role` until the next `update`. keep: allow `settle` to undo that update."""
         self.role = role
         if keep:
             self._replaced += [(tensor, tensor.clone()) for tensor in self._state_of(role)]
         self._learn((role,))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One micro-batch on this rank -> named losses; "loss" is the one to differentiate."""
-        self.trace.on = True  # what one rank runs beside the step, such as a preview, is not part of it
+        """Run one micro-batch on this rank -> named losses; "loss" is the one to differentiate."""
+        self.trace.on = True  # excludes what one rank runs outside the step, such as a preview
         try:
             there = {name: tensor.to(self.mesh.device) for name, tensor in batch.items()}
             with noise_of(there.get("noise"), there.get("places")):
@@ -109,13 +109,13 @@ class Engine:
             self.deepspeed.step()
 
     def update(self, lr: float, accepts: Callable[[float], bool] = math.isfinite) -> float:
-        """Clip, AdamW at rate `lr`, clear -> the global norm, before clipping, of the gradient of this turn's role.
+        """Clip, step AdamW at rate `lr`, clear gradients -> global gradient norm of this turn's role before clipping.
 
-        `accepts(norm)` says whether the gradient is applied; where it is not, it is only cleared.
+        If `accepts(norm)` is false, the gradient is cleared without being applied.
         """
         self._accepts, self._verdict = accepts, None
         self.trace.check(self.mesh)
-        # At stage 0 DeepSpeed clips without telling the norm.
+        # At stage 0 DeepSpeed clips without exposing the norm.
         grads = [parameter.grad for parameter in self.names if parameter.grad is not None] if self.stage == 0 else []
         self._norm = float(torch.nn.utils.get_total_norm(grads)) if self.stage == 0 else None
         for group in self._base_optimizer().param_groups:
@@ -123,17 +123,17 @@ class Engine:
                 group["lr"] = lr
         self.deepspeed.step()
         if self.stage == 3:
-            # DeepSpeed never clears these partitions: a parameter without a gradient in the next first micro-step
-            # would be updated by this step's once more.
+            # DeepSpeed never clears these partitions: a parameter without a gradient in the first micro-step of the
+            # next step would be updated with this step's gradient again.
             self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
             self._gather_resident()
         self._learn(self.roles)
-        self._accepted()  # DeepSpeed does not come to the optimizer where it sees an overflow itself
+        self._accepted()  # on an overflow DeepSpeed skips the optimizer, where this is otherwise called
         return self._global_norm()
 
     @torch.no_grad()
     def settle(self, accepted: bool) -> None:
-        """The step's last word: where it is refused, what its turns have changed becomes what it was before."""
+        """End the step: if it was refused, undo the changes of all turns that were taken with `keep`."""
         if self._replaced and not accepted:
             for tensor, before in self._replaced:
                 tensor.copy_(before)
@@ -141,14 +141,14 @@ class Engine:
         self._replaced.clear()
 
     def _learn(self, roles: tuple[str, ...]) -> None:
-        """Which parameters ask for a gradient: between turns all but the frozen ones."""
+        """Require gradients only of the parameters of `roles`; frozen ones stay so. Does nothing with a single role."""
         if len(self.roles) > 1:
             for group in self.groups:
                 for parameter in group["params"]:
                     parameter.requires_grad_(group["role"] in roles)
 
     def _state_of(self, role: str) -> Iterator[Tensor]:
-        """All that an update of this role changes on this rank: masters, moments, counts."""
+        """Yield all that an update of this role changes on this rank: masters, moments, update counts."""
         names = {name for group in self.groups if group["role"] == role for name in group["names"]}
         for owned in self.owned():
             if owned.name in names:
@@ -158,7 +158,7 @@ class Engine:
                 yield self._base_optimizer().state[tensor]["step"]
 
     def _gather_resident(self) -> None:
-        """One collective for all parameters that stage 3 keeps gathered between steps; DeepSpeed takes one for each."""
+        """Gather the parameters that stage 3 keeps between steps in one collective; DeepSpeed uses one for each."""
         if self.resident:
             self.resident[0].all_gather_coalesced(self.resident).wait()
 
@@ -166,15 +166,15 @@ class Engine:
         return float(self.deepspeed.optimizer._global_grad_norm or 0.0) if self._norm is None else self._norm
 
     def _accepted(self) -> bool:
-        """Asked once an update: DeepSpeed steps the optimizer for each of its groups, or not at all."""
+        """Evaluate `accepts` once per update: DeepSpeed steps the optimizer once for each group, or not at all."""
         if self._verdict is None:
             self._verdict = self._accepts(self._global_norm())
         return self._verdict
 
     def _guard_optimizer(self) -> None:
-        """DeepSpeed knows the norm only inside its step: the optimizer below it asks before it touches anything.
+        """Wrap the base optimizer's step so that it runs only if the gradient is accepted.
 
-        It also sees the groups of this turn's role alone.
+        DeepSpeed computes the norm only inside its own step. The wrapped step sees only the groups of this turn's role.
         """
         optimizer = self._base_optimizer()
         step = optimizer.step
@@ -188,17 +188,17 @@ class Engine:
 
         optimizer.step = guarded  # type: ignore[method-assign,assignment]
 
-    # --------------------------------------------------------------------------------- state, by intervals
+    # ---------------------------------------------------------------------------- state, as intervals
 
     def owned(self) -> list[Owned]:
-        """What this rank keeps, as views that may be written. Stage 0 keeps every parameter whole on every rank."""
+        """Return writable views of what this rank keeps. At stage 0 every rank keeps every parameter whole."""
         self._make_moments()
         return [owned for parameter, name in self.names.items() for owned in self._owned_of(name, parameter)]
 
     def scalars(self) -> dict[str, Any]:
-        """What the optimizer keeps beside tensors, as plain JSON: counts of updates, groups by name, loss scale.
+        """Return the optimizer's non-tensor state as plain JSON: groups by name, update counts, loss scale.
 
-        Every group has its own count, which AdamW's bias correction reads: optimizers that step apart stay apart.
+        Every group has its own update count, which AdamW's bias correction uses, because roles update separately.
         """
         state, counts = self._base_optimizer().state, [0] * len(self.groups)
         for number, tensor in self._optimized():
@@ -212,9 +212,9 @@ class Engine:
         return dict(json.loads(json.dumps({"groups": plain, "loss_scale": self._loss_scale()})))
 
     def load_scalars(self, saved: dict[str, Any], where: str) -> None:
-        """Go on from `scalars()`. Raises DataError where a group has other members or settings than it was saved with.
+        """Restore the result of `scalars()`. Raises DataError if a group's members or settings differ from the saved.
 
-        Tensors are to be restored first: the state that holds the counts must exist.
+        Restore tensors first: the state that holds the counts must exist.
         """
         now = self.scalars()["groups"]
         for name in sorted(saved["groups"].keys() | now.keys()):
@@ -234,13 +234,13 @@ class Engine:
                 setattr(scaler, key, value)
 
     def _loss_scale(self) -> dict[str, Any]:
-        """What moves in DeepSpeed's loss scaler; empty where there is none (stage 0)."""
+        """Return the mutable state of DeepSpeed's loss scaler; empty if there is none (stage 0)."""
         scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
         return {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make the working copies agree with the masters after `owned()` was written. All ranks call it together."""
+        """Update the working copies from the masters after writes to `owned()`. Collective: all ranks must call it."""
         if self.stage == 3:
             for parameter, name in self.names.items():
                 for owned in self._owned_of(name, parameter):
@@ -289,7 +289,7 @@ class Engine:
         return self.deepspeed.optimizer if self.stage == 0 else self.deepspeed.optimizer.optimizer
 
     def _optimized(self) -> Iterator[tuple[int, Tensor]]:
-        """(number of the group, tensor that the base optimizer steps): parameters, or flat parts of them."""
+        """Yield (group number, tensor that the base optimizer steps): parameters, or flat parts of them."""
         sharded = self.deepspeed.optimizer
         if self.stage == 0:
             for number, group in enumerate(sharded.param_groups):
@@ -301,7 +301,7 @@ class Engine:
             yield from enumerate(sharded.single_partition_of_fp32_groups)
 
     def _make_moments(self) -> None:
-        """AdamW makes its state at the first step; what is loaded before needs it now."""
+        """Create AdamW's moments now: AdamW itself creates them at the first step, too late for loading."""
         optimizer = self._base_optimizer()
         for _, tensor in self._optimized():
             if not optimizer.state[tensor]:
@@ -310,9 +310,9 @@ class Engine:
 
 
 class ModuleTrace:
-    """Which modules this rank ran in a step.
+    """Records which modules this rank ran in a step.
 
-    Under ZeRO-3 ranks that differ mix each other's weights without an error.
+    Under ZeRO-3, ranks that run different modules mix their weights without an error.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -328,7 +328,7 @@ class ModuleTrace:
             self.digest = (self.digest * 1_000_003 + key) % (1 << 56)
 
     def check(self, mesh: Mesh) -> None:
-        """Raises NodeFault before anything is updated when the ranks ran other modules or another order."""
+        """Raise NodeFault if ranks ran different modules or in a different order. Call it before the update."""
         digest, self.digest = self.digest, 0
         if mesh.world > 1:
             highest, lowest = mesh.maximum([digest, -digest])
@@ -340,20 +340,20 @@ class ModuleTrace:
 
 
 def _take_resident(optimizer: Any) -> list[Any]:
-    """The parameters that stage 3 keeps gathered between steps, out of the hands of DeepSpeed's own step."""
+    """Return the parameters that stage 3 keeps gathered between steps, and stop DeepSpeed from gathering them."""
     resident, optimizer.persistent_parameters = list(optimizer.persistent_parameters), []
     return resident
 
 
 def refuse_scalars(module: nn.Module) -> None:
-    """Raises ConfigError for a 0-dim parameter, which DeepSpeed cannot initialise at any stage."""
+    """Raise ConfigError for a 0-dim parameter, which DeepSpeed cannot initialise at any stage."""
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0:
             raise ConfigError(f"parameter {name} has shape (); DeepSpeed needs at least one dimension, make it (1,)")
 
 
 def warn_of_emulation(config: RunConfig, mesh: Mesh) -> None:
-    """Say it when bf16 will be slow; it is not changed, as the result must not depend on the machine."""
+    """Warn when bf16 will be slow. The precision is not changed: results must not depend on the machine."""
     slow = mesh.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if config.train.precision == "bf16" and slow and mesh.rank == 0:
         print(
@@ -367,7 +367,7 @@ def warn_of_emulation(config: RunConfig, mesh: Mesh) -> None:
 def deepspeed_settings(
     config: RunConfig, module: nn.Module, world: int, micro_batch: int, accumulation: int
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON for this run and this module."""
+    """Return DeepSpeed's JSON configuration for this run and module."""
     size = sum(parameter.numel() for parameter in module.parameters())
     return settings_of(config, size, world, micro_batch, accumulation, overlap=torch.cuda.is_available())
 
@@ -377,20 +377,20 @@ def _quiet_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # DeepSpeed still calls collectives by names that torch 2.13 wants spelt otherwise, thousands of times.
+    # DeepSpeed still calls collectives by names that torch 2.13 has deprecated, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Without it stage 3 on a CPU starts `numactl` as a process of its own in every step, to count devices.
+    # Without it, stage 3 on a CPU starts a `numactl` process in every step to count devices.
     os.environ.setdefault("LOCAL_SIZE", "1")
-    # Its shared-memory collectives are compiled for over a minute at the first start; gloo's own do as well here.
+    # Its shared-memory collectives take over a minute to compile at the first start; gloo's are good enough here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False)
     return deepspeed
 
 
 def _slim_deepspeed() -> Any:
-    """DeepSpeed without what it imports for uses that are not made here: a third of the start of every process."""
+    """Import DeepSpeed without dependencies that are not used here: they take a third of every process's start."""
     absent = "mlflow" not in sys.modules
-    if absent:  # for its autotuner
+    if absent:  # only its autotuner needs it
         sys.modules["mlflow"] = None  # type: ignore[assignment]
     import deepspeed
     from deepspeed.runtime import compiler
@@ -398,7 +398,7 @@ def _slim_deepspeed() -> Any:
     if absent:
         del sys.modules["mlflow"]
     compile_, compiler.compile = compiler.compile, lambda: lambda function: function
-    try:  # it asks whether the optimizer is Muon, whose functions are decorated with torch's whole compiler
+    try:  # imported to test for Muon, whose functions are decorated with torch.compile, an expensive import
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
         compiler.compile = compile_

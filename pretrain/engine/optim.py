@@ -1,4 +1,4 @@
-"""AdamW by role: which parameters learn together, and of those which decay and which do not."""
+"""AdamW parameter groups: by role, with and without weight decay."""
 
 import re
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def parameter_groups(task: "Task", optim: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters as [decay, no_decay] of each role, with `role`, `name`, `names` and AdamW's settings.
+    """Return the groups [decay, no_decay] of each role, with `role`, `name`, `names`, `params` and AdamW's settings.
 
-    An empty group is left out. Vectors (biases, norm gains, scales) never decay; neither does a name in which a
-    pattern of `no_decay` is found.
+    Frozen parameters and empty groups are left out. Vectors (biases, norm gains, scales) never decay; neither does a
+    parameter whose name matches a pattern of `no_decay` (re.search).
     """
     members: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {}
     for role in task.roles:
@@ -45,6 +45,6 @@ def _group(role: str, decays: bool, named: list[tuple[str, nn.Parameter]], optim
 
 
 def build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Torch's own fused AdamW: DeepSpeed's would be compiled for minutes on first use."""
+    """Return torch's own fused AdamW: DeepSpeed's would take minutes to compile on first use."""
     members = [{key: value for key, value in group.items() if key not in ("name", "names")} for group in groups]
     return torch.optim.AdamW(members, fused=True)

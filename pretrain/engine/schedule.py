@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step: no state to save."""
+"""Learning rate as a pure function of the step, so there is no state to save."""
 
 import math
 
@@ -6,7 +6,7 @@ from pretrain.config import AdamWConfig
 
 
 def learning_rate(step: int, steps: int, optim: AdamWConfig) -> float:
-    """Rate for the update that turns weights of `step` into those of `step + 1`, 0 <= step < steps.
+    """Return the rate of the update from the weights of `step` to those of `step + 1`, 0 <= step < steps.
 
     Linear warm-up to `lr` over `warmup_steps`, then from `lr` to `final_lr_fraction * lr` at `steps` along the
     schedule.

@@ -1,19 +1,19 @@
-"""How a run is sharded: DeepSpeed's JSON, generated. Imports no torch: `tessera plan` reads it too."""
+"""Generates DeepSpeed's JSON, which defines how a run is sharded. Imports no torch, as `tessera plan` uses it too."""
 
 from typing import Any
 
 from pretrain.config import RunConfig
 
 RESIDENT_PARAMETERS = 50_000_000
-"""Up to this size stage 3 keeps the gathered parameters between steps; gradients and optimizer stay sharded."""
+"""Up to this many parameters, stage 3 keeps them gathered between steps; gradients and optimizer stay sharded."""
 BUCKET = 50_000_000
 
 
 def settings_of(
     config: RunConfig, size: int, world: int, micro_batch: int, accumulation: int, overlap: bool
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON for this run; buckets follow the model's size, `deepspeed.extra` is laid over it last."""
-    bucket = min(size, BUCKET) // 64 * 64 + 64  # DeepSpeed wants whole alignment units
+    """Return DeepSpeed's JSON for this run. Buckets scale with the model's `size`; `deepspeed.extra` is merged last."""
+    bucket = min(size, BUCKET) // 64 * 64 + 64  # DeepSpeed needs whole alignment units
     zero: dict[str, Any] = {
         "stage": config.train.zero_stage,
         "contiguous_gradients": True,
@@ -23,7 +23,7 @@ def settings_of(
     }
     if config.train.zero_stage == 3:
         resident = size <= RESIDENT_PARAMETERS
-        zero["memory_efficient_linear"] = not resident  # a linear layer in Python that spares autocast's copies
+        zero["memory_efficient_linear"] = not resident  # a linear layer in Python that avoids autocast's copies
         zero["stage3_prefetch_bucket_size"] = bucket
         zero["stage3_param_persistence_threshold"] = size if resident else 100_000
         zero["stage3_max_live_parameters"] = max(size, BUCKET)
@@ -31,7 +31,7 @@ def settings_of(
         "train_batch_size": micro_batch * accumulation * world,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        # Written even when 0: DeepSpeed clips at 1 where it is left out.
+        # Written even when 0: DeepSpeed clips at 1 if it is left out.
         "gradient_clipping": config.train.clip_norm,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,

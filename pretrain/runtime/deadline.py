@@ -1,8 +1,8 @@
-"""The save-deadline contract: a step and a save must fit between the stop signal and the kill that follows it.
+"""The save-deadline contract: one step and one save must fit between the stop signal and the kill that follows it.
 
-Who starts the processes says in TESSERA_STOP_LEAD_S how long that is. Too short a lead for what the run was measured to
-need is refused before anything starts. The warning comes before the first step, from a trial write of every rank at
-once and from how long steps took.
+The launcher passes this lead time in TESSERA_STOP_LEAD_S. A lead shorter than the step and save times measured in the
+run is refused before anything starts. A warning may follow before the first step: it is estimated from a trial write
+by all ranks at once and from recent step times.
 """
 
 import itertools
@@ -18,16 +18,16 @@ LEAD_VARIABLE = "TESSERA_STOP_LEAD_S"
 TRIAL_BYTES = 16 * 2**20
 RECENT_STEPS = 50
 MARGIN = 1.5
-"""Disks are slower when all write whole checkpoints, and signals come late."""
+"""Safety factor: disks are slower when all ranks write whole checkpoints, and signals may arrive late."""
 
 
 def lead_s(environment: Mapping[str, str] = os.environ) -> float:
-    """Seconds from the stop signal to the kill; infinite where nobody said."""
+    """Return the seconds from the stop signal to the kill; infinite when TESSERA_STOP_LEAD_S is not set."""
     return float(environment.get(LEAD_VARIABLE, "inf"))
 
 
 def write_speed(folder: Path) -> float:
-    """Bytes a second that this process gets onto the disk of `folder`, now."""
+    """Measure this process's current write speed to the disk of `folder`, in bytes per second."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".trial-{os.getpid()}"
     block = os.urandom(2**20)
@@ -44,12 +44,12 @@ def write_speed(folder: Path) -> float:
 
 
 def slowest_recent_step_s(run: Path) -> float:
-    """Out of metrics.jsonl; 0 where no step was made yet."""
+    """Return the longest of the last RECENT_STEPS step times in metrics.jsonl; 0 before the first step."""
     return _slowest(run, "step_s")
 
 
 def refusal(lead: float, run: Path) -> str:
-    """What to say of a lead that is shorter than a step and a save were, as measured in `run`; nothing if it is not."""
+    """Return the error text if `lead` is shorter than a step and a save measured in `run`; otherwise empty."""
     step_s, save_s = slowest_recent_step_s(run), _slowest(run, "save_s")
     if not save_s or step_s + save_s <= lead:
         return ""
@@ -65,7 +65,7 @@ def _slowest(run: Path, name: str) -> float:
 
 
 def warning(lead: float, step_s: float, save_bytes: int, speed: float) -> str:
-    """What to say before the first step; nothing where the lead is enough."""
+    """Return the warning to print before the first step; empty when the lead is long enough."""
     save_s = MARGIN * save_bytes / speed
     if step_s + save_s <= lead:
         return ""

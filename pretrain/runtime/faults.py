@@ -1,8 +1,8 @@
-"""Why a process ended: one line in RUN/faults.jsonl, which the launcher reads to decide about another attempt.
+"""Records why a process ended: one line in RUN/faults.jsonl, from which the launcher decides about another attempt.
 
-Causes: configuration, node, storage, preemption, user code. An end without a fault, done or saved on request, stands in
-RUN/ended.json, which is there only then: what starts processes by other means than ours, such as torchrun, may hide
-their exit codes. Imports no torch.
+Causes: configuration, node, storage, preemption, user code. RUN/ended.json exists only after an end without a fault
+(finished, or saved on request): other launchers, such as torchrun, may hide the exit codes of their processes. Imports
+no torch.
 """
 
 import contextlib
@@ -39,16 +39,16 @@ CAUSES: tuple[tuple[type[TesseraError], Cause], ...] = (
     (Requeue, "preemption"),
 )
 
-DISK_ERRORS = FILE_SYSTEM_ERRORS - {errno.ENOENT}  # a file that a user's module misses is no fault of the disk
+DISK_ERRORS = FILE_SYSTEM_ERRORS - {errno.ENOENT}  # a file missing in user code is not a disk error
 
 
 def cause_of(error: BaseException) -> Cause:
-    """The cause of an error; whatever is not one of ours came out of user code, numbers that blew up included."""
+    """Return the cause of an error; types not in CAUSES, including numerical divergence, count as user code."""
     return next((cause for kind, cause in CAUSES if isinstance(error, kind)), "user code")
 
 
 def record_fault(run: Path, cause: Cause, why: str, rank: int, **more: Any) -> None:
-    """Append one line; where nothing was written of the run yet, or nothing can be, nothing is."""
+    """Append one line; write nothing when the run folder does not exist yet or cannot be written."""
     line = {"time": time.time(), "cause": cause, "rank": rank, "host": socket.gethostname(), "why": why} | more
     with contextlib.suppress(OSError):
         append_line(run / FAULTS, line)
@@ -63,7 +63,7 @@ def _note_end(run: Path, rank: int, exit_code: int, why: str) -> None:
 
 
 def read_faults(run: Path, start: int = 0) -> list[dict[str, Any]]:
-    """The lines from byte `start` on, oldest first."""
+    """Return the faults recorded from byte `start` on, oldest first."""
     path = run / FAULTS
     if not path.is_file():
         return []
@@ -78,13 +78,13 @@ def _blames_ranks(line: dict[str, Any]) -> bool:
 
 
 def faults_size(run: Path) -> int:
-    """Where the next line will start."""
+    """Return the byte offset at which the next line will start."""
     path = run / FAULTS
     return path.stat().st_size if path.is_file() else 0
 
 
 def may_have_been_killed(run: Path) -> bool:
-    """Whether the newest attempt ended neither by itself nor for a cause that another attempt would not change."""
+    """Return whether the newest attempt has neither ended by itself nor recorded a fault other than a node's."""
     newest = next(iter(deque(lines_of(run / ATTEMPTS), maxlen=1)), None)
     if newest is None or (run / ENDED).is_file():
         return False
@@ -92,24 +92,24 @@ def may_have_been_killed(run: Path) -> bool:
 
 
 def stacks_of(run: Path, attempt: int, rank: int) -> Path:
-    """Where a rank's stacks are written when it crashes or hangs."""
+    """Return the file to which a rank's stacks are written when it crashes or hangs."""
     return run / STACKS / f"attempt-{attempt:05d}.rank-{rank:05d}.txt"
 
 
 def crashed_while_decoding(run: Path, rank: int) -> bool:
-    """Whether this rank crashed in the newest attempt in the thread that decoded an image: no fault of its node."""
+    """Return whether this rank crashed while decoding an image in the newest attempt: its node is not at fault."""
     newest = next(iter(deque(lines_of(run / ATTEMPTS), maxlen=1)), {"attempt": 0})
     path = stacks_of(run, newest["attempt"], rank)
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    crashed = text.partition("Current thread")[2].partition("\n\n")[0]  # faulthandler's words
+    crashed = text.partition("Current thread")[2].partition("\n\n")[0]  # faulthandler's heading of the crashed thread
     return "Fatal Python error" in text and DECODES in crashed
 
 
 @contextlib.contextmanager
 def faults_noted(run: Path, rank: int, peer_lost: Callable[[BaseException], bool]) -> Iterator[None]:
-    """Note what ends the block, and raise it as what it is to the user.
+    """Record how the block ends, and raise its error as the one to show to the user.
 
-    A collective that broke is a node fault, a disk that takes no more is storage; neither says so by itself.
+    A broken collective is raised as a NodeFault, a disk error as a storage error: the original exceptions do not tell.
     """
     if rank == 0:
         (run / ENDED).unlink(missing_ok=True)
@@ -120,7 +120,7 @@ def faults_noted(run: Path, rank: int, peer_lost: Callable[[BaseException], bool
         _note_end(run, rank, asked.exit_code, str(asked))
         raise
     except Overtaken:
-        raise  # the run folder is the later attempt's
+        raise  # the run folder belongs to the later attempt
     except Exception as error:
         told: Exception = error
         if not isinstance(error, TesseraError) and peer_lost(error):

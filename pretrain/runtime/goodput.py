@@ -1,8 +1,8 @@
-"""Where a run's time went, by attempt, from its attempts.jsonl and metrics.jsonl. Imports no torch.
+"""Breakdown of a run's wall time by attempt, from its attempts.jsonl and metrics.jsonl. Imports no torch.
 
-An attempt's wall time runs from the end of the one before it (from its own start, if it is the first) to its last step:
-down (nothing ran) + start (to the first step) + waiting for data + saves + steps + rest. Steps behind the one where a
-later attempt began are lost. Goodput is the share of all wall time that went into steps that were not lost.
+An attempt's wall time runs from the end of the previous attempt (for the first, from its own start) to its last step:
+down (nothing ran) + start (to the first step) + waiting for data + saves + steps + rest. Steps after the one from which
+a later attempt resumed are lost. Goodput is the share of all wall time spent in steps that were not lost.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 ATTEMPTS = "attempts.jsonl"
 METRICS = "metrics.jsonl"
 BLOCK = 1 << 16
-"""Bytes that are read at once from the end of a file."""
+"""Bytes read at once when a file is read backwards."""
 
 
 _COUNTS = ("step", "attempt", "time_ms", "rank", "metrics_at")
@@ -26,7 +26,7 @@ _NEEDED = {METRICS: {"step", "attempt"}, ATTEMPTS: {"attempt"}}
 
 
 class PhaseClock:
-    """What the training thread is doing, since when, and how long it did each thing so far."""
+    """The training thread's current phase, when it began, and the total seconds of each phase so far."""
 
     def __init__(self) -> None:
         self.phase = "start"
@@ -34,21 +34,21 @@ class PhaseClock:
         self.seconds: dict[str, float] = {}
 
     def enter(self, phase: str) -> None:
-        """The phase before ends now."""
+        """End the current phase and begin another."""
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
         self.phase, self.since = phase, now
 
     def spent(self, phase: str) -> float:
-        """Seconds in all visits of `phase` that have ended."""
+        """Return the total seconds of `phase`, excluding a visit still in progress."""
         return self.seconds.get(phase, 0.0)
 
 
 def goodput(run: Path) -> dict[str, Any]:
-    """-> {"goodput": share, "attempts": [a row for each that made a step]}.
+    """Return {"goodput": share, "attempts": [one row per attempt that made a step]}.
 
-    Reads the ends of the attempts, and of the steps that were lost, however long metrics.jsonl is. Attempts that did
-    not note where their lines begin (`metrics_at` in attempts.jsonl, as of earlier versions) are not counted.
+    Reads only the first and last lines of each attempt and its lost steps, however long metrics.jsonl is. Attempts of
+    earlier versions, which did not record where their lines begin (`metrics_at` in attempts.jsonl), are not counted.
     """
     spans = _spans(run)
     table: list[dict[str, Any]] = []
@@ -61,7 +61,7 @@ def goodput(run: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """One attempt that made a step: its line in attempts.jsonl, its lines in metrics.jsonl by bytes, first and last."""
+    """One attempt that made a step: its line in attempts.jsonl; byte range, first and last line in metrics.jsonl."""
 
     line: dict[str, Any]
     path: Path
@@ -70,7 +70,7 @@ class Span:
     last: dict[str, Any]
 
     def last_before(self, step: int) -> dict[str, Any]:
-        """Its newest line of at most `step`; empty without one."""
+        """Return the attempt's newest line up to `step`; empty if there is none."""
         lines = lines_back(self.path, self.line["metrics_at"], self.end)
         return next((row for row in lines if row["attempt"] == self.line["attempt"] and row["step"] <= step), {})
 
@@ -79,7 +79,7 @@ def _spans(run: Path) -> list[Span]:
     path, found = run / METRICS, []
     lines = [line for line in lines_of(run / ATTEMPTS) if "metrics_at" in line]
     ends = [line["metrics_at"] for line in lines[1:]] + [path.stat().st_size if path.is_file() else 0]
-    for line, end in zip(lines, ends, strict=False):  # no line, one end
+    for line, end in zip(lines, ends, strict=False):  # without lines there is still one end
         own = {"attempt": line["attempt"]}.items()
         back, ahead = lines_back(path, line["metrics_at"], end), lines_of(path, line["metrics_at"])
         if last := next((row for row in back if own <= row.items() and "time_ms" in row), None):
@@ -89,7 +89,7 @@ def _spans(run: Path) -> list[Span]:
 
 
 def _attempt(span: Span, resumed: int, end: float | None) -> dict[str, Any]:
-    """One row. resumed: the last step that no later attempt began behind; end: when the attempt before ended."""
+    """Return one row. resumed: the lowest step that later attempts resumed from; end: when the previous one ended."""
     first, last, kept = span.first, span.last, span.last_before(resumed)
     began, ended = first["time_ms"] / 1000 - first.get("step_s", 0.0), last["time_ms"] / 1000
     born = min(began, span.line.get("started", began))
@@ -111,7 +111,7 @@ def _attempt(span: Span, resumed: int, end: float | None) -> dict[str, Any]:
 
 
 def lines_of(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of JSON lines from byte `start` on."""
+    """Yield the complete records of a JSON-lines file from byte `start` on."""
     if path.is_file():
         with path.open("rb") as file:
             file.seek(start)
@@ -119,14 +119,14 @@ def lines_of(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def lines_back(path: Path, start: int = 0, end: int | None = None) -> Iterator[dict[str, Any]]:
-    """The whole lines between two bytes of a file of JSON lines, the last one first."""
+    """Yield the complete records between two byte offsets of a JSON-lines file, last one first."""
     yield from whole(raw_lines_back(path, start, end), _NEEDED.get(path.name, set()))
 
 
 def raw_lines_back(path: Path, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """Lines with their ends, the last one first. Reads no more than what is asked for and a block.
+    """Yield lines with their line ends, last one first. Reads at most one block more than what is consumed.
 
-    The blocks of a line that is longer than one are kept apart until its beginning is found.
+    The blocks of a line longer than one block are joined only once its beginning is found.
     """
     if not path.is_file():
         return
@@ -146,9 +146,9 @@ def raw_lines_back(path: Path, start: int = 0, end: int | None = None) -> Iterat
 
 
 def whole(lines: Iterable[bytes], needed: Set[str] = frozenset()) -> Iterator[dict[str, Any]]:
-    """What the lines say, but for torn ones: not written to their end yet, or by a process that was killed.
+    """Parse the lines and skip torn ones: those still being written, or cut off when their process was killed.
 
-    A line that is no object, lacks a `needed` entry, or has something else where a number stands counts as torn.
+    A line that is not an object, lacks a `needed` key, or has a wrong type in a numeric field counts as torn.
     """
     for line in lines:
         if line.endswith(b"\n"):
@@ -165,7 +165,7 @@ def _has_numbers(row: dict[str, Any]) -> bool:
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one line, in one write: processes do not mix theirs. What a killed one left torn is ended first."""
+    """Append one line in one write, so that processes do not mix theirs. A torn last line is terminated first."""
     with path.open("ab+") as file:
         torn = False
         if file.tell():

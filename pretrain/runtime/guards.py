@@ -1,10 +1,9 @@
-"""Numerical guards: a step whose loss or gradient is not finite, or far above its like, does not touch the weights.
+"""Numerical guards: a step with a non-finite or unusually large loss or gradient norm does not change the weights.
 
-The judgement is made between backward and update, from the mean loss and the global gradient norm, which are the same
-numbers on every rank; so is what follows. Where several optimizers take turns in a step, each turn is judged against
-its own past, and one that is refused refuses the whole step. The rule for a spike is OLMo-core's (SkipStepOptimizer):
-above the mean plus `spike_sigmas` standard deviations of the last `window_steps` accepted steps, once half of them are
-there.
+Each step is judged between backward and update, from the mean loss and the global gradient norm. Both are equal on all
+ranks, so all ranks decide alike. With several turns in a step, each turn is judged against its own role's history, and
+one refused turn refuses the whole step. The spike rule is OLMo-core's (SkipStepOptimizer): a value above the mean plus
+`spike_sigmas` standard deviations of the last `window_steps` accepted steps, once half of that window is filled.
 """
 
 import math
@@ -21,7 +20,7 @@ Past = deque[tuple[float, float]]
 
 
 class Guards:
-    """Judges every step. What it remembers is part of a checkpoint, so that a continued run judges alike."""
+    """Judges every step. Its history is saved in checkpoints, so that a resumed run makes the same decisions."""
 
     def __init__(self, config: GuardsConfig) -> None:
         self.config = config
@@ -33,15 +32,15 @@ class Guards:
         self.action: Action = "accept"
         self.reason = ""
         self._turns: dict[str, tuple[float, float]] = {}
-        """What this step's turns so far have shown."""
+        """(loss, gradient norm) of this step's turns so far, by role."""
 
     @property
     def may_skip(self) -> bool:
-        """Can a step be left out and the run go on from what was before it?"""
+        """Whether a step may be skipped, so that the run continues from the state before it."""
         return "skip" in (self.config.non_finite, self.config.spike)
 
     def accepts(self, loss: float, norm: float, role: str = MAIN, last: bool = True) -> bool:
-        """May this turn's gradient be applied? Sets `action` and `reason`; with the last turn they are the step's."""
+        """Return whether this turn's gradient may be applied. Sets `action` and `reason`, final after the last turn."""
         if not self._turns:
             self.action, self.reason = "accept", ""
         if self.action == "accept":
@@ -52,7 +51,7 @@ class Guards:
         return self.action == "accept"
 
     def _conclude(self) -> None:
-        """Remember an accepted step, count a refused one."""
+        """Add an accepted step to the history, or count a refused one."""
         turns, self._turns = self._turns, {}
         if self.action == "accept":
             for role, pair in turns.items():
@@ -81,7 +80,7 @@ class Guards:
         return "accept", ""
 
     def refuse_to_go_on(self, step: int) -> None:
-        """Raises TrainingFault where the last judgement was to stop, before anything of that step is saved."""
+        """Raise TrainingFault if the last decision was to stop, before anything of that step is saved."""
         if self.action == "stop":
             raise TrainingFault(
                 f"step {step}: {self.reason}; the update was not made. Go on from the last checkpoint with "
@@ -89,23 +88,23 @@ class Guards:
             )
 
     def told(self) -> dict[str, str]:
-        """The last judgement for the step's line in metrics.jsonl; nothing where the step was accepted."""
+        """Return the last decision for the step's line in metrics.jsonl; empty if the step was accepted."""
         return {"guard": f"{self.action}: {self.reason}"} if self.reason else {}
 
-    # ------------------------------------------------------------------------------------- its state
+    # ----------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON; floats come back bit for bit."""
+        """Return the state as plain JSON; floats are restored bit for bit."""
         accepted = {role: [list(pair) for pair in past] for role, past in self.accepted.items()}
         return {"accepted": accepted, "events": self.events, "in_a_row": self.in_a_row}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`."""
+        """Restore everything that `state()` returned."""
         self.remember(state)
         self.events, self.in_a_row = state["events"], state["in_a_row"]
 
     def remember(self, state: dict[str, Any]) -> None:
-        """Only the accepted steps: what a roll-back takes over from a checkpoint, whose weights they belong to."""
+        """Restore only the accepted steps. A roll-back takes these from a checkpoint, as they belong to its weights."""
         self.accepted.clear()
         for role, past in state["accepted"].items():
             self.accepted[role].extend((loss, norm) for loss, norm in past)

@@ -1,6 +1,6 @@
-"""Who am I among the processes of a run. The only reader of RANK, WORLD_SIZE and their Slurm twins.
+"""This process's place in the process group. The only reader of RANK, WORLD_SIZE and their Slurm equivalents.
 
-A single process is a mesh of one: it joins a process group of its own, so that every later line is the same.
+A single process is a mesh of one: it joins a process group of its own, so that all later code is the same.
 """
 
 import dataclasses
@@ -23,20 +23,20 @@ KeyValues = dist.Store
 
 
 JOIN_TIMEOUT_S = 300.0
-"""Peers may start this much later than oneself: nodes differ in how long they take to read a program."""
+"""Time allowed for peers to join after this process: nodes differ in how long they take to load the program."""
 ANSWER_S = 5.0
 RETRY_S = 0.5
 ATTEMPT, MISSING, OVER = "attempt", "missing", "null"
-"""Keys of the store: the attempt's name, and in it the ranks that did not come; `null` says that the next one began."""
+"""Store keys: the attempt's name, and under it the ranks that did not join; OVER means that a later attempt began."""
 NAMED = 8
 ASKED_AT_ONCE = 256
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "Broken pipe", "NCCL")
-"""gloo raises plain RuntimeErrors; these are its words, and NCCL's."""
+"""Substrings of gloo's and NCCL's messages: gloo raises plain RuntimeErrors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RankPlace:
-    """This process among its peers, as the launcher put it into the environment."""
+    """This process's rank and rendezvous address, as the launcher set them in the environment."""
 
     rank: int
     local_rank: int
@@ -44,11 +44,11 @@ class RankPlace:
     host: str
     port: int
     agent: str = ""
-    """torchrun's name of the job, where its own store serves the ranks: one that outlives attempts."""
+    """torchrun's run id when the ranks use the agent's own store, which outlives attempts; otherwise empty."""
 
 
 def place_from(environment: Mapping[str, str]) -> RankPlace:
-    """Read torchrun's variables, or srun's, or none (alone). Raises ConfigError when they are incomplete."""
+    """Read torchrun's variables or srun's; without either, a world of one. Raises ConfigError if some are missing."""
     if "RANK" in environment:
         rank, local, world = (environment.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
@@ -68,7 +68,7 @@ def place_from(environment: Mapping[str, str]) -> RankPlace:
 
 
 def own_rank() -> int:
-    """This process's rank, known before it has met any other."""
+    """Return this process's rank, known before it joins the process group."""
     return place_from(os.environ).rank
 
 
@@ -90,21 +90,21 @@ class Mesh:
 
     @classmethod
     def start(cls, timeout_s: float, join_s: float = JOIN_TIMEOUT_S) -> "Mesh":
-        """Join the process group (nccl where CUDA is, gloo elsewhere).
+        """Join the process group (nccl with CUDA, gloo without).
 
-        Raises NodeFault naming the peers that do not come within `join_s`, and where rank 0's address does not resolve
-        within either time.
+        Raises NodeFault naming the peers that do not join within `join_s`, or when rank 0's address does not resolve
+        within the shorter of the two timeouts.
         """
         place = place_from(os.environ)
         on_cuda = torch.cuda.is_available()
         device = torch.device("cuda", place.local_rank) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(device)
-        # DeepSpeed reads these itself; a process started by srun or alone has none of them.
+        # DeepSpeed reads these variables itself; a process started by srun, or alone, does not have them.
         os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.world))
         os.environ.update(MASTER_ADDR=place.host, MASTER_PORT=str(place.port))
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_cuda else "cpu")
-        # The watchdog ends a hang after timeout_s and names who hangs; the group's own deadline is the second line.
+        # The watchdog ends a hang after timeout_s and names the ranks to blame; the group's timeout is the fallback.
         deadline = datetime.timedelta(seconds=2 * timeout_s)
         _check_resolves(place, min(timeout_s, join_s))
         try:
@@ -119,7 +119,7 @@ class Mesh:
         return cls(place, device, dist.PrefixStore("tessera", store))
 
     def side_store(self) -> "KeyValues":
-        """The same store over a connection of its own: a thread that waits on it does not hold up the others."""
+        """Return the same store over a separate connection: a thread that waits on it does not block the others."""
         return self.store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
 
     def stop(self) -> None:
@@ -130,38 +130,38 @@ class Mesh:
     # ------------------------------------------------------------------------------- collectives
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """x [b, ...] of every rank -> [world * b, ...] in rank order, differentiable.
+        """Gather x [b, ...] of every rank -> [world * b, ...] in rank order, differentiable.
 
-        Its backward sums the gradients of all ranks, so that after the engine has averaged the parameters'
-        gradients over ranks they are those of the mean over ranks of the loss.
+        The backward sums the gradients over ranks. After the engine has averaged the parameters' gradients over ranks,
+        they are the gradients of the loss averaged over ranks.
         """
         return _Gather.apply(x) if self.world > 1 else x
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum of `x` over ranks, without gradient."""
+        """Return the sum of `x` over ranks, without gradient."""
         total = x.detach().clone()
         if self.world > 1:
             dist.all_reduce(total)
         return total
 
     def maximum(self, values: list[int]) -> list[int]:
-        """Element-wise maximum over ranks of a few integers."""
+        """Return the element-wise maximum over ranks of a few integers."""
         highest = torch.tensor(values, dtype=torch.int64, device=self.device)
         if self.world > 1:
             dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         return [int(value) for value in highest.tolist()]
 
     def mean(self, values: list[float]) -> list[float]:
-        """Element-wise mean over ranks of a few numbers, in float64."""
+        """Return the element-wise mean over ranks of a few numbers, computed in float64."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world > 1:
             dist.all_reduce(total)
         return [float(value) for value in (total / self.world).tolist()]
 
     def exercises(self, elements: int) -> dict[str, tuple[Callable[[], Any], float]]:
-        """Name -> (call, bytes that it moves through each rank) of every collective that training relies on.
+        """Return name -> (call, bytes moved through each rank) for every collective that training relies on.
 
-        elements: float32 in the whole of each; of every rank comes an equal part, where they are put together.
+        elements: float32 elements of the full tensor; in gather and scatter every rank holds an equal part of it.
         """
         part = -(-elements // self.world)
         whole = torch.zeros(part * self.world, device=self.device)
@@ -176,7 +176,7 @@ class Mesh:
         }
 
     def swap(self, peer: int, elements: int) -> None:
-        """Send `elements` float32 to a peer that does the same, and wait for its own."""
+        """Exchange `elements` float32 with a peer that makes the same call; return when both transfers are done."""
         out, into = torch.zeros(elements, device=self.device), torch.empty(elements, device=self.device)
         pair = [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, into, peer)]
         for request in dist.batch_isend_irecv(pair):
@@ -184,12 +184,12 @@ class Mesh:
         self.settle()
 
     def bind(self) -> None:
-        """Have this thread use the rank's device: CUDA remembers one for each."""
+        """Make the rank's device current in this thread: CUDA keeps a current device per thread."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def settle(self) -> None:
-        """Return when the device has done what it was told."""
+        """Wait until the device has finished all queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -209,22 +209,22 @@ class _Gather(torch.autograd.Function):
 
 
 def read_all(store: "KeyValues", keys: list[str]) -> list[bytes]:
-    """The values of keys that are there. In portions: one question for 16,384 keys takes several times as long."""
+    """Return the values of existing keys, in batches: one request for 16,384 keys takes several times as long."""
     portions = (keys[at : at + ASKED_AT_ONCE] for at in range(0, len(keys), ASKED_AT_ONCE))
     return [value for portion in portions for value in store.multi_get(portion)]
 
 
 def peer_lost(error: BaseException) -> bool:
-    """Is this what a collective or the store says when another process is gone or does not answer?"""
+    """Return whether a collective or the store raised this error because another process is gone or unresponsive."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_LOST)
 
 
 def _check_resolves(place: RankPlace, seconds: float) -> None:
-    """Raise NodeFault naming rank 0's address where it has not resolved after `seconds`.
+    """Raise NodeFault naming rank 0's address if it does not resolve within `seconds`.
 
-    A name may be new, and the system's resolver may take longer than that: it is asked in a thread, again and again.
+    The name may be new, and one call of the system's resolver may take longer: a thread calls it repeatedly.
     """
     resolved, why = threading.Event(), ["no answer"]
 
@@ -234,7 +234,7 @@ def _check_resolves(place: RankPlace, seconds: float) -> None:
             try:
                 socket.getaddrinfo(place.host, place.port)
                 resolved.set()
-            except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+            except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
                 why[0] = str(error)
                 time.sleep(min(RETRY_S, seconds))
 
@@ -247,20 +247,20 @@ def _check_resolves(place: RankPlace, seconds: float) -> None:
 
 
 def _join(place: RankPlace, join_s: float) -> dist.Store:
-    """The store of the attempt that all ranks came to. Raises NodeFault where there is none within `join_s`."""
+    """Return the store of the attempt that all ranks joined. Raises NodeFault if there is none within `join_s`."""
     while True:
         store = _attempt_store(place, join_s)
-        if _meet(store, place, join_s):  # as long as rank 0 waits, which may have come later: it names who is missing
+        if _meet(store, place, join_s):  # waits as long as rank 0, which may start later: it names the missing
             return store
 
 
 def _attempt_store(place: RankPlace, join_s: float) -> dist.Store:
-    """The rendezvous store under the name of this attempt, which rank 0 gives it.
+    """Return the rendezvous store, prefixed with the name of this attempt, which rank 0 chooses.
 
-    The server may be of an earlier attempt, with addresses of dead peers in it: gloo would fail to connect its mesh.
-    Nobody's count tells attempts apart, for every node has its own: torchrun on one node counts a worker's death, on
-    the others a change of members, which it does not count. A rank that was in an attempt before, or comes to one that
-    all others came to, waits for the next.
+    The server may hold an earlier attempt with addresses of dead peers: gloo would fail to connect its mesh. Restart
+    counts cannot identify an attempt, since every node has its own: torchrun counts a worker's death on its node, but
+    not the membership change that the other nodes see. A rank that has already joined the attempt it finds, or whose
+    rendezvous is over there, waits for the next one.
     """
     is_server = place.rank == 0 and not place.agent
     until, why = time.monotonic() + join_s, "it holds an attempt that does not end, or a process of this rank"
@@ -271,7 +271,7 @@ def _attempt_store(place: RankPlace, join_s: float) -> dist.Store:
             here = dist.PrefixStore(place.agent, server)
             found = _new_attempt(here) if place.rank == 0 else _its_attempt(here, place.rank)
             if found is not None:
-                server.set_timeout(datetime.timedelta(seconds=JOIN_TIMEOUT_S))  # for all that is asked later
+                server.set_timeout(datetime.timedelta(seconds=JOIN_TIMEOUT_S))  # for all later requests
                 return found
         except (RuntimeError, dist.DistError) as error:
             why = str(error)
@@ -282,7 +282,7 @@ def _attempt_store(place: RankPlace, join_s: float) -> dist.Store:
 
 
 def _new_attempt(store: dist.Store) -> dist.Store:
-    """Rank 0 names its attempt, then tells who may wait in the one before that it is over."""
+    """Rank 0: publish a new attempt's name, then tell ranks that may still wait in the previous one that it is over."""
     before = store.get(ATTEMPT).decode() if store.check([ATTEMPT]) else ""
     name = uuid.uuid4().hex
     store.set(ATTEMPT, name)
@@ -292,16 +292,16 @@ def _new_attempt(store: dist.Store) -> dist.Store:
 
 
 def _its_attempt(store: dist.Store, rank: int) -> dist.Store | None:
-    """The attempt as another rank finds it; None where it is one that this rank cannot be meant by."""
+    """Other ranks: return the current attempt's store, or None if it is an attempt that this rank cannot join."""
     attempt = dist.PrefixStore(store.get(ATTEMPT).decode(), store)
     new = not attempt.check([MISSING]) and attempt.add(f"came/{rank}", 1) == 1
     return attempt if new else None
 
 
 def _meet(store: dist.Store, place: RankPlace, join_s: float) -> bool:
-    """Wait until all ranks are here; False where the attempt was over before they were.
+    """Wait until all ranks have joined; return False if the attempt was over before that.
 
-    Only rank 0 looks for each: N ranks that all do would ask for N * N keys.
+    Only rank 0 checks every rank: if all N ranks did, they would request N * N keys.
     """
     store.set(f"here/{place.rank}", "")
     keys = [f"here/{rank}" for rank in range(place.world)]

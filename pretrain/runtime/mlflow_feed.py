@@ -1,8 +1,8 @@
-"""Send what a run folder holds to MLflow. Imports no torch.
+"""Forwards the contents of a run folder to MLflow. Imports no torch.
 
-An MLflow server that is slow or gone never holds up a step: a thread reads what was written and sends it on. What could
-not be sent stays in the run folder and goes with the next try, in this process or in a later one. RUN/mlflow.json
-records the MLflow run and how much of each file it has; where that was lost, the tag `tessera.run` finds the run again.
+A slow or unreachable MLflow server never delays a step: a thread reads the written files and sends them. What could not
+be sent stays in the run folder and is sent with the next try, by this process or a later one. RUN/mlflow.json records
+the MLflow run and how much of each file it has; without a run id there, the run is found by its tag `tessera.run`.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ CLOSE_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 30.0
 LOCK_TIMEOUT_S = 5.0
 AT_ONCE = 4 << 20
-"""Bytes of a file that are read and sent before their arrival is recorded."""
+"""Bytes of a file that are sent before RUN/mlflow.json is updated."""
 NOT_CURVES = ("step", "attempt", "loss_hex", "positions", "time_ms")
 RUN_TAG = "tessera.run"
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""MLflow's client would try for minutes before it says that a server is gone."""
+"""By default MLflow's client retries for minutes before it reports that a server is unreachable."""
 
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 """MLflow's names for the state of a run."""
@@ -59,11 +59,11 @@ REMEDIES = {
         "the MLflow run or experiment was deleted; restore it, or remove RUN/mlflow.json to begin another"
     ),
 }
-"""What MLflow's errors say -> what helps."""
+"""Regular expression found in an MLflow error -> remedy."""
 
 
 def why_not(error: BaseException) -> str:
-    """An error of MLflow or its transport in one line of at most 200 characters, and what helps."""
+    """Return an error of MLflow or its transport in one line of at most 200 characters, followed by a remedy."""
     text = f"{getattr(error, 'error_code', '')} {error}"
     remedy = next(
         (remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, text)), "check that the server runs"
@@ -72,12 +72,12 @@ def why_not(error: BaseException) -> str:
 
 
 def shown(uri: str) -> str:
-    """A tracking address without the password that it may hold."""
+    """Return a tracking address with user name and password masked."""
     return re.sub(r"//[^/@]*@", "//***@", uri)
 
 
 def status_of(error: BaseException | None) -> str:
-    """How MLflow names the end of an attempt; empty where the MLflow run is a later attempt's."""
+    """Return MLflow's status for the end of an attempt; empty if the MLflow run belongs to a later attempt."""
     if isinstance(error, Overtaken):
         return ""
     if isinstance(error, Requeue | KeyboardInterrupt):
@@ -91,7 +91,7 @@ _Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 @with_config(gate.OPEN)
 class _Record(TypedDict):
-    """What mlflow.json holds. sent: bytes by name of file; `nodes` and `sent_bytes` as earlier versions wrote them."""
+    """Contents of mlflow.json. sent: bytes by file name; earlier versions wrote `nodes` and `sent_bytes` instead."""
 
     tag: NotRequired[_HexId]
     uri: NotRequired[str]
@@ -118,7 +118,7 @@ class MlflowFeed(threading.Thread):
         self._ending = threading.Event()
 
     def run(self) -> None:
-        for name, value in IMPATIENT.items():  # what failed is tried again soon anyway, and the end shall not wait
+        for name, value in IMPATIENT.items():  # a failed send is retried soon, and the end must not wait
             os.environ.setdefault(name, value)
         while True:
             ending = self._ending.wait(INTERVAL_S)
@@ -136,13 +136,13 @@ class MlflowFeed(threading.Thread):
         self.fault = ""
 
     def _failed(self, why: str) -> None:
-        """Say it when an outage begins, not at each of its tries."""
+        """Print a message when an outage begins, but not for each retry."""
         if not self.fault and not self._ending.is_set():
             print(f"{self.at} takes nothing: {why}. Training goes on; what is written is sent later", flush=True)
         self.fault = why
 
     def close(self, status: str) -> None:
-        """Send the rest and the attempt's `status`, for at most a minute; say so where that did not work."""
+        """Send the rest and the attempt's `status`, waiting at most CLOSE_TIMEOUT_S; print what could not be sent."""
         self.status = status
         self._ending.set()
         self.join(CLOSE_TIMEOUT_S)
@@ -154,12 +154,12 @@ class MlflowFeed(threading.Thread):
 def send(
     run: Path, config: RunConfig, figures: dict[str, float] | None = None, ended: bool = True, status: str = ""
 ) -> None:
-    """Send what MLflow does not have yet: lines of metrics.jsonl and of the nodes, goodput, pictures, and `figures`.
+    """Send what MLflow does not have yet: metrics, system metrics of the nodes, goodput, pictures, and `figures`.
 
-    ended: whether the newest attempt's goodput is final. status: the MLflow run's from now on; where it is empty, the
-    one that an earlier call could not deliver.
+    ended: whether the newest attempt's goodput is final. status: the MLflow run's new status; if empty, a status that
+    an earlier call could not deliver is sent.
     """
-    from mlflow import MlflowClient  # seconds to import, so not before it is needed
+    from mlflow import MlflowClient  # takes seconds to import, so only when needed
     from mlflow.entities import Metric
 
     _silence()
@@ -187,7 +187,7 @@ def send(
 
 
 def _tag_changes(client: Any, run_id: str, started: list[dict[str, Any]], config: RunConfig) -> None:
-    """Tag the steps from which on settings were changed: MLflow never changes a parameter."""
+    """Tag the run with each step at which settings were changed: MLflow's parameters are immutable."""
     for line in started:
         if changes := line.get("changes"):
             told = ", ".join(f"{key}: {change['from']} -> {change['to']}" for key, change in changes.items())
@@ -196,9 +196,9 @@ def _tag_changes(client: Any, run_id: str, started: list[dict[str, Any]], config
 
 
 def end_run(run: Path, status: str) -> None:
-    """Give the MLflow run of an attempt whose rank 0 was killed its `status`; one that told its end keeps it.
+    """Set the MLflow status of an attempt whose rank 0 was killed; a status that rank 0 reported itself is kept.
 
-    A server that is gone costs END_TIMEOUT_S; the next attempt tells it then.
+    Waits at most END_TIMEOUT_S for an unreachable server; then the next attempt reports its status.
     """
 
     def tell() -> None:
@@ -234,13 +234,13 @@ def _deliver_status(run: Path, client: Any, record: dict[str, Any]) -> None:
 
 
 def _silence() -> None:
-    """MLflow prints the whole statement and stack of each error; ours says one line an outage."""
+    """Silence MLflow's loggers, which print the statement and stack of each error; we print one line per outage."""
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _sent(run: Path, name: str, client: Any, record: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
-    """Send the whole lines of a file that are new, a few MB at once, and record each -> the lines."""
+    """Send the new complete lines of a file in chunks of a few MB, record each chunk, and yield its rows."""
     while True:
         lines, end = _new_lines(run / name, record["sent"].get(name, 0))
         rows = list(whole(lines, {"step", "time_ms"} | ({"attempt"} if name == METRICS else set())))
@@ -254,7 +254,7 @@ def _sent(run: Path, name: str, client: Any, record: dict[str, Any]) -> Iterator
 
 
 def _points(row: dict[str, Any]) -> list[Any]:
-    """The numbers of a line as MLflow's points; one that it has already it takes for the same."""
+    """Return the numbers of a line as MLflow metrics; MLflow ignores a metric point that it already has."""
     from mlflow.entities import Metric
 
     numbers = {key: value for key, value in row.items() if key not in NOT_CURVES and isinstance(value, int | float)}
@@ -262,7 +262,7 @@ def _points(row: dict[str, Any]) -> list[Any]:
 
 
 def _goodput_rows(run: Path) -> list[dict[str, Any]]:
-    """Where each attempt's time went; the attempt stands where a curve has its step."""
+    """Return the goodput of each attempt as metric rows, with the attempt number as the step."""
     return [
         {"step": row["attempt"], "time_ms": row["end_ms"]}
         | {f"goodput/{key}": value for key, value in row.items() if key not in ("attempt", "end_ms")}
@@ -286,16 +286,17 @@ def _send_pictures(run: Path, client: Any, record: dict[str, Any]) -> None:
 
 
 def picture_key(name: str) -> tuple[str, int]:
-    """ "grid-step-00000100.png" -> ("grid", 100); without a step, 0. MLflow wants plain characters in keys."""
+    """ "grid-step-00000100.png" -> ("grid", 100); step 0 if the name has none. MLflow's keys need plain characters."""
     match = re.fullmatch(r"(.*?)(?:-step-(\d+))?\.png", name)
     assert match is not None
     return re.sub(r"[^\w.-]+", "-", match[1], flags=re.ASCII) or "picture", int(match[2] or 0)
 
 
 def _record(run: Path, client: Any, config: RunConfig) -> dict[str, Any]:
-    """What MLflow has of this run; its MLflow run is made at the first call, and only once.
+    """Return the record of what MLflow has of this run; the first call creates the MLflow run, once.
 
-    The tag is written down before the MLflow run is made: a process killed in between finds that run by it.
+    The tag is recorded before the MLflow run is created: if the process is killed in between, the next one finds that
+    run by its tag.
     """
     record = _read_record(run)
     if record.get("uri") == config.tracking.uri and "run_id" in record:
@@ -322,7 +323,7 @@ def _experiment(client: Any, config: RunConfig) -> str:
 def _log_settings(client: Any, run_id: str, config: RunConfig) -> None:
     from mlflow.entities import Param
 
-    there = client.get_run(run_id).data.params  # of a run found again, whose settings may have changed since
+    there = client.get_run(run_id).data.params  # a run found by its tag may have other settings already
     settings = flatten(config.model_dump(mode="json"))
     params = [Param(key, str(value)[:500]) for key, value in settings.items() if key not in there]
     for at in range(0, len(params), 100):
@@ -330,9 +331,9 @@ def _log_settings(client: Any, run_id: str, config: RunConfig) -> None:
 
 
 def _check_sqlite(uri: str) -> None:
-    """Raise sqlite3's own error at once for a database that is locked, damaged or cannot be made.
+    """Raise sqlite3's own error immediately for a database that is locked, damaged or cannot be created.
 
-    MLflow would try for minutes first. The folder of the file is made.
+    MLflow would retry for minutes first. Creates the file's folder.
     """
     path = sqlite_file(uri)
     if path is None:
@@ -344,13 +345,13 @@ def _check_sqlite(uri: str) -> None:
 
 
 def pictures_beside(uri: str) -> str | None:
-    """Where a database file keeps its pictures: beside itself, not in whatever folder the process runs in."""
+    """Return the artifact URI for a database file: a folder beside it, independent of the working directory."""
     path = sqlite_file(uri)
     return None if path is None else (Path(path).absolute().parent / "mlflow-artifacts").as_uri()
 
 
 def sqlite_file(uri: str) -> str | None:
-    """The file of a sqlite address, without the options behind "?"; None for an address of another kind."""
+    """Return the file path of a sqlite address, without the options after "?"; None for any other address."""
     path = uri.removeprefix("sqlite:///")
     return None if path == uri else path.partition("?")[0]
 
@@ -368,14 +369,14 @@ def _write_record(run: Path, record: dict[str, Any]) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file whole: a reader, or a kill in between, finds the old or the new one."""
+    """Write a file atomically: a reader, also after a kill, finds either the old or the new file."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
 
 
 def _new_lines(path: Path, start: int) -> tuple[list[bytes], int]:
-    """Some complete lines from byte `start` on, AT_ONCE bytes or one line, and where they end."""
+    """Return complete lines from byte `start` on, up to AT_ONCE bytes or one longer line, and their end offset."""
     if not path.is_file():
         return [], start
     with path.open("rb") as file:

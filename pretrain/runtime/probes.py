@@ -1,7 +1,7 @@
-"""What one rank looks at before a run: its clock, program, data, storage, disk, device, and the ways to its peers.
+"""Preflight checks that run on each rank: program, data, storage, disk, device and the links to its peers.
 
-A probe gives plain values and raises a TesseraError where something is broken for certain; what is only odd beside the
-other ranks (a clock, a speed, another version) is for who sees all of them.
+A probe returns plain values and raises a TesseraError when something is certainly broken. Values that are only
+suspicious in comparison with other ranks (a clock, a speed, a version) are judged by the caller that sees all ranks.
 """
 
 import contextlib
@@ -39,9 +39,9 @@ HARMFUL_THROTTLES = {0x08: "hardware slowdown", 0x20: "software thermal", 0x40: 
 PROBE_BYTES = 1 << 20
 SHARDS_LOOKED_AT = 8
 REPEATS = 3
-"""A speed is the best of so many tries: what is slow in all of them is slow."""
+"""Repetitions of a speed measurement, of which the fastest counts."""
 BYTES_A_WEIGHT = 12
-"""Of a checkpoint: float32 master and two moments."""
+"""Checkpoint bytes per parameter: float32 master and two moments."""
 
 Values = dict[str, Any]
 
@@ -50,7 +50,7 @@ Values = dict[str, Any]
 
 
 def program(config: RunConfig | None, mesh: Mesh) -> Values:
-    """What has to be equal on all ranks: versions, code, configuration."""
+    """Return what must be equal on all ranks: versions, code, configuration."""
     values: Values = {name: importlib.metadata.version(name) for name in PACKAGES}
     values |= {"python": platform.python_version(), "code": _code()[:12], "device": "cpu"}
     if mesh.device.type == "cuda":
@@ -60,7 +60,7 @@ def program(config: RunConfig | None, mesh: Mesh) -> Values:
 
 
 def _code() -> str:
-    """One sha256 over the program's own files."""
+    """Return one sha256 over the program's own files."""
     root, total = Path(__file__).parents[2], hashlib.sha256()
     for package in ("data_pipeline", "pretrain", "launchers"):
         for path in sorted((root / package).rglob("*.py")):
@@ -69,7 +69,7 @@ def _code() -> str:
 
 
 def data(config: RunConfig, mesh: Mesh, opened: Callable[[RunConfig], object]) -> Values:
-    """Fingerprints of datasets and text tokenizer; some shards are there in full length and give their first bytes.
+    """Return fingerprints of datasets and text tokenizer; check size and first bytes of some shards.
 
     opened: opens the data as the run will.
     """
@@ -87,7 +87,7 @@ def data(config: RunConfig, mesh: Mesh, opened: Callable[[RunConfig], object]) -
         file = Path(path)
         content = open_storage(path.rpartition("/")[0] or ".").get(file.name)
         values[path] = hashlib.sha256(content).hexdigest()[:12]
-    opened(config)  # as the run will: text and image tokenizer are there and fit the model
+    opened(config)  # as the run will: text and image tokenizer exist and fit the model
     return values
 
 
@@ -97,19 +97,19 @@ def _datasets(config: RunConfig) -> list[str]:
 
 
 def storage(config: RunConfig, mesh: Mesh) -> Values:
-    """Create, read, refuse to create again, remove: in the run's folder and where its checkpoints lie."""
+    """Check create, read, exclusive create and remove in the run folder and the checkpoint root -> seconds by root."""
     return {root: _try_storage(root, mesh.rank) for root in _places(config)}
 
 
 def absent_places(config: RunConfig) -> list[Path]:
-    """Folders that trials of storage will make, the innermost first: asked for before any rank makes one."""
+    """Return the folders that storage probes will create, innermost first; call before any rank creates one."""
     local = [Path(root) for root in _places(config) if "://" not in root]
     missing = {path for folder in local for path in (folder, *folder.parents) if not path.exists()}
     return sorted(missing, key=lambda path: len(path.parts), reverse=True)
 
 
 def remove_places(absent: list[Path]) -> None:
-    """Remove them where they are empty, once all ranks are done: a run has not begun."""
+    """Remove these folders if empty, once all ranks are done: the run has not begun."""
     for folder in absent:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -121,7 +121,7 @@ def _places(config: RunConfig) -> list[str]:
 
 
 def _try_storage(root: str, rank: int) -> float:
-    """-> seconds. Raises DataError naming what the place cannot do; leaves no more than the place itself."""
+    """Try all operations -> seconds. Raises DataError naming one that fails; leaves nothing but `root` behind."""
     place, began = open_storage(f"{root}/.preflight-{rank:05d}-{uuid.uuid4().hex}"), time.monotonic()
     try:
         content = os.urandom(PROBE_BYTES)
@@ -138,13 +138,16 @@ def _try_storage(root: str, rank: int) -> float:
         if place.exists("probe"):
             raise DataError(f"{place.root}/probe: still there after it was removed; give this user the right to delete")
     finally:
-        with contextlib.suppress(OSError, DataError):  # what cannot be removed could not be written either
+        with contextlib.suppress(OSError, DataError):  # what cannot be removed could not be written
             place.remove_all()
     return time.monotonic() - began
 
 
 def disk(config: RunConfig, mesh: Mesh) -> Values:
-    """Room where checkpoints lie, beside what they will take: those that are kept and the one being written."""
+    """Compare free disk space with the size of all kept checkpoints plus the one being written.
+
+    Raises DataError when it is not enough.
+    """
     del mesh
     with torch.device("meta"):
         model = MODELS[config.model.kind](config.model)
@@ -168,7 +171,7 @@ def disk(config: RunConfig, mesh: Mesh) -> Values:
 
 
 def health(mesh: Mesh) -> Values:
-    """What the driver says of this rank's GPU. Raises NodeFault for memory errors and for a clock that is held down."""
+    """Return the driver's report on this rank's GPU. Raises NodeFault for memory errors and harmful throttling."""
     if mesh.device.type != "cuda":
         return {"gpu": NOT_VISIBLE}
     identity = f"GPU-{torch.cuda.get_device_properties(mesh.device).uuid}"
@@ -181,7 +184,7 @@ def health(mesh: Mesh) -> Values:
 
 
 def read_health(line: str) -> Values:
-    """One line of nvidia-smi, the values of SMI_FIELDS -> the same by name."""
+    """Parse one line of nvidia-smi with the values of SMI_FIELDS. Raises NodeFault as `health` does."""
     driver, errors, throttles, temperature = (field.strip() for field in line.strip().split(","))
     if errors.isdigit() and int(errors):
         raise NodeFault(f"{errors} uncorrected memory errors since the driver was loaded; take the GPU out of use")
@@ -196,7 +199,7 @@ def read_health(line: str) -> Values:
 
 
 def matmul(mesh: Mesh) -> Values:
-    """A timed product -> seconds, TFLOP/s."""
+    """Time a matrix product -> seconds, TFLOP/s."""
     size, times, dtype = (8192, 10, torch.bfloat16) if mesh.device.type == "cuda" else (384, 20, torch.float32)
     a = torch.ones(size, size, device=mesh.device, dtype=dtype)
 
@@ -210,7 +213,7 @@ def matmul(mesh: Mesh) -> Values:
 
 
 def collective(mesh: Mesh, name: str) -> Values:
-    """One of `Mesh.exercises` -> seconds, GB/s through this rank."""
+    """Time one of `Mesh.exercises` -> seconds, GB/s through this rank."""
     call, moved = mesh.exercises(_elements(mesh))[name]
 
     def work() -> None:
@@ -222,7 +225,7 @@ def collective(mesh: Mesh, name: str) -> Values:
 
 
 def link(mesh: Mesh, peers: list[int | None]) -> Values:
-    """Swap with each peer in turn (None: a turn of the others) -> seconds of the fastest, GB/s each way."""
+    """Time an exchange with each peer by round (None: this rank is idle) -> seconds of the fastest, GB/s each way."""
     if not any(peer is not None for peer in peers):
         return {}
     elements = _elements(mesh)
@@ -231,10 +234,10 @@ def link(mesh: Mesh, peers: list[int | None]) -> Values:
 
 
 def peers_of(rank: int, ranks_by_host: dict[str, list[int]]) -> list[int | None]:
-    """Whom a rank swaps with, turn by turn: the same place on the nodes before and after, else its neighbours.
+    """Return a rank's peer in each round: the same local rank on the adjacent nodes, else the adjacent ranks.
 
-    They stand in a ring, each pair has its turn. A node with a slow link is slow in all its turns, the nodes beside it
-    only in one: the fastest turn tells them apart.
+    Peers form a ring, and each adjacent pair has its round. A node with a slow link is slow in all its rounds, its
+    neighbours in only one: the fastest round tells them apart.
     """
     groups = list(ranks_by_host.values())
     if len(groups) == 1 or len({len(group) for group in groups}) != 1:
@@ -249,7 +252,7 @@ def peers_of(rank: int, ranks_by_host: dict[str, list[int]]) -> list[int | None]
 
 
 def best(work: Callable[[], None]) -> float:
-    """Seconds of the fastest of REPEATS, after one to warm up."""
+    """Return the seconds of the fastest of REPEATS calls, after one warm-up call."""
     work()
     seconds = []
     for _ in range(REPEATS):

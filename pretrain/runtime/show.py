@@ -1,4 +1,4 @@
-"""The lines and pictures that people look at."""
+"""Progress lines and image grids for people to look at."""
 
 import io
 import math
@@ -15,7 +15,7 @@ BAR = 24
 
 
 class ProgressLine:
-    """A printed line every few steps: how far, how fast, how long still, and the loss."""
+    """Prints a line every few steps: progress, speed, remaining time and the step's metrics."""
 
     def __init__(self, steps: int, start: int, every: int) -> None:
         self.steps = steps
@@ -24,7 +24,7 @@ class ProgressLine:
         self.began = time.monotonic()
 
     def step(self, step: int, means: dict[str, float]) -> None:
-        """Print when it is time to."""
+        """Print every `every` steps and at the last step."""
         if step % self.every and step != self.steps:
             return
         rate = (step - self.start) / max(1e-9, time.monotonic() - self.began)
@@ -36,13 +36,13 @@ class ProgressLine:
 
 
 def save_grid(pixels: Tensor, path: Path, columns: int = 8, scale: int = 3) -> None:
-    """Write `grid` as a PNG, whole or not at all."""
+    """Write the image of `grid` as a PNG, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, png(grid(pixels, columns, scale)))
 
 
 def grid(pixels: Tensor, columns: int = 8, scale: int = 3) -> Image.Image:
-    """pixels float32 [n, 3, S, S] in [-1, 1] -> one picture of about n / columns rows."""
+    """Arrange pixels float32 [n, 3, S, S] in [-1, 1] in one picture of ceil(n / columns) rows."""
     images = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     rows = math.ceil(len(images) / columns)
     side = images.shape[-1]
@@ -54,7 +54,7 @@ def grid(pixels: Tensor, columns: int = 8, scale: int = 3) -> Image.Image:
 
 
 def png(picture: Image.Image, note: PngImagePlugin.PngInfo | None = None) -> bytes:
-    """The bytes of a PNG file."""
+    """Encode a picture as the bytes of a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=note)
     return buffer.getvalue()

@@ -1,9 +1,9 @@
-"""Stop signals: the same rules for the processes that train and for what launched them. Imports no torch.
+"""Stop signals: the same rules for training processes and their launcher. Imports no torch.
 
-The first SIGTERM, SIGINT, SIGHUP or SIGUSR1 asks for a save at the end of the step, a second one to leave at once.
-SIGUSR1 (a scheduler's announcement, Slurm's --signal) and SIGHUP (a closed terminal, which sends it to a process more
-than once) never insist: repeated they change nothing, and the SIGTERM that follows one does not cut off the save that
-it asked for; only the next one does. SIGHUP stays ignored where the process was started so, as `nohup` does.
+The first SIGTERM, SIGINT, SIGHUP or SIGUSR1 requests a save at the end of the step; a second one requests an immediate
+exit. SIGUSR1 (announced by a scheduler, as with Slurm's --signal) and SIGHUP (which a closed terminal may send more
+than once) never request the exit: repeating them changes nothing, and the first SIGTERM after one does not cut off the
+requested save; only the next one does. SIGHUP stays ignored if the process was started so, as by `nohup`.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from typing import Any
 
 ASK_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 ANNOUNCE = {signal.SIGHUP, signal.SIGUSR1}
-"""Signals that ask for a save but never insist."""
+"""Signals that request a save but never an immediate exit."""
 INSISTED_EXIT = 130
 
 
 class StopSignals:
-    """Between enter and exit `count` says what was asked for: 0 nothing, 1 save and leave, 2 leave at once.
+    """Context manager whose `count` is the request so far: 0 nothing, 1 save and exit, 2 exit immediately.
 
     A thread reads the signals from a socket that the interpreter writes them to: Python's own handlers run only when
     the main thread returns from C, which it never does in a collective that hangs.
@@ -72,13 +72,13 @@ class StopSignals:
 
 
 def leave_at_once() -> None:
-    """End this process now, whatever its threads are doing; committed checkpoints stay."""
+    """Exit the process immediately, whatever its threads are doing; committed checkpoints stay."""
     print("asked to stop a second time: leaving without a save", file=sys.stderr, flush=True)
     os._exit(INSISTED_EXIT)
 
 
 def ignore_stop_signals() -> None:
-    """Ignore stop signals in a worker process; the process that it works for decides when to stop and ends it."""
+    """Ignore stop signals in a worker process; its parent decides when to stop and ends it."""
     for number in ASK_TO_STOP:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASK_TO_STOP)
@@ -88,7 +88,7 @@ def ignore_stop_signals() -> None:
 def stop_signals_held() -> Iterator[None]:
     """Block stop signals in processes started within the block, until they have set themselves up to ignore them.
 
-    They inherit the mask of this thread; this process still receives signals in its other threads.
+    These processes inherit this thread's mask; this process still receives signals in its other threads.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ASK_TO_STOP)
     try:

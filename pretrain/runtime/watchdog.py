@@ -1,11 +1,12 @@
-"""Notices a run that hangs, says which rank hangs, writes everybody's stacks and ends the run with 70.
+"""Detects a hung run, names the ranks to blame, writes the stacks of all ranks and ends the run with exit code 70.
 
-Every rank gives signs of life through the store; rank 0 watches all, the others watch it. A rank hangs when it gives
-none for `timeout_s` (stopped, swapped out, its machine gone), or when its training thread has stood at the same line,
-waiting for the others or for data, for as long. A long computation is no hang: nobody waits in it. Blamed are the
-silent; else those that are not where the others wait; else nobody, and the network is suspected.
+Every rank publishes heartbeats (`Sign`) through the store; rank 0 watches all ranks, and they watch rank 0. A rank
+hangs when it sends no heartbeat for `timeout_s` (stopped, swapped out, machine lost), or when its training thread has
+been at the same instruction, waiting for its peers or for data, for as long. A long computation is not a hang while no
+rank waits. Silent ranks are blamed first; else those that do not wait in a collective as the others do; else none, and
+the network is suspected.
 
-No store is asked by the thread that judges: the store lives in the process of rank 0, which may be the one that hangs.
+The thread that judges never uses the store, which lives in rank 0's process: that may be the one that hangs.
 """
 
 import contextlib
@@ -32,14 +33,14 @@ DUMP_SIGNAL = signal.SIGUSR2
 WAITS_FOR_PEERS = ("torch/distributed/distributed_c10d.py", "pretrain/runtime/mesh.py")
 INTERVAL_S = (0.1, 5.0)
 DUMP_BEGINS_S = 10.0
-"""A process that was stopped or swapped out may take this long to go on, on a machine however busy."""
+"""Time allowed for a stopped or swapped-out process to resume, even on a busy machine."""
 DUMP_S = 0.5
 STOP_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Sign:
-    """What a rank tells the others about itself, every few seconds."""
+    """A heartbeat: what a rank publishes about itself every few seconds."""
 
     count: int
     host: str
@@ -56,16 +57,16 @@ class Sign:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Who is to blame, and the sentence that says so."""
+    """The ranks to blame, and the message that says why."""
 
     blamed: tuple[int, ...]
     why: str
 
 
 def judge(signs: Mapping[int, Sign], silent_s: Mapping[int, float], timeout_s: float) -> Verdict | None:
-    """The rule of this module, for the ranks that were heard of; `silent_s`: since their last sign."""
+    """Apply this module's rule to the ranks heard from. silent_s: seconds since each rank's last heartbeat."""
     waiting = [rank for rank in sorted(signs) if signs[rank].waits and signs[rank].stuck_s > timeout_s]
-    # Who is waited for and stopped in the middle of a step began to be silent a moment after the others began to wait.
+    # A rank stopped in the middle of a step fell silent only a moment after its peers began to wait for it.
     silent = tuple(rank for rank in sorted(signs) if silent_s[rank] > (timeout_s / 2 if waiting else timeout_s))
     if silent:
         return Verdict(silent, "; ".join(_silence(rank, signs[rank], silent_s[rank]) for rank in silent))
@@ -89,7 +90,7 @@ def _silence(rank: int, sign: Sign, silent_s: float) -> str:
 
 
 def process_state(pid: int) -> str:
-    """ "T (stopped)" and the like, as the kernel says it; nothing where there is no such process (or no /proc)."""
+    """Return the kernel's process state, such as "T (stopped)"; empty without such a process (or without /proc)."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("State:"):
@@ -98,7 +99,7 @@ def process_state(pid: int) -> str:
 
 
 class Watchdog:
-    """The watch of one rank; `clock` says what its training thread is doing."""
+    """The watchdog of one rank; `clock` holds its training thread's current phase."""
 
     def __init__(self, mesh: Mesh, run: Path, attempt: int, clock: PhaseClock, timeout_s: float) -> None:
         self.mesh = mesh
@@ -122,12 +123,12 @@ class Watchdog:
         return stacks_of(self.run, self.attempt, rank)
 
     def start(self) -> None:
-        """Begin to watch; the run folder exists by now."""
+        """Start watching; the run folder must exist."""
         self.stacks.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.stacks.open("w", encoding="utf-8")
-        # Works even where a thread holds the interpreter's lock and never gives it back.
+        # Works even if a thread holds the GIL and never releases it.
         faulthandler.register(DUMP_SIGNAL, file=self._file, all_threads=True)
-        faulthandler.enable(file=self._file, all_threads=True)  # what crashes the process is told by its stack
+        faulthandler.enable(file=self._file, all_threads=True)  # a crash is recorded with its stacks
         self.store = self.mesh.side_store()
         self._meet()
         for target in (self._exchange, self._watch):
@@ -135,7 +136,7 @@ class Watchdog:
             self._threads[-1].start()
 
     def stop(self) -> None:
-        """The run ends by itself: nobody watches any more."""
+        """Stop watching at a normal end of the run; remove the stacks file if it is empty."""
         self._ended.set()
         for thread in self._threads:
             thread.join(STOP_S)
@@ -146,14 +147,14 @@ class Watchdog:
                 self.stacks.unlink()
                 self.stacks.parent.rmdir()
 
-    # ------------------------------------------------------------------------- words with the others
+    # ------------------------------------------------------------------------------------ heartbeats
 
     def _watched(self) -> list[int]:
-        """Rank 0 hears all others, who hear rank 0."""
+        """Return the ranks that this one watches: rank 0 watches all others, and they watch rank 0."""
         return list(range(1, self.mesh.world)) if self.mesh.rank == 0 else [0]
 
     def _meet(self) -> None:
-        """Wait for everybody's first sign: who falls silent before it gave one would never be missed."""
+        """Wait for the first heartbeat of every watched rank: one that hangs before it would never be noticed."""
         self.store.set(_key(self.mesh.rank), json.dumps(dataclasses.asdict(self._sign())))
         ranks = self._watched()
         texts = read_all(self.store, [_key(rank) for rank in ranks])
@@ -161,7 +162,7 @@ class Watchdog:
         self._heard = dict.fromkeys(ranks, time.monotonic())
 
     def _exchange(self) -> None:
-        """Give signs and hear others', until the store is gone: then silence says so."""
+        """Send and read heartbeats until the store is gone, which then shows as silence."""
         ranks = self._watched()
         with contextlib.suppress(RuntimeError):
             while not self._ended.wait(self.interval_s):
@@ -187,7 +188,7 @@ class Watchdog:
         stuck = time.monotonic() - self._stands_since
         return Sign(self._count, socket.gethostname(), os.getpid(), self.clock.phase, stuck, waits, at)
 
-    # ------------------------------------------------------------------------------------- the judge
+    # --------------------------------------------------------------------------------------- verdict
 
     def _watch(self) -> None:
         while not self._ended.wait(self.interval_s):
@@ -197,9 +198,9 @@ class Watchdog:
                 self._end(verdict)
 
     def _look(self) -> None:
-        """Note since when the training thread stands where it stands."""
+        """Record since when the training thread has been at its current instruction."""
         now, stand = time.monotonic(), _stack_of(sys._current_frames().get(self._main or 0))
-        if now - self._looked > 3 * self.interval_s + 1:  # this very process was stopped: its clocks tell nothing
+        if now - self._looked > 3 * self.interval_s + 1:  # this process itself was stopped: reset the timers
             self._heard = dict.fromkeys(self._heard, now)
             self._stands_since = now
         if stand != self._stand:
@@ -212,11 +213,11 @@ class Watchdog:
         signs = {rank: self._signs[rank] for rank in silent}
         if self.mesh.rank == 0:
             return judge(signs | {0: self._sign()}, silent | {0: 0.0}, self.timeout_s)
-        # Rank 0 judges; the others judge its silence, for which they give it time to judge first.
+        # Rank 0 judges first; the others judge only its silence, with a longer timeout.
         return judge(signs, silent, self.timeout_s + 2 * self.interval_s)
 
     def _end(self, verdict: Verdict) -> None:
-        """Tell the others, write the stacks, leave. The training thread is out of reach: it stands in a C call."""
+        """Publish the verdict, write the stacks and exit. The training thread cannot be interrupted inside a C call."""
         if self.mesh.rank == 0:
             threading.Thread(target=self._tell, args=(verdict,), daemon=True).start()
         print(f"rank {self.mesh.rank} of {self.mesh.world}: {verdict.why}", file=self._file, flush=True)
@@ -224,7 +225,7 @@ class Watchdog:
         known = [self._signs[rank] for rank in verdict.blamed if rank in self._signs]
         told = {"blamed": verdict.blamed, "processes": [(sign.host, sign.pid) for sign in known]}
         record_fault(self.run, "node", verdict.why, self.mesh.rank, **told, stacks=self.stacks.name)
-        time.sleep(3 * self.interval_s)  # a peer that saw another process gone would not write its stacks
+        time.sleep(3 * self.interval_s)  # once this process is gone, a peer may end without writing stacks
         self._end_blamed(verdict)
         print(f"error: the run hangs: {verdict.why}. Stacks: {self.stacks.parent}", file=sys.stderr, flush=True)
         os._exit(NodeFault.exit_code)
@@ -234,9 +235,9 @@ class Watchdog:
             self.store.set(_key("verdict"), json.dumps(dataclasses.asdict(verdict)))
 
     def _end_blamed(self, verdict: Verdict) -> None:
-        """Have the blamed on this machine write their stacks, be they stopped or stuck with Python's lock, and go.
+        """Make blamed processes on this host write their stacks, even if stopped or holding the GIL, then kill them.
 
-        One that was only stopped would train on, and the run with it, after it was said to be at its end.
+        A process that was only stopped would otherwise go on training after the run was declared ended.
         """
         signs = {rank: self._signs[rank] for rank in verdict.blamed if rank in self._signs}
         here = {self._stacks_of(rank): sign.pid for rank, sign in signs.items() if sign.host == socket.gethostname()}
@@ -265,7 +266,7 @@ def _size(path: Path) -> int:
 
 
 def _stack_of(frame: FrameType | None) -> tuple[Any, ...]:
-    """Where a thread stands, down to the instruction; the same twice means that it has not moved."""
+    """Return a thread's stack down to the instruction; an equal stack means that the thread has not moved."""
     stand = []
     while frame is not None:
         stand.append((id(frame), frame.f_lasti))
