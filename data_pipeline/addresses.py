@@ -1,19 +1,19 @@
-"""Which IP addresses may be asked when a stranger names them: public ones, whatever the spelling."""
+"""Which IP addresses from untrusted input may be contacted: public ones, in any spelling."""
 
 import ipaddress
 from collections.abc import Iterable
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-_UNICAST = ipaddress.ip_network("2000::/3")  # what of IPv6 is given out
+_UNICAST = ipaddress.ip_network("2000::/3")  # the allocated part of IPv6
 _EMBEDDING = [ipaddress.ip_network(text) for text in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96")]
 """IPv6 networks whose last 32 bits are an IPv4 address: compatible, mapped, translated, NAT64."""
 _RESERVED = [ipaddress.ip_network(text) for text in ("192.0.0.0/24", "3fff::/20")]
-"""Networks that IANA's registries reserve and Python 3.11.7 takes for public; some clouds have their metadata there."""
+"""Networks that IANA reserves and Python 3.11.7 takes for public; some clouds serve their metadata there."""
 
 
 def is_public(address: str, allowed: Iterable[Network] = ()) -> bool:
-    """Is this IP address public, or in an `allowed` network? Raises ValueError for what is none."""
+    """Return whether an IP address is public or in an `allowed` network. Raises ValueError for an invalid address."""
     number = number_of(address)
     if is_within(address, allowed):
         return True
@@ -23,13 +23,13 @@ def is_public(address: str, allowed: Iterable[Network] = ()) -> bool:
 
 
 def is_within(address: str, networks: Iterable[Network]) -> bool:
-    """Is this IP address in one of the networks? Raises ValueError for what is none."""
+    """Return whether an IP address is in one of the networks. Raises ValueError for an invalid address."""
     number = number_of(address)
     return any(number in network for network in networks)
 
 
 def number_of(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An IP address without its scope; of IPv6 that stands for an IPv4 address, that one."""
+    """Parse an IP address without its scope; an IPv6 address that embeds an IPv4 address gives the latter."""
     number = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(number, ipaddress.IPv4Address) or number.is_loopback or number.is_unspecified:
         return number

@@ -1,4 +1,4 @@
-"""What a build and a vocabulary can be told. Read with `load_settings(BuildConfig, path, overrides)`."""
+"""Configuration of a build and of a vocabulary. Read with `load_settings(BuildConfig, path, overrides)`."""
 
 from typing import Annotated, Literal
 
@@ -26,7 +26,7 @@ TextEncoding = Annotated[str, pydantic.AfterValidator(_checked_encoding)]
 
 
 class ScenesSource(Settings):
-    """Captioned scenes that the project draws itself."""
+    """Synthetic captioned scenes, drawn by `data_pipeline.scenes`."""
 
     kind: Literal["scenes"] = "scenes"
     count: PositiveInt
@@ -36,10 +36,10 @@ class ScenesSource(Settings):
 
 
 class FolderSource(Settings):
-    """Images anywhere below `path`, each with its captions beside it: in NAME.json, or else NAME.txt (one a line).
+    """Images anywhere below `path`, each with its captions beside it: in NAME.json, or else NAME.txt (one per line).
 
-    `path`: a folder here or on s3://, or several, with {00..99} and `::`; keys then begin with the folder's name.
-    encoding: of text without a byte order mark, as latin-1; UTF-8 by default.
+    `path`: a folder, local or on s3://, or several, with {00..99} and `::`; keys then begin with the folder's name.
+    encoding: of text without a byte order mark, such as latin-1; UTF-8 by default.
     """
 
     kind: Literal["folder"] = "folder"
@@ -50,10 +50,10 @@ class FolderSource(Settings):
 class TarsSource(Settings):
     """WebDataset tars: a folder of them, one file, or a pattern such as `dir/{00000..00099}.tar`, joined by `::`.
 
-    A sample is the neighbouring files of one name: an image, and captions in its .json (`captions`, `caption` or
-    `text`, each a text or a list) or else its .txt (one a line). Links, files that occur twice and files that are apart
-    reject their sample; dot files and `__MACOSX/` are passed over. Compressed tars have to be unpacked first.
-    Where img2dataset left a NAME.parquet beside NAME.tar, here or there, its columns become attributes of the samples.
+    A sample is the consecutive files with one name: an image, and captions in its .json (`captions`, `caption` or
+    `text`, each a text or a list) or else its .txt (one per line). A sample is rejected for links, duplicate files and
+    files that are not neighbours; dot files and `__MACOSX/` are skipped. Compressed tars must be unpacked first.
+    If img2dataset left a NAME.parquet beside NAME.tar, local or remote, its columns become attributes of the samples.
     """
 
     kind: Literal["tars"] = "tars"
@@ -61,22 +61,22 @@ class TarsSource(Settings):
 
 
 class TableSource(Settings):
-    """Rows of tables. `path`: files or folders, here or behind s3:// and http(s)://, with {00..99}, * and `::`. Folders
-    `column=value` below it are those of a partitioned table, and their names its columns.
+    """Rows of tables. `path`: files or folders, local or on s3:// and http(s)://, with {00..99}, * and `::`. Folders
+    `column=value` below it are partitions of the table, and their names become columns.
 
     table: name of the table where `path` is the folder that holds it.
-    key: column of unique names; without it a row is named by its number. A row without one is rejected (no_key).
+    key: column of unique names; by default a row is named by its number. A row without a key is rejected (no_key).
     image: column of http(s) addresses, of file names within `images` (a folder or a tar, beside the table), or, in
     parquet, of bytes; with `base64` the column holds the file itself, in either alphabet.
-    captions: columns, each of text or of a list of texts.
-    columns: names of the columns of csv or tsv files without a header line.
-    quotes: whether a field that begins with a quotation mark ends with one, and may hold delimiters and line ends;
-    where it is false the mark is a letter like any other. By default true for csv, false for tsv.
-    encoding: of text files without a byte order mark, as latin-1; UTF-8 by default. Other bytes reject their row.
-    sha256, md5: columns that what is fetched is compared with.
-    Other columns become attributes of the samples: times as ISO 8601, decimals as text, what JSON lacks (NaN) as null,
-    `key` and `captions` as source_key and source_captions; those of bytes are left out.
-    parse_rule: how text is taken apart; a dataset that was begun by rule 1 keeps it.
+    captions: columns, each of text or of lists of text.
+    columns: column names of csv or tsv files without a header line.
+    quotes: whether quotation marks enclose fields, which may then hold delimiters and line ends; if false, the mark is
+    an ordinary character. By default true for csv, false for tsv.
+    encoding: of text files without a byte order mark, such as latin-1; UTF-8 by default. Other bytes reject their row.
+    sha256, md5: columns with the expected digests of fetched files.
+    Other columns become attributes of the samples: times as ISO 8601, decimals as text, values that JSON lacks (NaN) as
+    null, `key` and `captions` as source_key and source_captions; columns of bytes are left out.
+    parse_rule: version of the text parser; a dataset begun with rule 1 keeps it.
     """
 
     kind: Literal["csv", "tsv", "json", "jsonl", "parquet"]
@@ -96,7 +96,7 @@ class TableSource(Settings):
 
     @property
     def quoted(self) -> bool:
-        """Do quotation marks enclose fields?"""
+        """Whether quotation marks enclose fields."""
         return self.quotes if self.quotes is not None else self.kind != "tsv" or self.parse_rule == 1
 
     @pydantic.model_validator(mode="after")
@@ -109,9 +109,9 @@ class TableSource(Settings):
 
 
 class PairsSource(Settings):
-    """Published tables whose columns are known: cc3m (caption TAB address), muge (id TAB caption TAB base64 image).
+    """Published tables with known columns: cc3m (caption TAB address), muge (id TAB caption TAB base64 image).
 
-    parse_rule: as of other tables.
+    parse_rule: as in `TableSource`.
     """
 
     kind: Literal["cc3m", "muge"]
@@ -120,7 +120,7 @@ class PairsSource(Settings):
 
 
 class CocoSource(Settings):
-    """COCO's captions JSON (also .gz): one row an image, with all of its captions.
+    """COCO's captions JSON (also .gz): one row per image, with all of its captions.
 
     images: folder or tar of the files, beside each JSON; without it they are fetched from the JSON's coco_url.
     encoding: of JSON without a byte order mark; UTF-8 by default.
@@ -144,12 +144,12 @@ class ImageRules(Settings):
 
     mode: none; fit (longer side at most `size`); keep_ratio (shorter side `size`); keep_ratio_largest (longer side
     `size`); border (the same, padded with white to a square); center_crop (square, the shorter side scaled); stretch
-    (square). For image codes take center_crop or stretch: their sizes are exact.
-    format: keep stores the file as it came where it is a plain 8-bit RGB JPEG or PNG and `mode` is none.
+    (square). For image codes use center_crop or stretch: their sizes are exact.
+    format: keep stores the file unchanged if it is a plain 8-bit RGB JPEG or PNG and `mode` is none.
     quality: of JPEG and WebP.
     decode: scaled lets libjpeg shrink JPEGs of three times the size or more while decoding: to a half where 1.5 times
-    the size remains, to a quarter or an eighth where twice the size does. Faster, and nearly the same picture: PSNR
-    beside exact 36 to 42 dB in the median of 39 photographs, at least 28; bench_decode.py in tests says how fast.
+    the size remains, to a quarter or an eighth where twice the size does. Faster, with nearly the same result: PSNR
+    against exact 36 to 42 dB in the median of 39 photographs, at least 28. tests/benchmarks/bench_decode.py times it.
     """
 
     mode: Literal["none", "fit", "keep_ratio", "keep_ratio_largest", "border", "center_crop", "stretch"] = "none"
@@ -168,10 +168,10 @@ class ImageRules(Settings):
 
 
 class CaptionRules(Settings):
-    """How captions are cleaned; a caption outside of the rules is left out, a row without any is rejected.
+    """How captions are cleaned. A caption that breaks a rule is dropped, a row without any caption is rejected.
 
-    Lengths in characters. languages: ISO 639-1 codes; a caption is left out where it is clearly another language.
-    deny: file of words and phrases, one a line; a caption with one of them is left out, letter case and width aside.
+    Lengths in characters. languages: ISO 639-1 codes; a caption that is clearly in another language is dropped.
+    deny: file of words and phrases, one per line; a caption with one is dropped, whatever its letter case and width.
     """
 
     fix_text: bool = True
@@ -188,15 +188,15 @@ class CaptionRules(Settings):
 
 
 class FetchRules(Settings):
-    """How images are fetched by http(s).
+    """How images are fetched over http(s).
 
-    concurrency: requests at once of one fetching process (there is one for two workers), per_host: of those to one
-    host. timeout_s: of one attempt, as a whole; the pauses between attempts are at most attempts * timeout_s.
-    opt_out: directives of the X-Robots-Tag header that keep an image out. allow_networks: private networks that may be
-    asked all the same, as 10.1.0.0/16; past a proxy that http_proxy or https_proxy names in the environment.
-    The names of hosts must resolve on this machine, also behind a proxy: their addresses are checked before a request.
-    cache: folder or s3:// prefix that keeps fetched bytes by their sha256, for other builds too; without it they are
-    kept in the output until the build is done.
+    concurrency: concurrent requests of one fetching process (one per two workers), per_host: of those to one host.
+    timeout_s: of one whole attempt; the pauses between attempts are at most attempts * timeout_s.
+    opt_out: directives of the X-Robots-Tag header that exclude an image. allow_networks: private networks that may be
+    contacted, such as 10.1.0.0/16; they bypass a proxy that http_proxy or https_proxy names in the environment.
+    Host names must resolve on this machine, even behind a proxy: their addresses are checked before a request.
+    cache: folder or s3:// prefix that keeps fetched bytes by sha256, also for other builds; without it they are kept in
+    the output until the build is done.
     """
 
     concurrency: PositiveInt = 64
@@ -210,10 +210,10 @@ class FetchRules(Settings):
 
 
 class DedupRules(Settings):
-    """Images that occur more than once: of equals the first row stays, whatever the shards.
+    """How duplicate images are removed: the first row of equal ones is kept, across all shards.
 
-    exact: the same bytes. near_bits: images whose 64-bit perceptual hashes differ in at most so many bits and whose
-    colours agree; None: no. Both look at every image once before any shard is written.
+    exact: compare bytes. near_bits: images whose 64-bit perceptual hashes differ in at most this many bits and whose
+    colours agree; None disables it. Both read every image once before any shard is written.
     """
 
     exact: bool = False
@@ -221,7 +221,7 @@ class DedupRules(Settings):
 
     @property
     def wanted(self) -> bool:
-        """Is anything looked for?"""
+        """Whether any kind of duplicate is removed."""
         return self.exact or self.near_bits is not None
 
 
@@ -230,8 +230,8 @@ class BuildConfig(Settings):
 
     filters: name -> condition that a row must meet, else it is rejected under that name; over the columns of the
     source and width, height, aspect, area, bytes, key, caption, chars. grow: add the rows that a finished output lacks.
-    image_tokenizer: folder of an exported image tokenizer, whose codes are added once the shards stand: one crop,
-    float32, on CPUs; `tessera data encode` has the choice.
+    image_tokenizer: folder of an exported image tokenizer, whose codes are added after the shards are written: one
+    crop, float32, on CPUs; `tessera data encode` offers other choices.
     """
 
     renamed = {"tokenizer": "image_tokenizer"}

@@ -1,6 +1,6 @@
-"""What a user may see go wrong, each with the exit code of the command line.
+"""Errors that are shown to the user, each with the exit code of the command line.
 
-0 done, 64 configuration, 70 node fault, 74 storage or data, 75 requeue me.
+0 done, 64 configuration, 70 node or training fault, 74 storage or data, 75 requeue, 130 interrupted.
 An error's text names the value, the rule and the remedy; the command line prints it without a traceback.
 """
 
@@ -16,19 +16,19 @@ class TesseraError(Exception):
 
 
 class ConfigError(TesseraError):
-    """The run description is wrong; running it again changes nothing."""
+    """The configuration is wrong; running it again gives the same error."""
 
     exit_code = 64
 
 
 class Overtaken(ConfigError):
-    """A later attempt has claimed the run; this one may commit nothing more and ends, leaving the run folder alone."""
+    """A later attempt has claimed the run; this one may commit nothing more, and ends without changing the run."""
 
 
 class NodeFault(TesseraError):
     """A process, device or collective failed; another attempt may succeed.
 
-    blamed: the ranks that it is put down to, where these are known.
+    blamed: the ranks that caused it, if known.
     """
 
     exit_code = 70
@@ -39,25 +39,25 @@ class NodeFault(TesseraError):
 
 
 class TrainingFault(TesseraError):
-    """The numbers of a training blew up, the same on every rank; another attempt would do it again."""
+    """Training diverged, identically on every rank; another attempt would diverge again."""
 
     exit_code = 70
 
 
 class DataError(TesseraError):
-    """Storage or data is missing, damaged or not what the manifest says."""
+    """Storage or data is missing, damaged or does not match the manifest."""
 
     exit_code = 74
 
 
 class Conflict(DataError):
-    """What stands under a name is not what this run makes; nothing was overwritten."""
+    """An object exists with other contents than this run makes; nothing was overwritten."""
 
 
 class BadSample(DataError):
-    """One sample cannot be used: it does not decode, or lacks what the task needs. Storage is not to blame.
+    """One sample cannot be used: it does not decode, or lacks what the task needs. Storage is not at fault.
 
-    key: of the sample; reason: one word with underscores, which is counted.
+    key: of the sample; reason: one word with underscores, for counting.
     """
 
     def __init__(self, message: str, key: str = "", reason: str = "unusable_sample") -> None:
@@ -66,25 +66,25 @@ class BadSample(DataError):
 
 
 class Interrupted(TesseraError):
-    """Ctrl-C ended the command; the text says what is written."""
+    """Ctrl-C ended the command; the text says what was written."""
 
     exit_code = 130
 
 
 class Requeue(TesseraError):
-    """The run was asked to stop, saved its state and wants to go on later."""
+    """The run was asked to stop, has saved its state and is to be requeued."""
 
     exit_code = 75
 
 
-# ------------------------------------------------------------------------------ what the file system says
+# ------------------------------------------------------------------------------------ file system errors
 
 FILE_SYSTEM_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM,
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY,
     errno.ENXIO, errno.ETXTBSY, errno.ENOENT,
 }  # fmt: skip
-"""Errors of the operating system that a disk, a path or missing rights cause, and no mistake of the program."""
+"""Errors of the operating system caused by a disk, a path or missing permissions, not by a bug of the program."""
 
 
 _REMEDIES = (
@@ -99,14 +99,14 @@ _REMEDIES = (
 
 
 def storage_error(error: OSError, where: object) -> DataError:
-    """What to tell the user of an error of the operating system at `where`, with the remedy for its kind."""
+    """Return the DataError for an error of the operating system at `where`, with the remedy for its kind."""
     remedy = next((remedy for numbers, remedy in _REMEDIES if error.errno in numbers), "see to the storage")
     return DataError(f"{where}: {error.strerror or error}; {remedy}, then run it again")
 
 
 @contextlib.contextmanager
 def storage_errors(where: object) -> Iterator[None]:
-    """Raise what the file system refuses in the block as a DataError about `where`."""
+    """Raise an OSError of the block as a DataError about `where`."""
     try:
         yield
     except OSError as error:

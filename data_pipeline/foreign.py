@@ -1,10 +1,10 @@
-"""Folders that hold a model of another program: what to say where one is given for something of ours."""
+"""Recognise folders with models of other programs, to explain how to import them."""
 
 import json
 from pathlib import Path
 
 LAYOUT_KINDS = ("bert", "clip", "electra")
-"""Kinds of models of transformers that `tessera checkpoint import` reads, by their `model_type`."""
+"""Kinds of transformers models that `tessera checkpoint import` reads, by their `model_type`."""
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -17,7 +17,7 @@ CONFIG = "config.json"
 
 
 def foreign_model(folder: str | Path) -> str:
-    """What to put behind an error for the folder of a foreign model: the way to import it. Empty for anything else."""
+    """Return what to append to an error about a foreign model's folder: how to import it. Empty for anything else."""
     path = Path(folder)
     trees = [_tree(path / part / CONFIG) for part in (".", "discriminator", "generator")]
     kind = next((str(tree["model_type"]) for tree in trees if "model_type" in tree), "")
@@ -29,7 +29,7 @@ def foreign_model(folder: str | Path) -> str:
 
 
 def _tree(path: Path) -> dict[str, object]:
-    """What a config.json holds; empty for what is none."""
+    """Return the contents of a config.json; empty if it is missing or invalid."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

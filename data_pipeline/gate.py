@@ -1,7 +1,7 @@
-"""The gate: names, digests, sizes and counts that a file from outside states are checked here, once, as it is read.
+"""The gate: names, digests, sizes and counts in files from outside are checked here, once, when a file is read.
 
-A kind of file is a TypedDict or a dataclass over the types below, beside the code that reads it. Nothing else may build
-a path from such text: what passed is one component of a path, and lies in the folder that it was read from.
+A kind of file is a TypedDict or a dataclass over the types below, beside the code that reads it. No path may be built
+from unchecked text: a name that passed is one path component, in the folder that the file was read from.
 """
 
 import functools
@@ -13,10 +13,10 @@ from pydantic import AfterValidator, Field, StringConstraints
 from data_pipeline.errors import DataError
 
 LARGEST = 2**48
-"""Bytes or samples that a file may state: sums over a dataset stay far from the end of an int64."""
+"""Largest number of bytes or samples that a file may state, so that sums over a dataset are far from overflow."""
 
 OPEN = pydantic.ConfigDict(extra="allow")
-"""Of a kind whose further keys are not checked: nothing is built from them."""
+"""For kinds whose other keys are not checked, as nothing is built from them."""
 CLOSED = pydantic.ConfigDict(extra="forbid")
 
 _LONGEST = 255
@@ -32,12 +32,12 @@ def _fits_a_disk(name: str) -> str:
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 FileName = Annotated[str, StringConstraints(pattern=rf"^{_FIRST}{_LETTER}*$"), AfterValidator(_fits_a_disk)]
-"""One component of a path: no slash, no backslash, no control character, no dot in front (so neither . nor ..)."""
+"""One path component: no slash, backslash, control character or leading dot (so neither . nor ..)."""
 TarName = Annotated[str, StringConstraints(pattern=rf"^{_FIRST}{_LETTER}*\.tar$"), AfterValidator(_fits_a_disk)]
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 TokenizerId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{12}$")]
 ParameterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$", max_length=255)]
-"""As torch names parameters: words with dots in between."""
+"""Parameter name as in torch: words joined by dots."""
 
 _RULES = {
     "^[0-9a-f]{64}$": "a sha256 is 64 hex digits, in lower case",
@@ -48,9 +48,9 @@ _RULES = {
 
 
 def parse(kind: Any, data: bytes, where: str, remedy: str) -> Any:
-    """JSON of this kind. Raises DataError that names the first entry that is something else, the rule and the remedy.
+    """Parse JSON of this kind. Raises DataError that names the first invalid entry, the rule and the remedy.
 
-    However deep, long or wrong the text is: it is parsed iteratively or refused.
+    Text that is very deep, long or malformed is parsed iteratively or refused.
     """
     try:
         return _adapter(kind).validate_json(data, strict=True)
@@ -59,7 +59,7 @@ def parse(kind: Any, data: bytes, where: str, remedy: str) -> Any:
 
 
 def check(kind: Any, value: object, where: str, remedy: str) -> Any:
-    """A value of this kind. Raises DataError as `parse` does."""
+    """Check a value of this kind. Raises DataError as `parse` does."""
     try:
         return _adapter(kind).validate_python(value, strict=True)
     except pydantic.ValidationError as error:

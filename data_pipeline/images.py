@@ -1,10 +1,10 @@
-"""Bytes -> pixels -> bytes, safely: the header is looked at before anything is decoded, and every failure has a reason.
+"""Safe decoding, resizing and encoding of images: headers are checked before decoding, every failure has a reason.
 
-JPEG goes through simplejpeg, plain PNG through OpenCV, the rest through Pillow with a fixed list of formats (none of
-which runs other programs). Sixteen bits keep their upper eight, transparency is laid on white, of an animation the
-first frame is taken, EXIF orientation is applied. Letters: H, W height and width in pixels.
-The one place that decodes and resizes: the build, image codes, training and evaluation use these functions. They run in
-the process that calls them; the build calls them through `sandbox`.
+JPEG is decoded by simplejpeg, plain PNG by OpenCV, the rest by Pillow with a fixed list of formats (none of which runs
+other programs). 16-bit images keep their upper eight bits, transparency is composited on white, an animation gives its
+first frame, EXIF orientation is applied. Letters: H, W height and width in pixels.
+This is the only code that decodes and resizes: the build, image codes, training and evaluation use these functions.
+They run in the calling process; the build calls them through `sandbox`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "ICO", "AVIF", "PPM", "JPEG2000")
 
-Image.init()  # formats can be named once they are registered
+Image.init()  # registers the formats, so that they can be named
 
 MAX_PIXELS = 100_000_000
-"""Of one decoded image; a file that claims more is taken for an attack."""
+"""Limit for one decoded image; a file that claims more is taken for an attack."""
 MAX_SCALED_PIXELS = 2**31 // 3
-"""Of an image scaled before it is cropped: 2 GiB, as much as a decoder may use. A long thin image can ask for more."""
+"""Limit for an image scaled before cropping: 2 GiB, as much as a decoder may use. A long thin image can exceed it."""
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
-# (divisor, how many times the wanted pixels a side must remain): of libjpeg's fractions those that are faster than the
-# whole and close to it. PSNR beside exact, median of 39 photographs: a half at 1.5 has 37.5 dB, the others at 2 have
+# (divisor, least ratio of remaining to wanted pixels per side): libjpeg's fractions that decode faster than full size
+# and come close to it. PSNR against exact, median of 39 photographs: a half at 1.5 has 37.5 dB, the others at 2 have
 # 36.5 dB; three eighths take as long as a half.
 SCALED = ((8, 2.0), (4, 2.0), (2, 1.5))
 
@@ -45,7 +45,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Reject(Exception):
-    """An image that becomes no sample; `reason` is what is counted."""
+    """An image that does not become a sample. `reason` is counted, `detail` is for people."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -54,9 +54,9 @@ class Reject(Exception):
 
 
 class Decoded(NamedTuple):
-    """pixels: uint8 [H, W, 3]. kept: "jpeg" or "png" where the file shows them as it is, else empty.
+    """pixels: uint8 [H, W, 3]. kept: "jpeg" or "png" if the file may be stored unchanged, else empty.
 
-    width, height: of the upright image, larger than the pixels' where a JPEG was decoded at a fraction.
+    width, height: of the upright image, larger than those of `pixels` if a JPEG was decoded at a fraction.
     """
 
     pixels: np.ndarray
@@ -67,7 +67,7 @@ class Decoded(NamedTuple):
 
 
 class PreparedImage(NamedTuple):
-    """An image as it is stored, W and H, and what it was before; frames: of which the first was taken."""
+    """An image as stored, with its size before (source_) and after; frames: in the source, the first is stored."""
 
     data: bytes
     extension: str
@@ -79,7 +79,7 @@ class PreparedImage(NamedTuple):
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """-> uint8 [H, W, 3], upright.
+    """Decode an image -> uint8 [H, W, 3], upright.
 
     Raises Reject: empty_file, not_an_image, too_many_pixels, too_much_memory, truncated, corrupt.
     """
@@ -87,12 +87,12 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def prepare(data: bytes, rules: ImageRules) -> PreparedImage:
-    """The file as the rules want it stored. Raises Reject; also too_small."""
+    """Decode a file and make the one to store by the rules. Raises Reject, also too_small."""
     return store(data, decode(data, rules.max_pixels, rules if rules.decode == "scaled" else None), rules)
 
 
 def store(data: bytes, decoded: Decoded, rules: ImageRules) -> PreparedImage:
-    """The same for an image that is decoded already."""
+    """Make the file to store from an image that is decoded already. Raises Reject."""
     check_side(decoded, rules)
     width, height = decoded.width, decoded.height
     pixels = decoded.pixels
@@ -109,14 +109,14 @@ def store(data: bytes, decoded: Decoded, rules: ImageRules) -> PreparedImage:
 
 
 def check_side(decoded: Decoded, rules: ImageRules) -> None:
-    """Raises Reject, too_small, for an image below `min_side`."""
+    """Raise Reject, too_small, for an image with a side below `min_side`."""
     if min(decoded.width, decoded.height) < rules.min_side:
         shape = f"{decoded.width} x {decoded.height}"
         raise Reject("too_small", f"{shape}, the shorter side must have {rules.min_side}")
 
 
 def scaled_size(width: int, height: int, mode: str, size: int) -> tuple[int, int]:
-    """W and H after scaling and before cropping or padding, by `ImageRules.mode`."""
+    """Return W and H after scaling and before cropping or padding, by `ImageRules.mode`."""
     if mode == "none" or (mode == "fit" and max(width, height) <= size):
         return width, height
     if mode == "stretch":
@@ -126,10 +126,10 @@ def scaled_size(width: int, height: int, mode: str, size: int) -> tuple[int, int
 
 
 def resize(pixels: np.ndarray, mode: str, size: int, source: tuple[int, int] | None = None) -> np.ndarray:
-    """uint8 [H, W, 3] -> by `ImageRules.mode`; source: W, H of the image where the pixels are a fraction of it.
+    """Resize uint8 [H, W, 3] by `ImageRules.mode`; source: W, H of the full image if the pixels are a fraction of it.
 
-    Areas are averaged when shrinking, cubic interpolation when growing. Raises Reject, too_much_memory, for an image so
-    long and thin that it cannot be scaled whole.
+    Shrinking averages areas, enlarging is cubic interpolation. Raises Reject, too_much_memory, for an image so long and
+    thin that it cannot be scaled as a whole.
     """
     width, height = source or (pixels.shape[1], pixels.shape[0])
     scaled = _scale(pixels, *scaled_size(width, height, mode, size))
@@ -146,7 +146,7 @@ def resize(pixels: np.ndarray, mode: str, size: int, source: tuple[int, int] | N
 
 
 def encode(pixels: np.ndarray, kind: str, quality: int) -> bytes:
-    """uint8 [H, W, 3] -> a JPEG (full colour resolution), WebP or PNG file; quality: 1 to 100, PNG is exact."""
+    """Encode uint8 [H, W, 3] as a JPEG (4:4:4), WebP or PNG file; quality: 1 to 100, PNG is lossless."""
     if kind == "jpeg":
         return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "444"))
     options = [cv2.IMWRITE_PNG_COMPRESSION, 6] if kind == "png" else [cv2.IMWRITE_WEBP_QUALITY, quality]
@@ -159,7 +159,7 @@ def encode(pixels: np.ndarray, kind: str, quality: int) -> bytes:
 
 
 def decode(data: bytes, max_pixels: int, wanted: ImageRules | None = None) -> Decoded:
-    """Upright RGB; a JPEG may be decoded at a fraction that suffices for the `wanted` size. Raises Reject."""
+    """Decode to upright RGB; a JPEG possibly at a fraction that suffices for the `wanted` size. Raises Reject."""
     if not data:
         raise Reject("empty_file", "0 bytes")
     if data.startswith(_JPEG):
@@ -176,7 +176,7 @@ def decode(data: bytes, max_pixels: int, wanted: ImageRules | None = None) -> De
 
 
 def _fast_jpeg(data: bytes, max_pixels: int, wanted: ImageRules | None) -> Decoded | None:
-    """An upright three- or one-channel JPEG without defects; None leaves it to Pillow."""
+    """Decode an upright three- or one-channel JPEG without defects; None leaves it to Pillow."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -194,7 +194,7 @@ def _fast_jpeg(data: bytes, max_pixels: int, wanted: ImageRules | None) -> Decod
 
 
 def _image_data(data: bytes) -> int:
-    """Where the first scan of a JPEG begins: metadata stand before it. At most 65,536."""
+    """Return the offset of the first scan of a JPEG, at most 65,536; metadata come before it."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _START_OF_SCAN:
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
@@ -202,7 +202,7 @@ def _image_data(data: bytes) -> int:
 
 
 def _fraction(width: int, height: int, wanted: ImageRules | None) -> dict[str, int]:
-    """simplejpeg's arguments for the smallest fraction of SCALED that keeps what it must."""
+    """Return simplejpeg's arguments for the smallest fraction of SCALED that keeps enough pixels."""
     if wanted is None or wanted.size is None:
         return {}
     target_width, target_height = scaled_size(width, height, wanted.mode, wanted.size)
@@ -222,7 +222,8 @@ def _orientation(data: bytes) -> int:
 
 
 def _is_plain_png(data: bytes) -> bool:
-    """Eight bits, grey or RGB, whole, one frame, nothing transparent, no orientation, no compressed text (a bomb)."""
+    """Return whether a PNG is 8-bit grey or RGB, complete, of one frame, opaque, without orientation, colour profile
+    and compressed text (a bomb)."""
     if len(data) < 57 or data[24:26] not in (b"\x08\x00", b"\x08\x02") or data[-8:-4] != b"IEND":
         return False
     head = data[: data.find(b"IDAT")]
@@ -232,7 +233,7 @@ def _is_plain_png(data: bytes) -> bool:
 
 
 def _slow(data: bytes, max_pixels: int) -> Decoded:
-    """Pillow, with everything that it can raise turned into a reason."""
+    """Decode with Pillow, turning everything that it can raise into a reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -258,7 +259,7 @@ def _slow(data: bytes, max_pixels: int) -> Decoded:
 
 
 def _check_icons(data: bytes, max_pixels: int) -> None:
-    """Pillow decodes an ICO when it opens it: the pictures in it are looked at before."""
+    """Check the sizes of the pictures in an ICO before Pillow opens it, which decodes them."""
     if not data.startswith(_ICO):
         return
     (count,) = struct.unpack_from("<H", data, 4)
@@ -273,7 +274,7 @@ def _check_icons(data: bytes, max_pixels: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """A loaded Pillow image -> uint8 [H, W, 3]."""
+    """Convert a loaded Pillow image -> uint8 [H, W, 3]."""
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF of any kind: upright
@@ -289,7 +290,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _to_eight_bits(grey: np.ndarray, mode: str) -> np.ndarray:
-    """[H, W] of 16 or 32 bits -> uint8 [H, W]; floats are taken as 0..1 where none is above 1, else as 0..255."""
+    """Convert [H, W] of 16 or 32 bits -> uint8 [H, W]; floats count as 0..1 if none is above 1, else as 0..255."""
     if mode == "F":
         finite = np.nan_to_num(grey.astype(np.float64), posinf=0.0, neginf=0.0)
         return np.clip(np.rint(finite * 255 if finite.max() <= 1 else finite), 0, 255).astype(np.uint8)

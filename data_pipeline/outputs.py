@@ -1,4 +1,4 @@
-"""What a command writes for its user: whole or not at all, over nothing it did not make, under the umask."""
+"""Write the output of commands: atomically, without overwriting other files, with the permissions of the umask."""
 
 import contextlib
 import filecmp
@@ -12,11 +12,11 @@ from pathlib import Path
 from data_pipeline.errors import ConfigError, DataError, storage_errors
 
 ASIDE = ".part"
-"""Ending of what is being written; a killed command may leave it behind, and it does not make a folder a used one."""
+"""Suffix of what is being written; a killed command may leave it behind, but a folder with only these counts as new."""
 
 
 def refuse_used(folder: str | Path) -> None:
-    """Raises ConfigError for a folder that holds something, DataError for what is no folder or lies below a file."""
+    """Raise ConfigError for a folder that is not empty, DataError for a path that is a file or lies below one."""
     path = Path(folder)
     with storage_errors(path):
         _refuse_files(path)
@@ -27,7 +27,7 @@ def refuse_used(folder: str | Path) -> None:
 
 
 def _refuse_files(path: Path) -> None:
-    """Raises DataError where a file stands in place of the folder `path` or of one above it."""
+    """Raise DataError when `path` or a parent of it is a file."""
     there = next(above for above in (path, *path.absolute().parents) if os.path.lexists(above))
     if not there.is_dir():
         raise DataError(f"{there} is not a folder; nothing was written, name a new folder elsewhere")
@@ -35,10 +35,9 @@ def _refuse_files(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to fill, which gets the name `folder` when the block ends well; after an error nothing of it stays.
+    """Yield a folder to fill, which is renamed to `folder` when the block succeeds; after an error it is removed.
 
-    An empty folder that is there already is kept and filled. Raises as `refuse_used` does, and DataError where the file
-    system does not take it.
+    An existing empty folder is kept and filled. Raises as `refuse_used` does, and DataError when the file system fails.
     """
     path = Path(folder)
     refuse_used(path)
@@ -61,7 +60,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def holds_same(folder: str | Path, write: Callable[[Path], object]) -> bool:
-    """Does `folder` hold, byte for byte, every file that `write` puts into a new folder?"""
+    """Return whether `folder` holds, byte for byte, every file that `write` puts into a new folder."""
     path = Path(folder)
     if not path.is_dir():
         return False
@@ -72,7 +71,7 @@ def holds_same(folder: str | Path, write: Callable[[Path], object]) -> bool:
 
 
 def write_whole(file: str | Path, data: bytes) -> None:
-    """Create the file, or replace the one of this name, at once. Raises DataError where it cannot be written."""
+    """Create or replace the file, atomically. Raises DataError when it cannot be written."""
     path = Path(file)
     with storage_errors(path):
         aside = path.parent / f".{uuid.uuid4().hex}{ASIDE}"
@@ -87,7 +86,7 @@ def write_whole(file: str | Path, data: bytes) -> None:
 
 
 def _finish(folder: Path) -> None:
-    """Give every file the rights that the umask leaves (libraries create theirs as 0600), and sync it."""
+    """Give every file the permissions of the umask (libraries create theirs as 0600), and sync it."""
     for file in (path for path in folder.rglob("*") if path.is_file()):
         file.chmod(file.parent.stat().st_mode & 0o666)
         with file.open("rb") as opened:

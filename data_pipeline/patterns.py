@@ -1,15 +1,15 @@
-"""Paths as users write them: addresses, and `{00..99}` for many."""
+"""Paths as users write them: addresses, and `{00..99}` for ranges."""
 
 import re
 
 
 def is_remote(path: str) -> bool:
-    """Does the path name a scheme, such as s3:// or https://?"""
+    """Return whether the path has a scheme, such as s3:// or https://."""
     return "://" in path
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{08..11}.tar` -> a-08.tar ... a-11.tar; the width is that of the first number."""
+    """Expand `a-{08..11}.tar` to a-08.tar ... a-11.tar; the width is that of the first number."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match is None:
         return [pattern]

@@ -1,8 +1,8 @@
-"""Objects behind S3 and http(s): a GET that is cut, stalled or refused goes on at the byte where it stopped.
+"""Objects on S3 and http(s): a GET that is cut off, stalled or refused resumes at the byte where it stopped.
 
-Every wait has an end: a read may use PATIENCE_S seconds of the network, and one more for every SLOWEST bytes that came.
+Every wait is bounded: a read may wait PATIENCE_S seconds for the network, plus one per SLOWEST bytes received.
 botocore's plain client is used, not s3fs: it resumes nothing by itself, needs no event loop, finds credentials and
-endpoints where the AWS command line does, and survives being opened anew in every process.
+endpoints where the AWS command line does, and can be reopened in every process.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ PATIENCE_S = 60.0
 SLOWEST = 100_000
 STALL_S = 10.0
 CONNECT_S = 5.0
-CONNECTIONS = 16  # at once, of one process to one server
-PIECE = 1 << 18  # bytes: what a read holds in memory, whatever the size of its range
+CONNECTIONS = 16  # concurrent, per process and server
+PIECE = 1 << 18  # bytes that a read holds in memory, whatever the size of its range
 
 _SCRATCH = "tessera-upload-"
 _MAX_PUT = 5 * 1024**3
@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 
 class Version(NamedTuple):
-    """What an object was when a GET answered: its whole size, -1 where the server did not say, and its tag."""
+    """Version of an object at the time of a GET: its full size, -1 if the server did not say, and its tag."""
 
     size: int
     etag: str
@@ -53,7 +53,7 @@ class Version(NamedTuple):
 
 @dataclass
 class Answer:
-    """An open GET: `read(n)` gives up to n bytes, none at the end. Both raise Transient."""
+    """An open GET. `read(n)` returns up to n bytes, none at the end. Opening and reading raise Transient."""
 
     version: Version
     start: int
@@ -62,21 +62,21 @@ class Answer:
 
 
 class NotFound(DataError):
-    """There is no such object."""
+    """The object does not exist."""
 
 
 class Forbidden(DataError):
-    """These credentials may not read it, or may not know that it is missing."""
+    """The credentials may not read the object, or may not learn that it is missing."""
 
 
 class Transient(Exception):
-    """The network or the server failed in a way that may pass, after the `wait_s` that the server asks for."""
+    """A temporary failure of the network or the server; `wait_s` is how long the server asks to wait."""
 
     wait_s = 0.0
 
 
 class Patience:
-    """Counts what one operation costs the network's time, and ends it with a DataError that names object and range."""
+    """Time budget for the network waits of one operation; ends it with a DataError that names object and range."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -85,7 +85,7 @@ class Patience:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """The time within counts."""
+        """Count the time spent in the block."""
         began = time.monotonic()
         try:
             yield
@@ -93,7 +93,7 @@ class Patience:
             self.spent_s += time.monotonic() - began
 
     def check(self, received: int, fault: object, asked_s: float = 0.0) -> None:
-        """Raises DataError when the time is used up, or a wait that the server asks for would outlast it."""
+        """Raise DataError when the time is used up, or would be by the wait that the server asks for."""
         if self.spent_s + asked_s > PATIENCE_S + received / SLOWEST:
             raise DataError(
                 f"{self.what}: given up after {self.spent_s:.0f} s and {self.faults} faults, {received} bytes came; "
@@ -110,7 +110,7 @@ class Patience:
         time.sleep(pause)
 
     def until_done(self, attempt: Callable[[], Result]) -> Result:
-        """The result of `attempt`, which is called again after each Transient."""
+        """Return the result of `attempt`, calling it again after each Transient."""
         while True:
             try:
                 with self.waiting():
@@ -123,7 +123,7 @@ _lock = threading.Lock()
 
 
 def process_lock() -> threading.Lock:
-    """One lock a process, for what must be opened once in it."""
+    """Return the lock of this process for resources that are opened once per process."""
     return _lock
 
 
@@ -132,11 +132,11 @@ def _renew_lock() -> None:
     _lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_renew_lock)  # it may have been held at the fork, by a thread that is not here
+os.register_at_fork(after_in_child=_renew_lock)  # it may have been held at the fork, by a thread that the child lacks
 
 
 class RemoteStorage:
-    """Reading, the same for every kind of server. A kind says how to open a GET."""
+    """Reads, the same for every kind of server. A subclass implements how to open a GET."""
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
@@ -152,7 +152,7 @@ class RemoteStorage:
 
     @property
     def client(self) -> Any:
-        """The client of this process: connections do not survive a fork."""
+        """Client of this process; connections do not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
             with process_lock():
                 if self._opened is None or self._opened[0] != os.getpid():
@@ -160,16 +160,16 @@ class RemoteStorage:
         return self._opened[1]
 
     def path(self, name: str) -> str:
-        """The URL of an object."""
+        """Return the URL of an object."""
         return f"{self.root}/{name}" if name else self.root
 
     def stream(
         self, name: str, start: int = 0, stop: int | None = None, seen: dict[str, Version] | None = None
     ) -> Iterator[bytes]:
-        """Bytes [start, stop), or to the end, in pieces.
+        """Yield bytes [start, stop), or to the end, in pieces.
 
         seen: versions by name; a GET that answers with another version than the first one is refused.
-        Raises DataError naming object and range when they are not there, or not after all patience.
+        Raises DataError naming object and range when the bytes are missing, or when the time is used up.
         """
         seen = {} if seen is None else seen
         at = start
@@ -202,16 +202,16 @@ class RemoteStorage:
                     answer.close()
 
     def get(self, name: str) -> bytes:
-        """The whole object. Raises DataError where it is missing."""
+        """Return the whole object. Raises DataError when it is missing."""
         return b"".join(self.stream(name))
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop). Raises DataError when there are fewer."""
+        """Return bytes [start, stop). Raises DataError when there are fewer."""
         return b"".join(self.stream(name, start, stop))
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A private folder on this machine; what killed processes left there goes first."""
+        """Yield a private folder on this machine, after removing those that killed processes left."""
         self.clean()
         folder, lock = _locked_folder()
         try:
@@ -221,7 +221,7 @@ class RemoteStorage:
             os.close(lock)
 
     def clean(self) -> None:
-        """Remove folders of this machine whose process was killed: an upload that was killed left nothing else."""
+        """Remove scratch folders on this machine whose process was killed; a killed upload leaves nothing else."""
         for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
             with contextlib.suppress(OSError):
                 lock = os.open(folder, os.O_RDONLY)
@@ -256,11 +256,11 @@ class RemoteStorage:
         raise NotImplementedError
 
     def _get(self, name: str, start: int, stop: int | None) -> Answer:
-        """Ask for [start, stop), or from `start` to the end. Raises Transient or DataError."""
+        """Request bytes [start, stop), or from `start` to the end. Raises Transient or DataError."""
         raise NotImplementedError
 
     def _refused(self, name: str, status: int, said: str) -> Exception:
-        """What an answer of this status means."""
+        """Return the exception for an answer with this status."""
         where = self.path(name)
         if status >= 500 or status in _RETRIED:
             return Transient(f"status {status} {said}")
@@ -274,7 +274,7 @@ class RemoteStorage:
 
 
 def _locked_folder() -> tuple[Path, int]:
-    """A new temporary folder, and the descriptor that holds its lock. Raises DataError where there is no room."""
+    """Create a temporary folder -> (folder, descriptor that holds its lock). Raises DataError when that fails."""
     while True:
         try:
             folder = Path(tempfile.mkdtemp(prefix=_SCRATCH))
@@ -286,45 +286,45 @@ def _locked_folder() -> tuple[Path, int]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if folder.exists():
                 return folder, lock
-            os.close(lock)  # another process's `clean` came in between
+            os.close(lock)  # another process's `clean` removed it in between
 
 
 # --------------------------------------------------------------------------------------------------- S3
 
 
 class S3Storage(RemoteStorage):
-    """An S3 prefix. Objects are created by one PUT with If-None-Match: *, so a name is never seen half-written."""
+    """An S3 prefix. Objects are created by one PUT with If-None-Match: *, so no reader sees a partial object."""
 
     def __init__(self, root: str) -> None:
         super().__init__(root)
         self._bucket, _, self._prefix = self.root.removeprefix("s3://").partition("/")
 
     def exists(self, name: str) -> bool:
-        """Is there an object of this name?"""
+        """Return whether an object of this name exists."""
         return self._head(name) is not None
 
     def stat(self, name: str) -> tuple[int, str]:
-        """-> (bytes, etag). Raises DataError where it is missing."""
+        """Return (bytes, etag). Raises DataError when the object is missing."""
         version = self._head(name)
         if version is None:
             raise self._refused(name, 404, "")
         return version
 
     def folders(self) -> list[str]:
-        """Names of the prefixes directly under the root that hold objects, sorted; hidden ones left out."""
+        """Return the names of the prefixes directly under the root that hold objects, sorted, without hidden ones."""
         found = [entry["Prefix"].rstrip("/").rpartition("/")[2] for entry in self._pages("CommonPrefixes", "/")]
         return sorted(name for name in found if not name.startswith("."))
 
     def names_below(self) -> list[str]:
-        """Names of all objects under the root, however deep, sorted."""
+        """Return the names of all objects under the root, at any depth, sorted."""
         return sorted(entry["Key"].removeprefix(self._key("")) for entry in self._pages("Contents", ""))
 
     def list(self) -> list[str]:
-        """Names of the objects directly under the root, sorted."""
+        """Return the names of the objects directly under the root, sorted."""
         return sorted(entry["Key"].rpartition("/")[2] for entry in self._pages("Contents", "/"))
 
     def remove(self, name: str) -> None:
-        """Remove one object; nothing happens where it is missing."""
+        """Remove one object; do nothing when it is missing."""
         self._call(name, "delete_object", Key=self._key(name))
 
     def remove_all(self) -> None:
@@ -334,11 +334,11 @@ class S3Storage(RemoteStorage):
                 pass
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Create the object at once and whole; False, and nothing changed, where the name is taken."""
+        """Create the object atomically -> True; return False and change nothing when the name is taken."""
         return self._put(name, lambda: data)
 
     def put_file_if_absent(self, name: str, path: Path) -> bool:
-        """The same from a file of at most 5 GiB."""
+        """Create the object from a file of at most 5 GiB, as `put_if_absent` does."""
         size = path.stat().st_size
         if size > _MAX_PUT:
             raise DataError(f"{self.path(name)}: {size} bytes; S3 takes {_MAX_PUT} in one piece, make smaller shards")
@@ -346,11 +346,11 @@ class S3Storage(RemoteStorage):
             return self._put(name, lambda: file)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Create the object or put another in its place, at once and whole."""
+        """Create or overwrite the object, atomically."""
         self._call(name, "put_object", Key=self._key(name), Body=data)
 
     def _put(self, name: str, body: Callable[[], bytes | BinaryIO]) -> bool:
-        """An attempt whose answer was lost may have created the object: what then stands there is compared."""
+        """Create the object. An attempt whose answer was lost may have done so, hence an existing one is compared."""
         patience = Patience(self.path(name))
 
         def attempt() -> bool:
@@ -397,7 +397,7 @@ class S3Storage(RemoteStorage):
         return Patience(self.path(name)).until_done(lambda: self._request(name, method, **arguments))
 
     def _request(self, name: str, method: str, **arguments: Any) -> dict[str, Any]:
-        """One call of botocore. Raises Transient, _Taken, Missing or DataError."""
+        """Make one botocore call. Raises Transient, _Taken or a DataError such as NotFound."""
         from botocore import exceptions as botocore
 
         try:
@@ -429,7 +429,7 @@ class S3Storage(RemoteStorage):
         return Answer(Version(size, answer["ETag"].strip('"')), first, _reading(body.read), body.close)
 
     def _connect(self) -> Any:
-        """The client for what the environment says now, one a process: making one takes a tenth of a second."""
+        """Return the client for the present environment, one per process: creating one takes a tenth of a second."""
         said = tuple(sorted(pair for pair in os.environ.items() if pair[0].startswith("AWS_")))
         key = (os.getpid(), CONNECT_S, STALL_S, said)
         if key not in _clients:
@@ -447,8 +447,8 @@ class S3Storage(RemoteStorage):
             "connect_timeout": CONNECT_S,
             "read_timeout": STALL_S,
             "max_pool_connections": CONNECTIONS,
-            "retries": {"total_max_attempts": 1},  # retried here, where the byte to go on at is known
-            "request_checksum_calculation": "when_required",  # other servers than AWS refuse the newer checksums
+            "retries": {"total_max_attempts": 1},  # retried here, where the byte to resume at is known
+            "request_checksum_calculation": "when_required",  # servers other than AWS refuse the newer checksums
             "response_checksum_validation": "when_required",
         }
         try:
@@ -462,7 +462,7 @@ class S3Storage(RemoteStorage):
             raise ConfigError(f"{self.root}: {error}; set AWS credentials, region and AWS_ENDPOINT_URL") from None
 
 
-_clients: dict[tuple[Any, ...], Any] = {}  # under `process_lock`
+_clients: dict[tuple[Any, ...], Any] = {}  # guarded by `process_lock`
 
 
 class _Taken(Exception):
@@ -484,13 +484,13 @@ _CODINGS = {
     "pack200-gzip",
     "zstd",
 }  # IANA's list
-_PAGE_BEGINS = b"<\xef \r\n\t"  # also with a byte order mark or white space in front
+_PAGE_BEGINS = b"<\xef \r\n\t"  # first byte of a page: "<", a byte order mark or white space
 
 
 def packings(headers: Any) -> list[str]:
-    """How a body is packed by its Content-Encoding, outermost first, of IANA's names for it.
+    """Return the content codings (IANA's names) that Content-Encoding gives for a body, outermost first.
 
-    Other words (utf-8, none, binary, image/jpeg, aws-chunked) name no packing: the body is as it is.
+    Other words (utf-8, none, binary, image/jpeg, aws-chunked) name no coding: the body is not encoded.
     """
     said = ",".join(value for name, value in headers.items() if name.lower() == "content-encoding")
     words = [word.strip().strip('"').lower() for word in said.split(",")]
@@ -498,7 +498,7 @@ def packings(headers: Any) -> list[str]:
 
 
 class Head(NamedTuple):
-    """What a server says of an object. status: 200 where there is one. packed: as gzip, by its Content-Encoding."""
+    """A server's metadata of an object. status: 200 if it exists. packed: encoded as gzip, by its Content-Encoding."""
 
     status: int
     reason: str
@@ -507,57 +507,57 @@ class Head(NamedTuple):
 
 
 class HttpStorage(RemoteStorage):
-    """A folder behind http(s), read only. The server must know ranges, except for whole objects.
+    """A folder behind http(s), read only. The server must support range requests, except for whole objects.
 
-    Redirects lead to no private network, but for the host that the root itself names.
-    takes_packed: what the server sends packed as gzip is given as it comes; it is refused otherwise.
+    Redirects to private networks are refused, except to the host that the root itself names.
+    takes_packed: accept objects that the server encodes as gzip, and return them encoded; otherwise refuse them.
     """
 
     takes_packed = False
 
     def exists(self, name: str) -> bool:
-        """Is there an object of this name?"""
+        """Return whether an object of this name exists."""
         return self._head(name).status == 200
 
     def stat(self, name: str) -> tuple[int, str]:
-        """-> (bytes, etag or date; -1 where the server does not say). Raises DataError where it is missing."""
+        """Return (bytes, -1 if the server does not say; etag or date). Raises DataError when the object is missing."""
         return self.head(name).version
 
     def head(self, name: str) -> Head:
-        """What the server says of an object. Raises DataError where it is missing."""
+        """Return the server's metadata of an object. Raises DataError when it is missing."""
         answer = self._head(name)
         if answer.status != 200:
             raise self._refused(name, answer.status, answer.reason or "")
         return answer
 
     def list(self) -> list[str]:
-        """Not known to http: nothing."""
+        """Return nothing: http cannot list objects."""
         return []
 
     folders = list
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Raises DataError."""
+        """Raise DataError: http is read only."""
         raise DataError(f"{self.path(name)}: http is for reading; write to a folder or to s3://")
 
     def put_file_if_absent(self, name: str, path: Path) -> bool:
-        """Raises DataError."""
+        """Raise DataError: http is read only."""
         return self.put_if_absent(name, b"")
 
     def replace(self, name: str, data: bytes) -> None:
-        """Raises DataError."""
+        """Raise DataError: http is read only."""
         self.put_if_absent(name, data)
 
     def remove(self, name: str) -> None:
-        """Raises DataError."""
+        """Raise DataError: http is read only."""
         self.put_if_absent(name, b"")
 
     def remove_all(self) -> None:
-        """Raises DataError."""
+        """Raise DataError: http is read only."""
         self.put_if_absent("", b"")
 
     def _head(self, name: str) -> Head:
-        """By HEAD, or by a GET of the first byte where HEAD is refused or a web page may come for what is not there."""
+        """Use HEAD, or a GET of the first byte when HEAD is refused or a web page may replace a missing object."""
 
         def attempt() -> Head:
             answer = self._request("HEAD", name, {"Accept-Encoding": "identity"})
@@ -576,7 +576,7 @@ class HttpStorage(RemoteStorage):
         return Patience(self.path(name)).until_done(attempt)
 
     def _told(self, name: str, answer: Any) -> Head:
-        """Raises Transient, and DataError for a packing that is not undone."""
+        """Return the Head of an answer. Raises Transient, and DataError for an unsupported content coding."""
         said, total = answer.reason or "", answer.headers.get("Content-Range", "")
         if answer.status == 416 and total.endswith("*/0"):  # an empty object has no first byte
             return Head(200, said, Version(0, _tag(answer.headers)), False)
@@ -588,14 +588,14 @@ class HttpStorage(RemoteStorage):
         return Head(200, said, Version(size, _tag(answer.headers)), self._packed(name, answer.headers))
 
     def _fault(self, name: str, answer: Any) -> Exception:
-        """What an answer means that brings no object."""
+        """Return the exception for an answer without an object."""
         error = self._refused(name, answer.status, answer.reason or "")
         if isinstance(error, Transient):
             error.wait_s = retry_after_s(answer.headers)
         return error
 
     def _packed(self, name: str, headers: Any) -> bool:
-        """Does the object come packed as gzip? Raises DataError for another packing, or where none can be taken."""
+        """Return whether the object is encoded as gzip. Raises DataError for a coding that is not accepted."""
         found = packings(headers)
         if not found or (found in (["gzip"], ["x-gzip"]) and self.takes_packed):
             return bool(found)
@@ -641,17 +641,17 @@ class HttpStorage(RemoteStorage):
             timeout=urllib3.Timeout(connect=CONNECT_S, read=STALL_S),
             retries=urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5, respect_retry_after_header=False),
         )
-        with contextlib.suppress(urllib3.exceptions.LocationParseError):  # told when it is asked
+        with contextlib.suppress(urllib3.exceptions.LocationParseError):  # reported by the first request
             manager.pool_classes_by_scheme = _guarded_pools(urllib3.util.parse_url(self.root).host or "")
         return manager
 
 
 class _PrivateTarget(Exception):
-    """A redirect to a host on a private network, which it names."""
+    """A redirect to a host on a private network; the message is the host."""
 
 
 def _guarded_pools(named: str) -> dict[str, Any]:
-    """Pools by scheme whose connections reach public addresses alone, but for the host that the user named."""
+    """Return pools by scheme whose connections reach only public addresses and the host that the user named."""
     from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
     from urllib3.connection import HTTPConnection, HTTPSConnection
 
@@ -666,7 +666,7 @@ def _guarded_pools(named: str) -> dict[str, Any]:
                     _refuse_private(str(found[4][0]), self.host)
             opened = super()._new_conn()  # type: ignore[misc]
             try:
-                _refuse_private(opened.getpeername()[0], self.host)  # the name may have changed its meaning since
+                _refuse_private(opened.getpeername()[0], self.host)  # the name may resolve to another address by now
             except _PrivateTarget:
                 opened.close()
                 raise
@@ -686,7 +686,7 @@ def _refuse_private(address: str, host: str) -> None:
 
 
 def _reading(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
-    """Turns what either client raises within a body into Transient."""
+    """Wrap `read` so that errors of either client within a body become Transient."""
     import urllib3
     from botocore.exceptions import BotoCoreError
 
@@ -700,7 +700,7 @@ def _reading(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
 
 
 def _reading_raw(answer: Any) -> Callable[[int], bytes]:
-    """Reads the bytes as they are sent: sizes and ranges count these."""
+    """Return a reader of the bytes as sent, without decoding: sizes and ranges count these."""
     return _reading(functools.partial(answer.read, decode_content=False))
 
 
@@ -709,9 +709,9 @@ def _range(start: int, stop: int | None) -> str:
 
 
 def _content_range(header: str | None, length: int) -> tuple[int, int]:
-    """-> (first byte that is sent, size of the whole object; -1 where it is not said).
+    """Parse Content-Range -> (first byte sent, size of the whole object or -1 if not given).
 
-    length: of the body where it is the whole object, else -1.
+    length: of the body if it is the whole object, else -1.
     """
     found = _TOTAL.match(header or "")
     if found is None:
@@ -720,13 +720,13 @@ def _content_range(header: str | None, length: int) -> tuple[int, int]:
 
 
 def _place_of(answer: Any) -> tuple[int, int]:
-    """`_content_range` of an answer of http: the length of a part says nothing about the whole."""
+    """Return `_content_range` of an http answer; the length of a part says nothing about the whole."""
     length = int(answer.headers.get("Content-Length", -1)) if answer.status == 200 else -1
     return _content_range(answer.headers.get("Content-Range"), length)
 
 
 def retry_after_s(headers: Any) -> float:
-    """Seconds that Retry-After asks for: a number, or until a date by the server's clock; 0 where it says neither."""
+    """Return the seconds that Retry-After asks for: a number, or until a date by the server's clock; else 0."""
     said = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d{1,9}(\.\d+)?", said, re.ASCII):
         return float(said)

@@ -1,11 +1,11 @@
-"""Decoding in a process of its own: what a decoder does to itself costs one image, never the build.
+"""Decode images in a child process, so that a decoder that crashes costs one image, never the build.
 
-A worker keeps one such process. Its memory is limited, and an image may use CPU_SECONDS of its processor time (not
-of the clock: a busy machine changes no outcome). It dies of a fault: the image is tried once more in a fresh process,
-as an earlier image may have damaged the memory, and rejected if that dies of a fault too. It is killed from outside:
+A worker keeps one such process. Its memory is limited, and an image may use CPU_SECONDS of its processor time (not of
+wall time: a busy machine changes no outcome). If it dies of a fault, the image is tried once more in a fresh process,
+as an earlier image may have damaged the memory, and rejected if that dies of a fault too. If it is killed from outside,
 the image is tried again, as that says nothing about the image.
 
-Messages over its two pipes are a length, then JSON, then a length, then bytes; nothing is unpickled.
+Messages over its two pipes are the two lengths, then JSON, then bytes; nothing is unpickled.
 """
 
 import atexit
@@ -29,7 +29,7 @@ CPU_SECONDS = 10.0
 MEMORY_BYTES = 2 * 1024**3
 KILLED_AT_MOST = 5
 LETHAL = ("decoder_crash", "decoder_timeout")
-"""Reasons that would have ended the process of who decodes outside of a sandbox."""
+"""Reject reasons of lethal images, which outside of a sandbox end the process that decodes them."""
 
 _LENGTHS = struct.Struct("<II")
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
@@ -37,7 +37,7 @@ _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.
 
 @dataclass(frozen=True)
 class Looked:
-    """An image that was decoded: as it is stored (no bytes where only looked at); if asked, what it is compared by.
+    """A decoded image: as it is stored (no bytes if it was only checked) and, if requested, its signatures.
 
     phash: its perceptual hash, None for a plain image. colours: its colour signature, in hex.
     """
@@ -48,10 +48,10 @@ class Looked:
 
 
 class SandboxDecoder:
-    """Decodes and prepares images by `rules`, in a child process that is started when it is needed.
+    """Decodes and prepares images by `rules`, in a child process that is started on demand.
 
-    hashed: also compute perceptual hashes and colour signatures. stored: make the files to be stored, else only look.
-    cpu_s: an image's processor time, CPU_SECONDS unless told.
+    hashed: also compute perceptual hashes and colour signatures. stored: make the files to be stored, else only check.
+    cpu_s: processor time per image, CPU_SECONDS by default.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class SandboxDecoder:
         self._child: subprocess.Popen[bytes] | None = None
 
     def look(self, data: bytes) -> Looked:
-        """Raises Reject (also decoder_crash, decoder_timeout), and NodeFault when the child is killed too often."""
+        """Decode an image. Raises Reject (also decoder_crash, decoder_timeout), NodeFault if killed too often."""
         faults = kills = 0
         while True:
             answer = self._ask(data)
@@ -86,11 +86,11 @@ class SandboxDecoder:
 
     @property
     def pid(self) -> int:
-        """The child's process, started now unless it runs."""
+        """Process id of the child, which is started if it does not run."""
         return self._started().pid
 
     def _ask(self, data: bytes) -> tuple[dict[str, Any], bytes] | None:
-        """None where the child died over it."""
+        """Send an image and return the answer; None if the child died."""
         child = self._started()
         try:
             _send(cast(BinaryIO, child.stdin), {}, data)
@@ -114,7 +114,7 @@ class SandboxDecoder:
         return self._child
 
     def _ended(self) -> int:
-        """The return code of the child, which has ended; the next image starts another."""
+        """Return the exit code of the child, which has ended; the next image starts another."""
         assert self._child is not None
         child, self._child = self._child, None
         for pipe in (child.stdin, child.stdout):
@@ -127,7 +127,7 @@ _DECODERS: dict[bytes, SandboxDecoder] = {}
 
 
 def decoder(rules: ImageRules, hashed: bool = False, stored: bool = True) -> SandboxDecoder:
-    """The decoder of this process for these orders, kept from shard to shard; another's is ended."""
+    """Return this process's decoder for these settings, kept from shard to shard; one for other settings is closed."""
     made = SandboxDecoder(rules, hashed, stored)
     if made._orders not in _DECODERS:
         close_decoders()
@@ -157,7 +157,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         except Reject as reject:
             _send(answers, {"reason": reject.reason, "detail": reject.detail}, b"")
             continue
-        except Exception as error:  # scaling and storing, too, meet shapes that nobody thought of
+        except Exception as error:  # scaling and storing also fail on unexpected shapes
             reason = "too_much_memory" if isinstance(error, MemoryError) or "Insufficient" in str(error) else "corrupt"
             _send(answers, {"reason": reason, "detail": f"{type(error).__name__}: {error}"[:200]}, b"")
             continue
@@ -198,7 +198,7 @@ def _send(pipe: BinaryIO, tree: dict[str, Any], data: bytes) -> None:
 
 
 def _receive(pipe: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
-    """None at the end of the pipe, also in the middle of a message."""
+    """Receive a message; None at the end of the pipe, even in the middle of a message."""
     head = pipe.read(_LENGTHS.size)
     if len(head) < _LENGTHS.size:
         return None

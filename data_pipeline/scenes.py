@@ -1,8 +1,8 @@
-"""Captioned scenes that cost nothing: one coloured shape on a plain ground, and a checker that reads them back.
+"""Synthetic captioned scenes: one coloured shape on a plain background, and a checker that recognises them.
 
 A scene is a pure function of (seed, index). One in eight combinations of its five attributes never occurs in the
-training split: a generator asked for it has to compose what it saw apart, and `check_scene` says from pixels
-alone whether it did.
+training split: to draw one, a generator must compose attributes that it saw separately, and `check_scene` decides from
+pixels alone whether it did.
 Letters: S image side in pixels. Shapes are drawn in units of their radius, x to the right, y down.
 """
 
@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Image = NDArray[np.uint8]
 
-# -------------------------------------------------------------------------------------- what there is to see
+# ----------------------------------------------------------------------------------------------- attributes
 
 SHAPES: dict[str, tuple[str, Callable[[Floats, Floats], Bools]]] = {  # name -> (Chinese name, inside(x, y))
     "circle": ("圆形", lambda x, y: x * x + y * y <= 0.92),
@@ -67,7 +67,7 @@ HELD_OUT_OF = 8
 
 
 def is_held_out(shape: str, colour: str, size: str, position: str, background: str) -> bool:
-    """Whether this combination is kept for evaluation: one in HELD_OUT_OF; on the other ground it is always trained."""
+    """Return whether a combination is held out (one in HELD_OUT_OF); on the other background it is always trained."""
     tables: tuple[Mapping[str, object], ...] = (SHAPES, COLOURS, SIZES, POSITIONS, BACKGROUNDS)
     places = [
         list(table).index(word) for table, word in zip(tables, (shape, colour, size, position, background), strict=True)
@@ -79,15 +79,15 @@ COMBINATIONS = tuple(itertools.product(SHAPES, COLOURS, SIZES, POSITIONS, BACKGR
 HELD_OUT = tuple(combination for combination in COMBINATIONS if is_held_out(*combination))
 TRAINED = tuple(combination for combination in COMBINATIONS if not is_held_out(*combination))
 
-OVERSAMPLING = 4  # drawn this much finer per side, then averaged: smooth edges
+OVERSAMPLING = 4  # supersampling factor per side, for smooth edges
 
 
 @dataclass(frozen=True)
 class Scene:
     """Attributes of one scene; `x`, `y`, `radius` in units of the image side.
 
-    Places are multiples of an eighth of the side: a tokenizer with eight codes a side, or a multiple, sees the same
-    patches wherever a shape stands.
+    Centres are multiples of an eighth of the side, so a tokenizer with eight codes per side, or a multiple, sees the
+    same patches wherever a shape is.
     """
 
     shape: str
@@ -101,7 +101,7 @@ class Scene:
 
     @property
     def attributes(self) -> dict[str, str]:
-        """The five words that the captions are made of."""
+        """The five words in the captions."""
         return {name: getattr(self, name) for name in ("shape", "colour", "size", "position", "background")}
 
     @property
@@ -117,14 +117,14 @@ class Scene:
         return tuple(template.format(**words) for template in CHINESE)
 
     def draw(self, image_size: int) -> Image:
-        """-> uint8 [S, S, 3], RGB."""
+        """Draw the scene -> uint8 [S, S, 3], RGB."""
         ink, ground = (np.array(rgb, np.float64) for rgb in (COLOURS[self.colour][1], BACKGROUNDS[self.background][1]))
         cover = coverage(self.shape, self.x * image_size, self.y * image_size, self.radius * image_size, image_size)
         return np.rint(ground + cover[..., None] * (ink - ground)).astype(np.uint8)
 
 
 def scene(seed: int, index: int, split: Split = "train") -> Scene:
-    """The scene number `index` of a split: a pure function of the arguments."""
+    """Return scene number `index` of a split, a pure function of the arguments."""
     if split not in ("train", "heldout"):
         raise ConfigError(f"split={split!r} is not a split of the scenes; use 'train' or 'heldout'")
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
@@ -137,12 +137,12 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
 
 
 def scenes(count: int, image_size: int, seed: int = 0, split: Split = "train") -> Iterator[Pair]:
-    """Rows of the `scenes` source: row i depends on (seed, i) and the split alone."""
+    """Yield the rows of the `scenes` source; the scene in row i depends on (seed, i) and the split alone."""
     return (scene_pair(seed, index, split, image_size) for index in range(count))
 
 
 def scene_pair(seed: int, index: int, split: Split, image_size: int) -> Pair:
-    """Row `index` of the `scenes` source."""
+    """Return row `index` of the `scenes` source."""
     one = scene(seed, index, split)
     return Pair(
         key=f"scene-{split}-{index:07d}",
@@ -153,28 +153,28 @@ def scene_pair(seed: int, index: int, split: Split, image_size: int) -> Pair:
 
 
 def encode_png(image: Image) -> bytes:
-    """uint8 [H, W, 3] RGB -> PNG bytes, the same for the same pixels."""
+    """Encode uint8 [H, W, 3] RGB as PNG; equal pixels give equal bytes."""
     done, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 6])
     assert done
     return data.tobytes()
 
 
 def coverage(shape: str, x: float, y: float, radius: float, image_size: int) -> Floats:
-    """Share of every pixel that the shape covers -> float64 [S, S]; centre and radius in pixels."""
+    """Return the share of every pixel that the shape covers, float64 [S, S]; centre and radius in pixels."""
     fine = image_size * OVERSAMPLING
     grid = (np.arange(fine) + 0.5) / OVERSAMPLING
     inside = SHAPES[shape][1]((grid[None, :] - x) / radius, (grid[:, None] - y) / radius)
     return inside.reshape(image_size, OVERSAMPLING, image_size, OVERSAMPLING).mean((1, 3))
 
 
-# ------------------------------------------------------------------------------------------- reading back
+# -------------------------------------------------------------------------------------------- recognition
 
 
 @dataclass(frozen=True)
 class SceneCheck:
-    """What an image shows (None where nothing is recognised) and whether that is what was asked for.
+    """What an image shows (None if nothing is recognised), and whether it matches the request.
 
-    `overlap` is the intersection over union with the best fitting shape, `lead` how far the second best is behind.
+    `overlap` is the intersection over union with the best fitting shape, `lead` its margin over the second best.
     """
 
     shape: str | None
@@ -186,24 +186,24 @@ class SceneCheck:
 
     @property
     def found(self) -> bool:
-        """Both the asked shape and the asked colour are there."""
+        """Whether the image shows both the requested shape and the requested colour."""
         return self.shape_found and self.colour_found
 
 
-MIN_OVERLAP = 0.82  # true scenes reach 0.94 or more, a blurred or ragged shape stays below
+MIN_OVERLAP = 0.82  # true scenes reach 0.94 or more, blurred or ragged shapes stay below
 MIN_LEAD = 0.02
-SLACK = 0.1  # of ink: less counts as none, and as much missing as full, so that faint noise is no shape
-MIN_CONTRAST = 40.0  # RGB distance between ink and ground; less is an empty picture
+SLACK = 0.1  # an ink share below it counts as 0, above 1 - SLACK as 1, so that faint noise is no shape
+MIN_CONTRAST = 40.0  # RGB distance between ink and background; less is an empty image
 MAX_COLOUR_DISTANCE = 70.0  # RGB distance to the nearest named colour; the closest two named ones are 86 apart
-MIN_AREA, MAX_AREA = 0.03, 0.5  # of the picture
+MIN_AREA, MAX_AREA = 0.03, 0.5  # share of the image
 
 
 def check_scene(image: Image, shape: str, colour: str) -> SceneCheck:
-    """Does uint8 [S, S, 3] show `shape` in `colour`? Looks at pixels only: ground, ink, outline.
+    """Check whether uint8 [S, S, 3] shows `shape` in `colour`, from pixels alone: background, ink, outline.
 
-    The ground is the border's median colour; every pixel's share of ink is its projection on the line from ground to
-    ink; each shape is then drawn at the centre and area found and compared with those shares. Blurred edges count
-    against an image, a wrong position or size does not.
+    The background is the median colour of the border. A pixel's share of ink is its projection on the line from
+    background to ink. Each shape is then drawn at the centre and area found, and compared with those shares. Blurred
+    edges count against an image; a wrong position or size does not.
     """
     cover, ink = _separate(image.astype(np.float64))
     if cover is None or ink is None:
@@ -218,7 +218,7 @@ def check_scene(image: Image, shape: str, colour: str) -> SceneCheck:
 
 
 def _separate(image: Floats) -> tuple[Floats | None, Floats | None]:
-    """-> (share of ink float64 [S, S], ink colour float64 [3]); (None, None) when there is no one shape on a ground."""
+    """Return (share of ink float64 [S, S], ink colour float64 [3]); (None, None) unless there is exactly one shape."""
     side = image.shape[0]
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     ground = np.median(border, axis=0)
@@ -244,14 +244,14 @@ def _separate(image: Floats) -> tuple[Floats | None, Floats | None]:
 
 @cache
 def _unit_moments(shape: str) -> tuple[float, float]:
-    """-> (area, height of the centroid) of a shape of radius 1."""
+    """Return (area, height of the centroid) of a shape of radius 1."""
     cover = coverage(shape, 64.0, 64.0, 50.0, 128)
     rows = (np.arange(128) + 0.5 - 64.0) / 50.0
     return float(cover.sum() / 50.0**2), float((cover.sum(1) * rows).sum() / cover.sum())
 
 
 def _best_overlap(shape: str, cover: Floats) -> float:
-    """Highest intersection over union of `shape` with `cover` float64 [S, S], at the centre and area of `cover`."""
+    """Return the best intersection over union of `shape` with `cover`, float64 [S, S], at the centre and area of it."""
     side, total = cover.shape[0], float(cover.sum())
     grid = np.arange(side) + 0.5
     x, y = float((cover.sum(0) * grid).sum() / total), float((cover.sum(1) * grid).sum() / total)

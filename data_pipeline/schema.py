@@ -1,4 +1,4 @@
-"""What flows: sources yield Pairs, Links or Drops, stages turn them into Pairs or Drops, a stream yields Samples."""
+"""Record types: sources yield Pairs, Links or Drops, stages turn them into Pairs or Drops, a stream yields Samples."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
-    """One row of a source: an encoded image and its captions, in the order in which they were given."""
+    """One row of a source: an encoded image and its captions, in the given order."""
 
     key: str
     image: bytes
@@ -21,7 +21,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Link:
-    """One row whose image has to be fetched first. sha256, md5: what its bytes must have, in hex; empty: anything."""
+    """One row whose image must be fetched first. sha256, md5: expected digests of its bytes, in hex; empty for any."""
 
     key: str
     url: str
@@ -45,10 +45,10 @@ class Sample:
     """One sample of a dataset, read for one position.
 
     id: 0 <= id < samples of the dataset, in the order of its shards.
-    epoch, position: where in the stream it was asked for; 0 and -1 when it was fetched by its id.
-    image: the encoded file as it stands in the shard.
-    codes: uint16 [codes per image], [crops, codes per image] where images were encoded in several crops, or None
-    where the stream was opened without codes.
+    epoch, position: where in the stream it was read; 0 and -1 when it was fetched by its id.
+    image: the encoded file as stored in the shard.
+    codes: uint16 [codes per image], [crops, codes per image] if images were encoded in several crops, or None if the
+    stream was opened without codes.
     """
 
     id: int

@@ -1,8 +1,8 @@
 """Typed, frozen configuration: one YAML file, one optional `base:`, dotted overrides last.
 
-The field says what an override is: a text field takes what was written, empty included; a number has decimal digits;
-only lists, mappings, `true`, `false` and `null` are read as YAML. Imports neither torch nor ray: a login node reads
-configurations too.
+The type of the field decides how an override is read: a text field takes the text as written, even empty; a number has
+decimal digits; only lists, mappings, `true`, `false` and `null` are parsed as YAML. Imports neither torch nor ray, as
+login nodes read configurations too.
 """
 
 import datetime
@@ -23,10 +23,10 @@ from data_pipeline.errors import ConfigError
 
 
 class Settings(pydantic.BaseModel):
-    """Base of every configuration section: frozen; unknown keys, infinity and NaN refused."""
+    """Base of every configuration section: frozen; refuses unknown keys, infinity and NaN."""
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Of a whole configuration: dotted keys of earlier versions -> what they are called today."""
+    """Dotted keys of earlier versions -> their present names; set by the class of a whole configuration."""
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
@@ -47,11 +47,11 @@ def _named(text: str) -> str:
 Location = Annotated[str, pydantic.AfterValidator(_named)]
 """A path or an address; `~` is the user's home."""
 OptionalLocation = Annotated[Location | None, pydantic.BeforeValidator(lambda given: None if given == "" else given)]
-"""The same, or nothing; the empty text is nothing."""
+"""A Location or None; empty text means None."""
 
 
 def local_path(location: str) -> Path | None:
-    """The path that a location names, without the version of a dataset; None for an address or a pattern of paths."""
+    """Return the path of a location, without a dataset's version; None for an address or a pattern of paths."""
     if "://" in location or "::" in location or any(letter in location for letter in "*?[{"):
         return None
     path = Path(location)
@@ -64,14 +64,14 @@ S = TypeVar("S", bound=Settings)
 
 MAX_SEED = 2**64 - 1
 Seed = Annotated[int, pydantic.Field(ge=0, le=MAX_SEED)]
-"""Random numbers are drawn with keys of 64 bits."""
+"""Random generators have keys of 64 bits."""
 
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: another encoding, a date that is none
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: another encoding, an invalid date
 
 
 def load_settings(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
-    """Read `path`, lay it over its `base:`, apply `key.sub=value` overrides, and check it against `schema`.
+    """Read `path`, merge it over its `base:`, apply `key.sub=value` overrides, and check it against `schema`.
 
     Raises ConfigError naming the file, the key, the value, the rule and, for an unknown key, the nearest known one.
     """
@@ -95,7 +95,7 @@ def check_settings(schema: type[S], tree: Mapping[str, Any], where: str) -> S:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The YAML mapping in `path`, laid over the file that its single-level `base:` names."""
+    """Read the YAML mapping in `path`, merged over the file that its single-level `base:` names."""
     tree = _read_one(path)
     base_name = tree.pop("base", None)
     if base_name is None:
@@ -111,12 +111,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def resolved_json(settings: Settings) -> str:
-    """Canonical JSON of the complete settings, defaults included."""
+    """Return canonical JSON of the complete settings, defaults included."""
     return json.dumps(settings.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
 
 
 def digest(settings: Settings) -> str:
-    """First 16 hex digits of the sha256 of `resolved_json`."""
+    """Return the first 16 hex digits of the sha256 of `resolved_json`."""
     return hashlib.sha256(resolved_json(settings).encode()).hexdigest()[:16]
 
 
@@ -137,7 +137,7 @@ def _read_one(path: Path) -> dict[str, Any]:
 
 
 def _with_whole_letters(tree: Any) -> Any:
-    """The same with one letter for each pair of JSON's escapes \\uD83D\\uDE00. Raises ValueError for half a pair."""
+    """Join surrogate pairs of JSON escapes (\\uD83D\\uDE00) into one character. Raises ValueError for half a pair."""
     if isinstance(tree, str):
         return tree if tree.isascii() else tree.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     if isinstance(tree, list):
@@ -148,7 +148,7 @@ def _with_whole_letters(tree: Any) -> Any:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, section by section; a section of another `kind` replaces the base's whole."""
+    """Merge `over` into `base`, section by section; a section of another `kind` replaces that of `base` entirely."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -163,7 +163,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(schema: type[Settings], tree: dict[str, Any], override: str) -> None:
-    """Put `key.sub=value` into `tree`. Raises ConfigError for what is no override or no UTF-8."""
+    """Put `key.sub=value` into `tree`. Raises ConfigError for text that is not an override or not UTF-8."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} has no value; write key=value, for example optim.lr=3e-4")
@@ -189,7 +189,7 @@ def _apply_override(schema: type[Settings], tree: dict[str, Any], override: str)
 
 
 def _check_kind(kinds: Sequence[Any], tree: Mapping[str, Any], section: str, kind: str) -> None:
-    """Raise ConfigError where `section` has keys, of the kind that the file gives it, that a `kind` does not have."""
+    """Raise ConfigError when the file gives `section` another kind, with keys that `kind` does not have."""
     named = [each for each in kinds if "kind" in getattr(each, "model_fields", {})]
     chosen = [each for each in named if kind in get_args(each.model_fields["kind"].annotation)]
     foreign = [key for key in tree if key != "kind" and chosen and key not in chosen[0].model_fields]
@@ -202,7 +202,7 @@ def _check_kind(kinds: Sequence[Any], tree: Mapping[str, Any], section: str, kin
 
 
 def _kinds_below(kinds: Sequence[Any], tree: Mapping[str, Any], key: str) -> list[Any]:
-    """The types that `key` may have in a section of one of `kinds`; of sections told apart by `kind`, the one meant."""
+    """Return the types that `key` may have in a section of one of `kinds`; the section's own `kind` selects one."""
     found: list[Any] = []
     for kind in kinds:
         if kind is Any or get_origin(kind) is dict:
@@ -215,7 +215,7 @@ def _kinds_below(kinds: Sequence[Any], tree: Mapping[str, Any], key: str) -> lis
 
 
 def _members(annotation: Any) -> Iterator[Any]:
-    """The types of a union, without what is annotated to them."""
+    """Yield the types of a union, without their annotations."""
     if get_origin(annotation) is Annotated:
         yield from _members(get_args(annotation)[0])
     elif get_origin(annotation) in (None, Literal, tuple, list, dict):
@@ -226,7 +226,7 @@ def _members(annotation: Any) -> Iterator[Any]:
 
 
 class _Grouped(Exception):
-    """A number such as 1_000."""
+    """The text is a number with underscores, such as 1_000."""
 
 
 def _is_text(kind: Any) -> bool:
@@ -234,32 +234,32 @@ def _is_text(kind: Any) -> bool:
 
 
 def _read_value(text: str, kinds: Sequence[Any]) -> Any:
-    """`text` as a value of a field of one of `kinds`; whether it is one of them is for the schema to say."""
+    """Parse `text` for a field of one of `kinds`; the schema validates the value later."""
     numeric = any(kind in (int, float, Any) or (get_origin(kind) is Literal and not _is_text(kind)) for kind in kinds)
     if numeric and (number := _number(text)) is not None:
         return number
     if any(map(_is_text, kinds)):
         return None if not text and type(None) in kinds else text
     if numeric and Any not in kinds and "_" in text and _number(text.replace("_", "")) is not None:
-        raise _Grouped  # pydantic would take it
+        raise _Grouped  # pydantic would accept it
     of_text = any(get_origin(kind) and all(map(_is_text, _elements(kind))) for kind in kinds)
     value = yaml.safe_load(text)
     if of_text and isinstance(value, list | dict):
-        return yaml.load(text, yaml.BaseLoader)  # every scalar as it is written
+        return yaml.load(text, yaml.BaseLoader)  # every scalar stays text
     if isinstance(value, bool) and not {bool, Any} & set(kinds):
         return text
-    # What YAML makes of 1:30, 0x10 or a date is no number to a person: the schema refuses the text.
+    # YAML takes 1:30 and 0x10 for numbers and parses dates, which users do not mean: the schema refuses the text.
     return value if value is None or isinstance(value, bool | list | dict) else text
 
 
 def _elements(kind: Any) -> list[Any]:
-    """The types of what a list or mapping holds."""
+    """Return the types of the elements of a list or mapping."""
     parts = get_args(kind)[1:] if get_origin(kind) is dict else get_args(kind)
     return [member for part in parts if part is not Ellipsis for member in _members(part)]
 
 
 def _number(text: str) -> int | float | None:
-    """A finite decimal number in the digits 0 to 9; None where `text` is none."""
+    """Parse a finite decimal number in the digits 0 to 9; None when `text` is not one."""
     text = text.strip(" ")
     if not _DECIMAL.fullmatch(text):
         return None
@@ -291,7 +291,7 @@ def _explain(schema: type[Settings], tree: Any, problem: Any) -> str:
 
 
 def _keys_beside(schema: type[Settings], tree: Any, path: Sequence[str]) -> list[str]:
-    """The keys of the section in which the last key of `path` stands."""
+    """Return the keys of the section that holds the last key of `path`."""
     kinds: list[Any] = [schema]
     for section in path[:-1]:
         kinds = _kinds_below(kinds, tree, section) if isinstance(tree, Mapping) else _elements_of(kinds)
@@ -307,7 +307,7 @@ def _elements_of(kinds: Sequence[Any]) -> list[Any]:
 
 
 def _path(tree: Any, place: Sequence[str | int]) -> list[str]:
-    """The parts of a key as a user writes it: pydantic puts the kind of a section (model.clip.vision) among them."""
+    """Return the parts of a key as a user writes it, without the kinds that pydantic inserts (model.clip.vision)."""
     path = []
     for part in place:
         if isinstance(tree, Mapping) and part == tree.get("kind"):
@@ -321,7 +321,7 @@ def _path(tree: Any, place: Sequence[str | int]) -> list[str]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections -> dotted keys."""
+    """Flatten nested sections to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
@@ -329,7 +329,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def field_names(schema: type[Settings]) -> set[str]:
-    """Every key that `schema` or a section below it knows."""
+    """Return every key of `schema` and of the sections below it."""
     names: set[str] = set()
     stack: list[Any] = [schema]
     seen: set[Any] = set()

@@ -1,4 +1,4 @@
-"""One small interface over a local folder and an S3 prefix: read, list, create; only `replace` overwrites."""
+"""One interface over a local folder and an S3 prefix: read, list, create; only `replace` overwrites."""
 
 import contextlib
 import errno
@@ -23,55 +23,55 @@ class Storage(Protocol):
     root: str
 
     def exists(self, name: str) -> bool:
-        """Is there an object of this name?"""
+        """Return whether an object of this name exists."""
         ...
 
     def stat(self, name: str) -> tuple[int, str]:
-        """-> (bytes, etag; empty for local files). Raises DataError where it is missing."""
+        """Return (bytes, etag; empty for local files). Raises DataError when the object is missing."""
         ...
 
     def folders(self) -> list[str]:
-        """Names of the prefixes directly under the root that hold objects, sorted; hidden ones left out."""
+        """Return the names of the prefixes directly under the root that hold objects, sorted, without hidden ones."""
         ...
 
     def list(self) -> list[str]:
-        """Names of the objects directly under the root, sorted."""
+        """Return the names of the objects directly under the root, sorted."""
         ...
 
     def remove(self, name: str) -> None:
-        """Remove one object; nothing happens where it is missing."""
+        """Remove one object; do nothing when it is missing."""
         ...
 
     def remove_all(self) -> None:
-        """Remove the root with everything under it; what another process adds meanwhile may stay."""
+        """Remove the root with everything under it; objects that another process adds meanwhile may remain."""
         ...
 
     def get(self, name: str) -> bytes:
-        """The whole object. Raises DataError where it is missing."""
+        """Return the whole object. Raises DataError when it is missing."""
         ...
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop). Raises DataError when there are fewer."""
+        """Return bytes [start, stop). Raises DataError when there are fewer."""
         ...
 
     def stream(self, name: str) -> Iterator[bytes]:
-        """The whole object in pieces. Raises DataError where it is missing."""
+        """Yield the whole object in pieces. Raises DataError when it is missing."""
         ...
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Create the object at once and whole; False, and nothing changed, where the name is taken."""
+        """Create the object atomically -> True; return False and change nothing when the name is taken."""
         ...
 
     def put_file_if_absent(self, name: str, path: Path) -> bool:
-        """The same from a file, which should lie in `scratch()`."""
+        """Create the object from a file, which should be in `scratch()`, as `put_if_absent` does."""
         ...
 
     def replace(self, name: str, data: bytes) -> None:
-        """Create the object or put another in its place, at once and whole: for what points at the newest version."""
+        """Create or overwrite the object, atomically: for objects that point at the newest version."""
         ...
 
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
-        """A private folder for files on their way to `put_file_if_absent`; removed afterwards."""
+        """Return a private folder for files to pass to `put_file_if_absent`; it is removed afterwards."""
         ...
 
     def clean(self) -> None:
@@ -80,7 +80,7 @@ class Storage(Protocol):
 
 
 def open_storage(root: str | Path) -> Storage:
-    """s3://bucket/prefix, http(s)://host/folder (for reading) or a local folder -> Storage."""
+    """Open s3://bucket/prefix, http(s)://host/folder (read only) or a local folder."""
     from data_pipeline.remote import HttpStorage, S3Storage
 
     text = str(root)
@@ -90,7 +90,7 @@ def open_storage(root: str | Path) -> Storage:
 
 
 class LocalStorage:
-    """A folder. New files are written aside, synced and linked to their name, so a name is never seen half-written."""
+    """A folder. New files are written aside, synced and linked to their name, so no reader sees a partial file."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -100,7 +100,7 @@ class LocalStorage:
         return {"root": self.root, "_files": OrderedDict()}
 
     def path(self, name: str) -> Path:
-        """The file of an object."""
+        """Return the file of an object."""
         return Path(self.root) / name
 
     def exists(self, name: str) -> bool:
@@ -118,7 +118,7 @@ class LocalStorage:
         return sorted(entry.name for entry in self._entries() if entry.is_file())
 
     def _entries(self) -> "tuple[os.DirEntry[str], ...]":
-        """What lies directly under the root: nothing, where it is no folder, or none any more as it is read."""
+        """List what is directly under the root; nothing if it is not a folder, or is removed while it is read."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
             return tuple(entries)
         return ()
@@ -137,7 +137,7 @@ class LocalStorage:
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
         try:
-            file = self._open(name)  # held until it is read: another thread may put another in its place
+            file = self._open(name)  # keeps it open until it is read: another thread may evict it
             data = os.pread(file.fileno(), stop - start, start)
         except OSError:
             with _named(self.root, name):
@@ -196,7 +196,7 @@ class LocalStorage:
         shutil.rmtree(Path(self.root) / ".tmp", ignore_errors=True)
 
     def _open(self, name: str) -> FileIO:
-        """One of the files kept open; it is closed once no thread reads it any more."""
+        """Return a file of the pool of open files; an evicted one is closed once no thread reads it."""
         file = self._files.get(name)
         if file is None:
             file = self._files[name] = FileIO(self.path(name))
@@ -207,7 +207,7 @@ class LocalStorage:
 
 @contextlib.contextmanager
 def _named(root: str, name: str) -> Iterator[None]:
-    """Raise what the operating system says of an object that is read or removed as a DataError with the remedy."""
+    """Turn an OSError about an object that is read or removed into a DataError with the remedy."""
     where = f"{root}/{name}"
     try:
         yield
@@ -223,7 +223,7 @@ def _named(root: str, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writing(root: str, name: str) -> Iterator[None]:
-    """The same of an object that is written, of which nothing needs to be there."""
+    """Turn an OSError about an object that is written into a DataError; the object need not exist."""
     try:
         yield
     except FileExistsError:
@@ -233,7 +233,7 @@ def _writing(root: str, name: str) -> Iterator[None]:
 
 
 def _unless_shared(_: object, __: str, raised: tuple[Any, Any, Any]) -> None:
-    """While a tree is removed: another process removes it too, or adds to it. Anything else is raised."""
+    """Ignore errors caused by another process that removes the same tree or adds to it; raise all others."""
     error = raised[1]
     if not isinstance(error, FileNotFoundError) and getattr(error, "errno", None) != errno.ENOTEMPTY:
         raise error

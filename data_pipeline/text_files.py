@@ -1,6 +1,6 @@
-"""Bytes of text files -> str, for every reader: a byte order mark names the encoding and is taken off.
+"""Decode text files, for every reader: a byte order mark selects the encoding and is removed.
 
-Without a mark text is UTF-8, or what the configuration says. Nothing is replaced: bytes that are no text are an error.
+Without a mark, text is UTF-8 or what the configuration says. Nothing is replaced: undecodable bytes are an error.
 """
 
 import codecs
@@ -22,7 +22,7 @@ class UndecodableText(ValueError):
 
 
 def decode_text(data: bytes, encoding: str | None = None) -> str:
-    """A whole text file without its byte order mark; `encoding` applies where there is no mark, UTF-8 by default.
+    """Decode a whole text file without its byte order mark; `encoding`, by default UTF-8, applies if there is no mark.
 
     Raises UndecodableText, a ValueError.
     """
@@ -34,14 +34,14 @@ def decode_text(data: bytes, encoding: str | None = None) -> str:
 
 
 def decode_around(data: bytes, encoding: str | None = None) -> str:
-    """As `decode_text`, but bytes that are not text become a place that `wrong_byte` finds: of a whole JSON file only
-    the values with such bytes are lost."""
+    """Decode as `decode_text` does, but mark undecodable bytes for `wrong_byte` to find: of a whole JSON file only the
+    values with such bytes are lost."""
     name, _ = encoding_of(data, encoding)
     return data.decode(name, _AROUND).lstrip(_MARK)
 
 
 def wrong_byte(text: str) -> str:
-    """The first byte in text of `decode_around` that is not text, in words; empty where there is none."""
+    """Describe the first undecodable byte in text from `decode_around`; empty if there is none."""
     found = _PLACE.search(text)
     return found[1] if found else ""
 
@@ -58,7 +58,7 @@ codecs.register_error(_AROUND, _place_of)
 
 
 def encoding_of(head: bytes, encoding: str | None = None) -> tuple[str, int]:
-    """The first bytes of a file -> (codec, length of the byte order mark); a mark overrules `encoding`."""
+    """Return (codec, length of the byte order mark) from the first bytes of a file; a mark overrides `encoding`."""
     for mark, name in _MARKS:
         if head.startswith(mark):
             return name, len(mark)
@@ -67,12 +67,12 @@ def encoding_of(head: bytes, encoding: str | None = None) -> tuple[str, int]:
 
 
 def undecodable(error: UnicodeDecodeError, offset: int = 0) -> str:
-    """The first wrong byte of a piece of text that begins at byte `offset` of its file, in words."""
+    """Describe the first undecodable byte of a piece of text that begins at byte `offset` of its file."""
     return f"byte 0x{error.object[error.start]:02x} at {offset + error.start} is not {error.encoding.upper()}"
 
 
 def newline_of(codec: str) -> bytes:
-    """A line feed in a codec of `encoding_of`. Raises LookupError for a codec that is no encoding of text files."""
+    """Return a line feed in a codec of `encoding_of`. Raises LookupError for a codec that is not for text files."""
     newline = "\n".encode(codec)
     if len(newline.strip(b"\0")) != 1:
         raise LookupError(f"{codec} is not an encoding of text files")

@@ -1,6 +1,6 @@
-"""Subword vocabulary: SentencePiece, trained on the captions of a dataset, with five fixed ids in front.
+"""Subword vocabulary: SentencePiece, trained on the captions of a dataset; the first five ids are fixed.
 
-Training sees the captions in the order of the sample ids, on one thread: the same dataset gives the same bytes.
+Training reads the captions in order of sample id, on one thread, so the same dataset gives the same bytes.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _SPACE = "\u2581"
 
 
 class Vocabulary:
-    """A SentencePiece model: text <-> ids. Raises DataError where it is missing or has other specials."""
+    """A SentencePiece model: text <-> ids. Raises DataError when it is missing or has other special tokens."""
 
     pad, unk, cls, sep, mask = range(5)
 
@@ -48,19 +48,19 @@ class Vocabulary:
         self._starts = [self._starts_word(number) for number in range(self.size)]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, NFKC-normalised, without specials."""
+        """Return the ids of a text, NFKC-normalised, without special tokens."""
         return list(self._model.EncodeAsIds(text))
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids; specials are left out."""
+        """Return the text of the ids, without special tokens."""
         return str(self._model.DecodeIds([int(number) for number in ids if number >= len(SPECIALS)]))
 
     def piece(self, number: int) -> str:
-        """The piece of an id as SentencePiece writes it."""
+        """Return the piece of an id as SentencePiece writes it."""
         return str(self._model.IdToPiece(number))
 
     def starts_word(self, number: int) -> bool:
-        """Does this id begin a word: after a space, a Chinese character, or a special?"""
+        """Return whether this id begins a word: it follows a space, or is a Chinese character or a special token."""
         return self._starts[number]
 
     def _starts_word(self, number: int) -> bool:
@@ -71,8 +71,8 @@ class Vocabulary:
 def train_vocabulary(config: VocabConfig, rejected: Tally[str] | None = None) -> Path:
     """Train on the captions of a dataset and create `output`/vocab.model -> its path.
 
-    rejected: where samples without a readable caption are counted, by reason.
-    Raises ConfigError when `size` does not suit the captions, DataError when another vocabulary is there already.
+    rejected: counts samples without a readable caption, by reason.
+    Raises ConfigError when `size` does not suit the captions, DataError when another vocabulary exists already.
     """
     rejected = Tally() if rejected is None else rejected
     captions = list(captions_of(config.dataset, config.max_captions, rejected))
@@ -108,12 +108,12 @@ def train_vocabulary(config: VocabConfig, rejected: Tally[str] | None = None) ->
 
 
 def captions_of(dataset: str | Path, at_most: int, rejected: Tally[str] | None = None) -> Iterator[str]:
-    """Every caption of a dataset in the order of its sample ids, up to `at_most`; `rejected`: see `Stream.readable`."""
+    """Yield the captions of a dataset in order of sample id, up to `at_most`; `rejected`: see `Stream.readable`."""
     rejected = Tally() if rejected is None else rejected
     captions = (caption for sample in Stream(dataset, seed=0).readable(rejected) for caption in sample.captions)
     yield from itertools.islice(captions, at_most)
 
 
 def _reason(error: RuntimeError) -> str:
-    """The sentence in SentencePiece's message, without its source line."""
+    """Return the sentence in SentencePiece's message, without its source line."""
     return str(error).strip().splitlines()[-1].split("] ")[-1].rstrip(". ")

@@ -1,4 +1,4 @@
-"""Ray, kept small: a session, a bounded number of tasks in flight, lost workers that cost only their task's time."""
+"""Minimal use of Ray: a session, a bounded number of tasks in flight, and retries of tasks whose worker was lost."""
 
 import contextlib
 import ctypes
@@ -27,9 +27,9 @@ OUTER_RETRIES = 5
 
 _IN_FLIGHT_PER_WORKER = 2
 _CONNECT_S = 10.0
-_LOOK_S = 2.0  # so often it is looked whether Ray lives, while no task ends
-_WITHOUT_ROOM_S = 300.0  # so long a cluster may be without a node that can run the tasks: one may be on its way
-_LEAVE_S = 20.0  # for Ray to be left
+_LOOK_S = 2.0  # interval of checks that Ray is alive, while no task ends
+_WITHOUT_ROOM_S = 300.0  # how long a cluster may lack a node that can run the tasks: one may be starting
+_LEAVE_S = 20.0  # to leave Ray
 _ASK_S = 60.0
 _ASK = """
 import sys
@@ -37,27 +37,27 @@ from ray._raylet import GcsClient
 GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, 10)
 """
 _PR_SET_PDEATHSIG = 1
-_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # set to 0, Ray listens on the loopback address, on every system
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray listens on the loopback address, on every system
 
 
 @contextlib.contextmanager
 def ray_session(workers: int, address: str | None = None, gpus: int = 0) -> Iterator[None]:
-    """A Ray of our own with `workers` CPUs on the loopback address, or the cluster at `address`; left at the end.
+    """Start a local Ray with `workers` CPUs on the loopback address, or join the cluster at `address`; leave it after.
 
-    gpus: how many the Ray of our own may give to its actors. Raises ConfigError for what is no address of a cluster,
-    NodeFault where none answers or our own does not start.
+    gpus: how many a local Ray may give to its actors. Raises ConfigError for an invalid address of a cluster,
+    NodeFault when no cluster answers or the local Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray's record of every task, for a dashboard, takes some 100 KB a task of driver and workers
+    # Ray's records of tasks, for a dashboard, take some 100 KB per task in driver and workers
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     if address is not None:
         _check_address(address)
         sign_in(address)
     else:
-        # the priority of the command itself: Ray would lower its workers' by 15, which starves them on a busy machine
+        # keep the command's own priority: Ray would lower its workers' by 15, which starves them on a busy machine
         os.environ.setdefault("RAY_worker_niceness", "0")
-        if "ray" not in sys.modules:  # which reads it once: half of Ray would believe it, half would not
+        if "ray" not in sys.modules:  # Ray reads it once, at import: later, only part of Ray would see it
             os.environ.setdefault(_CLUSTERS, "0")
     import ray
 
@@ -80,14 +80,14 @@ def _connect(workers: int, address: str | None, gpus: int) -> None:
             ray.init(address=address, **common)
             return
         ray.init(
-            "local",  # also where RAY_ADDRESS is set or another Ray runs on this machine
+            "local",  # even if RAY_ADDRESS is set or another Ray runs on this machine
             num_cpus=workers,
             num_gpus=gpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             **common,
         )
-    except Exception as error:  # a bare one where a node does not start within 30 s, however busy the machine is
+    except Exception as error:  # a plain Exception when a node does not start within 30 s, as on a busy machine
         if address is not None:
             raise NodeFault(
                 f"ray_address={address}: {error}; see that it is this version of Ray, and that RAY_AUTH_MODE and the "
@@ -97,7 +97,7 @@ def _connect(workers: int, address: str | None, gpus: int) -> None:
 
 
 def _leave() -> None:
-    """ray.shutdown(), which would wait for ever where the process of a Ray of our own does not answer: it is ended."""
+    """Run ray.shutdown(); kill a local raylet that does not answer, for which it would wait for ever."""
     import ray
 
     leaving = threading.Thread(target=ray.shutdown, daemon=True)
@@ -110,17 +110,17 @@ def _leave() -> None:
 
 
 def _raylets() -> list[psutil.Process]:
-    """The process of the Ray of our own, ended or not; none where a cluster was joined."""
+    """Return the raylet of a local Ray, running or dead; none when a cluster was joined."""
     return [child for child in psutil.Process().children() if child.name() == "raylet"]
 
 
 def sign_in(address: str | None = None) -> None:
-    """Have Ray use the user's token, where there is one, before it is imported or started.
+    """Make Ray use the user's token, if there is one; call it before Ray is imported or started.
 
-    A head asks for it as soon as ~/.ray/auth_token exists, and the first Ray that a process starts writes it there;
-    but who joins that head by its address, node or driver, sends it only where RAY_AUTH_MODE says so. A driver that
-    asks for a token where the cluster at `address` has none could not be answered by its own tasks: so that is looked
-    at first. Without an address it is for a cluster that this process starts.
+    A head node requires the token as soon as ~/.ray/auth_token exists, and the first Ray that a process starts writes
+    it there. A node or driver that joins by address sends it only if RAY_AUTH_MODE says so. A driver that requires a
+    token while the cluster at `address` has none could not be answered by its own tasks, so the cluster is checked
+    first. Without an address the token is for a cluster that this process starts.
     """
     token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or (Path.home() / ".ray/auth_token").exists()
     if not token or "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:  # Ray reads it once
@@ -130,7 +130,7 @@ def sign_in(address: str | None = None) -> None:
 
 
 def _asks_for_token(address: str) -> bool:
-    """Does the cluster refuse who sends none? Asked by a process of its own, as Ray's mode is that of a process."""
+    """Return whether the cluster refuses clients without a token; asks in a child process, as Ray's mode is global."""
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     with contextlib.suppress(subprocess.TimeoutExpired):
         asked = subprocess.run(
@@ -141,10 +141,10 @@ def _asks_for_token(address: str) -> bool:
 
 
 def in_driver(run: Callable[..., Any], *arguments: Any) -> Any:
-    """`run(*arguments)` in a process of its own, which ends with this one.
+    """Return `run(*arguments)`, called in a child process that ends with this one.
 
-    Ray ends its driver at once, with exit code 1 and no exception, where the driver's node died or was declared dead,
-    as on a machine that starves. Raises the TesseraError of `run`, and NodeFault where the process gave no answer.
+    Ray ends its driver at once, with exit code 1 and no exception, when the driver's node died or was declared dead,
+    as on an overloaded machine. Raises the TesseraError of `run`, and NodeFault when the process gave no answer.
     """
     context = multiprocessing.get_context("spawn")
     answers, answer = context.Pipe(duplex=False)
@@ -160,7 +160,7 @@ def in_driver(run: Callable[..., Any], *arguments: Any) -> Any:
             "answer and was given up; look at this machine's memory and load, then run the same command again"
         ) from None
     finally:
-        if driver.pid is not None:  # an interrupt may come before it is there
+        if driver.pid is not None:  # an interrupt may come before it has started
             driver.join(_LEAVE_S)
             driver.kill()
     if isinstance(done, BaseException):
@@ -169,10 +169,10 @@ def in_driver(run: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _drive(parent: int, answer: Connection, run: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Send what `run` gives or raises; an exception that is not for the user shows its traceback here."""
+    """Send what `run` returns or raises; print the traceback of an exception that is not for the user."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before the line above
+    if os.getppid() != parent:  # the parent ended before the line above
         os._exit(NodeFault.exit_code)
     try:
         done = run(*arguments)
@@ -185,7 +185,7 @@ def _drive(parent: int, answer: Connection, run: Callable[..., Any], arguments: 
 
 
 def _check_address(address: str) -> None:
-    """Raises ConfigError for what is no address, and NodeFault where nobody answers: Ray would try for minutes."""
+    """Raise ConfigError for an invalid address, and NodeFault when nothing answers: Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if address == "auto":
         return
@@ -205,12 +205,12 @@ def run_tasks(
     gpus: int = 0,
     examine: Callable[[Any], None] = lambda item: None,
 ) -> Iterator[tuple[Any, Any]]:
-    """Results of `submit(item)` (a Ray reference) as (item, result), in the order in which they end.
+    """Yield (item, result of the Ray reference `submit(item)`), in order of completion.
 
-    At most `ahead` tasks a worker, two unless told, are in flight. A task whose worker or node is lost is submitted
-    again, OUTER_RETRIES times beyond Ray's own; then NodeFault. A TesseraError raised in a task is raised here.
-    examine: called with an item whose worker was lost for the first time; raises what is to blame, if it is the item.
-    gpus: that a task takes beside its CPU. A cluster without a node that has them is waited for, for _WITHOUT_ROOM_S.
+    At most `ahead` tasks per worker, two by default, are in flight. A task whose worker or node is lost is submitted
+    again, OUTER_RETRIES times beyond Ray's own retries; then NodeFault. A TesseraError raised in a task is raised here.
+    examine: called with an item the first time its worker is lost; raises an error if the item is to blame.
+    gpus: per task, besides its CPU. Waits up to _WITHOUT_ROOM_S for a node of the cluster that has them.
     """
     import ray
 
@@ -246,13 +246,13 @@ def run_tasks(
 
 
 def _check_raylet() -> None:
-    """Raises NodeFault where the Ray of our own is gone, before Ray ends this process over it."""
+    """Raise NodeFault when the local raylet died, before Ray ends this process because of it."""
     if any(raylet.status() == psutil.STATUS_ZOMBIE for raylet in _raylets()):
         raise NodeFault("Ray's process on this machine died; look at its memory, then run the same command again")
 
 
 def _without_room(gpus: int, since: float | None) -> float | None:
-    """-> since when no node can run a task; None where one can. Raises NodeFault after _WITHOUT_ROOM_S."""
+    """Return the time since which no node can run a task; None if one can. Raises NodeFault after _WITHOUT_ROOM_S."""
     import ray
 
     needed = {"CPU": 1, **({"GPU": gpus} if gpus else {})}
@@ -269,7 +269,7 @@ def _without_room(gpus: int, since: float | None) -> float | None:
 
 
 def _raise_unless_lost(error: Any) -> None:
-    """Raise what a task or the constructor of its actor raised; return where a process or node was lost."""
+    """Raise what a task or the constructor of its actor raised; return if a process or node was lost."""
     import ray
 
     if isinstance(error, ray.exceptions.RayTaskError):
@@ -277,7 +277,7 @@ def _raise_unless_lost(error: Any) -> None:
             raise error.cause from None
         if not isinstance(error.cause, ray.exceptions.RayError):
             raise error
-        error = error.cause  # a task whose input was lost with the actor that makes it
+        error = error.cause  # a task whose input was lost with the actor that produces it
     if getattr(error, "actor_init_failed", False):
         raise NodeFault(f"an actor could not start, which trying again would not change: {error}") from None
 
@@ -285,7 +285,7 @@ def _raise_unless_lost(error: Any) -> None:
 class Counter:
     """A progress line on the terminal: samples, rate, time left, rejects by reason; silent where `shown` is False.
 
-    before: of the total, what an earlier run has done: it says nothing about the rate of this one.
+    before: part of the total done by an earlier run, which does not count in the rate.
     """
 
     def __init__(self, title: str, total: int, shown: bool, before: int = 0) -> None:
@@ -309,7 +309,7 @@ class Counter:
         self._progress.stop()
 
     def add(self, count: int, rejected: dict[str, int] | None = None) -> None:
-        """`count` more done; `rejected` are the totals so far."""
+        """Count `count` more done; `rejected` are the totals so far."""
         self._progress.advance(self._task, count)
         task = self._progress.tasks[0]
         rate = (task.completed - self._before) / task.elapsed if task.elapsed else 0.0

@@ -1,14 +1,14 @@
-"""Image codes beside the shards: what an image tokenizer is, and how its codes are stored.
+"""Image codes as side-cars of the shards: the interface of an image tokenizer, and the storage of its codes.
 
-This package knows tokenizers only through `ImageTokenizer`; the command line hands one over from outside.
+This package knows tokenizers only through `ImageTokenizer`; the command line passes one in.
 `NNNNN.vq-ID.bin` holds the codes of shard NNNNN: uint16 little endian [samples, crops, codes per image], nothing else,
-so that crop c of sample i lies at (i * crops + c) * 2 * codes_per_image. `codes.vq-ID.json`, written last, names the
-tokenizer, the crops, the digests and the fingerprint of the dataset. Where that dataset grew since, its codes stay, the
-new shards get theirs, and the .json before is kept as `codes.vq-ID-FINGERPRINT.json`.
+so crop c of sample i begins at byte (i * crops + c) * 2 * codes_per_image. `codes.vq-ID.json`, written last, names the
+tokenizer, the crops, the digests and the fingerprint of the dataset. When the dataset grows, existing codes stay, the
+new shards get theirs, and the previous .json is kept as `codes.vq-ID-FINGERPRINT.json`.
 
-One crop is the centre square. Ten: the image is scaled so that its centre square has CROP_RANGE times the tokenizer's
-side; crops 0 to 4 are upper left, upper right, lower left, lower right and centre of that square, crop 5 + c is crop c
-mirrored (ten-crop as in LlamaGen, Sun et al. 2024, arXiv:2406.06525).
+One crop is the centre square. For ten, the image is scaled so that its centre square has CROP_RANGE times the
+tokenizer's side; crops 0 to 4 are upper left, upper right, lower left, lower right and centre of that square, crop
+5 + c is crop c mirrored (ten-crop as in LlamaGen, Sun et al. 2024, arXiv:2406.06525).
 """
 
 import contextlib
@@ -44,17 +44,17 @@ from data_pipeline.shards.tar import BLOCK, parse_files
 from data_pipeline.storage import LocalStorage, Storage, open_storage
 from data_pipeline.workers import Counter, ray_session, run_tasks
 
-CHUNK = 64  # images a call of the tokenizer, counted from the start of a shard: bytes do not depend on who encodes
+CHUNK = 64  # images per call of the tokenizer, counted from the start of a shard: bytes do not depend on the worker
 CROPS = (1, 10)
 CROP_RANGE = 1.1
-CENTRE = 4  # of ten crops
-DECODE_S = 60.0  # of processor time that an image may take
+CENTRE = 4  # index of the centre among ten crops
+DECODE_S = 60.0  # processor time that an image may take
 
 _ID = re.compile(r"[0-9a-f]{12}")
 
 
 class ImageTokenizer(Protocol):
-    """Pixels <-> codes. `id`: 12 hex digits over weights, config, preprocessing and dtype policy."""
+    """Maps pixels to codes and back. `id`: 12 hex digits of a hash of weights, config, preprocessing, dtype policy."""
 
     @property
     def id(self) -> str: ...
@@ -83,7 +83,7 @@ TokenizerFactory = Callable[[str], ImageTokenizer]
 
 
 def meta_name(tokenizer_id: str, fingerprint: str = "") -> str:
-    """codes.vq-ID.json; of an older version of the dataset codes.vq-ID-FINGERPRINT.json."""
+    """Return codes.vq-ID.json, or codes.vq-ID-FINGERPRINT.json for an older version of the dataset."""
     return f"codes.vq-{tokenizer_id}{'-' * bool(fingerprint)}{fingerprint[:12]}.json"
 
 
@@ -93,14 +93,14 @@ def codes_name(shard_name: str, tokenizer_id: str) -> str:
 
 
 def tokenizers_of(storage: Storage, manifest: Manifest | None = None) -> list[str]:
-    """Ids of the tokenizers whose codes are complete: for this version of the dataset, or for any."""
+    """Return the ids of tokenizers whose codes are complete: for this version of the dataset, or for any."""
     names = (re.fullmatch(r"codes\.vq-([0-9a-f]{12})\.json", name) for name in storage.list())
     ids = [match.group(1) for match in names if match]
     return ids if manifest is None else [one for one in ids if find_meta(storage, manifest, one) is not None]
 
 
 def find_meta(storage: Storage, manifest: Manifest, tokenizer_id: str) -> dict[str, Any] | None:
-    """What describes a tokenizer's codes of this version of the dataset; None where it has none."""
+    """Return the metadata of a tokenizer's codes for this version of the dataset; None when there is none."""
     for name in (meta_name(tokenizer_id), meta_name(tokenizer_id, manifest.fingerprint)):
         meta = read_meta(storage, name)
         if meta is not None and meta["dataset"] == manifest.fingerprint:
@@ -110,7 +110,7 @@ def find_meta(storage: Storage, manifest: Manifest, tokenizer_id: str) -> dict[s
 
 @with_config(gate.CLOSED)
 class _Codes(TypedDict):
-    """The entry of one shard's codes."""
+    """Entry of one shard's codes."""
 
     name: gate.FileName
     bytes: gate.Count
@@ -119,10 +119,10 @@ class _Codes(TypedDict):
 
 @with_config(gate.OPEN)
 class _CodesFile(TypedDict):
-    """What codes.vq-ID.json holds."""
+    """Contents of codes.vq-ID.json."""
 
     tokenizer: gate.TokenizerId
-    dataset: NotRequired[gate.Sha256]  # with `crops` since there were datasets that grow
+    dataset: NotRequired[gate.Sha256]  # like `crops`, absent from files older than growing datasets
     crops: NotRequired[int]
     codes_per_image: Annotated[int, Field(ge=1, le=2**20)]
     codebook_size: Annotated[int, Field(ge=1, le=2**16)]
@@ -130,14 +130,14 @@ class _CodesFile(TypedDict):
 
 
 def read_meta(storage: Storage, name: str) -> dict[str, Any] | None:
-    """The contents of a codes.vq-ID.json, checked; None where there is none. Raises DataError for another file."""
+    """Read and check a codes.vq-ID.json; None when there is none. Raises DataError for another kind of file."""
     if not storage.exists(name):
         return None
     return parse_meta(storage.get(name), f"{storage.root}/{name}")
 
 
 def parse_meta(data: bytes, where: str) -> dict[str, Any]:
-    """The bytes of a codes.vq-ID.json -> its contents. Raises DataError when they are something else."""
+    """Parse the bytes of a codes.vq-ID.json. Raises DataError when they are something else."""
     meta = gate.parse(_CodesFile, data, where, "remove the codes of this tokenizer and encode again")
     if meta.setdefault("crops", 1) not in CROPS:
         raise DataError(f"{where}: crops={meta['crops']}: an image is encoded in one crop or in ten; encode again")
@@ -156,23 +156,23 @@ class CodesFile:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the codes of a sample: [codes per image], or [crops, codes per image] where there are several."""
+        """Shape of a sample's codes: [codes per image], or [crops, codes per image] with several crops."""
         return (self.codes_per_image,) if self.crops == 1 else (self.crops, self.codes_per_image)
 
     def place(self, shard: int, row: int) -> tuple[str, int, int]:
-        """-> object, first byte and end of the codes of a sample: uint16 little endian, `shape`."""
+        """Return object, first byte and end of the codes of a sample: uint16 little endian, `shape`."""
         stride = 2 * self.crops * self.codes_per_image
         return self.files[shard][0], row * stride, (row + 1) * stride
 
     def read_shard(self, shard: int) -> np.ndarray:
-        """-> uint16 [samples of the shard, *shape]"""
+        """Read the codes of a shard -> uint16 [samples of the shard, *shape]."""
         return np.frombuffer(self.storage.get(self.files[shard][0]), "<u2").reshape(-1, *self.shape)
 
 
 def read_codes(dataset: str | Path, tokenizer_id: str) -> np.ndarray:
-    """All codes of a dataset in the order of its sample ids -> uint16 [samples, codes_per_image].
+    """Read all codes of a dataset in order of sample id -> uint16 [samples, codes_per_image].
 
-    Where images have several crops: [samples, crops, codes_per_image].
+    With several crops: [samples, crops, codes_per_image].
     """
     storage, manifest = open_dataset(dataset)
     codes = open_codes(storage, manifest, tokenizer_id)
@@ -180,7 +180,7 @@ def read_codes(dataset: str | Path, tokenizer_id: str) -> np.ndarray:
 
 
 def open_codes(storage: Storage, manifest: Manifest, tokenizer_id: str) -> CodesFile:
-    """Raises DataError naming both ids where the codes are missing or another tokenizer's, or of another dataset."""
+    """Open a tokenizer's codes. Raises DataError naming both ids if they are missing or of other data or tokenizers."""
     meta = find_meta(storage, manifest, tokenizer_id)
     if meta is None:
         other = read_meta(storage, meta_name(tokenizer_id))
@@ -203,7 +203,7 @@ def open_codes(storage: Storage, manifest: Manifest, tokenizer_id: str) -> Codes
         )
     for number, ((name, size, _), entry) in enumerate(zip(codes.files, manifest.shards, strict=True)):
         wanted = codes.place(number, entry.n)[1]
-        found = storage.stat(name)[0] if isinstance(storage, LocalStorage) else size  # a GET tells it of remote ones
+        found = storage.stat(name)[0] if isinstance(storage, LocalStorage) else size  # a GET checks remote ones
         if not found == size == wanted:
             raise DataError(f"{storage.root}/{name}: {found} bytes instead of {wanted}; delete it and encode again")
     return codes
@@ -228,9 +228,9 @@ def encode_dataset(
 ) -> dict[str, Any]:
     """Add the codes of the tokenizer `factory(directory)` to a dataset, with Ray -> the contents of its .json file.
 
-    Shards that have codes already are left alone: running again finishes what was interrupted, and what grew.
-    crops: 1 or 10 of each image. gpus: that each worker takes.
-    Raises DataError where the dataset is missing, an image does not decode, or codes of other crops are there.
+    Shards that have codes are skipped, so another run completes an interrupted one, or a dataset that grew.
+    crops: 1 or 10 per image. gpus: per worker.
+    Raises DataError when the dataset is missing, an image does not decode, or codes with other crops exist.
     """
     if crops not in CROPS:
         raise ConfigError(f"crops={crops}: an image is encoded in one crop or in ten; use 1 or 10")
@@ -262,7 +262,7 @@ def encode_shard(dataset: str, shard: int, tokenizer: ImageTokenizer, crops: int
 def encode_rows(
     storage: Storage, shard: Shard, rows: Sequence[int], tokenizer: ImageTokenizer, crops: int = 1
 ) -> np.ndarray:
-    """The codes of some rows of a shard -> uint16 [rows, crops, codes per image]."""
+    """Encode some rows of a shard -> uint16 [rows, crops, codes per image]."""
     cv2.setNumThreads(1)
     offsets = read_index(storage, shard).offsets.tolist()
     size, at_once = tokenizer.image_size, max(1, CHUNK // crops)
@@ -277,7 +277,7 @@ def encode_rows(
 
 
 def crops_of(image: np.ndarray, size: int, crops: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [crops, size, size, 3], as the head of this file says."""
+    """Crop uint8 [H, W, 3] -> uint8 [crops, size, size, 3], as the module docstring describes."""
     if crops == 1:
         return resize(image, "center_crop", size)[None]
     side = round(CROP_RANGE * size)
@@ -290,7 +290,7 @@ def crops_of(image: np.ndarray, size: int, crops: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Job:
-    """What every encoder has to know."""
+    """Arguments of every encoder."""
 
     dataset: str
     factory: TokenizerFactory
@@ -315,7 +315,7 @@ def _encode_shards(
 
 
 class _Encoder:
-    """Lives in a Ray actor: loads the tokenizer once, encodes shard after shard."""
+    """Ray actor that loads the tokenizer once and encodes shard after shard."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -337,7 +337,7 @@ class _Encoder:
 
 
 class _Actors:
-    """Encoders taken in turn; Ray starts a lost one again."""
+    """Encoders used round-robin; Ray restarts a lost one."""
 
     def __init__(self, job: Job, count: int, gpus: int) -> None:
         import ray
@@ -346,7 +346,7 @@ class _Actors:
         self._actors: list[Any] = [actor.remote(job) for _ in range(count)]
 
     def submit(self, shard: int) -> Any:
-        """Encode one shard on the actor whose turn it is -> Ray reference."""
+        """Encode one shard on the next actor -> Ray reference."""
         self._actors.append(self._actors.pop(0))
         return self._actors[-1].encode.remote(shard)
 
@@ -378,8 +378,8 @@ def _check_tokenizer(tokenizer: ImageTokenizer) -> None:
 
 
 def blame_image(job: Job, shard: int) -> None:
-    """Raises DataError naming an image of this shard that ends the process which decodes it, if one does."""
-    from data_pipeline.config import ImageRules  # here, where it is seldom needed: readers of codes decode nothing
+    """Raise DataError naming a lethal image of this shard (it ends the process that decodes it), if there is one."""
+    from data_pipeline.config import ImageRules  # imported late: readers of codes decode nothing
     from data_pipeline.sandbox import LETHAL, SandboxDecoder
 
     storage = open_storage(job.dataset)
@@ -396,7 +396,7 @@ def blame_image(job: Job, shard: int) -> None:
 
 
 def _crops(storage: Storage, name: str, blocks: tuple[int, int], size: int, crops: int) -> np.ndarray:
-    """The crops of the image of one sample, which lies in these blocks of a tar -> uint8 [crops, size, size, 3]."""
+    """Return the crops of the image of the sample in these blocks of a tar, uint8 [crops, size, size, 3]."""
     where, contents = _image(storage, name, blocks)
     try:
         return crops_of(decode_rgb(contents), size, crops)
@@ -405,7 +405,7 @@ def _crops(storage: Storage, name: str, blocks: tuple[int, int], size: int, crop
 
 
 def _image(storage: Storage, name: str, blocks: tuple[int, int]) -> tuple[str, bytes]:
-    """-> the name, for people, and the contents of the image of one sample, which lies in these blocks of a tar."""
+    """Return the name, for messages, and the contents of the image of the sample in these blocks of a tar."""
     where = f"{storage.root}/{name}"
     data = storage.get_range(name, blocks[0] * BLOCK, blocks[1] * BLOCK)
     found = image_of(parse_files(data, where))
@@ -440,7 +440,7 @@ def _meta(storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer, crops
 
 
 def _publish_meta(storage: Storage, manifest: Manifest, meta: dict[str, Any]) -> None:
-    """codes.vq-ID.json is of the newest version; what it said of the one before is kept under that one's name."""
+    """Write codes.vq-ID.json for the newest version, and keep the previous one under its version's name."""
     newest, data = meta_name(meta["tokenizer"]), canonical_json(meta)
     before = read_meta(storage, newest)
     if read_manifest(storage).fingerprint != manifest.fingerprint:
@@ -448,6 +448,6 @@ def _publish_meta(storage: Storage, manifest: Manifest, meta: dict[str, Any]) ->
     elif before is None:
         publish(storage, newest, data)
     elif before["dataset"] != manifest.fingerprint:
-        read_version(storage, before["dataset"])  # else they are codes of another dataset
+        read_version(storage, before["dataset"])  # raises if they are codes of another dataset
         publish(storage, meta_name(meta["tokenizer"], before["dataset"]), storage.get(newest))
         storage.replace(newest, data)

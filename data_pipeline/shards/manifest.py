@@ -1,12 +1,12 @@
-"""What a dataset says about itself: an index beside each tar, and one manifest whose hash is the dataset's name.
+"""Dataset metadata: an index beside each tar, and one manifest whose sha256 is the dataset's fingerprint.
 
 `NAME.tar.idx`, little endian: magic "TESSIDX\\0", version u32, reserved u32, tar bytes u64, xxh3-64 of the tar u64,
-samples u64, then samples + 1 offsets u32 in blocks of 512 bytes: sample i is blocks [offset i, offset i + 1); from
-version 2 on samples sums u32: the lower half of the xxh3-64 of each sample's blocks. Where that name belongs to another
-program (Energon writes its own NAME.tar.idx) ours is NAME.tar.tessera.idx.
+samples u64, then offsets u32 [samples + 1] in blocks of 512 bytes: sample i is blocks [offset i, offset i + 1).
+Version 2 appends sums u32 [samples]: the lower half of the xxh3-64 of each sample's blocks. Where another program uses
+that name (Energon writes its own NAME.tar.idx), ours is NAME.tar.tessera.idx.
 
-A dataset that grew keeps its older manifests as manifest-FINGERPRINT.json (the first 12 hex digits); each lists the
-first shards of the next one, so DATASET@FINGERPRINT is still what it was.
+A dataset that grew keeps its older manifests as manifest-FINGERPRINT.json (the first 12 hex digits). Each lists the
+first shards of the next one, so DATASET@FINGERPRINT always names the same samples.
 """
 
 import hashlib
@@ -38,10 +38,10 @@ MANIFEST = "manifest.json"
 STATS = "stats.json"
 VERSION = 1
 INDEXED = 2
-"""Version of manifests of tars made elsewhere, whose samples are those of version 2 of `group_samples`.
+"""Manifest version of tars made elsewhere, whose samples follow version 2 of `group_samples`.
 
-Datasets that were indexed before are of version 1, and stay what they were; so are tars in which both find the same,
-those of a build among them.
+Datasets indexed before it have version 1 and keep it. So do tars in which both versions find the same samples, such as
+those of a build.
 """
 
 _DAMAGED = "it is damaged, fetch or build the dataset again"
@@ -51,13 +51,13 @@ _MAGIC = b"TESSIDX\0"
 _NAMES = ("{}.idx", "{}.tessera.idx")
 _SHARD = '\n  {\n   "bytes": %d,\n   "digest": %s,\n   "n": %d,\n   "name": %s\n  }'
 _HEX = {"sha256": "^([0-9a-f]{64})?$", "phash": "^[0-9a-f]{16}$", "colours": "^[0-9a-f]{256}$"}
-"""Columns of tables. An empty sha256: it was never fetched."""
+"""Patterns of table columns. An empty sha256 means that the image was never fetched."""
 _HEADER = struct.Struct("<8sIIQQQ")
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where the samples of one tar lie. offsets: uint32 [n + 1], in blocks; sums: uint32 [n], None before version 2."""
+    """Sample locations in one tar. offsets: uint32 [n + 1], in blocks; sums: uint32 [n], None before version 2."""
 
     tar_bytes: int
     xxh3: int
@@ -72,7 +72,7 @@ class Index:
 
 @dataclass(frozen=True)
 class Shard:
-    """One line of the manifest; digest: sha256 of the tar."""
+    """One shard in the manifest. digest: sha256 of the tar."""
 
     name: gate.TarName
     n: gate.Count
@@ -83,7 +83,7 @@ class Shard:
 
 @with_config(gate.OPEN)
 class _ManifestFile(TypedDict):
-    """What manifest.json holds."""
+    """Contents of manifest.json."""
 
     version: int
     samples: gate.Count
@@ -92,14 +92,14 @@ class _ManifestFile(TypedDict):
 
 @dataclass(frozen=True)
 class Manifest:
-    """All shards in order. Codes are not part of it: they are named by their tokenizer."""
+    """All shards in order. Image codes are not part of it: their files are named by tokenizer."""
 
     shards: tuple[Shard, ...]
     version: int = VERSION
 
     @cached_property
     def samples(self) -> int:
-        """Number of samples of all shards."""
+        """Number of samples in all shards."""
         return sum(shard.n for shard in self.shards)
 
     @cached_property
@@ -108,7 +108,7 @@ class Manifest:
         return hashlib.sha256(self.to_json()).hexdigest()
 
     def to_json(self) -> bytes:
-        """The bytes that `canonical_json` makes, five times as fast: a manifest may have 100,000 shards."""
+        """Return the same bytes as `canonical_json`, five times as fast: a manifest may have 100,000 shards."""
         quote = json.JSONEncoder(ensure_ascii=False).encode
         shards = ",".join(_SHARD % (s.bytes, quote(s.digest), s.n, quote(s.name)) for s in self.shards)
         listed = f"[{shards}\n ]" if shards else "[]"
@@ -130,20 +130,20 @@ ShardStats = TypedDict(
         "retried": NotRequired[Rejected],
     },
 )
-"""What NNNNN_stats.json holds: the account of one shard."""
+"""Contents of NNNNN_stats.json: the row counts of one shard."""
 Totals = TypedDict("Totals", {"in": gate.Count, "out": gate.Count, "rejected": Rejected})
-"""What stats.json holds."""
+"""Contents of stats.json: the row counts of a dataset."""
 
 
 def canonical_json(tree: Any) -> bytes:
-    """The same bytes for the same contents: sorted keys, UTF-8, a newline at the end."""
+    """Serialize so that equal contents give equal bytes: sorted keys, UTF-8, a trailing newline."""
     return (json.dumps(tree, sort_keys=True, ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def open_dataset(address: str | Path) -> tuple[Storage, Manifest]:
-    """DATASET, or DATASET@FINGERPRINT for an older version of one that grew -> where it is, and its manifest.
+    """Open DATASET, or DATASET@FINGERPRINT for an older version of one that grew -> its storage and manifest.
 
-    Raises DataError for a missing, foreign or damaged manifest, and for a version that is not kept.
+    Raises DataError for a missing, foreign or damaged manifest, and for an unknown version.
     """
     match = _AT_VERSION.fullmatch(str(address))
     if match is None or Path(address).is_dir():
@@ -154,7 +154,10 @@ def open_dataset(address: str | Path) -> tuple[Storage, Manifest]:
 
 
 def read_version(storage: Storage, fingerprint: str) -> Manifest:
-    """The manifest whose fingerprint begins so (12 digits or more): the newest, or one that growth left behind."""
+    """Read the manifest whose fingerprint begins with `fingerprint` (12 digits or more), the newest or an older one.
+
+    Raises DataError when there is no such version.
+    """
     newest = read_manifest(storage)
     if newest.fingerprint.startswith(fingerprint):
         return newest
@@ -167,17 +170,17 @@ def read_version(storage: Storage, fingerprint: str) -> Manifest:
 
 
 def older_manifest(fingerprint: str) -> str:
-    """Where the manifest of an older version is kept: manifest-FINGERPRINT.json."""
+    """Return the file name of an older version's manifest: manifest-FINGERPRINT.json."""
     return f"manifest-{fingerprint[:12]}.json"
 
 
 def older_versions(storage: Storage) -> list[str]:
-    """The first 12 digits of the fingerprints that a dataset had before it grew."""
+    """Return the first 12 digits of each fingerprint that a dataset had before it grew."""
     return [match[1] for name in storage.list() if (match := _KEPT.fullmatch(name))]
 
 
 def read_manifest(storage: Storage, name: str = MANIFEST) -> Manifest:
-    """The newest, unless an older one is named. Raises DataError for a missing, foreign or damaged manifest."""
+    """Read the newest manifest, or the one called `name`. Raises DataError when it is missing, foreign or damaged."""
     if not storage.exists(name):
         raise DataError(
             f"{storage.root}: no {name}, so no finished dataset; run `tessera data build` to the end, "
@@ -187,7 +190,7 @@ def read_manifest(storage: Storage, name: str = MANIFEST) -> Manifest:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """The bytes of a manifest -> Manifest. Raises DataError when they are something else or contradict themselves."""
+    """Parse the bytes of a manifest. Raises DataError when they are not a manifest or inconsistent."""
     tree: _ManifestFile = gate.parse(_ManifestFile, data, where, "not a manifest; build the dataset again")
     manifest = Manifest(tuple(tree["shards"]), tree["version"])
     if manifest.version not in (VERSION, INDEXED):
@@ -210,7 +213,7 @@ def side_name(shard_name: str, suffix: str) -> str:
 
 
 def read_shard_stats(storage: Storage, shard_name: str) -> ShardStats:
-    """The account of a shard. Raises DataError where it is missing, something else, or that of another shard."""
+    """Read the row counts of a shard. Raises DataError when they are missing, malformed, or another shard's."""
     name = side_name(shard_name, "_stats.json")
     where = f"{storage.root}/{name}"
     stats: ShardStats = gate.parse(ShardStats, storage.get(name), where, "build the dataset again")
@@ -220,7 +223,7 @@ def read_shard_stats(storage: Storage, shard_name: str) -> ShardStats:
 
 
 def read_totals(storage: Storage) -> Totals:
-    """The account of a dataset. Raises DataError where it is missing or something else."""
+    """Read the row counts of a dataset. Raises DataError when they are missing or malformed."""
     totals: Totals = gate.parse(Totals, storage.get(STATS), f"{storage.root}/{STATS}", "build the dataset again")
     return totals
 
@@ -228,9 +231,9 @@ def read_totals(storage: Storage) -> Totals:
 def read_rows(
     storage: Storage, name: str, columns: list[str] | None = None, where_there: Sequence[str] = ()
 ) -> "pa.Table":
-    """Columns (all unless named) of NNNNN.parquet or another table of ours. Raises DataError for something else.
+    """Read columns (default: all) of NNNNN.parquet or another of our tables. Raises DataError for any other file.
 
-    where_there: further columns that a table may lack.
+    where_there: optional columns, read where the table has them.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -261,10 +264,10 @@ def index_tar(
     version: int = VERSION,
     look: Callable[[bytes], None] | None = None,
 ) -> tuple[Index, str]:
-    """A tar that comes piece by piece -> (its index, its sha256). Raises DataError where it is cut off or damaged.
+    """Index a tar that arrives in pieces -> (its index, its sha256). Raises DataError when it is cut off or damaged.
 
-    size: of the tar, where it is known: no member that claims more is waited for. version: of the manifest that the
-    index is for. look: is shown the bytes of each sample.
+    size: of the tar, if known; a member that claims more is refused at once. version: of the manifest that the index
+    belongs to. look: called with the bytes of each sample.
     """
     xxh3, sha256, total = xxhash.xxh3_64(), hashlib.sha256(), 0
 
@@ -284,21 +287,21 @@ def index_tar(
         offsets.append(start // BLOCK)
         sums.append(checksum(sample))
         end = start + len(sample)
-    for _ in source:  # what follows the closing blocks belongs to the digests
+    for _ in source:  # the digests include what follows the closing blocks
         pass
     offsets.append(end // BLOCK)
     return Index(total, xxh3.intdigest(), np.array(offsets, np.uint32), np.array(sums, np.uint32)), sha256.hexdigest()
 
 
 def pack_index(index: Index) -> bytes:
-    """Index -> the bytes of a .idx file."""
+    """Serialize an index as the bytes of a .idx file."""
     sums = b"" if index.sums is None else index.sums.astype("<u4").tobytes()
     head = _HEADER.pack(_MAGIC, 2 if sums else 1, 0, index.tar_bytes, index.xxh3, index.samples)
     return head + index.offsets.astype("<u4").tobytes() + sums
 
 
 def unpack_index(data: bytes, where: str) -> Index:
-    """The bytes of a .idx file -> Index. Raises DataError when they are something else."""
+    """Parse the bytes of a .idx file. Raises DataError when they are not an index."""
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
         raise DataError(f"{where}: not an index of shards; run `tessera data index` on its tar")
     _, version, _, tar_bytes, digest, samples = _HEADER.unpack_from(data)
@@ -315,7 +318,7 @@ def unpack_index(data: bytes, where: str) -> Index:
 
 
 def read_index(storage: Storage, shard: Shard) -> Index:
-    """The index of a shard, checked against the manifest. Raises DataError on a difference."""
+    """Read the index of a shard and check it against the manifest. Raises DataError on a mismatch."""
     ours, other = (pattern.format(shard.name) for pattern in _NAMES)
     data = storage.get(ours)
     if not data.startswith(_MAGIC) and storage.exists(other):
@@ -330,7 +333,7 @@ def read_index(storage: Storage, shard: Shard) -> Index:
 
 
 def publish_index(storage: Storage, shard_name: str, index: Index) -> None:
-    """Write the index of a shard beside it, under a name that is free or ours. Raises DataError when ours differs."""
+    """Write the index of a shard beside it, under a name that is free or ours. Raises Conflict when ours differs."""
     ours, other = (pattern.format(shard_name) for pattern in _NAMES)
     data = pack_index(index)
     if not storage.put_if_absent(ours, data):
@@ -338,7 +341,7 @@ def publish_index(storage: Storage, shard_name: str, index: Index) -> None:
 
 
 def publish(storage: Storage, name: str, data: bytes) -> None:
-    """Create `name`; where it exists already it must hold the same bytes, else Conflict."""
+    """Create `name`. Raises Conflict when it exists with other contents."""
     if not storage.put_if_absent(name, data) and storage.get(name) != data:
         raise Conflict(
             f"{storage.root}/{name}: exists with other contents than this run makes; nothing was overwritten, "

@@ -1,6 +1,6 @@
-"""What the files of one sample say: its image, its captions, its attributes.
+"""Parse the files of one sample: its image, captions and attributes.
 
-The only reader of captions and images beside them, for folders and tars: builds, the index, `Stream`, image codes,
+The only parser of images with captions beside them, in folders and tars, so builds, the index, `Stream`, image codes,
 vocabularies and reports see the same samples, and reject the same ones for the same reasons.
 """
 
@@ -17,7 +17,7 @@ from data_pipeline.text_files import decode_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ico", "ppm", "jp2")
 CAPTION_NAMES = ("captions", "caption", "text")
-NESTED_AT_MOST = 100  # levels of JSON: Python's own limit depends on who calls, and this must not
+NESTED_AT_MOST = 100  # levels of JSON: Python's own limit depends on the caller's stack, and this must not
 
 _IMAGES_1 = frozenset(IMAGE_EXTENSIONS[:9])  # of version 1
 _READ = frozenset((*IMAGE_EXTENSIONS, "json", "txt"))
@@ -26,7 +26,7 @@ _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
 
 class Unreadable(ValueError):
-    """A sample that cannot be used. reason: one word with underscores, which is counted."""
+    """A sample that cannot be used. reason: one word with underscores, for counting."""
 
     def __init__(self, key: str, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -34,7 +34,7 @@ class Unreadable(ValueError):
 
 
 class Contents(NamedTuple):
-    """What a sample's files say. key: their base name; meta: the rest of its .json."""
+    """Contents of a sample's files. key: their base name; meta: the rest of its .json."""
 
     key: str
     image: bytes
@@ -45,9 +45,9 @@ class Contents(NamedTuple):
 def read_sample(
     files: Iterable[tuple[str, bytes | NotAFile]], version: int = NEWEST, encoding: str | None = None
 ) -> Contents:
-    """The files of one sample in the order of its tar, as `parse_files` gives them -> what they say.
+    """Parse the files of one sample, in the order of its tar, as `parse_files` returns them.
 
-    version: of the rules that the dataset was indexed by. encoding: of text without a byte order mark.
+    version: of the rules that the dataset was indexed with. encoding: of text without a byte order mark.
     Raises Unreadable: duplicate_file, linked_file, no_image, unreadable_caption.
     """
     if version == 1:
@@ -66,7 +66,7 @@ def read_sample(
 
 
 def read_alike(files: Sequence[tuple[str, bytes | NotAFile]]) -> str | None:
-    """The key of a sample that version 1 and the newest rules read alike, whose files they both see; None otherwise."""
+    """Return the key of a sample whose files version 1 and the newest rules both see and read alike; otherwise None."""
     keys = {split_name(name)[0] for name, _ in files}
     if len(keys) != 1 or any(isinstance(part, NotAFile) or is_litter(name) for name, part in files):
         return None
@@ -81,7 +81,7 @@ def _outcome(files: Sequence[tuple[str, bytes | NotAFile]], version: int) -> Con
 
 
 def image_of(files: Iterable[tuple[str, bytes | NotAFile]]) -> tuple[str, bytes] | None:
-    """(name, contents) of the image of a sample, whatever else it holds; None where there is none."""
+    """Return (name, contents) of the image of a sample, whatever else it holds; None if there is none."""
     there = [(name, part) for name, part in files if isinstance(part, bytes) and not is_litter(name)]
     named = split_names([name for name, _ in there])
     images = (file for file, (_, extension) in zip(there, named, strict=True) if extension in IMAGE_EXTENSIONS)
@@ -89,7 +89,7 @@ def image_of(files: Iterable[tuple[str, bytes | NotAFile]]) -> tuple[str, bytes]
 
 
 def _parts(files: Iterable[tuple[str, bytes | NotAFile]]) -> tuple[str, dict[str, bytes | NotAFile]]:
-    """-> key of a sample, and its files by extension; links only where they stand for something that is read."""
+    """Return the key of a sample and its files by extension; links only in place of files that are read."""
     files = [(name, contents) for name, contents in files if not is_litter(name)]
     named = split_names([name for name, _ in files])
     key = named[-1][0] if named else ""
@@ -103,9 +103,9 @@ def _parts(files: Iterable[tuple[str, bytes | NotAFile]]) -> tuple[str, dict[str
 
 
 def _read_by_version_1(files: Iterable[tuple[str, bytes | NotAFile]]) -> Contents:
-    """A sample of a dataset that was built or indexed by version 1: it stays what it was, and so do runs on it.
+    """Parse a sample of a dataset built or indexed with version 1, so that the dataset and runs on it never change.
 
-    Of several images the first counts, of several texts the last; links do not.
+    Of several images the first counts, of several texts the last; links are ignored.
     """
     key, image, text, tree = "", None, None, dict[str, Any]()
     for name, contents in files:
@@ -127,7 +127,7 @@ def _read_by_version_1(files: Iterable[tuple[str, bytes | NotAFile]]) -> Content
 
 
 def _captions_by_version_1(tree: dict[str, Any], text: bytes | None) -> tuple[str, ...]:
-    """The `captions` of the .json, which are taken out, else the whole .txt, else the `caption` of the .json."""
+    """Return the `captions` of the .json, removed from it, else the whole .txt, else the `caption` of the .json."""
     captions = tree.pop("captions", None)
     if captions is None:
         captions = [tree.get("caption") or None] if text is None else [text.decode()]
@@ -135,7 +135,7 @@ def _captions_by_version_1(tree: dict[str, Any], text: bytes | None) -> tuple[st
 
 
 def _object(key: str, contents: bytes) -> dict[str, Any]:
-    """The object in a .json, NaN and integers of any size too."""
+    """Parse the object in a .json, which may hold NaN and integers of any size."""
     try:
         try:
             tree = orjson.loads(contents)
@@ -154,10 +154,10 @@ def _object(key: str, contents: bytes) -> dict[str, Any]:
 def read_captions(
     read: Callable[[str], bytes | None], encoding: str | None = None
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """-> (captions, attributes) of the .json and .txt of an image; read("json") -> its bytes, None where there is none.
+    """Return (captions, attributes) in the .json and .txt of an image; read("json") -> its bytes, None if missing.
 
     The captions are those of the .json, else the lines of the .txt.
-    Raises ValueError for JSON that is none and for bytes that are no text, TypeError for captions that are no text.
+    Raises ValueError for invalid JSON and undecodable bytes, TypeError for captions that are not text.
     """
     contents = read("json")
     tree = {} if contents is None else parse_json(contents, encoding)
@@ -168,9 +168,9 @@ def read_captions(
 
 
 def captions_of_json(tree: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Text, a list of texts, or a mapping with one of these as captions, caption or text -> (captions, the rest).
+    """Split text, a list of texts, or a mapping with one as captions, caption or text -> (captions, the rest).
 
-    Of the three names the first that has a caption counts. Raises TypeError for captions that are no text.
+    Of the three names the first that has a caption counts. Raises TypeError for captions that are not text.
     """
     if not isinstance(tree, dict):
         return _said(as_captions(tree)), {}
@@ -182,7 +182,7 @@ def captions_of_json(tree: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 
 def as_captions(value: Any) -> tuple[str, ...]:
-    """Text or a list of texts -> captions; None counts as none. Raises TypeError for anything else."""
+    """Convert text or a list of texts to captions; None gives none. Raises TypeError for anything else."""
     if value is None:
         return ()
     if isinstance(value, str):
@@ -193,12 +193,12 @@ def as_captions(value: Any) -> tuple[str, ...]:
 
 
 def _said(captions: Iterable[str]) -> tuple[str, ...]:
-    """Captions without those that are blank, and without halves of surrogate pairs."""
+    """Return the captions that are not blank, with "?" for halves of surrogate pairs."""
     return tuple(text.encode("utf-8", "replace").decode() for text in captions if text and not text.isspace())
 
 
 def parse_json(contents: str | bytes, encoding: str | None = None) -> Any:
-    """The JSON of one row, NaN and integers of any size too. Raises ValueError for what is none or nested too deep."""
+    """Parse JSON, which may hold NaN and integers of any size. Raises ValueError if invalid or nested too deep."""
     if isinstance(contents, bytes):
         flat = contents.count(b"[") + contents.count(b"{") <= NESTED_AT_MOST
         if encoding is None and flat and not _LONG_NUMBER.search(contents):
@@ -219,11 +219,11 @@ def parse_json(contents: str | bytes, encoding: str | None = None) -> Any:
     return tree
 
 
-# ---------------------------------------------------------------------------------------------- account
+# ------------------------------------------------------------------------------------------- accounting
 
 
 class Account:
-    """in = out + rejected over the samples of one tar, in their order. key: the base name of a sample's files."""
+    """Counts of the samples of one tar, added in order: in = out + rejected. key: base name of a sample's files."""
 
     def __init__(self) -> None:
         self.samples = 0
@@ -231,7 +231,7 @@ class Account:
         self._keys: set[int] = set()
 
     def add(self, key: str, reason: str) -> None:
-        """One more sample; `reason` is empty for one that can be used."""
+        """Count one more sample; `reason` is empty for one that can be used."""
         self.samples += 1
         if reason:
             self.rejected["files_apart" if reason == "no_image" and hash(key) in self._keys else reason] += 1

@@ -1,7 +1,7 @@
-"""Tars, byte for byte: a deterministic ustar writer and a scanner for the headers of any WebDataset tar.
+"""Tar reading and writing at byte level: a deterministic ustar writer and a header scanner for any WebDataset tar.
 
-A sample is a run of neighbouring files with one base name up to the first dot: 000000012.png, .txt, .json.
-Sizes come from outside: none is believed before it was compared with what is there, and every step goes forward.
+A sample is a run of consecutive files that share a base name up to the first dot: 000000012.png, .txt, .json.
+Sizes in headers are untrusted: each is checked against the data that is there, and every parsing step moves forward.
 """
 
 import io
@@ -26,13 +26,13 @@ _PACKED = "gz|bz2|xz|zst|zstd|lz4|lzma|z|br"
 _COMPRESSED_TAR = re.compile(rf"\.(tar\.({_PACKED})|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _COMPRESSED = re.compile(rf"\.({_PACKED}|tgz|tbz2?|txz|tzst|zip)$", re.IGNORECASE)
 _OCTAL = re.compile(rb"[0-7]+")
-_EXTENDED = b"xXgLK"  # PAX for one entry (X: of Solaris) and for all, GNU's long name and long target of a link
+_EXTENDED = b"xXgLK"  # PAX headers of one entry (X: Solaris) and global ones, GNU's long names and long link targets
 _MAX_EXTENDED = 1 << 20
-_NO_MEMBERS = b"5VDA"  # folders, GNU's volume labels and lists of names, access rights
-_WITHOUT_BODY = b"123456"  # links, devices, folders and pipes: whatever size they give, no contents follow
+_NO_MEMBERS = b"5VDA"  # folders, GNU's volume labels and name lists, access rights
+_WITHOUT_BODY = b"123456"  # links, devices, folders and pipes: no contents follow, whatever size they state
 
 NEWEST = 2
-"""Version of the rules by which members of a tar make up samples, see `group_samples`."""
+"""Version of the rules that group tar members into samples, see `group_samples`."""
 
 _COMPRESSIONS = {
     b"\x1f\x8b": ("gzip", "gunzip"),
@@ -45,13 +45,13 @@ _COMPRESSIONS = {
 
 
 class NotAFile(str):
-    """What an entry of a tar is instead of a regular file, such as "a hard link to 'a.jpg'"."""
+    """Description of a tar entry that is not a regular file, such as "a hard link to 'a.jpg'"."""
 
 
 class Member(NamedTuple):
-    """An entry of a tar, a regular file unless `instead` says otherwise; positions in bytes.
+    """An entry of a tar, a regular file unless `instead` is set. Offsets and size are in bytes.
 
-    start: its first header. data: where its contents begin.
+    start: offset of its first header. data: offset of its contents.
     """
 
     name: str
@@ -62,27 +62,27 @@ class Member(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """Where the next header begins."""
+        """Offset of the next header."""
         return self.data + padded(self.size)
 
 
 def padded(size: int) -> int:
-    """`size` bytes rounded up to whole blocks."""
+    """Return `size`, in bytes, rounded up to whole blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`a/b/key.seg.png` -> (`a/b/key`, `seg.png`): WebDataset's rule, the first dot of the last part."""
+    """Split at the first dot of the last path part, WebDataset's rule: `a/b/key.seg.png` -> (`a/b/key`, `seg.png`)."""
     folder, slash, base = name.rpartition("/")
     key, _, extension = base.partition(".")
     return folder + slash + key, extension.lower()
 
 
 def split_names(names: list[str]) -> list[tuple[str, str]]:
-    """(key, extension) of neighbouring files with one key by WebDataset's rule.
+    """Return (key, extension) of consecutive files that have one key under WebDataset's rule.
 
-    Where none of them has a plain extension and only numbers stand between the dots, as in `22.05.jpg` and `22.06.jpg`,
-    the numbers belong to the keys: by WebDataset's rule none of these files could be found.
+    Where none has a plain extension and only numbers lie between the dots, as in `22.05.jpg` and `22.06.jpg`, the
+    numbers belong to the keys: under WebDataset's rule none of these files would be found.
     """
     parts = [split_name(name) for name in names]
     if all(_NUMBERED.fullmatch(extension) for _, extension in parts):
@@ -91,15 +91,15 @@ def split_names(names: list[str]) -> list[tuple[str, str]]:
 
 
 def is_litter(name: str) -> bool:
-    """Is it what archivers and webdataset leave between samples: dot files as `._name`, `__MACOSX/`, `__meta__/`?"""
+    """Return whether archivers or webdataset made this file, not a user: dot files, `__MACOSX/`, `__meta__/`."""
     return bool(_LITTER.search(name))
 
 
 def group_samples(members: Iterable[Member], version: int = NEWEST) -> Iterator[list[Member]]:
-    """Neighbouring members with one key, as samples.
+    """Group consecutive members with one key into samples.
 
-    Version 1, of datasets that were indexed by it: only regular files are seen, all of them, and keys end at the first
-    dot. Version 2: links and the like are members too, litter is not, and keys are those of `split_names`.
+    Version 1, for datasets indexed with it: members are the regular files, litter included, and keys end at the first
+    dot. Version 2: links and other entries are members too, litter is not, and keys are those of `split_names`.
     """
     if version == 1:
         members = (member for member in members if not member.instead)
@@ -116,7 +116,7 @@ def group_samples(members: Iterable[Member], version: int = NEWEST) -> Iterator[
 
 
 def refuse_compressed(names: Iterable[str], where: str) -> None:
-    """Raises DataError where one of the files is a compressed tar, or where there are compressed files and no tar."""
+    """Raise DataError when one of the files is a compressed tar, or when there are compressed files and no tar."""
     names = sorted(names)
     pattern = _COMPRESSED_TAR if any(name.endswith(".tar") for name in names) else _COMPRESSED
     if packed := [name for name in names if pattern.search(name)]:
@@ -130,7 +130,7 @@ def refuse_compressed(names: Iterable[str], where: str) -> None:
 
 
 def header(name: str, size: int) -> bytes:
-    """The ustar header of a regular file: mode 0644, uid, gid and mtime 0, so that equal contents are equal bytes."""
+    """Return the ustar header of a regular file: mode 0644; uid, gid, mtime 0, so equal contents give equal bytes."""
     encoded = name.encode()
     if not 0 < len(encoded) <= _MAX_NAME or size >= _MAX_SIZE:
         raise DataError(f"tar member {name!r} of {size} bytes: a ustar name has 1 to 100 bytes, a file less than 8 GiB")
@@ -148,7 +148,7 @@ def header(name: str, size: int) -> bytes:
 
 
 class TarWriter:
-    """Writes samples one after another and remembers where each begins, in blocks."""
+    """Writes samples in sequence and records the offset of each, in blocks."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -164,7 +164,7 @@ class TarWriter:
         return self._hash.intdigest()
 
     def add(self, base: str, parts: list[tuple[str, bytes]]) -> None:
-        """One sample: (extension, contents) in the order given."""
+        """Write one sample: (extension, contents) pairs in the given order."""
         for extension, data in parts:
             self._write(header(f"{base}.{extension}", len(data)))
             self._write(data)
@@ -174,7 +174,7 @@ class TarWriter:
         self._sample.reset()
 
     def close(self) -> None:
-        """Two empty blocks end the archive; the file stays open."""
+        """End the archive with two empty blocks; the file stays open."""
         self._write(_END)
         self._file.flush()
 
@@ -189,10 +189,10 @@ class TarWriter:
 
 
 def parse_files(data: bytes, where: str) -> list[tuple[str, "bytes | NotAFile"]]:
-    """(name, contents) of every entry within `data`, folders aside; `data` begins at a header.
+    """Return (name, contents) of every entry in `data` except folders; `data` begins at a header.
 
     Every sample that is read takes this path: plain headers are parsed here, all others by `parse_members`. Header
-    checksums are left to `scan` and `verify`.
+    checksums are checked by `scan` and `verify` only.
     """
     files: list[tuple[str, bytes | NotAFile]] = []
     position, total = 0, len(data)
@@ -222,15 +222,15 @@ def parse_files(data: bytes, where: str) -> list[tuple[str, "bytes | NotAFile"]]
 
 
 def parse_members(data: bytes, where: str) -> Iterator[Member]:
-    """The entries within `data`, which begins at a header and may end after any file's padding."""
+    """Yield the entries in `data`, which begins at a header and may end after any file's padding."""
     return _entries(_FileTape(io.BytesIO(data), where, closed=False), where, checked=False)
 
 
 def scan(file: BinaryIO, where: str, position: int = 0) -> Iterator[Member]:
-    """The entries of a tar from the header at `position` on, folders aside; reads headers only.
+    """Yield the entries of a tar except folders, from the header at `position` on; reads headers only.
 
-    Raises DataError for a damaged header, for a tar that ends within a file, and for one without its closing blocks:
-    it was cut between two files, which nothing else can tell.
+    Raises DataError for a damaged header, for a tar that ends within a file, and for one without its closing blocks,
+    the only sign of a cut between two files.
     """
     return _entries(_FileTape(file, where, position), where)
 
@@ -238,10 +238,10 @@ def scan(file: BinaryIO, where: str, position: int = 0) -> Iterator[Member]:
 def samples_of(
     pieces: Iterable[bytes], where: str, version: int = NEWEST, total: int | None = None
 ) -> Iterator[tuple[int, bytes]]:
-    """The samples of a tar that comes piece by piece -> (first byte, the bytes from it to the next sample).
+    """Yield the samples of a tar that arrives in pieces, as (first byte, bytes from there to the next sample).
 
-    version: of the rules in `group_samples`. total: size of the tar where it is known. Holds two samples in memory.
-    Raises DataError where the tar is cut off, also between files, or damaged.
+    version: of the rules in `group_samples`. total: size of the tar, if known. Holds two samples in memory.
+    Raises DataError when the tar is damaged or cut off, even between files.
     """
     tape = _PieceTape(pieces, where, total)
     first: int | None = None
@@ -255,7 +255,7 @@ def samples_of(
 
 
 def checksum(sample: bytes) -> int:
-    """What an index keeps of a sample's bytes: the lower half of their xxh3-64."""
+    """Return the checksum of a sample's bytes that an index stores: the lower half of their xxh3-64."""
     return xxhash.xxh3_64_intdigest(sample) & _SUM
 
 
@@ -263,7 +263,7 @@ def checksum(sample: bytes) -> int:
 
 
 def _entries(tape: "_Tape", where: str, checked: bool = True) -> Iterator[Member]:
-    """Every entry but folders, each with the extended headers before it. Every step goes forward by a block or more."""
+    """Yield every entry except folders, with its extended headers applied. Each step advances by a block or more."""
     start, extended = tape.at, _Extended()
     while block := tape.header():
         name, size, kind, target = parse_header(block, where, tape.at - BLOCK, checked)
@@ -273,7 +273,7 @@ def _entries(tape: "_Tape", where: str, checked: bool = True) -> Iterator[Member
             extended = extended.with_header(kind, tape.take(size), where)
             continue
         name = name if extended.name is None else extended.name
-        while kind == b"S" and block[482 if block[156:157] == b"S" else 504]:  # GNU's map of a sparse file goes on
+        while kind == b"S" and block[482 if block[156:157] == b"S" else 504]:  # GNU's map of a sparse file continues
             block = tape.take(BLOCK)
         if kind in _WITHOUT_BODY:
             size = 0
@@ -298,9 +298,9 @@ def _instead(kind: bytes, extended: "_Extended", target: str) -> NotAFile | None
 
 
 def parse_header(block: bytes, where: str, position: int, checked: bool = True) -> tuple[str, int, bytes, str]:
-    """One header -> (name, size, type, target of a link). Raises DataError where there is none, or a wrong size.
+    """Parse one header -> (name, size, type, link target). Raises DataError for no header or an invalid size.
 
-    checked: compares its checksum, too, of unsigned bytes or, as some old programs wrote it, of signed ones.
+    checked: also verify its checksum, over unsigned bytes or, as some old programs wrote it, over signed ones.
     """
     if checked and not _fits_checksum(block):
         raise DataError(f"{where}: no tar header at byte {position}; {_compression(block, position)}")
@@ -322,7 +322,7 @@ def _fits_checksum(block: bytes) -> bool:
 
 
 def _size(field: bytes) -> int | None:
-    """Octal, or GNU's base 256 for large files; None for anything else, negative numbers among them."""
+    """Parse octal digits, or GNU's base 256 for large files; None for anything else, including negative numbers."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip(b" ") or b"0"
@@ -334,7 +334,7 @@ def _text(name: bytes) -> str:
 
 
 def _compression(block: bytes, position: int) -> str:
-    """What is wrong with a file that has no header, and what to do."""
+    """Return what is wrong with a file that has no header, and the remedy."""
     for magic, (name, command) in _COMPRESSIONS.items():
         if position == 0 and block.startswith(magic):
             return f"it is compressed ({name}), and samples are read by their place in the tar: unpack it ({command})"
@@ -353,7 +353,7 @@ def _cut_off(where: str, name: str, size: int, there: int) -> DataError:
 
 
 class _Extended(NamedTuple):
-    """What GNU and PAX headers say about the entry after them."""
+    """Fields that GNU and PAX extended headers set for the entry after them."""
 
     name: str | None = None
     size: int | None = None
@@ -361,9 +361,9 @@ class _Extended(NamedTuple):
     sparse: bool = False
 
     def with_header(self, kind: bytes, body: bytes, where: str) -> "_Extended":
-        """What holds after one more such header: of two names the first counts, as in tarfile.
+        """Return the fields after one more extended header: of two names the first counts, as in tarfile.
 
-        Raises DataError for a header that is damaged.
+        Raises DataError for a damaged header.
         """
         if kind in b"LK":
             text = _text(body.split(b"\0", 1)[0])
@@ -399,7 +399,7 @@ class _Extended(NamedTuple):
 
 
 def _pax_records(body: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:
-    """The (key, value) pairs of a PAX header, whose records are "length key=value" and a line break.
+    """Yield the (key, value) pairs of a PAX header, whose records are "length key=value" and a newline.
 
     Raises DataError for anything else.
     """
@@ -419,21 +419,21 @@ def _pax_records(body: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:
 
 
 class _Tape(Protocol):
-    """A tar read forward. at: the next byte; complete: where the last whole entry ended."""
+    """A tar read forward. at: offset of the next byte; complete: end of the last complete entry."""
 
     at: int
     complete: int
 
     def header(self) -> bytes:
-        """The next block; empty where the tar ends. Raises DataError where it has no end."""
+        """Return the next block, empty at the end of the tar. Raises DataError when the closing blocks are missing."""
         ...
 
     def take(self, size: int) -> bytes:
-        """The next `size` bytes; goes on behind their padding. Raises DataError where they are not there."""
+        """Return the next `size` bytes and advance past their padding. Raises DataError when they are missing."""
         ...
 
     def skip(self, size: int, name: str) -> None:
-        """Go on behind the contents of `name`. Raises DataError where they are not there."""
+        """Advance past the contents of `name`. Raises DataError when they are missing."""
         ...
 
 
@@ -468,7 +468,7 @@ class _FileTape:
 
 
 class _PieceTape:
-    """A tape over pieces of any size, which keeps the bytes from the last cut on."""
+    """A tape over pieces of any size, which buffers the bytes since the last cut."""
 
     def __init__(self, pieces: Iterable[bytes], where: str, total: int | None = None) -> None:
         self._pieces, self._where, self._total = iter(pieces), where, total
@@ -498,7 +498,7 @@ class _PieceTape:
         self.at += padded(size)
 
     def cut(self, stop: int) -> bytes:
-        """The bytes from the last cut to `stop`, which are forgotten here."""
+        """Return the bytes from the last cut to `stop`, and drop them from the buffer."""
         count = stop - self._from
         part = bytes(self._kept[:count])
         del self._kept[:count]  # moves the start of the buffer, not its bytes
@@ -510,7 +510,7 @@ class _PieceTape:
         return bytes(self._kept[self.at - self._from : self.at - self._from + count])
 
     def _fill(self, count: int) -> int:
-        """Read on until `count` bytes behind `at` are kept -> how many are, at most `count`."""
+        """Read until `count` bytes from `at` on are buffered -> the number buffered, at most `count`."""
         wanted = self.at - self._from + count
         while len(self._kept) < wanted:
             piece = next(self._pieces, b"")

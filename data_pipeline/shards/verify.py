@@ -1,4 +1,4 @@
-"""Is a dataset what it says? And: making a dataset of tars that came from elsewhere."""
+"""Verify a dataset against its manifest, and index tars made elsewhere as a dataset."""
 
 import hashlib
 import multiprocessing
@@ -57,12 +57,12 @@ def verify(
     min_agreement: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Digests and sizes of every shard, its index against its headers, the accounting, the codes, older versions.
+    """Check size and digest of every shard, its index against its headers, the row counts, the codes, older versions.
 
     tokenizer: encodes `sample` images of every shard again, drawn by `seed` and the shard's number, and compares; a
-    shard where a smaller share than `min_agreement` of the codes is the same is a fault.
+    shard in which a share below `min_agreement` of the codes is the same is a fault.
     -> {dataset, fingerprint, samples, shards, codes: [tokenizer ids], versions: [older fingerprints]}, with a tokenizer
-    also `agreement`. Raises DataError listing everything that is off, or where there are no codes of that tokenizer.
+    also `agreement`. Raises DataError listing every fault, or when there are no codes of that tokenizer.
     """
     storage, manifest = open_dataset(dataset)
     again = None if tokenizer is None else Agreement(storage, manifest, tokenizer, sample, seed)
@@ -94,7 +94,7 @@ def verify(
 
 
 class Agreement:
-    """How many codes come out the same when a sample of each shard is encoded again."""
+    """Share of codes that come out the same when a sample of each shard is encoded again."""
 
     def __init__(self, storage: Storage, manifest: Manifest, tokenizer: ImageTokenizer, sample: int, seed: int) -> None:
         self._codes = open_codes(storage, manifest, tokenizer.id)
@@ -104,7 +104,7 @@ class Agreement:
         self.samples = 0
 
     def check(self, number: int, least: float) -> None:
-        """One shard. Raises DataError where less than `least` agrees."""
+        """Check one shard. Raises DataError when a share below `least` agrees."""
         shard = self._manifest.shards[number]
         if not shard.n:
             return
@@ -121,7 +121,7 @@ class Agreement:
             )
 
     def summary(self) -> dict[str, Any]:
-        """Means over the shards, and the worst of them."""
+        """Return the mean over the shards, and the worst shard."""
         worst = min(self.shares, key=lambda name: self.shares[name], default="")
         mean = float(np.mean(list(self.shares.values()))) if self.shares else 1.0
         found = {"tokenizer": self._tokenizer.id, "samples": self.samples, "mean": mean}
@@ -129,20 +129,20 @@ class Agreement:
 
 
 def sampled_rows(count: int, wanted: int, seed: int, shard: int) -> list[int]:
-    """`wanted` different rows of a shard with `count` (all where it has no more), sorted; a draw of seed and shard."""
+    """Draw `wanted` different rows of a shard's `count` (all if it has no more), by seed and shard; sorted."""
     drawn = np.random.default_rng((seed, shard)).permutation(count)[:wanted]
     return sorted(drawn.tolist())
 
 
 def index(tars: list[str], workers: int | None = None) -> dict[str, Any]:
-    """Index tars made elsewhere: an .idx beside each, one manifest.json in their folder; the tars stay as they are.
+    """Index tars made elsewhere: an .idx beside each, one manifest.json in their folder; the tars are not changed.
 
-    tars: files or folders, local or s3://, with {00000..00099} and `::`. workers: processes, one a CPU unless told.
-    Samples are counted by what can be read of them: samples = readable + the sum of rejected. Those that are rejected
-    keep their places, and raise BadSample when they are read. A folder that was indexed before stays what it was; tars
-    that the rules of version 1 read alike, such as those of a build, get a manifest of version 1.
-    -> {dataset, fingerprint, samples, shards, readable, rejected: {reason: count}}. Raises DataError for tars of
-    several folders, cut, damaged or compressed ones, and for tars without any readable sample.
+    tars: files or folders, local or s3://, with {00000..00099} and `::`. workers: processes, by default one per CPU.
+    Samples are counted by whether they can be read: samples = readable + the sum of rejected. Rejected ones keep their
+    ids, and raise BadSample when they are read. A folder that was indexed before keeps its manifest version; tars that
+    the rules of version 1 read alike, such as those of a build, get a manifest of version 1.
+    -> {dataset, fingerprint, samples, shards, readable, rejected: {reason: count}}. Raises DataError for tars in
+    several folders, for tars that are cut off, damaged or compressed, and for tars without any readable sample.
     """
     storage, names = _tars(tars)
     before = read_manifest(storage).version if storage.exists(MANIFEST) else None
@@ -172,7 +172,7 @@ def index(tars: list[str], workers: int | None = None) -> dict[str, Any]:
 
 
 def _check_readable(storage: Storage, names: list[str], manifest: Manifest, rejected: Tally[str]) -> None:
-    """Raises DataError where no sample can be used. Images without captions can, unless their texts stand apart."""
+    """Raise DataError when no sample is usable. Images without captions are, unless their texts are stored apart."""
     if not manifest.samples:
         raise DataError(f"{storage.root}: {len(names)} tars without a sample; nothing to index")
     of_use = "empty_caption" in rejected and "files_apart" not in rejected
@@ -184,7 +184,7 @@ def _check_readable(storage: Storage, names: list[str], manifest: Manifest, reje
 
 
 def _tars(patterns: list[str]) -> tuple[Storage, list[str]]:
-    """-> the one folder of these tars, and their names in it, sorted."""
+    """Return the one folder of these tars, and their names in it, sorted. Raises DataError for several folders."""
     found: set[tuple[str, str]] = set()
     for pattern in patterns:
         for path in (name for part in pattern.split("::") for name in expand_braces(part)):
@@ -200,7 +200,7 @@ def _tars(patterns: list[str]) -> tuple[Storage, list[str]]:
 
 
 def _tars_of(folder: str) -> list[str]:
-    """Names of the tars in a folder. Raises DataError for compressed ones."""
+    """Return the names of the tars in a folder. Raises DataError for compressed ones."""
     if not is_remote(folder) and not Path(folder).is_dir():
         refuse_compressed([Path(folder).name], folder)
         raise DataError(
@@ -212,12 +212,12 @@ def _tars_of(folder: str) -> list[str]:
 
 
 def _index_one(folder: str, name: str, version: int) -> tuple[Shard, Tally[str], bool]:
-    """-> the shard, its rejected samples by reason, and whether the rules of version 1 find the same in it."""
+    """Index one tar -> (shard, rejected samples by reason, whether the rules of version 1 find the same in it)."""
     gate.check(gate.TarName, name, folder, "rename the tar")
     storage = open_storage(folder)
     size, _ = storage.stat(name)
     account, where = Account(), f"{folder}/{name}"
-    keys: list[str | None] = []  # by version 1, which takes neighbours of one key for one sample
+    keys: list[str | None] = []  # by version 1, which takes neighbours with one key for one sample
 
     def look(sample: bytes) -> None:
         files: list[tuple[str, bytes | NotAFile]] = []
@@ -243,7 +243,7 @@ def _note(faults: list[str], check: Callable[..., None], *arguments: Any) -> Non
 
 
 def _check_shard(storage: Storage, shard: Shard, version: int) -> None:
-    """Size, digest, and every sample of the index where the headers say."""
+    """Check a shard's size and digest, and its index against the headers of the tar."""
     where = f"{storage.root}/{shard.name}"
     size, _ = storage.stat(shard.name)
     if size != shard.bytes:
@@ -261,7 +261,7 @@ def _check_shard(storage: Storage, shard: Shard, version: int) -> None:
 
 
 def _check_accounting(storage: Storage, manifest: Manifest) -> None:
-    """in = out + sum of rejected, for each shard and for all."""
+    """Check in = out + sum of rejected, for each shard and in total."""
     each = [read_shard_stats(storage, shard.name) for shard in manifest.shards]
     if read_manifest(storage).fingerprint == manifest.fingerprint:  # the totals are of the newest version
         _check_totals(storage, manifest, each)
@@ -275,7 +275,7 @@ def _check_accounting(storage: Storage, manifest: Manifest) -> None:
 def _check_totals(storage: Storage, manifest: Manifest, each: list[ShardStats]) -> None:
     totals = read_totals(storage)
     _check_sum(storage, totals)
-    first = sum(stats["in"] for stats in each if "retried" not in stats)  # a row that was tried again counts once
+    first = sum(stats["in"] for stats in each if "retried" not in stats)  # a retried row counts once
     if totals["in"] != first or totals["out"] != manifest.samples:
         raise DataError(f"{storage.root}/{STATS}: {totals['in']} in, {totals['out']} out do not add up over the shards")
 
@@ -286,14 +286,14 @@ def _check_sum(storage: Storage, stats: ShardStats | Totals) -> None:
 
 
 def _check_version(storage: Storage, fingerprint: str) -> None:
-    """An older version is the first shards of the newest: what was read by it is still there."""
+    """Check that the shards of an older version are the first of the newest, so its samples are still there."""
     older, newest = read_version(storage, fingerprint), read_manifest(storage)
     if older.shards != newest.shards[: len(older.shards)]:
         raise DataError(f"{storage.root}/{older_manifest(fingerprint)}: not the first shards of {MANIFEST}")
 
 
 def _check_codes(storage: Storage, manifest: Manifest, tokenizer_id: str) -> None:
-    """The codes of this version; where it has none yet, those of the version that they were made for."""
+    """Check the codes of this version or, if it has none yet, of the version that they were made for."""
     meta = find_meta(storage, manifest, tokenizer_id)
     if meta is None:
         older = read_meta(storage, meta_name(tokenizer_id))

@@ -1,10 +1,10 @@
-"""Ranges of remote objects through blocks on a local disk: a byte is fetched once, whoever needs it first.
+"""Block cache on a local disk for ranges of remote objects: each byte is fetched once, by whichever process needs it.
 
-A block is a file of BLOCK_BYTES and the xxh3-64 of its contents, so that what a crash or a full disk left is not taken
-for data: a process checks what others wrote once, when it first reads from it. It is written aside and renamed, so that
-processes of a node share a folder without talking to each other; who fetches holds the lock of GET_BYTES of the object,
-which the kernel frees when its process is killed. Neighbouring blocks come in one GET. What is read ahead waits on the
-disk: memory holds a block per connection, whatever the distance.
+A block is a file of BLOCK_BYTES and the xxh3-64 of its contents, so that remains of a crash or a full disk are not
+taken for data: a process verifies a block that another wrote once, at its first read. Blocks are written aside and
+renamed, so processes of a node share a folder without communicating. The process that fetches holds a lock for
+GET_BYTES of the object, which the kernel releases when the process is killed. Neighbouring blocks are fetched by one
+GET. Read-ahead goes to the disk: memory holds one block per connection, however far ahead.
 """
 
 import contextlib
@@ -33,21 +33,21 @@ GET_BYTES = 1 << 23
 FOLDER = "TESSERA_CACHE"  # environment variable: a folder on a local disk that outlives the process
 
 _SUM_BYTES = 8
-_KEPT = 0.9  # of the limit, after room was made
+_KEPT = 0.9  # share of the limit that eviction leaves
 _LOCK_PAUSE_S = 0.005
 _MOST_SOUND = 1 << 18
 _AHEAD_AT_ONCE = 512  # samples
 
 ByteRange = tuple[str, int, int]
-"""Object, first byte, end."""
+"""(object name, first byte, end)."""
 Block = tuple[str, int]
-"""Object and number of a block in it."""
+"""(object name, number of the block in the object)."""
 
 
 class BlockCache:
     """Reads ranges of `storage` through blocks in a folder, TESSERA_CACHE or a temporary one of this process.
 
-    limit: bytes it may hold, by default half of what the disk has free; the oldest blocks go first.
+    limit: bytes it may hold, by default half of the free disk space; the oldest blocks are evicted first.
     """
 
     def __init__(self, storage: RemoteStorage, folder: str | Path | None = None, limit: int | None = None) -> None:
@@ -66,36 +66,36 @@ class BlockCache:
         return {**self.__dict__, "_mine": None}
 
     def add(self, name: str, size: int, digest: str) -> None:
-        """Make an object known. digest: of its contents, by which its blocks are named."""
+        """Register an object. digest: of its contents; names its blocks."""
         self._objects[name] = size, digest
 
     def get_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
-        """The bytes of each range. Raises DataError where an object is missing or has another size."""
+        """Return the bytes of each range. Raises DataError when an object is missing or has another size."""
         process = self._process()
-        for _ in range(2):  # the first may wait for what was read ahead and left to another process
+        for _ in range(2):  # the first may wait for a read-ahead that left its blocks to another process
             for future in process.request(self, ranges):
                 future.result()
         return [self._read(process, *wanted) for wanted in ranges]
 
     def prefetch(self, ranges: Callable[[], Sequence[ByteRange]]) -> None:
-        """Fetch what is missing of these ranges in the background, in their order; they are asked for there too."""
+        """Fetch the missing parts of these ranges, in order, in the background, where `ranges` is called too."""
         self._process().ahead.put(ranges)
 
     def opening(self) -> threading.Lock:
-        """Held by the thread of this process that reads indices."""
+        """Return the lock of the thread of this process that reads indices."""
         return self._process().opening
 
     def drop(self, wanted: ByteRange) -> None:
-        """Forget the blocks of a range, whose contents were not right."""
+        """Remove the blocks of a range whose contents were wrong."""
         name, start, stop = wanted
         for number in _blocks(start, stop):
             self._process().distrust((name, number))
             _unlink(self._path((name, number)))
 
     def fetch(self, process: "_Process", blocks: Sequence[Block], patient: bool) -> None:
-        """Fetch what is still missing of these blocks, which lie in one part of an object; a GET for each run of them.
+        """Fetch those of these blocks, all in one part of an object, that are still missing; one GET per run of blocks.
 
-        Where another process fetches from that part: wait for it, or leave it to that process unless `patient`.
+        Where another process fetches from that part: wait for it if `patient`, else leave the blocks to it.
         """
         with self._claim(blocks[0], patient) as claimed:
             missing = sorted(block for block in blocks if claimed and not self.holds(block))
@@ -105,13 +105,13 @@ class BlockCache:
                 missing = missing[len(run) :]
 
     def _fetch_run(self, process: "_Process", name: str, first: int, count: int) -> None:
-        """One GET of neighbouring blocks, cut into them as it comes."""
+        """Fetch neighbouring blocks by one GET, and store each as it arrives."""
         size, _ = self._objects[name]
         start, stop = first * BLOCK_BYTES, min((first + count) * BLOCK_BYTES, size)
         rest, number = b"", first
         for piece in self._storage.stream(name, start, stop, process.seen):
             self._check(name, process.seen[name])
-            rest = rest + piece if rest else piece  # a piece is a block, but where the network broke
+            rest = rest + piece if rest else piece  # a piece is a block unless the connection broke
             while len(rest) >= BLOCK_BYTES:
                 self._store(process, (name, number), rest[:BLOCK_BYTES])
                 rest, number = rest[BLOCK_BYTES:], number + 1
@@ -119,17 +119,17 @@ class BlockCache:
             self._store(process, (name, number), rest)
 
     def missing(self, process: "_Process", ranges: Iterable[ByteRange]) -> Iterator[Block]:
-        """Each block that is not in the folder, once, in the order of need."""
+        """Yield each block of the ranges that is not in the folder, once, in their order."""
         wanted = {(name, number): None for name, start, stop in ranges for number in _blocks(start, stop)}
         return (block for block in wanted if not (process.trusts(block) or self.holds(block)))
 
     def holds(self, block: Block) -> bool:
-        """Is this block in the folder?"""
+        """Return whether this block is in the folder."""
         return os.path.exists(self._path(block))
 
     @contextlib.contextmanager
     def _claim(self, block: Block, patient: bool) -> Iterator[bool]:
-        """The lock of the part that the block lies in -> is it ours, or its holder too slow to wait for?"""
+        """Lock the part that contains the block -> whether to fetch: the lock is ours, or its holder is too slow."""
         with _disk(self.folder):
             lock = _create(f"{self._path(_part(block))}.lock")
         with lock:
@@ -140,7 +140,7 @@ class BlockCache:
                 yield ours or patient
             finally:
                 if ours:
-                    fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone would leave it to a process forked meanwhile
+                    fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone would leave it with a process forked meanwhile
 
     def _check(self, name: str, version: Version) -> None:
         size, _ = self._objects[name]
@@ -157,7 +157,7 @@ class BlockCache:
             end = min(first + BLOCK_BYTES, self._objects[name][0])
             wanted = max(start, first) - first, min(stop, end) - first
             part = self._load(process, (name, number), wanted)
-            if part is None:  # damaged, or gone again: the folder is small
+            if part is None:  # damaged, or evicted already: the folder is small
                 process.distrust((name, number))
                 whole = b"".join(self._storage.stream(name, first, end, process.seen))
                 part = whole[wanted[0] : wanted[1]]
@@ -165,7 +165,7 @@ class BlockCache:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _load(self, process: "_Process", block: Block, wanted: tuple[int, int]) -> bytes | None:
-        """Bytes of a block, None where it is missing or not what was written."""
+        """Return bytes [start, stop) of a block; None when it is missing or damaged."""
         path, (start, stop) = self._path(block), wanted
         try:
             file = os.open(path, os.O_RDONLY)
@@ -201,7 +201,7 @@ class BlockCache:
         return f"{self.folder}/{digest[:2]}/{digest[:32]}-{number}"
 
     def _process(self) -> "_Process":
-        """Threads and locks of this process: they survive neither a fork nor a spawn."""
+        """Return the threads and locks of this process, which survive neither a fork nor a spawn."""
         with process_lock():
             if self._mine is None or self._mine.pid != os.getpid():
                 self._mine = _Process(self)
@@ -209,7 +209,7 @@ class BlockCache:
 
 
 class _Process:
-    """What a process has of its own: connections, what is on its way, how much it has written."""
+    """State of one process: connections, blocks in flight, bytes held."""
 
     def __init__(self, cache: BlockCache) -> None:
         self.pid = os.getpid()
@@ -225,7 +225,7 @@ class _Process:
         threading.Thread(target=_read_ahead, args=(weakref.ref(cache), self), daemon=True, name="read-ahead").start()
 
     def request(self, cache: BlockCache, ranges: Sequence[ByteRange], patient: bool = True) -> list[Future[None]]:
-        """Start to fetch what is missing and not on its way -> what to wait for."""
+        """Start to fetch the blocks that are missing and not in flight -> the futures to wait for."""
         blocks = list(cache.missing(self, ranges))
         parts: dict[Block, list[Block]] = {}
         with self._lock:
@@ -240,21 +240,21 @@ class _Process:
         return list(futures)
 
     def trusts(self, block: Block) -> bool:
-        """Did this process write the block, or find it to be what was written? It may be gone again."""
+        """Return whether this process wrote or verified the block, which may have been evicted since."""
         return block in self._sound
 
     def trust(self, block: Block) -> None:
-        """It did; of very many blocks all are forgotten at times, and looked at again."""
+        """Mark a block as verified; at _MOST_SOUND marks all are dropped, and blocks are verified again."""
         if len(self._sound) >= _MOST_SOUND:
             self._sound = set()
         self._sound.add(block)
 
     def distrust(self, block: Block) -> None:
-        """It is gone, or not what was written."""
+        """Remove the mark of a block that is gone or damaged."""
         self._sound.discard(block)
 
     def grow(self, cache: BlockCache, count: int) -> None:
-        """`count` more bytes are held; above the limit the oldest blocks of the folder go."""
+        """Count `count` more bytes held; above the limit, evict the oldest blocks of the folder."""
         self._held += count
         if self._held <= cache.limit or not self._making_room.acquire(blocking=False):
             return
@@ -273,12 +273,12 @@ class _Process:
 
 
 def _read_ahead(cache_of: "weakref.ref[BlockCache]", process: _Process) -> None:
-    """Fetch what is asked for ahead, a piece at a time: who needs a block now finds a connection soon."""
+    """Fetch requested read-ahead a portion at a time, so that a block needed now gets a connection soon."""
     while cache_of() is not None:
         try:
             ranges = process.ahead.get(timeout=1.0)()
             for first in range(0, len(ranges), _AHEAD_AT_ONCE):
-                for patient in (False, True):  # first what no other process is at
+                for patient in (False, True):  # first the parts that no other process fetches
                     cache = cache_of()
                     if cache is None:
                         return
@@ -286,25 +286,25 @@ def _read_ahead(cache_of: "weakref.ref[BlockCache]", process: _Process) -> None:
                     del cache
         except queue.Empty:
             continue
-        except DataError:  # who needs these bytes meets the fault there
+        except DataError:  # raised again where these bytes are needed
             continue
-        except RuntimeError:  # the interpreter ends and takes no more work
+        except RuntimeError:  # the interpreter is shutting down
             return
 
 
 def _part(block: Block) -> Block:
-    """The first block of the GET_BYTES that a block lies in."""
+    """Return the first block of the part (GET_BYTES) that contains a block."""
     name, number = block
     return name, number - number % (GET_BYTES // BLOCK_BYTES)
 
 
 def _blocks(start: int, stop: int) -> range:
-    """Numbers of the blocks that hold bytes [start, stop)."""
+    """Return the numbers of the blocks that hold bytes [start, stop)."""
     return range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES))
 
 
 def _files(folder: Path) -> list[tuple[float, int, Path]]:
-    """(modified, bytes, path) of every block in the folder."""
+    """Return (modification time, bytes, path) of every block in the folder."""
     found = []
     for path in folder.glob("*/*"):
         with contextlib.suppress(FileNotFoundError):
@@ -318,7 +318,7 @@ def _held(folder: Path) -> int:
 
 
 def _make_room(folder: Path, target: int) -> int:
-    """Remove the oldest blocks until at most `target` bytes are held -> the bytes held then."""
+    """Remove the oldest blocks until at most `target` bytes are held -> the bytes still held."""
     files = sorted(_files(folder))
     held = sum(size for _, size, _ in files)
     for _, size, path in files:

@@ -1,9 +1,9 @@
-"""Several datasets as one stream: position -> which dataset, and the how-many-eth of it, in closed form.
+"""Several datasets as one stream: position -> dataset and position within it, in closed form.
 
 Rational weights repeat after as many positions as their reduced integers sum to. Within that period the sources are
 laid out by Tijdeman's rule (The chairman assignment problem, Discrete Mathematics 32, 1980): at every prefix each of K
 sources has its exact share to within 1 - 1 / (2 K - 2) of a sample. A change of weights begins a segment at a position;
-every source goes on where it stood, in its own epochs.
+every source continues from its own position, in its own epochs.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _DIGITS = 12  # of a fingerprint, in the state
 
 
 class Schedule:
-    """Which source a position belongs to. `changes`: (first position, weights), the first at position 0.
+    """Maps positions to sources. `changes`: (first position, weights), the first at position 0.
 
-    Raises ConfigError for weights that are negative, all 0, of another number than the sources, or without a short
-    common period, and for changes out of order.
+    Raises ConfigError for weights that are negative, all 0, not one per source, or without a short common period, and
+    for changes out of order.
     """
 
     def __init__(self, changes: Sequence[tuple[int, Sequence[Weight]]]) -> None:
@@ -49,7 +49,7 @@ class Schedule:
             self._bases.append(self._count(number, start))
 
     def assign(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """positions: int64 [n] -> source, int64 [n], and the position within that source, int64 [n]."""
+        """Map positions: int64 [n] -> (source, position within that source), int64 [n] each."""
         segments = np.searchsorted(self.starts, positions, side="right") - 1
         sources, places = np.empty_like(positions), np.empty_like(positions)
         for number in np.unique(segments).tolist():
@@ -62,11 +62,11 @@ class Schedule:
         return sources, places
 
     def counts(self, position: int) -> list[int]:
-        """How many samples of each source stand before `position`."""
+        """Return how many samples of each source come before `position`."""
         return [int(count) for count in self._count(self.segment(position), position)]
 
     def segment(self, position: int) -> int:
-        """Number of the segment that a position lies in."""
+        """Return the number of the segment that contains a position."""
         return bisect.bisect_right(self.starts, position) - 1
 
     def _count(self, number: int, position: int) -> np.ndarray:
@@ -76,7 +76,7 @@ class Schedule:
 
 
 def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """-> the source of each slot, int64 [period], and how many of each source stand before it, int64 [period, K]."""
+    """Return the source of each slot, int64 [period], and the count of each source before it, int64 [period, K]."""
     live = [source for source, weight in enumerate(weights) if weight]
     period, scale = sum(weights), max(2, 2 * len(live) - 2)
     counts = [0] * len(weights)
@@ -85,7 +85,7 @@ def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     for slot in range(period):
         before[slot] = counts
         late = {source: (slot + 1) * weights[source] - period * counts[source] for source in live}
-        time_left = {  # until the source has fallen behind, for those that would not come too early now
+        time_left = {  # slots until the source falls behind, for those that are not too early now
             source: Fraction((scale - 1) * period - scale * late[source], weights[source])
             for source in live
             if scale * late[source] >= period
@@ -99,10 +99,10 @@ def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Mixture:
-    """Streams as one, in the proportions of a schedule; used as a `Stream` is.
+    """Several streams as one, in the proportions of a schedule, with the interface of `Stream`.
 
-    A sample's id counts through the datasets in their order; its epoch is its own dataset's, its position the
-    mixture's. Raises ConfigError when streams and schedule do not fit.
+    A sample's id counts through the datasets in their order; its epoch is that of its own dataset, its position that of
+    the mixture. Raises ConfigError when the numbers of streams and weights differ, or there are too many.
     """
 
     def __init__(self, streams: Sequence[Stream], schedule: Schedule, seed: int) -> None:
@@ -116,11 +116,11 @@ class Mixture:
         self._firsts = [0, *itertools.accumulate(stream.samples for stream in streams)]
 
     def read(self, start: int, stop: int) -> list[Sample]:
-        """The samples of positions [start, stop), in that order."""
+        """Return the samples of positions [start, stop), in that order."""
         return self.take(np.arange(start, stop, dtype=np.int64))
 
     def take(self, positions: np.ndarray) -> list[Sample]:
-        """The samples of any positions, int64 [n], in the order given."""
+        """Return the samples of any positions, int64 [n], in the given order."""
         sources, places = self.schedule.assign(positions)
         found: dict[int, Sample] = {}
         for source in np.unique(sources).tolist():
@@ -130,14 +130,14 @@ class Mixture:
         return [found[row] for row in range(len(positions))]
 
     def fetch(self, sample_id: int) -> Sample:
-        """One sample by its id, 0 <= sample_id < samples."""
+        """Return one sample by its id, 0 <= sample_id < samples."""
         if not 0 <= sample_id < self.samples:
             raise DataError(f"sample id {sample_id}: {self.dataset} has ids 0 to {self.samples - 1}")
         source = bisect.bisect_right(self._firsts, sample_id) - 1
         return self._ours(self.streams[source].fetch(sample_id - self._firsts[source]), source, -1)
 
     def locate(self, position: int) -> tuple[int, int, range]:
-        """-> epoch and id of the sample at a position, and the ids of its dataset."""
+        """Return the epoch and id of the sample at a position, and the id range of its dataset."""
         sources, places = self.schedule.assign(np.array([position]))
         source = int(sources[0])
         epoch, sample_id, ids = self.streams[source].locate(int(places[0]))
@@ -145,14 +145,14 @@ class Mixture:
         return epoch, sample_id + first, range(first, first + len(ids))
 
     def batches(self, start: int, size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[list[Sample]]:
-        """Endless global batches of `size` positions from `start`; of each, the share of rank `shard[0]`, by lanes."""
+        """Yield the share of rank `shard[0]`, by lanes, of endless global batches of `size` positions from `start`."""
         while True:
             positions = np.arange(start, start + size, dtype=np.int64)
             yield self.take(share(positions, self.lanes(positions), shard))
             start += size
 
     def lanes(self, positions: np.ndarray) -> np.ndarray:
-        """The lane, in its own source's order, that reads each position: int64 [n] -> int64 [n]."""
+        """Return the lane, in its own source's order, that reads each position: int64 [n] -> int64 [n]."""
         sources, places = self.schedule.assign(positions)
         lanes = np.empty_like(positions)
         for source in np.unique(sources).tolist():
@@ -160,8 +160,8 @@ class Mixture:
         return lanes
 
     def state(self, position: int) -> dict[str, Any]:
-        """What must agree to go on at `position`, as JSON of less than 1 KB: the last weights and what was read."""
-        number = self.schedule.segment(max(0, position - 1))  # that of the last sample: the next may begin another
+        """Return what must match to resume at `position`, as JSON below 1 KB: the last weights and what was read."""
+        number = self.schedule.segment(max(0, position - 1))  # segment of the last sample: the next may begin another
         first = self.streams[0].state(position)
         del first["dataset"], first["samples"]
         return first | {
@@ -173,7 +173,7 @@ class Mixture:
         }
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raises DataError with a line for each field in which `state` differs from this mixture at its position."""
+        """Raise DataError with a line for each field in which `state` differs from this mixture at its position."""
         check_state(state, self.state(state.get("position", 0)), self.dataset)
 
     def _ours(self, sample: Sample, source: int, position: int) -> Sample:
@@ -184,5 +184,5 @@ Source: TypeAlias = "Stream | Mixture"
 
 
 def seed_of_source(seed: int, source: int) -> int:
-    """The seed of a source's own order: datasets of one size are not shuffled alike."""
+    """Return the seed of a source's own order, so that datasets of equal size are not shuffled alike."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{source}".encode()).digest()[:8], "little")

@@ -1,15 +1,15 @@
-"""Position -> sample, stateless: the order of a run is arithmetic on (samples, seed, position).
+"""Stateless order of samples: the sample at a position is a function of (samples, seed, position).
 
-Position P >= 0 lies in epoch e = P div N at place q = P mod N; every epoch is exactly the N samples, and a batch may
-straddle two. An epoch is read by C lanes, virtual readers that have nothing to do with the hardware: place q belongs to
-lane q mod C. A lane owns blocks of B consecutive samples, dealt to the lanes by a keyed permutation of all blocks, and
-permutes its samples within windows of K blocks. So C * K blocks are open at once, whoever reads them, and a lane reads
-each of its blocks in one piece. What does not fill a block on every lane is a short last block of each; all blocks
-start at a place that the epoch draws. Datasets below C * K blocks have fewer lanes, and below one window they are
-permuted whole.
+Position P >= 0 belongs to epoch e = P div N, at place q = P mod N. Every epoch contains each of the N samples once, and
+a batch may span two epochs. C lanes read an epoch; they are virtual readers, independent of the hardware, and place q
+belongs to lane q mod C. A lane owns blocks of B consecutive samples, which a keyed permutation of all blocks assigns to
+the lanes, and shuffles its samples within windows of K blocks. So C * K blocks are open at once, whatever the number of
+ranks, and each block is read by one lane within one window. Samples that do not fill a block on every lane form a
+short last block of each lane. Every epoch shifts the block boundaries by a random offset. Datasets below C * K blocks
+have fewer lanes, and those below one window are permuted as a whole.
 
-The order has a name and a version, which the state of a stream carries: another order is another name, never a change
-of this one (golden values in tests/data_pipeline/stream/test_order.py pin it).
+The order has a name and a version, which the state of a stream records. A different order gets a new name; this one
+never changes (golden values in tests/data_pipeline/stream/test_order.py pin it).
 """
 
 import dataclasses
@@ -33,19 +33,19 @@ _S30, _S27, _S31 = (np.array([bits], np.uint64) for bits in (30, 27, 31))  # Spl
 _M1, _M2 = (np.array([factor], np.uint64) for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _ROUND_KEYS = np.array([[number * int(_GOLDEN) & _MASK64] for number in range(1, _ROUNDS + 1)], np.uint64)
 _KEPT_IDS = 1 << 20  # 8 MB
-_SHIFT, _BLOCKS, _WINDOWS = range(3)  # what a key is for
+_SHIFT, _BLOCKS, _WINDOWS = range(3)  # purposes of derived keys
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """lanes C: virtual readers; block B: consecutive samples read together; window K: blocks a lane shuffles."""
+    """lanes C: virtual readers; block B: consecutive samples; window K: blocks that a lane shuffles together."""
 
     lanes: int = 64
     block: int = 64
     window: int = 16
 
     def lanes_for(self, samples: int) -> int:
-        """Lanes that a dataset of this size fills with a window each, at least one."""
+        """Return the number of lanes that a dataset of this size fills with a window each, at least one."""
         return max(1, min(self.lanes, samples // (self.block * self.window)))
 
 
@@ -55,14 +55,14 @@ DEFAULT = Geometry()
 def order(
     positions: np.ndarray, samples: int, seed: int, geometry: Geometry = DEFAULT
 ) -> tuple[np.ndarray, np.ndarray]:
-    """positions: int64 [n] -> (epochs: int64 [n], sample ids: int64 [n]), each epoch a permutation of `samples`.
+    """Map positions: int64 [n] -> (epochs: int64 [n], sample ids: int64 [n]); each epoch permutes all samples.
 
     Raises DataError for an empty dataset or a position below 0.
     """
     epochs, places = _divide(positions, samples)
     keys = _key(np.full(epochs.shape, seed & _MASK64, np.uint64), epochs)
     lanes, block = geometry.lanes_for(samples), geometry.block
-    rows, lane = np.divmod(places, np.int64(lanes))  # the how-many-eth sample of which lane
+    rows, lane = np.divmod(places, np.int64(lanes))  # index within the lane, and the lane
     full = samples // lanes // block  # whole blocks of each lane
     rows = _shuffle_windows(rows, lane, keys, samples, lanes, full, geometry)
     number, inside = np.divmod(rows, np.int64(block))
@@ -76,15 +76,15 @@ def order(
 
 
 def lanes_of(positions: np.ndarray, samples: int, geometry: Geometry = DEFAULT) -> np.ndarray:
-    """The lane that reads each position: int64 [n] -> int64 [n]."""
+    """Return the lane that reads each position: int64 [n] -> int64 [n]."""
     return _divide(positions, samples)[1] % geometry.lanes_for(samples)
 
 
 def share(positions: np.ndarray, lanes: np.ndarray, shard: tuple[int, int]) -> np.ndarray:
-    """Of a batch's positions, int64 [n] with their lanes, those of rank `shard[0]` of `shard[1]`: int64 [n / world].
+    """Return the part of a batch for rank `shard[0]` of `shard[1]`: positions, lanes int64 [n] -> int64 [n / world].
 
-    Sorted by lane and cut in equal parts: the parts of all ranks in a row are the same for every world size, and a
-    rank keeps reading the blocks that it has begun. Raises DataError when the batch is not divisible.
+    Positions are sorted by lane and cut into equal parts. So the concatenated parts of all ranks are the same for every
+    world size, and a rank keeps reading the blocks that it has begun. Raises DataError when the batch is not divisible.
     """
     rank, world = shard
     size = len(positions)
@@ -96,9 +96,10 @@ def share(positions: np.ndarray, lanes: np.ndarray, shard: tuple[int, int]) -> n
 
 
 def sample_generator(seed: int, epoch: int, sample_id: int, purpose: str) -> np.random.Generator:
-    """The random numbers of one sample for one purpose ("crop", "mask", ...): Philox keyed by these four, nothing else.
+    """Return a Philox generator for one sample and purpose ("crop", "mask", ...), a function of the arguments alone.
 
-    The key is (seed, sha256 of purpose), the counter starts at (0, 0, epoch, sample id): no two streams overlap.
+    The key is (seed, first 64 bits of the sha256 of purpose), the counter starts at (0, 0, epoch, sample id): no two
+    streams overlap.
     """
     key = np.array([seed & _MASK64, _purpose_key(purpose)], dtype=np.uint64)
     counter = np.array([0, 0, epoch, sample_id], dtype=np.uint64)
@@ -111,26 +112,26 @@ def _purpose_key(purpose: str) -> int:
 
 
 class Windows:
-    """`order` for a reader that goes on: windows are permuted whole as it comes to them, and the last two a lane kept.
+    """`order` for a sequential reader: permutes whole windows at first use and keeps the last two per lane.
 
-    The same numbers for less: the rounds of a permutation cost as much for 256 positions as for a few thousand.
+    The same numbers at lower cost: a permutation takes as long for 256 positions as for a few thousand.
     """
 
     def __init__(self, samples: int, seed: int, geometry: Geometry = DEFAULT) -> None:
         self._of = samples, seed, geometry
         self._lanes = geometry.lanes_for(samples)
         self._span = geometry.window * geometry.block
-        self._windows = max(1, samples // self._lanes // geometry.block // geometry.window)  # of a lane and epoch
+        self._windows = max(1, samples // self._lanes // geometry.block // geometry.window)  # per lane and epoch
         longest = -(-samples // self._lanes) - (self._windows - 1) * self._span
         self._ids = np.empty((min(2 * self._lanes, _KEPT_IDS // longest), longest), np.int64)
-        self._rows: dict[int, int] = {}  # of `_ids`, by window, the oldest first
+        self._rows: dict[int, int] = {}  # window -> row of `_ids`, oldest first
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type["Windows"], tuple[int, int, Geometry]]:
         return Windows, self._of
 
     def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """positions: int64 [n] -> (epochs: int64 [n], sample ids: int64 [n]), as `order` has them."""
+        """Map positions: int64 [n] -> (epochs: int64 [n], sample ids: int64 [n]), the same as `order`."""
         epochs, places = _divide(positions, self._of[0])
         inside, lane = np.divmod(places, np.int64(self._lanes))
         number = np.minimum(inside // self._span, self._windows - 1)
@@ -156,7 +157,7 @@ class Windows:
         return [self._rows[window] for window in windows]
 
     def _positions(self, window: int) -> np.ndarray:
-        """int64 [samples of the window]"""
+        """Return the positions of a window, int64 [samples of the window]."""
         samples, lanes = self._of[0], self._lanes
         turn, lane = divmod(window, lanes)
         epoch, number = divmod(turn, self._windows)
@@ -168,7 +169,7 @@ class Windows:
 
 
 def _divide(positions: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> epochs and places, int64 [n]."""
+    """positions: int64 [n] -> (epochs, places within the epoch), int64 [n] each."""
     if samples < 1:
         raise DataError(f"samples={samples}: an order needs at least one sample; build the dataset first")
     positions = np.asarray(positions, dtype=np.int64)
@@ -181,9 +182,9 @@ def _divide(positions: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray
 def _shuffle_windows(
     rows: np.ndarray, lane: np.ndarray, keys: np.ndarray, samples: int, lanes: int, full: int, geometry: Geometry
 ) -> np.ndarray:
-    """rows: int64 [n], the place within a lane -> int64 [n], permuted inside its window.
+    """rows: int64 [n], indices within a lane -> int64 [n], permuted within their windows.
 
-    The last window of a lane takes the blocks that would not fill one of their own, and the short block.
+    The last window of a lane also holds the blocks that do not fill another window, and the short block.
     """
     span = geometry.window * geometry.block
     windows = max(1, full // geometry.window)
@@ -195,7 +196,7 @@ def _shuffle_windows(
 
 
 def _short_block(rows: np.ndarray, lane: np.ndarray, samples: int, lanes: int, whole: int) -> np.ndarray:
-    """Where the samples behind the `whole` first ones of a lane stand: all short blocks in a row, behind the others."""
+    """Return the index of samples after the first `whole` of a lane: all short blocks follow the full blocks."""
     each, longer = samples // lanes - whole, samples % lanes
     return lanes * whole + lane * each + np.minimum(lane, longer) + (rows - whole)
 
@@ -206,7 +207,7 @@ def _short_block(rows: np.ndarray, lane: np.ndarray, samples: int, lanes: int, w
 def _permute(values: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """values, sizes: int64 [n], keys: uint64 [n] -> int64 [n]: for each key and size a bijection of [0, size).
 
-    A Feistel network permutes the next powers of two; what falls outside walks on along its cycle.
+    A Feistel network permutes the next power of two; values outside [0, size) are permuted again (cycle walking).
     """
     bits = np.maximum(_MIN_BITS, np.frexp((sizes - 1).astype(np.float64))[1]).astype(np.uint64)
     found = _feistel(values.astype(np.uint64), keys, bits)
@@ -219,7 +220,7 @@ def _permute(values: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndar
 
 
 def _feistel(values: np.ndarray, keys: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Unbalanced Feistel network on `bits` bits: uint64 [n], bits and keys uint64 [n]."""
+    """Permute values of `bits` bits by an unbalanced Feistel network: all uint64 [n] -> uint64 [n]."""
     high_bits = bits >> _ONE
     low_bits = bits - high_bits
     low_mask, high_mask = (_ONE << low_bits) - _ONE, (_ONE << high_bits) - _ONE
@@ -233,7 +234,7 @@ def _feistel(values: np.ndarray, keys: np.ndarray, bits: np.ndarray) -> np.ndarr
 
 
 def _key(keys: np.ndarray, number: np.ndarray | int) -> np.ndarray:
-    """uint64 [n] and a number each -> uint64 [n], the keys of a branch."""
+    """Derive keys: keys uint64 [n], one number for all or one each -> uint64 [n]."""
     return _mix(_mix(keys + _GOLDEN) ^ np.asarray(number).astype(np.uint64))
 
 

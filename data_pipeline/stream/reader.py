@@ -1,4 +1,4 @@
-"""Positions -> samples, straight from the tars: one ranged read a sample, no state but the position."""
+"""Read samples by position directly from the tars: one ranged read per sample, no state but the position."""
 
 import dataclasses
 from collections import Counter
@@ -24,17 +24,17 @@ from data_pipeline.stream.state import check_state
 
 STATE_VERSION = 1
 
-_INDICES = 4096  # of shards, kept in memory: more than the blocks that the order has open at once
-_OPENED_AT_ONCE = 2 * CONNECTIONS  # shards: another thread waits for no more
-_PORTION = 1024  # positions that are looked ahead at once, at least
+_INDICES = 4096  # shard indices kept in memory: more than the blocks that the order has open at once
+_OPENED_AT_ONCE = 2 * CONNECTIONS  # shards; another thread waits for at most this many
+_PORTION = 1024  # least number of positions to read ahead at once
 
 
 class Stream:
     """A dataset as an endless sequence of samples, the same for every world size: `read` is a function of positions.
 
-    dataset: DATASET@FINGERPRINT is the version with that fingerprint of a dataset that grew since.
-    codes: id of the image tokenizer whose codes come along with the samples. geometry: how far samples are shuffled.
-    Raises DataError for a dataset that is missing, empty or damaged, and for codes that are not there.
+    dataset: DATASET, or DATASET@FINGERPRINT for an older version of a dataset that grew.
+    codes: id of the image tokenizer whose codes are read with the samples. geometry: how far samples are shuffled.
+    Raises DataError for a dataset that is missing, empty or damaged, and for missing codes.
     """
 
     def __init__(self, dataset: str | Path, seed: int, codes: str | None = None, geometry: Geometry = DEFAULT) -> None:
@@ -59,24 +59,24 @@ class Stream:
         self._ahead = 0
 
     def read(self, start: int, stop: int) -> list[Sample]:
-        """The samples of positions [start, stop), in that order."""
+        """Return the samples of positions [start, stop), in that order."""
         return self.take(np.arange(start, stop, dtype=np.int64))
 
     def take(self, positions: np.ndarray) -> list[Sample]:
-        """The samples of any positions, int64 [n], in the order given."""
+        """Return the samples of any positions, int64 [n], in the given order."""
         if self._cache is not None and len(positions):
             self._look_ahead(self._cache, positions)
         epochs, ids = self._order.order(positions)
         return self._load(ids, epochs.tolist(), positions.tolist())
 
     def fetch(self, sample_id: int) -> Sample:
-        """One sample by its id, 0 <= sample_id < samples."""
+        """Return one sample by its id, 0 <= sample_id < samples."""
         if not 0 <= sample_id < self.samples:
             raise DataError(f"sample id {sample_id}: {self.dataset} has ids 0 to {self.samples - 1}")
         return self._load(np.array([sample_id]), [0], [-1])[0]
 
     def readable(self, rejected: Counter[str]) -> Iterator[Sample]:
-        """Samples with captions in the order of their ids; the others are counted in `rejected`, by reason."""
+        """Yield the samples with captions in order of id; count the others in `rejected`, by reason."""
         for start, stop in zip(self._starts.tolist(), self._ends.tolist(), strict=True):
             account = Account()
             for sample_id in range(start, stop):
@@ -92,10 +92,10 @@ class Stream:
             rejected.update(account.rejected)
 
     def read_codes(self, start: int, stop: int) -> np.ndarray:
-        """The codes of positions [start, stop) alone, without touching a tar -> uint16 [n, codes per image]
-        or, where there are several crops, [n, crops, codes per image].
+        """Return only the codes of positions [start, stop), without reading a tar -> uint16 [n, codes per image]
+        or, with several crops, [n, crops, codes per image].
 
-        Raises DataError where the stream was opened without codes.
+        Raises DataError when the stream was opened without codes.
         """
         if self._codes is None:
             raise DataError(f"{self.dataset}: opened without codes; name the tokenizer, Stream(..., codes=ID)")
@@ -106,12 +106,12 @@ class Stream:
         return np.frombuffer(b"".join(self._read_ranges(ranges)), "<u2").reshape(-1, *self._codes.shape)
 
     def locate(self, position: int) -> tuple[int, int, range]:
-        """-> epoch and id of the sample at a position, and the ids of its dataset."""
+        """Return the epoch and id of the sample at a position, and the id range of its dataset."""
         epochs, ids = order(np.array([position]), self.samples, self.seed, self.geometry)
         return int(epochs[0]), int(ids[0]), range(self.samples)
 
     def batches(self, start: int, size: int, shard: tuple[int, int] = (0, 1)) -> Iterator[list[Sample]]:
-        """Endless global batches of `size` positions from `start`; of each, the share of rank `shard[0]`, by lanes.
+        """Yield the share of rank `shard[0]`, by lanes, of endless global batches of `size` positions from `start`.
 
         Raises DataError when `size` is not divisible by the world size `shard[1]`.
         """
@@ -121,13 +121,13 @@ class Stream:
             start += size
 
     def lanes(self, positions: np.ndarray) -> np.ndarray:
-        """The lane of the order that reads each position: int64 [n] -> int64 [n]."""
+        """Return the lane of the order that reads each position: int64 [n] -> int64 [n]."""
         return lanes_of(positions, self.samples, self.geometry)
 
     # ------------------------------------------------------------------------------------------- state
 
     def state(self, position: int) -> dict[str, Any]:
-        """What must agree for the stream to go on at `position`, as JSON of less than 1 KB."""
+        """Return what must match to resume the stream at `position`, as JSON of less than 1 KB."""
         return {
             "version": STATE_VERSION,
             "order": ORDER,
@@ -141,7 +141,7 @@ class Stream:
         }
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raises DataError with a line for each field in which `state` differs from this stream, the position aside."""
+        """Raise DataError with a line for each field in which `state` differs from this stream, except the position."""
         check_state(state, self.state(0), self.dataset)
 
     # ----------------------------------------------------------------------------------------- reading
@@ -156,13 +156,13 @@ class Stream:
         ]
 
     def _read_places(self, ids: np.ndarray) -> Iterator[tuple["SamplePlace", bytes, Any]]:
-        """Place, bytes and codes of the samples with these ids, int64 [n]."""
+        """Yield place, bytes and codes of the samples with these ids, int64 [n]."""
         places = self._places(ids)
         codes = [None] * len(places) if self._codes is None else self._read_codes(self._codes, places)
         return zip(places, self._read_tars(places), codes, strict=True)
 
     def _places(self, ids: np.ndarray) -> list["SamplePlace"]:
-        """Where the samples with these ids lie, int64 [n]."""
+        """Return the places of the samples with these ids, int64 [n]."""
         numbers = np.searchsorted(self._ends, ids, side="right")
         indices = self._indices_of(np.unique(numbers).tolist())
         places = []
@@ -174,7 +174,7 @@ class Stream:
         return places
 
     def _indices_of(self, shards: list[int]) -> dict[int, tuple[str, Index]]:
-        """Name and index of each shard; those used last are kept."""
+        """Return the name and index of each shard; those used last are kept."""
         known = self._indices
         found = {shard: known[shard] for shard in shards if shard in known}
         missing = [shard for shard in shards if shard not in found]
@@ -185,7 +185,7 @@ class Stream:
         return found
 
     def _open_all(self, shards: list[int]) -> dict[int, tuple[str, Index]]:
-        """Remote ones at once, and each by one thread only: who reads and who reads ahead need the same."""
+        """Open remote shards concurrently, each by one thread only: reading and read-ahead need the same ones."""
         if self._cache is None:
             opened = {shard: self._open(shard) for shard in shards}
             self._indices = {**self._indices, **opened}
@@ -198,7 +198,7 @@ class Stream:
             return {shard: known.get(shard) or opened[shard] for shard in shards}
 
     def _open(self, number: int) -> tuple[str, Index]:
-        """Name and index of a shard whose tar has the size that the manifest says; of remote ones a GET tells it."""
+        """Return the name and index of a shard, after checking the size of a local tar; a GET checks a remote one."""
         shard = self._manifest.shards[number]
         if self._cache is None:
             size, _ = self._storage.stat(shard.name)
@@ -210,7 +210,7 @@ class Stream:
         return shard.name, read_index(self._storage, shard)
 
     def _read_tars(self, places: list["SamplePlace"]) -> Iterator[bytes]:
-        """The bytes of each sample, checked."""
+        """Yield the bytes of each sample, checked against its index."""
         for place, data in zip(places, self._read_ranges([place.range for place in places]), strict=True):
             if place.fits(data):
                 yield data
@@ -218,13 +218,13 @@ class Stream:
                 yield place.refuse() if self._cache is None else self._again(self._cache, place)
 
     def _read_ranges(self, ranges: list[ByteRange]) -> Iterable[bytes]:
-        """One at a time from a local disk, all at once over a network."""
+        """Read ranges one at a time from a local disk, all at once over a network."""
         if self._cache is not None:
             return self._cache.get_ranges(ranges)
         return (self._storage.get_range(*wanted) for wanted in ranges)
 
     def _read_codes(self, codes: CodesFile, places: list["SamplePlace"]) -> list[Any]:
-        """-> uint16 [codes per image] of each sample, or [crops, codes per image]."""
+        """Return the codes of each sample, uint16 [codes per image] or [crops, codes per image]."""
         ranges = [codes.place(place.shard, place.row) for place in places]
         return [np.frombuffer(data, "<u2").reshape(codes.shape) for data in self._read_ranges(ranges)]
 
@@ -240,13 +240,13 @@ class Stream:
         return cache
 
     def _again(self, cache: BlockCache, place: "SamplePlace") -> bytes:
-        """What came over a network and did not fit is asked for once more."""
+        """Fetch a sample once more after its bytes from the network did not match its index."""
         cache.drop(place.range)
         [data] = cache.get_ranges([place.range])
         return data if place.fits(data) else place.refuse()
 
     def _look_ahead(self, cache: BlockCache, positions: np.ndarray) -> None:
-        """Who reads on finds what comes next on the lanes that it reads: a quarter window at a time, one ahead."""
+        """Prefetch the lanes of a sequential reader: a quarter window at a time, one quarter ahead of it."""
         last, self._last = self._last, int(positions.max())
         if last is None or int(positions.min()) <= last:
             return
@@ -270,16 +270,16 @@ class Stream:
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc keep up to 32 MB that were freed: else each batch gives its pages back and faults on them anew.
+    """Let glibc keep up to 32 MB of freed memory: otherwise each batch returns its pages and faults them in again.
 
-    The trim threshold becomes twice the largest mapped block freed so far, whose pages need not be touched; faults took
-    half of the time of reading 30 KB samples. Elsewhere it does nothing.
+    The trim threshold becomes twice the largest mapped block freed so far, whose pages need not be touched. Page faults
+    took half of the time of reading 30 KB samples. Has no effect without glibc.
     """
     bytes(16 << 20)
 
 
 class SamplePlace(NamedTuple):
-    """Where a sample lies. expected: the sum that its index has of its bytes; None in indices before version 2."""
+    """Location of a sample. expected: checksum of its bytes in the index; None for indices before version 2."""
 
     shard: int
     row: int
@@ -289,15 +289,15 @@ class SamplePlace(NamedTuple):
 
     @property
     def where(self) -> str:
-        """For people."""
+        """Description of the place for error messages."""
         return f"{self.dataset}/{self.range[0]} sample {self.row}"
 
     def fits(self, data: bytes) -> bool:
-        """Are these the bytes that were indexed?"""
+        """Return whether these are the bytes that were indexed."""
         return self.expected is None or checksum(data) == self.expected
 
     def refuse(self) -> NoReturn:
-        """Raises DataError: they are not."""
+        """Raise DataError: the bytes are not those that were indexed."""
         _, start, stop = self.range
         raise DataError(
             f"{self.where}, bytes {start}..{stop}, is not what its index was made of: a flipped bit, another tar or "
@@ -306,15 +306,15 @@ class SamplePlace(NamedTuple):
 
 
 def parse_sample(data: bytes, where: str, version: int = NEWEST) -> tuple[str, bytes, tuple[str, ...], dict[str, Any]]:
-    """The tar members of one sample -> (key, image, captions, meta).
+    """Parse the tar members of one sample -> (key, image, captions, meta).
 
-    version: of the manifest of its dataset. Raises BadSample with the reason of `read_sample` where it cannot be used.
+    version: of its dataset's manifest. Raises BadSample, with the reason of `read_sample`, when it cannot be used.
     """
     return _with_own_key(read_contents(data, where, version))
 
 
 def read_contents(data: bytes, where: str, version: int = NEWEST) -> Contents:
-    """The same by the base name of its files, whatever key its .json gives. Raises BadSample."""
+    """Parse a sample as `parse_sample` does, but with the base name of its files as key. Raises BadSample."""
     try:
         return read_sample(parse_files(data, where), version)
     except Unreadable as fault:
@@ -326,6 +326,6 @@ def read_contents(data: bytes, where: str, version: int = NEWEST) -> Contents:
 
 
 def _with_own_key(contents: Contents) -> Contents:
-    """With the `key` of its .json, where it has one."""
+    """Replace the key by the `key` of the .json, if it has one."""
     named = contents.meta.pop("key", None)
     return contents if named is None else contents._replace(key=str(named))

@@ -1,7 +1,7 @@
-"""Samples of tars one after another, for servers that know no ranges and tars without an index.
+"""Read tars sequentially, for servers without range requests and tars without an index.
 
-A compatibility reader: in the order of the files, once, not shuffled, and not resumable; a connection that is cut goes
-on where it was only if the server knows ranges after all. `tessera data index` and `Stream` do better where they can.
+A compatibility reader: in file order, once, not shuffled, and not resumable. A broken connection resumes only if the
+server supports ranges after all. Prefer `tessera data index` and `Stream` where they work.
 """
 
 from collections import Counter
@@ -16,11 +16,11 @@ from data_pipeline.stream.reader import parse_sample
 
 
 def read_tars(pattern: str, shard: tuple[int, int] = (0, 1), rejected: Counter[str] | None = None) -> Iterator[Sample]:
-    """The samples of `http://host/{00000..00099}.tar::...`, or of local or s3:// tars; ids count within a tar.
+    """Yield the samples of `http://host/{00000..00099}.tar::...`, or of local or s3:// tars; ids count within a tar.
 
-    shard: (rank, world); each rank reads every world-th tar. Holds one sample in memory. Raises DataError for a tar
-    that is missing, cut off, also between its files, or damaged in its headers; BadSample for a sample that cannot be
-    used, unless `rejected` is given: then it is counted there, by reason.
+    shard: (rank, world); each rank reads every world-th tar. Memory: see `samples_of`. Raises DataError for a tar that
+    is missing, cut off, even between files, or damaged in its headers; BadSample for a sample that cannot be used,
+    unless `rejected` is given, which then counts it by reason.
     """
     rank, world = shard
     paths = [path for part in pattern.split("::") for path in expand_braces(part)]

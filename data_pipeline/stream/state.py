@@ -1,4 +1,4 @@
-"""What two saved states of a stream differ in, for the person who has to see which is the wrong one."""
+"""Report the differences between two states of a stream, so that a user can see which one is wrong."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from data_pipeline.errors import DataError
 
 
 def check_state(saved: dict[str, Any], now: dict[str, Any], dataset: str) -> None:
-    """Raises DataError with a line for each field in which two states of a stream differ, the position aside."""
+    """Raise DataError with a line for each field in which two states of a stream differ, except the position."""
     pairs = [(name, saved.get(name), now.get(name)) for name in sorted({*now, *saved} - {"position"})]
     lines = [
         f"{entry}: {before!r} saved, {after!r} now"
@@ -22,7 +22,7 @@ def check_state(saved: dict[str, Any], now: dict[str, Any], dataset: str) -> Non
 
 
 def _entries(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    """What is compared under a name: the values, or those of two lists of one length one by one."""
+    """Return what to compare under a name: the two values, or the elements of two lists of equal length."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(old, new, strict=True))]
     return [(name, old, new)]

@@ -1,4 +1,4 @@
-"""Weights of the datasets of a mixture, as a configuration writes them -> small whole numbers."""
+"""Weights of the datasets of a mixture: from those in a configuration to small integers."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Weight = int | float | str | Fraction
 
 
 def check_changes(changes: Sequence[tuple[int, Sequence[Weight]]]) -> list[tuple[int, ...]]:
-    """-> the reduced weights of each change. Raises ConfigError for what cannot be laid out, see `Schedule`."""
+    """Return the reduced weights of each change. Raises ConfigError for an invalid schedule, see `Schedule`."""
     starts = [start for start, _ in changes]
     if not changes or starts[0] != 0 or sorted(set(starts)) != starts:
         raise ConfigError(f"weights change at positions {starts}; give ascending ones, the first is 0")
@@ -25,7 +25,7 @@ def check_changes(changes: Sequence[tuple[int, Sequence[Weight]]]) -> list[tuple
 
 
 def reduce_weights(weights: Sequence[Weight]) -> tuple[int, ...]:
-    """Weights as written (0.7 is 7/10, "1/3" is a third) -> the smallest whole numbers of the same ratios."""
+    """Reduce weights as written (0.7 is 7/10, "1/3" is a third) to the smallest integers with the same ratios."""
     if not 1 <= len(weights) <= MOST_SOURCES:
         raise ConfigError(f"{len(weights)} weights; one for each of 1 to {MOST_SOURCES} datasets")
     try:
