@@ -12,7 +12,7 @@ from pretrain.runtime.mesh import Mesh, place_from
 from tests.pretrain.engine_worker import Towers, config
 from tests.pretrain.processes import run_ranks
 
-WORKER = Path(__file__).with_name("engine_worker.py")
+WORKER = Path(__file__).parents[1] / "engine_worker.py"
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 
