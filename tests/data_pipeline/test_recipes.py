@@ -48,6 +48,7 @@ def test_real_pairs_are_all_built_and_verified(shared, tmp_path, recipe, data, p
 # ------------------------------------------------------------------------- labelled images, as captions
 
 
+@pytest.mark.slow
 def test_the_fruits_are_built_whole_with_their_class_as_caption(shared, build_here, tmp_path):
     folder = f"{shared}/data/fruits32"
     source = {"kind": "parquet", "path": f"{folder}/train.parquet::{folder}/test.parquet", "key": "id"}
@@ -60,6 +61,7 @@ def test_the_fruits_are_built_whole_with_their_class_as_caption(shared, build_he
     assert decode_rgb(stream.fetch(0).image).shape == (32, 32, 3)
 
 
+@pytest.mark.slow
 def test_fashion_mnist_is_built_from_the_parquet_that_its_arrays_are_written_to(shared, build_here, tmp_path):
     """idx files are arrays, no table of files: eight lines of a user's make them one, with PNG, which loses nothing."""
     folder = shared / "data/fashion-mnist"

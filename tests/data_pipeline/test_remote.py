@@ -176,6 +176,7 @@ def test_a_server_that_stays_broken_is_given_up_in_time_naming_object_and_range(
         assert time.monotonic() - began < 1 + 20 + 0.5 + 3  # patience, a second for 100 KB that came, a stall
 
 
+@pytest.mark.slow
 def test_nobody_listening_is_given_up_in_time(monkeypatch):
     monkeypatch.setattr(remote, "PATIENCE_S", 1.0)
     began = time.monotonic()

@@ -63,6 +63,7 @@ def test_the_child_gives_what_the_functions_give(decoder, make_png):
         decoder.look(b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE])
 def test_a_crash_of_the_decoder_costs_that_image_only(faulty, make_png, fault):
     with pytest.raises(Reject, match=f"decoder_crash: {fault.name}"):
@@ -70,6 +71,7 @@ def test_a_crash_of_the_decoder_costs_that_image_only(faulty, make_png, fault):
     assert faulty.look(make_png()).prepared.data == make_png()
 
 
+@pytest.mark.slow
 def test_an_image_that_does_not_end_is_rejected_by_processor_time(faulty, make_png, monkeypatch):
     monkeypatch.setattr(sandbox, "CPU_SECONDS", 0.5)
     start = time.monotonic()
@@ -85,6 +87,7 @@ def test_an_image_that_wants_all_memory_is_rejected(faulty, make_png):
     assert faulty.look(make_png()).prepared.data == make_png()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
 def test_a_child_that_dies_once_costs_nothing(faulty, tmp_path, make_png, end):
     (tmp_path / "x.png").write_bytes(make_png())

@@ -55,6 +55,7 @@ def test_each_split_draws_its_own_combinations_only(split, allowed):
     assert len(drawn) > 0.8 * len(allowed)
 
 
+@pytest.mark.slow
 def test_splits_share_no_combination_and_thousands_of_scenes_are_distinct():
     assert not set(TRAINED) & set(HELD_OUT)
     assert len(HELD_OUT) == pytest.approx(len(COMBINATIONS) / 8, rel=0.05)
@@ -78,6 +79,7 @@ def test_unknown_split_is_named():
 # ------------------------------------------------------------------------------------ the checker: true scenes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_size", SIZES)
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_true_scenes_are_found(image_size, split):
@@ -106,6 +108,7 @@ def test_slightly_damaged_scenes_are_found(damage):
 # ----------------------------------------------------------------------------------- the checker: false scenes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", list(BACKGROUNDS))
 def test_every_other_shape_and_colour_is_refused(background):
     for shape, colour in itertools.product(SHAPES, COLOURS):

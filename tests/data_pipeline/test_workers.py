@@ -39,6 +39,7 @@ def test_it_runs_elsewhere_and_its_result_comes_back():
     assert found["what"] == "图片" and found["pid"] != os.getpid()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [DataError("x: not there"), Conflict("y: there"), NodeFault("z")])
 def test_an_error_for_the_user_is_raised_as_it_is(error):
     with pytest.raises(type(error), match=str(error)):

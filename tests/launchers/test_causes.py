@@ -86,6 +86,7 @@ def test_the_launcher_starts_again_where_that_may_help(
     assert (record["attempt"], record.get("cause")) == (attempts - 1, cause)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "code"),
     [

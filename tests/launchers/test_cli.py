@@ -66,6 +66,7 @@ def test_every_command_explains_itself(
     assert "Usage: tessera " + " ".join(words) in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

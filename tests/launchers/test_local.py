@@ -161,6 +161,7 @@ def test_when_one_rank_dies_the_others_are_ended(tmp_path: Path) -> None:
     assert not alive(tmp_path / "0")
 
 
+@pytest.mark.slow
 def test_a_rank_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     program = IGNORE_TERM + READY + BOTH_READY + "if os.environ['RANK'] == '1': raise SystemExit(74)\n" + SLEEP
     began = time.monotonic()

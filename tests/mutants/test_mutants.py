@@ -34,6 +34,7 @@ def test_an_equivalent_mutant_is_of_a_line_that_is_still_there(repository: Path,
     assert mutant["reason"] and mutant["file"] in TARGETS
 
 
+@pytest.mark.slow
 def test_a_seed_draws_the_same_mutants_and_another_seed_others() -> None:
     first, again, other = (mutants_of(SOURCE, 8, seed) for seed in (0, 0, 1))
     assert first == again != other

@@ -228,6 +228,7 @@ def test_a_state_of_other_shuffling_is_refused(folders: list[Path]) -> None:
         open_stream(other, 5).check(state)
 
 
+@pytest.mark.slow
 def test_a_seek_into_a_mixture_of_a_billion_is_immediate(folders: list[Path]) -> None:
     stream = open_stream(data_of(folders, 2), 5)
     positions = np.arange(10**15, 10**15 + 256)

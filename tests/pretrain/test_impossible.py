@@ -196,6 +196,7 @@ def test_a_discriminator_that_is_taken_can_judge(side: int, channels: int, layer
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """Run the command line in this process -> its exit code."""
+    monkeypatch.delenv("RANK", raising=False)  # with it preflight would be one of its own ranks, and leave
     monkeypatch.setattr(sys, "argv", ["tessera", *words])
     return cli.run()
 

@@ -92,6 +92,7 @@ class Together:
         return highest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_rank_knows_what_any_of_them_found_and_replaces_it_alike(world: int, material: Material) -> None:
     lethal = {at(19), at(26)}
@@ -129,6 +130,7 @@ def test_the_share_of_each_rank_covers_what_is_in_preparation_once() -> None:
             assert covered == list(range(16, 16 + len(covered))) and covered[-1] >= max(16 + 5 * BATCH, least) - 1
 
 
+@pytest.mark.slow
 def test_a_lethal_image_that_stands_in_for_a_bad_one_is_found_too(material: Material) -> None:
     stream, bad = Stream(material.dataset, 0), at(3)
     plain = Usable(stream, lambda samples: refuse(samples, {bad}))
@@ -149,6 +151,7 @@ def refuse(samples: list[Sample], bad: set[int]) -> None:
         raise BadSample("it is bad")
 
 
+@pytest.mark.slow
 def test_an_image_that_never_ends_is_found_by_its_processor_time(material: Material) -> None:
     inputs, stream = inputs_of(material), Stream(material.dataset, 0)
     with deadly(material, {at(2): "spin"}):
@@ -157,6 +160,7 @@ def test_an_image_that_never_ends_is_found_by_its_processor_time(material: Mater
     assert "decoder_timeout" in inputs.found[0]["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["kill", "leave"])
 def test_an_image_whose_decoder_is_killed_or_leaves_every_time_is_found(end: str, material: Material) -> None:
     inputs, stream = inputs_of(material), Stream(material.dataset, 0)
@@ -270,6 +274,7 @@ def test_a_run_gets_past_images_that_abort_the_process_as_if_it_had_always_known
     assert ledger_of(tmp_path / "knowing") == ledger_of(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_evaluation_replaces_a_lethal_image(
     material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,7 @@ def test_data_without_a_usable_sample_are_refused_by_name(
         evaluated(vqgan(Material(none, material.vocabulary), tmp_path / "run"), monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [clip, vqgan])
 def test_an_evaluation_shows_the_centre_square_whatever_training_draws(
     family: Any, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -95,6 +95,7 @@ def test_a_job_of_many_nodes_is_not_longer_than_one_of_few() -> None:
     assert len(kubernetes.render(many, place)) - len(kubernetes.render(few, place)) < 60
 
 
+@pytest.mark.slow
 def test_what_many_ranks_saved_is_committed_found_whole_and_opened(tmp_path: Path) -> None:
     """Every step of the benchmark at a size for a test: it must not rot."""
     run = Simulated(96, 20, tmp_path)
@@ -131,6 +132,7 @@ def opened(folder: Path, index: dict[str, Any]) -> Slices:
     return Slices(str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 5, 7])
 def test_an_even_split_is_read_without_being_listed(world: int, tmp_path: Path) -> None:
     sizes = {"a": 23, "b": 3, "c": 8, "d": 1}  # of some a rank has nothing

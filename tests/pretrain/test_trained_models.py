@@ -108,6 +108,7 @@ def figures(told: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- exported folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_an_exported_model_is_evaluated_as_its_run_is(kind: str, place: Place) -> None:
     of_run, of_export = evaluate.main(place.run(kind)), evaluate.main(place.export(kind))
@@ -172,6 +173,7 @@ def test_an_exported_model_has_no_checkpoints_and_is_told_so(verb: Callable[[Pat
 # ---------------------------------------------------------------------------- which checkpoint, which data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_the_step_chooses_the_checkpoint_and_is_noted(kind: str, place: Place, tmp_path: Path) -> None:
     told = {step: evaluate.main(place.run(kind), step=step) for step in (*STEPS, None)}
@@ -182,6 +184,7 @@ def test_the_step_chooses_the_checkpoint_and_is_noted(kind: str, place: Place, t
     assert figures(evaluate.main(exported)) == figures(told[STEPS[0]])
 
 
+@pytest.mark.slow
 def test_a_name_chooses_the_checkpoint(place: Place, tmp_path: Path) -> None:
     assert evaluate.main(place.run("clip"), label="early")["step"] == STEPS[0]
     exported = verbs.export(place.run("clip"), tmp_path / "early", label="early")
@@ -199,6 +202,7 @@ def test_drawn_images_are_of_the_chosen_step(place: Place, tmp_path: Path) -> No
     assert drawn[0] != drawn[1] and drawn[1] == drawn[2] and len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_figures_say_which_data_they_are_of(
     place: Place, material: Material, build_scenes: Any, tmp_path: Path
 ) -> None:
@@ -211,6 +215,7 @@ def test_figures_say_which_data_they_are_of(
     assert json.loads((place.run("clip") / "evaluation.json").read_text())["data"] == str(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "gpt"])
 def test_data_that_moved_are_named_anew_from_another_folder(
     kind: str, place: Place, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -251,7 +256,12 @@ def tessera(*words: str | Path) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tessera", *map(str, words)])
         patch.setattr(commands_run, "trains", False)
-        return cli.run()
+        before = dict(os.environ)
+        try:
+            return cli.run()
+        finally:  # a command that starts a process group names itself rank 0 there
+            os.environ.clear()
+            os.environ.update(before)
 
 
 @pytest.fixture(params=["full disk", "read-only disk", "file", "below a file", "no place"])

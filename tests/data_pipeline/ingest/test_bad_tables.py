@@ -229,6 +229,7 @@ def test_an_item_of_a_list_that_is_nested_too_deeply_is_a_row_of_rejects(tmp_pat
 # ---------------------------------------------------------------------------------------------------- configurations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data",
     [b"output: \xff\xfe", "output: é".encode("latin-1"), b"\x00", ("x: " + nested(100_000)).encode(), b"x: 2024-13-45"],

@@ -33,6 +33,7 @@ def agree(one, other):
     return unknown or all(abs(first - second) <= COLOUR_LEVELS for first, second in pairs)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 8), st.integers(0, 2**32), st.integers(1, 60))
 def test_banded_matching_is_the_comparison_of_every_pair(bits, seed, count):
@@ -155,6 +156,7 @@ def test_near_duplicates_of_a_build_have_the_colours_of_what_they_repeat(build_h
     assert details == {"2": "looks like row 0", "4": "looks like row 1"}
 
 
+@pytest.mark.slow
 def test_colours_that_an_earlier_version_did_not_note_separate_nothing(build_here, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()

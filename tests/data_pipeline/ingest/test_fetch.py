@@ -155,6 +155,7 @@ def test_any_words_about_a_body_end_in_its_bytes_or_a_reason(fetch, said, packin
     assert outcome.reason in ("", "fetch_encoding", "unknown_encoding")
 
 
+@pytest.mark.slow
 def test_a_wait_until_a_date_is_kept_as_one_in_seconds_is(fetch, make_png):
     digest = hashlib.sha256(make_png()).hexdigest()
     for how in ("seconds", "date"):  # an hour: longer than all attempts may take together
@@ -177,6 +178,7 @@ BADLY_PACKED = [
 ]
 
 
+@pytest.mark.slow
 def test_a_body_that_is_not_packed_as_its_header_says_is_a_rejection(fetch):
     outcomes = fetch(*(f"/badly-packed/{how}/a.png" for how, *_ in BADLY_PACKED), "/file/a.png")
     found = [(o.reason, o.http_status, o.transient, o.attempts) for o in outcomes]
@@ -303,6 +305,7 @@ def test_what_is_asked_of_ipv6_is_public(address):
 EMBEDDING = (0, 0xFFFF, 0xFFFF << 16, 0x64FF9B << 64)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=40) | st.text(max_size=30).map("http://{}".format) | st.binary(max_size=20).map(repr))
 def test_any_text_is_an_address_of_a_host_or_refused_as_none(text):

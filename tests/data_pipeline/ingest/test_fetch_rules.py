@@ -293,6 +293,7 @@ def test_an_outcome_says_what_was_wrong(fetch, path, detail) -> None:
     assert outcome.detail.startswith(detail) and not outcome.sha256
 
 
+@pytest.mark.slow
 def test_an_attempt_ends_after_its_time(fetch) -> None:
     (outcome,) = fetch("/stall/x", timeout_s=0.6)
     assert (outcome.reason, outcome.detail, outcome.transient) == ("fetch_timeout", "1 s", True)

@@ -179,6 +179,7 @@ CONDITIONS = st.recursive(
 ).filter(lambda text: len(text) < 900)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(CONDITIONS, st.fixed_dictionaries({"a": st.integers(-3, 9), "b": st.floats(-2, 2), "c": st.just("cat")}))
 def test_a_condition_means_what_it_means_in_python(text: str, values: dict[str, Any]) -> None:

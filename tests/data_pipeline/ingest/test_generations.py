@@ -401,6 +401,7 @@ def spread(tmp_path, images, captions=None):
     return {"kind": "folder", "path": f"{tmp_path}/img"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_size", [1, 2, 5, 100])
 def test_of_equal_images_the_first_stays_in_every_sharding(tmp_path, build_here, make_png, shard_size):
     pictures = [make_png(seed) for seed in (0, 1, 0, 2, 1, 0)]
@@ -413,6 +414,7 @@ def test_of_equal_images_the_first_stays_in_every_sharding(tmp_path, build_here,
     assert not list((tmp_path / "out").glob("*_survey.parquet"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_size", [1, 2, 100])
 def test_near_duplicates_are_found_over_all_shards_and_over_generations(tmp_path, build_here, make_config, shard_size):
     import cv2
@@ -436,6 +438,7 @@ def test_near_duplicates_are_found_over_all_shards_and_over_generations(tmp_path
     assert retry(make_config(**tree), progress=False)["rejected"] == {"near_duplicate": 2}  # nothing to try again
 
 
+@pytest.mark.slow
 def test_duplicates_among_rows_tried_again_are_found_whatever_the_order_of_their_ids(
     folder, build_here, make_config, tmp_path, make_png
 ):
@@ -458,6 +461,7 @@ def test_duplicates_among_rows_tried_again_are_found_whatever_the_order_of_their
 # ----------------------------------------------------------------------------- the same build, begun twice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [1, 2])
 @pytest.mark.parametrize("task", ["survey_shard", "build_shard"])
 def test_of_two_runs_of_one_build_the_slower_ends_well_and_changes_nothing(

@@ -105,6 +105,7 @@ def test_a_range_of_rows_is_that_part_of_all_rows(table, kind):
             assert list(source.rows(start, stop)) == everything[start:stop]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 7, 300, 1000])
 def test_any_sequence_of_ranges_of_a_parquet_is_those_parts_of_it(tmp_path, make_config, group):
     rows = [{"image": f"http://h/{number}", "caption": f"c{number}"} for number in range(1000)]
@@ -159,6 +160,7 @@ def test_only_tables_whose_folder_says_a_wanted_column_are_read_whole(tmp_path, 
     assert asked == [None, ["id"]]
 
 
+@pytest.mark.slow
 def test_a_reader_of_parquet_is_freed_with_its_range(tmp_path, make_config):
     rows = [{"image": f"http://h/{number}", "caption": "c"} for number in range(1000)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=100)

@@ -104,6 +104,7 @@ def test_every_value_but_bytes_can_stand_in_json(value):
     numbers_of_json(json.dumps(json_value(value), allow_nan=False))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.recursive(

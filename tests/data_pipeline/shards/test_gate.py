@@ -161,6 +161,7 @@ def test_of_any_manifest_only_names_that_stay_inside_come_through(data):
     assert parse_manifest(manifest.to_json(), "again") == manifest
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_of_any_side_car_header_only_names_that_stay_inside_come_through(data):

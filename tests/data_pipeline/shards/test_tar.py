@@ -330,6 +330,7 @@ class Counted(io.BytesIO):
         return data
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(damaged_tars(), st.integers(1, 2000))
 def test_any_bytes_are_read_or_refused_within_their_own_length_by_every_reader_alike(data, piece):

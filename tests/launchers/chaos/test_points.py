@@ -54,6 +54,7 @@ def test_a_point_of_a_save_is_reached_when_its_files_say_so(point: When, at: tup
         assert points.reached() == (name in at), name
 
 
+@pytest.mark.slow
 def test_drafts_that_come_and_go_as_they_are_looked_for_are_no_error(root: Path) -> None:
     """A folder of a draft is gone as its file is whole, between two calls of whoever looks for it."""
     points = FolderPoints(str(root), WORLD)

@@ -48,6 +48,7 @@ def trainjob(ready: int = 0, **more: Any) -> Tree:
 FAILED = "Container node for pod default/p failed with exit code 64 matching FailJob rule at index 2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "status", "told"),
     [
@@ -83,6 +84,7 @@ def test_the_state_is_read_from_the_status(kind: str, status: Tree, told: Tree, 
     assert state_of(tree) == told
 
 
+@pytest.mark.slow
 def test_a_job_is_followed_to_its_end(server: CheckingServer, tmp_path: Path) -> None:
     run, seen = submitted("JobSet", tmp_path), []
     statuses: list[Tree] = [

@@ -41,6 +41,7 @@ def test_rendered_file_is_the_one_in_the_repository(kind: str) -> None:
 # -------------------------------------------------------------------------------------------------- schemas
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -122,6 +123,7 @@ def environments(objects: list[Tree], folder: Path, index: int) -> list[dict[str
     return [dict(pair.split("=", 1) for pair in shlex.split(line) if "=" in pair) for line in started]
 
 
+@pytest.mark.slow
 def test_the_pods_of_a_training_are_its_ranks(tmp_path: Path) -> None:
     objects = trees("JobSet", stop_timeout_s=450)
     told = [process for index in (0, 1) for process in environments(objects, tmp_path, index)]

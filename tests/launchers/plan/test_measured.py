@@ -30,6 +30,7 @@ def run(recipe: str, *overrides: str) -> RunConfig:
     return load_settings(RunConfig, ROOT / recipe, overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", VARIANTS, ids=" ".join)
 def test_flops_are_those_that_torch_counts(words: tuple[str, ...]) -> None:
     config = run(*words)
@@ -39,6 +40,7 @@ def test_flops_are_those_that_torch_counts(words: tuple[str, ...]) -> None:
     assert figures.forward <= forward  # the loss of CLIP is not the model's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("words", VARIANTS, ids=" ".join)
 def test_activations_are_what_is_alive_after_a_forward(words: tuple[str, ...], precision: str) -> None:
@@ -52,6 +54,7 @@ def test_activations_are_what_autograd_keeps(recipe: str) -> None:
     assert figures_of(config, 3).kept == pytest.approx(measured.saved_bytes(config, 3), rel=within(recipe))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recipe", SMALL)
 def test_activations_and_temporaries_are_within_a_tenth_of_the_peak_of_forward_and_backward(

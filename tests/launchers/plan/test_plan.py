@@ -33,6 +33,7 @@ def _in_repository(repository: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", recipes())
 def test_every_recipe_has_a_plan_with_memory_of_memory_and_an_error(recipe: str) -> None:
     plan = planned(recipe, per_node=2)
@@ -46,6 +47,7 @@ def test_every_recipe_has_a_plan_with_memory_of_memory_and_an_error(recipe: str)
     assert 0 < plan.memory.error < plan.memory.used
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", [None, 64])
 def test_items_of_memory_have_a_name_each_and_sum_up_to_what_is_used(micro: int | None) -> None:
     plan = make_plan(run_of({"kind": "clip"}, global_batch=4096, micro_batch=micro), cluster_of("h100", 1, 8))
@@ -55,6 +57,7 @@ def test_items_of_memory_have_a_name_each_and_sum_up_to_what_is_used(micro: int 
     assert sum(said[name] for name in names) == pytest.approx(said["used"], abs=len(names))
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_json_value_with_units(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +71,7 @@ def test_the_command_prints_one_json_value_with_units(
     assert said["days"][1] == pytest.approx(200_000 * said["step_s"]["usual"] / 86_400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -97,6 +101,7 @@ LARGE: dict[str, Any] = {"kind": "gpt", "layers": 8, "width": 8192, "heads": 64,
 SHALLOW: dict[str, Any] = {"kind": "clip", "vision": {"layers": 2}, "text": {"layers": 2}}
 
 
+@pytest.mark.slow
 def test_the_advice_is_the_fastest_of_all_settings_with_a_margin() -> None:
     run, cluster = run_of({"kind": "gpt"}, global_batch=64), cluster_of("h100", 1, 8)
     best, every = advise(run, cluster), candidates(run, cluster, recompute=False)
@@ -105,6 +110,7 @@ def test_the_advice_is_the_fastest_of_all_settings_with_a_margin() -> None:
     assert best.paces[1].step <= 1.01 * min(roomy)
 
 
+@pytest.mark.slow
 def test_a_model_too_large_for_a_device_is_sharded_and_one_too_large_for_all_is_told() -> None:
     run = run_of(LARGE, global_batch=8, zero_stage=0)
     cluster = cluster_of("a100-80", 1, 8)
@@ -122,6 +128,7 @@ def test_memory_within_the_error_of_what_there_is_is_called_open() -> None:
     assert "may or may not be enough" in memory_line(make_plan(plan.config, Cluster(tight, 1, 8, 400e9)))
 
 
+@pytest.mark.slow
 def test_computing_again_saves_activations_and_costs_a_forward_of_the_blocks() -> None:
     layers, width, length = 12, 768, 32 + 256 - 1
     runs = (run_of({"kind": "gpt"}, global_batch=64, recompute=recompute) for recompute in (False, True))
@@ -134,6 +141,7 @@ def test_computing_again_saves_activations_and_costs_a_forward_of_the_blocks() -
     assert 1 + 0.6 * extra < again.paces[1].products / plain.paces[1].products < 1 + extra
 
 
+@pytest.mark.slow
 def test_gradient_caching_trades_a_forward_for_activations_and_keeps_the_loss_of_the_whole_batch() -> None:
     whole, split = (
         make_plan(run_of({"kind": "clip"}, global_batch=4096, micro_batch=micro), cluster_of("h100", 1, 8))
@@ -172,6 +180,7 @@ def test_stage_3_gathers_again_in_the_backward_what_lies_further_back_than_the_r
     assert rest == pytest.approx(1 - 0.5e9 / large.parameters)
 
 
+@pytest.mark.slow
 def test_what_leaves_a_node_passes_its_network_and_a_slower_one_makes_slower_steps() -> None:
     run = run_of({"kind": "gpt"}, global_batch=64, zero_stage=3)
     inside, fast, slow = (
@@ -198,6 +207,7 @@ def test_json_of_a_plan_without_a_way_out_has_no_advice() -> None:
 # ------------------------------------------------------------------------------------------- the trace
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", [{"kind": "gpt", "layers": 2}, {"kind": "bert", "layers": 2}, SHALLOW])
 def test_between_two_micro_batches_a_step_lies_on_their_line(model: dict[str, Any], precision: str) -> None:

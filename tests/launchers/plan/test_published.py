@@ -37,6 +37,7 @@ PARAMETERS = {  # of OpenAI's CLIP, of transformers' BertForPreTraining and of E
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", PARAMETERS)
 def test_a_recipe_of_published_size_has_its_published_parameters(recipe: str, repository: Path) -> None:
     run = load_settings(RunConfig, repository / recipe, ["train.global_batch=8"])
@@ -97,6 +98,7 @@ RUNS = [  # model, batch, micro-batch, stage, GPU, nodes of 8, recompute, sample
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "batch", "micro", "stage", "gpu", "nodes", "recompute", "published"), RUNS)
 def test_published_throughputs_lie_between_the_slow_and_the_fast_step(
     model: dict[str, Any], batch: int, micro: int, stage: int, gpu: str, nodes: int, recompute: bool, published: float

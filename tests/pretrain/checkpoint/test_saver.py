@@ -368,6 +368,7 @@ def test_what_may_go_is_of_earlier_attempts_or_of_earlier_steps_of_this_one(
     assert [place for place in places if may_go(*place)] == [(7, 2), (7, 3), (8, 2), (9, 2)]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_late_fails_the_save_and_those_in_time_are_heard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def test_an_export_onto_a_run_or_any_used_folder_is_refused_and_changes_nothing(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_pipeline_that_is_started_again_finds_its_export_and_no_other(form: str, tmp_path: Path) -> None:
     write(tmp_path / "run", 4)

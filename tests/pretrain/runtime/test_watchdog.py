@@ -117,6 +117,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_the_blamed_are_given_time_to_write_their_stacks_however_late_they_go_on(tmp_path: Any) -> None:
     mesh: Any = Alone()
     dog = Watchdog(mesh, tmp_path, 0, PhaseClock(), TIMEOUT_S)
