@@ -313,12 +313,17 @@ class RunConfig(Settings):
     @property
     def checkpoint_root(self) -> str:
         """Folder or s3:// prefix of the checkpoints: `train.checkpoints`, or else RUN/checkpoints."""
-        return self.train.checkpoints or f"{self.run}/checkpoints"
+        return checkpoint_root(self.run, self.train.checkpoints)
 
     @pydantic.model_validator(mode="after")
     def _sections_fit(self) -> "RunConfig":
         check_sections(self)
         return self
+
+
+def checkpoint_root(run: str | Path, elsewhere: str | None) -> str:
+    """Return where the checkpoints of the run in this folder are: `elsewhere`, or else RUN/checkpoints."""
+    return elsewhere or f"{run}/checkpoints"
 
 
 def check_sections(config: RunConfig) -> None:

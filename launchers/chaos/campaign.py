@@ -20,8 +20,8 @@ from launchers.chaos.plan import Strike, plan
 from launchers.chaos.points import moment, newest_save
 from launchers.chaos.storage import Ground, damage, empty, ground
 from launchers.spec import LocalCluster, describe
-from pretrain.checkpoint.catalog import checkpoint_root, committed
-from pretrain.config import RunConfig, load_run
+from pretrain.checkpoint.catalog import committed
+from pretrain.config import RunConfig, checkpoint_root, load_run
 from pretrain.runtime.goodput import METRICS, lines_of
 
 MARKER = "chaos.json"

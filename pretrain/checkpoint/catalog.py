@@ -128,11 +128,6 @@ class Saved:
         return [line for line in found if line]
 
 
-def checkpoint_root(run: str | Path, elsewhere: str | None) -> str:
-    """Return the root of a run's checkpoints: in its folder, unless its configuration names another place."""
-    return elsewhere or f"{run}/checkpoints"
-
-
 def folder_name(step: int, attempt: int) -> str:
     """Return the name of a checkpoint's folder under its root."""
     return f"step-{step:08d}.attempt-{attempt}"

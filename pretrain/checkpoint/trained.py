@@ -12,9 +12,9 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.foreign import foreign_model
 from data_pipeline.settings import flatten, override_settings
 from data_pipeline.storage import open_storage
-from pretrain.checkpoint.catalog import Saved, checkpoint_root, committed, names, read_json
+from pretrain.checkpoint.catalog import Saved, committed, names, read_json
 from pretrain.checkpoint.layout import Slices
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, checkpoint_root
 from pretrain.interchange.folder import CONFIG_FILE, WEIGHTS_FILE, load_config, load_model
 from pretrain.models import MODELS
 from pretrain.schema import ModelConfig, tasks_of

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.schema import Sample
+from data_pipeline.shards.codes import DECODE_S
 from data_pipeline.stream.mixture import Source
 from data_pipeline.vocabulary import Vocabulary
 from pretrain.config import RunConfig
@@ -22,8 +23,6 @@ from pretrain.tasks import TASKS
 
 SAMPLES = 512
 BATCH = 64
-DECODE_S = 60.0
-"""Limit of CPU time for decoding one image, in seconds."""
 
 Figures = dict[str, float]
 

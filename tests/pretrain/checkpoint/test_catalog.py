@@ -16,7 +16,6 @@ from pretrain.checkpoint.catalog import (
     Retention,
     Saved,
     as_json,
-    checkpoint_root,
     claim_attempt,
     committed,
     consent_since,
@@ -31,6 +30,7 @@ from pretrain.checkpoint.catalog import (
     refuse_overtaken,
     tidy,
 )
+from pretrain.config import checkpoint_root
 
 SHA = "0123456789abcdef" * 4
 
