@@ -46,16 +46,19 @@ class Sample:
 
     id: 0 <= id < samples of the dataset, in the order of its shards.
     epoch, position: where in the stream it was read; 0 and -1 when it was fetched by its id.
-    image: the encoded file as stored in the shard.
+    The rest is what the sample holds; a task raises BadSample when it needs a part that is missing.
+    image: the encoded file as stored in the shard, or None. texts: its captions or passages. label: its class, or None.
     codes: uint16 [codes per image], [crops, codes per image] if images were encoded in several crops, or None if the
-    stream was opened without codes.
+    stream was opened without codes. meta: its other attributes.
     """
 
     id: int
     epoch: int
     position: int
     key: str
-    image: bytes
-    captions: tuple[str, ...]
-    meta: dict[str, Any]
+    _: dataclasses.KW_ONLY
+    image: bytes | None = None
+    texts: tuple[str, ...] = ()
+    label: int | None = None
     codes: np.ndarray | None = None
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -110,7 +110,7 @@ def train_vocabulary(config: VocabConfig, rejected: Tally[str] | None = None) ->
 def captions_of(dataset: str | Path, at_most: int, rejected: Tally[str] | None = None) -> Iterator[str]:
     """Yield the captions of a dataset in order of sample id, up to `at_most`; `rejected`: see `Stream.readable`."""
     rejected = Tally() if rejected is None else rejected
-    captions = (caption for sample in Stream(dataset, seed=0).readable(rejected) for caption in sample.captions)
+    captions = (caption for sample in Stream(dataset, seed=0).readable(rejected) for caption in sample.texts)
     yield from itertools.islice(captions, at_most)
 
 

@@ -160,7 +160,7 @@ def _read_all(stream: Stream) -> Findings:
     """Collect findings from the samples themselves, for tars from other tools, whose tables have another format."""
     findings = Findings()
     for sample in stream.readable(findings.unreadable):
-        _add_captions(findings, sample.captions)
+        _add_captions(findings, sample.texts)
     return findings
 
 
@@ -311,12 +311,12 @@ def _sample_of_row(storage: Storage, manifest: Manifest, row: int) -> int | None
 def _examples(stream: Stream) -> str:
     figures = []
     for sample in _fetched(stream, EXAMPLES):
-        figures.append(_figure(_thumbnail(sample.image), f"{sample.key}: {' | '.join(sample.captions)}"))
+        figures.append(_figure(_thumbnail(sample.image), f"{sample.key}: {' | '.join(sample.texts)}"))
     return _section("Samples", f'<div class="grid">{"".join(figures)}</div>')
 
 
 def _languages(stream: Stream) -> str:
-    captions = [text for sample in _fetched(stream, CAPTIONS_ASKED) for text in sample.captions]
+    captions = [text for sample in _fetched(stream, CAPTIONS_ASKED) for text in sample.texts]
     counts = Tally(language_of(text) for text in captions[:CAPTIONS_ASKED])
     title = f"Languages of {counts.total():,} captions (? where a caption is too short to tell)"
     return _bars(title, *_unzipped(counts.most_common(12)))
@@ -398,7 +398,9 @@ def _figure(source: str, caption: str) -> str:
     return f"<figure>{_picture(source)}<figcaption>{html.escape(caption[:160])}</figcaption></figure>"
 
 
-def _thumbnail(data: bytes) -> str:
+def _thumbnail(data: bytes | None) -> str:
+    if data is None:
+        return ""
     try:
         return _address(sandbox.decoder(THUMBNAIL).look(data).prepared.data)
     except Reject:

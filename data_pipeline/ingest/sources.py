@@ -343,10 +343,12 @@ def _tar_paths(pattern: str) -> list[str]:
 def _sample_row(key: str, files: list[tuple[str, bytes | NotAFile]], beside_tar: dict[str, Any]) -> Row:
     """Convert the files of a sample to a row. beside_tar: attributes used where its .json lacks them."""
     try:
-        _, image, captions, meta = read_sample(files)
+        read = read_sample(files)
     except Unreadable as fault:
         return Drop(key, fault.reason, fault.detail)
-    return Pair(key, image, captions, {**beside_tar, **meta})
+    if read.image is None:
+        return Drop(key, "no_image", f"no image among the files: {', '.join(sorted(name for name, _ in files))}")
+    return Pair(key, read.image, read.texts, {**beside_tar, **read.meta})
 
 
 def _plan_tar(path: str) -> Part:

@@ -28,7 +28,7 @@ from typing_extensions import TypedDict
 from data_pipeline import gate
 from data_pipeline.errors import Conflict, DataError
 from data_pipeline.foreign import foreign_model
-from data_pipeline.shards.tar import BLOCK, checksum, samples_of
+from data_pipeline.shards.tar import BLOCK, NEWEST, checksum, samples_of
 from data_pipeline.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -37,11 +37,10 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 STATS = "stats.json"
 VERSION = 1
-INDEXED = 2
-"""Manifest version of tars made elsewhere, whose samples follow version 2 of `group_samples`.
+"""Manifest version of a build: the lowest rules of `group_samples` and `read_sample` that its samples need.
 
-Datasets indexed before it have version 1 and keep it. So do tars in which both versions find the same samples, such as
-those of a build.
+A dataset keeps the version that it was built or indexed with. Tars made elsewhere get the lowest version that reads
+them as the newest one does: 2 for links, litter and dots in names, 3 for samples without an image.
 """
 
 _DAMAGED = "it is damaged, fetch or build the dataset again"
@@ -193,9 +192,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     """Parse the bytes of a manifest. Raises DataError when they are not a manifest or inconsistent."""
     tree: _ManifestFile = gate.parse(_ManifestFile, data, where, "not a manifest; build the dataset again")
     manifest = Manifest(tuple(tree["shards"]), tree["version"])
-    if manifest.version not in (VERSION, INDEXED):
+    if not VERSION <= manifest.version <= NEWEST:
         raise DataError(
-            f"{where}: version {manifest.version}, this program reads up to {INDEXED}; use the one that built it"
+            f"{where}: version {manifest.version}, this program reads up to {NEWEST}; use the one that built it"
         )
     if tree["samples"] != manifest.samples:
         raise DataError(f"{where}: says samples={tree['samples']}, its shards have {manifest.samples}; {_DAMAGED}")

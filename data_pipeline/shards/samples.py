@@ -1,4 +1,4 @@
-"""Parse the files of one sample: its image, captions and attributes.
+"""Parse the files of one sample: its image, texts, label and attributes.
 
 The only parser of images with captions beside them, in folders and tars, so builds, the index, `Stream`, image codes,
 vocabularies and reports see the same samples, and reject the same ones for the same reasons.
@@ -22,6 +22,7 @@ NESTED_AT_MOST = 100  # levels of JSON: Python's own limit depends on the caller
 _IMAGES_1 = frozenset(IMAGE_EXTENSIONS[:9])  # of version 1
 _READ = frozenset((*IMAGE_EXTENSIONS, "json", "txt"))
 _TOO_DEEP = f"nested more than {NESTED_AT_MOST} levels deep"
+_LABEL = re.compile(rb"\s*[0-9]{1,9}\s*")
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
 
@@ -34,11 +35,12 @@ class Unreadable(ValueError):
 
 
 class Contents(NamedTuple):
-    """Contents of a sample's files. key: their base name; meta: the rest of its .json."""
+    """Contents of a sample's files. key: their base name; label: number in its .cls; meta: the rest of its .json."""
 
     key: str
-    image: bytes
-    captions: tuple[str, ...]
+    image: bytes | None
+    texts: tuple[str, ...]
+    label: int | None
     meta: dict[str, Any]
 
 
@@ -48,7 +50,8 @@ def read_sample(
     """Parse the files of one sample, in the order of its tar, as `parse_files` returns them.
 
     version: of the rules that the dataset was indexed with. encoding: of text without a byte order mark.
-    Raises Unreadable: duplicate_file, linked_file, no_image, unreadable_caption.
+    Raises Unreadable: duplicate_file, linked_file, no_image, unreadable_caption. Without an image a sample needs a
+    text, and before version 3 it cannot be used at all.
     """
     if version == 1:
         return _read_by_version_1(files)
@@ -57,12 +60,15 @@ def read_sample(
         raise Unreadable(key, "linked_file", f"{', '.join(links)}; links are not followed: pack with tar -h")
     read: dict[str, bytes] = {extension: part for extension, part in parts.items() if isinstance(part, bytes)}
     image = next((read[extension] for extension in read if extension in IMAGE_EXTENSIONS), None)
-    if image is None:
+    texts, meta = tuple[str, ...](), dict[str, Any]()
+    if image is not None or version > 2:
+        try:
+            texts, meta = read_captions(read.get, encoding)
+        except (ValueError, TypeError) as error:
+            raise Unreadable(key, "unreadable_caption", str(error)) from None
+    if image is None and not texts:
         raise Unreadable(key, "no_image", f"no image among the files: {', '.join(sorted(read))}")
-    try:
-        return Contents(key, image, *read_captions(read.get, encoding))
-    except (ValueError, TypeError) as error:
-        raise Unreadable(key, "unreadable_caption", str(error)) from None
+    return Contents(key, image, texts, label_of(read.get("cls")), meta)
 
 
 def read_alike(files: Sequence[tuple[str, bytes | NotAFile]]) -> str | None:
@@ -78,6 +84,11 @@ def _outcome(files: Sequence[tuple[str, bytes | NotAFile]], version: int) -> Con
         return read_sample(files, version)
     except Unreadable as fault:
         return fault.key, fault.reason
+
+
+def label_of(contents: bytes | None) -> int | None:
+    """Return the class in a .cls, as webdataset writes it: digits. None if it is missing or anything else."""
+    return int(contents) if contents is not None and _LABEL.fullmatch(contents) else None
 
 
 def image_of(files: Iterable[tuple[str, bytes | NotAFile]]) -> tuple[str, bytes] | None:
@@ -107,7 +118,7 @@ def _read_by_version_1(files: Iterable[tuple[str, bytes | NotAFile]]) -> Content
 
     Of several images the first counts, of several texts the last; links are ignored.
     """
-    key, image, text, tree = "", None, None, dict[str, Any]()
+    key, image, text, label, tree = "", None, None, None, dict[str, Any]()
     for name, contents in files:
         if isinstance(contents, NotAFile):
             continue
@@ -116,12 +127,14 @@ def _read_by_version_1(files: Iterable[tuple[str, bytes | NotAFile]]) -> Content
             tree = _object(key, contents)
         elif extension == "txt":
             text = contents
+        elif extension == "cls":
+            label = label_of(contents)
         elif image is None and extension in _IMAGES_1:
             image = contents
     if image is None:
         raise Unreadable(key, "no_image", "no image among the files")
     try:
-        return Contents(key, image, _captions_by_version_1(tree, text), tree)
+        return Contents(key, image, _captions_by_version_1(tree, text), label, tree)
     except (UnicodeDecodeError, TypeError) as error:
         raise Unreadable(key, "unreadable_caption", str(error)) from None
 
@@ -230,9 +243,22 @@ class Account:
         self.rejected: Counter[str] = Counter()
         self._keys: set[int] = set()
 
-    def add(self, key: str, reason: str) -> None:
-        """Count one more sample; `reason` is empty for one that can be used."""
+    def add(self, contents: Contents) -> bool:
+        """Count a sample that was read -> whether it can be used."""
+        reason = ""
+        if contents.image is None or not contents.texts:
+            reason = "files_apart" if hash(contents.key) in self._keys else ""
+        if not contents.texts and contents.label is None:
+            reason = reason or "empty_caption"
+        self._count(contents.key, reason)
+        return not reason
+
+    def reject(self, key: str, reason: str) -> None:
+        """Count a sample that cannot be read."""
+        self._count(key, "files_apart" if reason == "no_image" and hash(key) in self._keys else reason)
+
+    def _count(self, key: str, reason: str) -> None:
         self.samples += 1
         if reason:
-            self.rejected["files_apart" if reason == "no_image" and hash(key) in self._keys else reason] += 1
+            self.rejected[reason] += 1
         self._keys.add(hash(key))

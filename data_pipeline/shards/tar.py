@@ -31,8 +31,8 @@ _MAX_EXTENDED = 1 << 20
 _NO_MEMBERS = b"5VDA"  # folders, GNU's volume labels and name lists, access rights
 _WITHOUT_BODY = b"123456"  # links, devices, folders and pipes: no contents follow, whatever size they state
 
-NEWEST = 2
-"""Version of the rules that group tar members into samples, see `group_samples`."""
+NEWEST = 3
+"""Version of the rules that group tar members into samples (`group_samples`) and parse them (`samples.read_sample`)."""
 
 _COMPRESSIONS = {
     b"\x1f\x8b": ("gzip", "gunzip"),
@@ -99,7 +99,7 @@ def group_samples(members: Iterable[Member], version: int = NEWEST) -> Iterator[
     """Group consecutive members with one key into samples.
 
     Version 1, for datasets indexed with it: members are the regular files, litter included, and keys end at the first
-    dot. Version 2: links and other entries are members too, litter is not, and keys are those of `split_names`.
+    dot. Later versions: links and other entries are members too, litter is not, and keys are those of `split_names`.
     """
     if version == 1:
         members = (member for member in members if not member.instead)

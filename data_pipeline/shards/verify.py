@@ -25,7 +25,6 @@ from data_pipeline.shards.codes import (
     tokenizers_of,
 )
 from data_pipeline.shards.manifest import (
-    INDEXED,
     MANIFEST,
     STATS,
     VERSION,
@@ -46,7 +45,7 @@ from data_pipeline.shards.manifest import (
     read_version,
 )
 from data_pipeline.shards.samples import Account, Unreadable, read_alike, read_sample
-from data_pipeline.shards.tar import NotAFile, parse_files, refuse_compressed
+from data_pipeline.shards.tar import NEWEST, NotAFile, parse_files, refuse_compressed
 from data_pipeline.storage import Storage, open_storage
 
 
@@ -139,14 +138,14 @@ def index(tars: list[str], workers: int | None = None) -> dict[str, Any]:
 
     tars: files or folders, local or s3://, with {00000..00099} and `::`. workers: processes, by default one per CPU.
     Samples are counted by whether they can be read: samples = readable + the sum of rejected. Rejected ones keep their
-    ids, and raise BadSample when they are read. A folder that was indexed before keeps its manifest version; tars that
-    the rules of version 1 read alike, such as those of a build, get a manifest of version 1.
+    ids, and raise BadSample when they are read. A folder that was indexed before keeps its manifest version; others get
+    the lowest version whose rules read all their samples as the newest rules do, 1 for those of a build.
     -> {dataset, fingerprint, samples, shards, readable, rejected: {reason: count}}. Raises DataError for tars in
     several folders, for tars that are cut off, damaged or compressed, and for tars without any readable sample.
     """
     storage, names = _tars(tars)
     before = read_manifest(storage).version if storage.exists(MANIFEST) else None
-    version = before or INDEXED
+    version = before or NEWEST
     tasks = [(storage.root, name, version) for name in names]
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     if workers > 1:
@@ -154,8 +153,7 @@ def index(tars: list[str], workers: int | None = None) -> dict[str, Any]:
             indexed = list(pool.map(_index_one, *zip(*tasks, strict=True)))
     else:
         indexed = [_index_one(*task) for task in tasks]
-    if before is None and all(alike for *_, alike in indexed):
-        version = VERSION
+    version = before or max(needed for *_, needed in indexed)
     manifest = Manifest(tuple(shard for shard, *_ in indexed), version)
     rejected = sum((found for _, found, _ in indexed), Tally[str]())
     _check_readable(storage, names, manifest, rejected)
@@ -172,11 +170,14 @@ def index(tars: list[str], workers: int | None = None) -> dict[str, Any]:
 
 
 def _check_readable(storage: Storage, names: list[str], manifest: Manifest, rejected: Tally[str]) -> None:
-    """Raise DataError when no sample is usable. Images without captions are, unless their texts are stored apart."""
+    """Raise DataError when no sample is usable, or when images and texts are stored apart, under equal names.
+
+    Images without captions count as usable: models of images alone need none.
+    """
     if not manifest.samples:
         raise DataError(f"{storage.root}: {len(names)} tars without a sample; nothing to index")
-    of_use = "empty_caption" in rejected and "files_apart" not in rejected
-    if rejected.total() == manifest.samples and not of_use:
+    apart = 2 * rejected["files_apart"] >= manifest.samples
+    if apart or (rejected.total() == manifest.samples and "empty_caption" not in rejected):
         raise DataError(
             f"{storage.root}: none of {manifest.samples} samples can be read, {dict(sorted(rejected.items()))}; the "
             "image, .txt and .json of a sample must be neighbours in the tar, under one name: tar --sort=name packs so"
@@ -211,28 +212,32 @@ def _tars_of(folder: str) -> list[str]:
     return [name for name in names if name.endswith(".tar")]
 
 
-def _index_one(folder: str, name: str, version: int) -> tuple[Shard, Tally[str], bool]:
-    """Index one tar -> (shard, rejected samples by reason, whether the rules of version 1 find the same in it)."""
+def _index_one(folder: str, name: str, version: int) -> tuple[Shard, Tally[str], int]:
+    """Index one tar -> (shard, rejected samples by reason, lowest version that reads it as the newest does)."""
     gate.check(gate.TarName, name, folder, "rename the tar")
     storage = open_storage(folder)
     size, _ = storage.stat(name)
     account, where = Account(), f"{folder}/{name}"
     keys: list[str | None] = []  # by version 1, which takes neighbours with one key for one sample
+    without_image = False
 
     def look(sample: bytes) -> None:
+        nonlocal without_image
         files: list[tuple[str, bytes | NotAFile]] = []
         try:
             files = parse_files(sample, where)
             read = read_sample(files, version)
-            account.add(read.key, "" if read.captions else "empty_caption")
+            account.add(read)
+            without_image |= read.image is None
         except Unreadable as fault:
-            account.add(fault.key, fault.reason)
+            account.reject(fault.key, fault.reason)
         keys.append(read_alike(files))
 
     found, digest = index_tar(storage.stream(name), where, size, version, look)
     publish_index(storage, name, found)
     alike = not found.offsets[0] and None not in keys and all(map(operator.ne, keys, keys[1:]))
-    return Shard(name, found.samples, found.tar_bytes, digest), account.rejected, alike
+    needed = NEWEST if without_image else VERSION if alike else 2
+    return Shard(name, found.samples, found.tar_bytes, digest), account.rejected, needed
 
 
 def _note(faults: list[str], check: Callable[..., None], *arguments: Any) -> None:

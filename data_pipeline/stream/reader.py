@@ -76,7 +76,7 @@ class Stream:
         return self._load(np.array([sample_id]), [0], [-1])[0]
 
     def readable(self, rejected: Counter[str]) -> Iterator[Sample]:
-        """Yield the samples with captions in order of id; count the others in `rejected`, by reason."""
+        """Yield the samples with a text or a label in order of id; count the others in `rejected`, by reason."""
         for start, stop in zip(self._starts.tolist(), self._ends.tolist(), strict=True):
             account = Account()
             for sample_id in range(start, stop):
@@ -84,11 +84,10 @@ class Stream:
                 try:
                     contents = read_contents(data, place.where, self._manifest.version)
                 except BadSample as fault:
-                    account.add(fault.key, fault.reason)
+                    account.reject(fault.key, fault.reason)
                     continue
-                account.add(contents.key, "" if contents.captions else "empty_caption")
-                if contents.captions:
-                    yield Sample(sample_id, 0, -1, *_with_own_key(contents), codes)
+                if account.add(contents):
+                    yield sample_of(sample_id, _with_own_key(contents), codes=codes)
             rejected.update(account.rejected)
 
     def read_codes(self, start: int, stop: int) -> np.ndarray:
@@ -149,7 +148,7 @@ class Stream:
     def _load(self, ids: np.ndarray, epochs: list[int], positions: list[int]) -> list[Sample]:
         version = self._manifest.version
         return [
-            Sample(sample_id, epoch, position, *parse_sample(data, place.where, version), codes)
+            sample_of(sample_id, parse_sample(data, place.where, version), epoch, position, codes)
             for sample_id, epoch, position, (place, data, codes) in zip(
                 ids.tolist(), epochs, positions, self._read_places(ids), strict=True
             )
@@ -305,8 +304,16 @@ class SamplePlace(NamedTuple):
         )
 
 
-def parse_sample(data: bytes, where: str, version: int = NEWEST) -> tuple[str, bytes, tuple[str, ...], dict[str, Any]]:
-    """Parse the tar members of one sample -> (key, image, captions, meta).
+def sample_of(
+    sample_id: int, contents: Contents, epoch: int = 0, position: int = -1, codes: np.ndarray | None = None
+) -> Sample:
+    """Return the sample with these contents, as it was read for a position or, by default, fetched by its id."""
+    key, image, texts, label, meta = contents
+    return Sample(sample_id, epoch, position, key, image=image, texts=texts, label=label, codes=codes, meta=meta)
+
+
+def parse_sample(data: bytes, where: str, version: int = NEWEST) -> Contents:
+    """Parse the tar members of one sample; its key is the `key` of its .json, else the base name of its files.
 
     version: of its dataset's manifest. Raises BadSample, with the reason of `read_sample`, when it cannot be used.
     """

@@ -12,7 +12,7 @@ from data_pipeline.patterns import expand_braces
 from data_pipeline.schema import Sample
 from data_pipeline.shards.tar import samples_of
 from data_pipeline.storage import open_storage
-from data_pipeline.stream.reader import parse_sample
+from data_pipeline.stream.reader import parse_sample, sample_of
 
 
 def read_tars(pattern: str, shard: tuple[int, int] = (0, 1), rejected: Counter[str] | None = None) -> Iterator[Sample]:
@@ -29,7 +29,7 @@ def read_tars(pattern: str, shard: tuple[int, int] = (0, 1), rejected: Counter[s
         pieces = open_storage(folder or ".").stream(name)
         for row, (_, data) in enumerate(samples_of(pieces, path)):
             try:
-                sample = Sample(row, 0, -1, *parse_sample(data, f"{path} sample {row}"))
+                sample = sample_of(row, parse_sample(data, f"{path} sample {row}"))
             except BadSample as fault:
                 if rejected is None:
                     raise

@@ -78,7 +78,7 @@ def _label(prompt: str, sample: Sample) -> str:
     """Return the prompt or, if it is not ASCII (all the font has), an ASCII caption of the sample in brackets."""
     if prompt.isascii():
         return prompt
-    return next((f"({caption})" for caption in sample.captions if caption.isascii()), prompt)
+    return next((f"({caption})" for caption in sample.texts if caption.isascii()), prompt)
 
 
 def _scene_figures(images: np.ndarray, samples: list[Sample], prefix: str) -> Figures:

@@ -38,8 +38,8 @@ def _distinct_groups(usable: Usable, groups: int = 4) -> list[list[Sample]]:
     seen: set[str] = set()
     for position in range(min(usable.stream.samples, 20 * groups * CANDIDATES)):
         (sample,) = usable.checked(usable.take(np.array([position])))
-        if seen.isdisjoint(sample.captions):
-            seen.update(sample.captions)
+        if seen.isdisjoint(sample.texts):
+            seen.update(sample.texts)
             found[-1].append(sample)
         if len(found[-1]) == CANDIDATES:
             if len(found) == groups:

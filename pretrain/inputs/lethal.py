@@ -63,6 +63,8 @@ class Screened:
         return self.inputs(samples)
 
     def _refuse_lethal(self, sample: Sample) -> None:
+        if sample.image is None:
+            return
         number = image_number(sample.image)
         if number not in self.known and self.decoder is not None and (why := _death(self.decoder, sample.image)):
             self.known.add(number)

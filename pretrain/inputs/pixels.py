@@ -48,8 +48,10 @@ def pixels(
 
     With crop_scale and crop_ratio of (1, 1), or without a generator, the result is that of `images.resize` in mode
     center_crop, which the build stores and image codes are made from. Otherwise it is a random rectangle, stretched to
-    the square. Raises BadSample when the image does not decode.
+    the square. Raises BadSample when there is no image, or it does not decode.
     """
+    if sample.image is None:
+        raise BadSample(f"sample {sample.key!r} has no image; this task needs one, use a dataset with images")
     try:
         image = decode_rgb(sample.image)
         drawn = None

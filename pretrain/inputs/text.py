@@ -35,7 +35,7 @@ def choose(sample: Sample, generator: np.random.Generator) -> str:
 
 def captions_of(sample: Sample) -> list[str]:
     """Return the sample's non-blank captions. Raises BadSample naming the key when there is none."""
-    captions = [caption for caption in sample.captions if caption.strip()]
+    captions = [caption for caption in sample.texts if caption.strip()]
     if not captions:
         raise BadSample(f"sample {sample.key!r} has no caption; text models need one, rebuild with a caption per image")
     return captions

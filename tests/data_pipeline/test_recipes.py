@@ -42,7 +42,7 @@ def test_real_pairs_are_all_built_and_verified(shared, tmp_path, recipe, data, p
     stats = run.build(load_settings(BuildConfig, REPOSITORY / f"configs/data/{recipe}.yaml", overrides), progress=False)
     assert (stats["in"], stats["out"], stats["rejected"]) == (pairs, pairs, {})
     assert verify(tmp_path / "out")["samples"] == pairs
-    assert len(Stream(tmp_path / "out", seed=0).fetch(0).captions) == captions
+    assert len(Stream(tmp_path / "out", seed=0).fetch(0).texts) == captions
 
 
 # ------------------------------------------------------------------------- labelled images, as captions
@@ -56,7 +56,7 @@ def test_the_fruits_are_built_whole_with_their_class_as_caption(shared, build_he
     classes = json.loads((shared / "data/fruits32/classes.json").read_text())
     assert (stats["in"], stats["out"], stats["shards"]) == (1400, 1400, 3) and verify(tmp_path / "out")
     stream = Stream(tmp_path / "out", seed=0)
-    captions = Counter(stream.fetch(number).captions[0] for number in range(1400))
+    captions = Counter(stream.fetch(number).texts[0] for number in range(1400))
     assert set(captions) <= set(classes.values() if isinstance(classes, dict) else classes) and len(captions) == 20
     assert decode_rgb(stream.fetch(0).image).shape == (32, 32, 3)
 
@@ -78,4 +78,4 @@ def test_fashion_mnist_is_built_from_the_parquet_that_its_arrays_are_written_to(
     for number in range(0, 1000, 97):
         sample = stream.fetch(number)
         assert (decode_rgb(sample.image)[..., 1] == pixels[number]).all()
-        assert sample.captions == (names[labels[number]],)
+        assert sample.texts == (names[labels[number]],)

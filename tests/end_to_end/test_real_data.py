@@ -229,7 +229,7 @@ def on_photos(place: Place, photos: Place, name: str, steps: int) -> list[str]:
 def test_photographs_with_five_captions_are_built_and_verified(photos: Place) -> None:
     stats = read(photos.data / "stats.json")
     assert (stats["in"], stats["out"]) == (PHOTOS, PHOTOS)
-    assert all(len(sample.captions) == 5 for sample in Stream(photos.data, seed=0).read(0, PHOTOS))
+    assert all(len(sample.texts) == 5 for sample in Stream(photos.data, seed=0).read(0, PHOTOS))
     succeed("data", "verify", photos.data)
 
 

@@ -182,7 +182,7 @@ def test_a_sandbox_that_dies_of_any_image_is_a_fault_of_the_node(
 def test_sound_and_merely_damaged_images_are_not_lethal(material: Material) -> None:
     inputs, stream = inputs_of(material), Stream(material.dataset, 0)
     search(stream, inputs, np.arange(8), PATIENCE_S, alone)
-    damaged = Sample(0, 0, 0, "damaged", b"\x89PNG, but no further", (), {})
+    damaged = Sample(0, 0, 0, "damaged", image=b"\x89PNG, but no further")
     with contextlib.closing(looking_decoder(PATIENCE_S)) as decoder:
         looking = Screened(inputs.inputs, (), decoder)
         with pytest.raises(BadSample, match="does not decode"):

@@ -300,4 +300,4 @@ def test_null_among_captions_costs_neither_the_row_nor_the_others(kind, tmp_path
     stats = build_here(source={"kind": kind, "path": f"{tmp_path}/x.{kind}"}, output=f"{tmp_path}/out")
     assert (stats["in"], stats["out"], stats["rejected"]) == (4, 2, {"empty_caption": 2})
     stream = Stream(tmp_path / "out", seed=0)
-    assert [stream.fetch(number).captions for number in range(2)] == [("a cat",), ("a dog",)]
+    assert [stream.fetch(number).texts for number in range(2)] == [("a cat",), ("a dog",)]

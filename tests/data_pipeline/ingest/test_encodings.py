@@ -41,9 +41,9 @@ def test_marks_are_taken_off_beside_images_and_in_tars(codec, tmp_path, build_he
         stats = build_here(source={"kind": kind, "path": f"{tmp_path}/{path}"}, output=f"{tmp_path}/{kind}")
         stream = Stream(tmp_path / kind, seed=0)
         assert (stats["in"], stats["rejected"]) == (2, {})
-        assert [stream.fetch(number).captions for number in range(2)] == [("a café",), ("ein Bär",)]
+        assert [stream.fetch(number).texts for number in range(2)] == [("a café",), ("ein Bär",)]
     (tmp_path / "indexed").mkdir()
     tar_of(tmp_path / "indexed" / "00000.tar", files)
     index([str(tmp_path / "indexed" / "00000.tar")], workers=1)
     stream = Stream(tmp_path / "indexed", seed=0)
-    assert [stream.fetch(number).captions for number in range(2)] == [("a café",), ("ein Bär",)]
+    assert [stream.fetch(number).texts for number in range(2)] == [("a café",), ("ein Bär",)]

@@ -155,7 +155,7 @@ def test_coco_finds_the_images_beside_each_of_several_files(way, store, tmp_path
     assert (stats["in"], stats["rejected"]) == (4, {})
     stream = Stream(tmp_path / "out", seed=0)
     samples = [stream.fetch(number) for number in range(4)]
-    assert [(sample.key, sample.captions) for sample in samples] == [(str(n), (f"c {n}",)) for n in range(4)]
+    assert [(sample.key, sample.texts) for sample in samples] == [(str(n), (f"c {n}",)) for n in range(4)]
     assert [sample.image for sample in samples] == [make_png(number) for number in range(4)]
 
 
@@ -185,7 +185,7 @@ def test_json_lists_in_several_folders_find_the_images_beside_their_own(tmp_path
     stats = build_here(**tree)
     assert (stats["in"], stats["out"], stats["rejected"]) == (4, 2, {"unreadable_file": 2})
     stream = Stream(tmp_path / "out", seed=0)
-    assert [(s.captions, s.image) for s in map(stream.fetch, range(2))] == [
+    assert [(s.texts, s.image) for s in map(stream.fetch, range(2))] == [
         (("a 0",), make_png(0)),
         (("b 0",), make_png(1)),
     ]

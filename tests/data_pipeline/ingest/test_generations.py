@@ -153,7 +153,7 @@ def test_rows_are_chosen_by_the_scores_that_laion_publishes(tmp_path, build_here
     source = {"kind": kind, "path": f"{tmp_path}/x.{kind}", "image": "URL", "captions": ["TEXT"]}
     stats = build_here(source=source, output=f"{tmp_path}/out", filters=filters)
     assert stats["rejected"] == {"unsafe": 1, "watermark": 2, "ugly": 1, "unlike": 1}
-    assert Stream(tmp_path / "out", seed=0).fetch(0).captions == ("c0",)
+    assert Stream(tmp_path / "out", seed=0).fetch(0).texts == ("c0",)
 
 
 def test_a_condition_on_the_image_sees_the_size_that_it_came_with(folder, build_here, tmp_path):
@@ -299,7 +299,7 @@ def test_a_table_without_keys_grows_at_its_end_only(tmp_path, build_here, make_p
         path.write_text("image,caption\n" + "".join(f"0.png,c{number}\n" for number in range(count)))
         assert build_here(**tree)["in"] == count
     stream = Stream(tmp_path / "out", seed=0)
-    assert [stream.fetch(number).captions[0] for number in range(8)] == [f"c{number}" for number in range(8)]
+    assert [stream.fetch(number).texts[0] for number in range(8)] == [f"c{number}" for number in range(8)]
     path.write_text(path.read_text().replace("c2", "cX") + "0.png,more\n")
     with pytest.raises(DataError, match="not what .* was built from"):
         build_here(**tree)
@@ -515,7 +515,7 @@ def test_rows_of_every_kind_of_damage_are_counted(tmp_path, build_here, make_png
         "unreadable_caption": 1,
         "unreadable_row": 1,
     }
-    assert Stream(tmp_path / "out", seed=0).fetch(0).captions == ("tab here and bell",)
+    assert Stream(tmp_path / "out", seed=0).fetch(0).texts == ("tab here and bell",)
     told = [(row["row"], row["reason"]) for row in pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()]
     assert told == [
         (1, "empty_file"),

@@ -32,16 +32,16 @@ def test_webdataset_and_tarfile_read_the_samples_that_the_stream_reads(scenes, b
         sample = stream.fetch(number)
         assert peer["__key__"] == reference["key"] == f"{number:09d}"
         assert sample.image == peer["png"] == reference["png"]
-        assert sample.captions[0].encode() == peer["txt"] == reference["txt"]
+        assert sample.texts[0].encode() == peer["txt"] == reference["txt"]
         tree = json.loads(reference["json"])
-        assert (sample.key, list(sample.captions)) == (tree.pop("key"), tree.pop("captions"))
+        assert (sample.key, list(sample.texts)) == (tree.pop("key"), tree.pop("captions"))
         assert sample.meta == tree
 
 
 def test_all_captions_and_attributes_of_a_row_are_kept(folder, build_here, tmp_path):
     build_here(source={"kind": "folder", "path": str(folder)}, output=f"{tmp_path}/out")
     sample = Stream(tmp_path / "out", seed=0).fetch(1)
-    assert (sample.key, sample.captions, sample.meta) == ("a/1", ("picture 1", "图片"), {"score": 1})
+    assert (sample.key, sample.texts, sample.meta) == ("a/1", ("picture 1", "图片"), {"score": 1})
 
 
 # ----------------------------------------------------------------------------------------- accounting
@@ -90,7 +90,7 @@ def test_of_rows_with_one_key_the_first_stays_in_every_sharding(make_png, build_
     stats = build_here(source=source, output=f"{tmp_path}/out", shard_size=shard_size)
     assert stats["rejected"] == {"duplicate_key": 3}
     stream = Stream(tmp_path / "out", seed=0)
-    assert [stream.fetch(i).captions for i in range(3)] == [("row 0",), ("row 1",), ("row 3",)]
+    assert [stream.fetch(i).texts for i in range(3)] == [("row 0",), ("row 1",), ("row 3",)]
 
 
 # ------------------------------------------------------------------------------------------ bad input

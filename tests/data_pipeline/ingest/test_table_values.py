@@ -47,7 +47,7 @@ def test_a_column_that_the_first_rows_lack_is_one_that_a_later_row_has(kind, bui
     rows = [{"image": "0.png", "title": "a"}, {"image": "1.png"}, {"image": "2.png", "caption": "c", "title": "d"}]
     stats, samples, _ = build(kind, rows, captions=["title", "caption"])
     assert (stats["in"], stats["rejected"]) == (3, {"empty_caption": 1})
-    assert [sample.captions for sample in samples] == [("a",), ("d", "c")]
+    assert [sample.texts for sample in samples] == [("a",), ("d", "c")]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
@@ -172,7 +172,7 @@ def test_columns_with_the_names_of_a_samples_own_are_kept_and_can_be_asked_for(k
     rows = [{"image": f"{n}.png", "caption": "a", "key": n, "captions": f"other {n}"} for n in range(3)]
     stats, samples, _ = build(kind, rows, {"late": "key >= 1"})
     assert stats["rejected"] == {"late": 1}
-    assert [(sample.key, sample.captions, sample.meta) for sample in samples] == [
+    assert [(sample.key, sample.texts, sample.meta) for sample in samples] == [
         (f"{n:09d}", ("a",), {"source_key": n, "source_captions": f"other {n}"}) for n in (1, 2)
     ]
 

@@ -163,7 +163,7 @@ def built(tmp_path, build_here, kind, data, **more):
     assert stats["in"] == stats["out"] + sum(stats["rejected"].values())
     return (
         stats,
-        {sample.key: sample.captions for sample in samples},
+        {sample.key: sample.texts for sample in samples},
         {row["key"]: (row["reason"], row["detail"]) for row in rejects},
     )
 
@@ -262,7 +262,7 @@ def test_captions_beside_images_are_read_as_the_encoding_says(tmp_path, build_he
     stats = build_here(
         source={"kind": "folder", "path": f"{tmp_path}/raw", "encoding": "latin-1"}, output=f"{tmp_path}/second"
     )
-    assert (stats["out"], Stream(tmp_path / "second", seed=0).fetch(0).captions) == (1, ("un café",))
+    assert (stats["out"], Stream(tmp_path / "second", seed=0).fetch(0).texts) == (1, ("un café",))
 
 
 # ------------------------------------------------------------------------ datasets that were built before
@@ -365,7 +365,7 @@ def test_retry_without_keys_refuses_a_source_that_is_another(kind, change, tmp_p
     (tmp_path / "gone.png").write_bytes((tmp_path / "2.png").read_bytes())
     assert retry(check(**tree), progress=False)["rejected"] == {}
     stream = Stream(tmp_path / "out", seed=0)
-    assert [stream.fetch(number).captions for number in range(4)] == [("c 0",), ("c 1",), ("c 3",), ("c 2",)]
+    assert [stream.fetch(number).texts for number in range(4)] == [("c 0",), ("c 1",), ("c 3",), ("c 2",)]
 
 
 def test_retry_without_keys_refuses_a_source_of_fewer_files(tmp_path, build_here, images):
@@ -385,7 +385,7 @@ def test_retry_by_keys_finds_the_row_after_a_line_was_deleted(tmp_path, build_he
     (tmp_path / "x.csv").write_text("\n".join(["id,image,caption", *rows[1:]]))
     (tmp_path / "gone.png").write_bytes((tmp_path / "2.png").read_bytes())
     assert retry(check(**tree), progress=False)["rejected"] == {}
-    assert (Stream(tmp_path / "out", seed=0).fetch(3).key, Stream(tmp_path / "out", seed=0).fetch(3).captions) == (
+    assert (Stream(tmp_path / "out", seed=0).fetch(3).key, Stream(tmp_path / "out", seed=0).fetch(3).texts) == (
         "k2",
         ("c 2",),
     )
@@ -411,7 +411,7 @@ def test_retry_reads_rejected_rows_with_the_encoding_that_is_said_then(tmp_path,
         retry(check(**{**tree, "source": {**tree["source"], "encoding": "cp1252"}}), progress=False)["rejected"] == {}
     )
     sample = Stream(tmp_path / "out", seed=0).fetch(1)
-    assert (sample.key, sample.captions) == ("000000000", ("un café",))
+    assert (sample.key, sample.texts) == ("000000000", ("un café",))
 
 
 @pytest.mark.parametrize("added, fits", [("2.png,c\n", False), ("\n2.png,c\n", True), ("\r\n2.png,c\n", True)])
@@ -456,7 +456,7 @@ def test_a_row_of_wrong_bytes_keeps_its_key_and_is_found_by_it(kind, tmp_path, b
     source = {"kind": kind, "path": f"{tmp_path}/x.{kind}", "key": "key", "encoding": "latin-1"}
     tree = {"source": source, "output": f"{tmp_path}/out", "shard_size": 2}
     assert retry(check(**tree), progress=False)["rejected"] == {}
-    assert Stream(tmp_path / "out", seed=0).fetch(1).captions == ("un café",)
+    assert Stream(tmp_path / "out", seed=0).fetch(1).texts == ("un café",)
 
 
 def test_a_key_of_wrong_bytes_is_none(tmp_path, build_here, images):
@@ -491,4 +491,4 @@ def test_of_a_whole_json_file_the_rows_of_wrong_bytes_alone_are_rejected(kind, t
     (row,) = pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()
     assert (row["key"], row["detail"]) == ("1", f"byte 0xe9 at {data.index(0xE9)} is not UTF-8")
     assert retry(check(**{**tree, "source": {**source, "encoding": "latin-1"}}), progress=False)["rejected"] == {}
-    assert Stream(tmp_path / "out", seed=0).fetch(2).captions == ("un café",)
+    assert Stream(tmp_path / "out", seed=0).fetch(2).texts == ("un café",)

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import Conflict, DataError
 from data_pipeline.shards.manifest import (
-    INDEXED,
     VERSION,
     Index,
     Manifest,
@@ -103,8 +102,8 @@ def test_canonical_json_keeps_letters_and_sorts_keys():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        (tree_of(ONE, version=0), "here: version 0, this program reads up to 2; use the one that built it"),
-        (tree_of(ONE, version=3), "here: version 3, this program reads up to 2; use the one that built it"),
+        (tree_of(ONE, version=0), "here: version 0, this program reads up to 3; use the one that built it"),
+        (tree_of(ONE, version=4), "here: version 4, this program reads up to 3; use the one that built it"),
         (tree_of(ONE, samples=3), "here: says samples=3, its shards have 2; it is damaged"),
         (tree_of(ONE, samples=1), "here: says samples=1, its shards have 2; it is damaged"),
         (tree_of(TWO, Shard("2.tar", 2, 1023, SHA)), "here: 2.tar has n=2 samples in bytes=1023; it is damaged"),
@@ -316,8 +315,8 @@ def test_an_index_is_made_by_the_rules_of_the_version_that_it_is_for():
     writer.add("1.05", [("txt", b"a")])
     writer.add("1.06", [("txt", b"b")])
     writer.close()
-    found = [index_tar([file.getvalue()], "x", None, *version)[0].samples for version in ((), (1,), (2,))]
-    assert found == [1, 1, 2] and (VERSION, INDEXED) == (1, 2) == (1, NEWEST)
+    found = [index_tar([file.getvalue()], "x", None, *version)[0].samples for version in ((), (1,), (2,), (3,))]
+    assert found == [1, 1, 2, 2] and (VERSION, NEWEST) == (1, 3)
 
 
 def test_a_damaged_tar_is_named_and_a_member_beyond_its_size_is_not_waited_for():

@@ -22,7 +22,7 @@ from data_pipeline.ingest.report import write_report
 from data_pipeline.ingest.sources import open_source
 from data_pipeline.shards.codes import encode_rows
 from data_pipeline.shards.manifest import MANIFEST, VERSION, Manifest, Shard, index_tar, open_dataset, publish_index
-from data_pipeline.shards.samples import Unreadable, captions_of_json, parse_json
+from data_pipeline.shards.samples import Unreadable, captions_of_json, label_of, parse_json
 from data_pipeline.shards.tar import TarWriter, group_samples, is_litter, scan, split_names
 from data_pipeline.shards.verify import index, verify
 from data_pipeline.storage import open_storage
@@ -80,7 +80,7 @@ def everywhere(tmp_path, build_here):
         told = index([str(tars)], workers=1)
         assert (told["samples"], told["readable"], told["rejected"]) == (stats["in"], len(built), stats["rejected"])
         rejected = Counter()
-        streamed = {one.key: tuple(map(in_one_line, one.captions)) for one in Stream(tars, seed=0).readable(rejected)}
+        streamed = {one.key: tuple(map(in_one_line, one.texts)) for one in Stream(tars, seed=0).readable(rejected)}
         assert (streamed, dict(rejected)) == (built, stats["rejected"])
         rejected = Counter()
         trained = map(in_one_line, captions_of(tars, 1000, rejected))
@@ -168,7 +168,7 @@ JSON = st.recursive(
 def test_whatever_json_and_text_hold_captions_are_text_that_is_not_blank_or_a_reason_is_named(tree, text):
     files = [("k.png", b"image"), ("k.json", json.dumps(tree).encode())] + ([] if text is None else [("k.txt", text)])
     try:
-        key, image, captions, meta = parse_sample(tar_of(files)[: -(-len(tar_of(files)) // 512) * 512], "x")
+        key, image, captions, _, meta = parse_sample(tar_of(files)[: -(-len(tar_of(files)) // 512) * 512], "x")
     except BadSample as fault:
         assert fault.reason == "unreadable_caption" and fault.key == "k" and "k" in str(fault)
         return
@@ -283,8 +283,91 @@ def test_numbers_between_dots_belong_to_the_key_and_other_names_follow_webdatase
 
 
 def test_a_sample_without_an_image_by_webdatasets_names_is_one_rejection(everywhere):
-    entries = [("a.png", png(1)), CAT, ("b.left.png", png(2)), ("b.right.png", png(3)), ("b.txt", b"b")]
+    entries = [("a.png", png(1)), CAT, ("b.left.png", png(2)), ("b.right.png", png(3))]
     assert everywhere(entries) == (2, {"no_image": 1}, {"a": ("a cat",)})
+
+
+# --------------------------------------------------------------------- samples without an image, and labels
+
+
+def test_texts_without_images_are_samples_of_a_new_index_and_pairs_of_no_build(tmp_path, build_here):
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    entries = [("a.png", png(1)), CAT, ("b.txt", b"a dog"), ("c.json", b'{"captions": ["one", "two"], "url": "u"}')]
+    (tars / "00.tar").write_bytes(tar_of([*entries, ("d.json", b'{"url": "u"}'), ("e.txt", b"caf\xe9")]))
+    told = index([str(tars)], workers=1)
+    assert told["rejected"] == {"no_image": 1, "unreadable_caption": 1} and told["readable"] == 3
+    _, manifest = open_dataset(tars)
+    assert manifest.version == 3 and verify(tars)["fingerprint"] == manifest.fingerprint
+    rejected = Counter()
+    found = {one.key: (one.image, one.texts, one.meta) for one in Stream(tars, seed=0).readable(rejected)}
+    assert found == {
+        "a": (png(1), ("a cat",), {}),
+        "b": (None, ("a dog",), {}),
+        "c": (None, ("one", "two"), {"url": "u"}),
+    }
+    assert rejected == told["rejected"]
+    assert list(captions_of(tars, 10)) == ["a cat", "a dog", "one", "two"]
+    page = Path(write_report(tars)).read_text(encoding="utf-8")
+    assert "5 in = 3 out + 2 rejected" in page and "a dog" in page
+    stats = build_here(source={"kind": "tars", "path": str(tars)}, output=str(tmp_path / "built"))
+    assert stats["rejected"] == {"no_image": 3, "unreadable_caption": 1}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_texts_without_images_stay_rejected_in_datasets_that_were_indexed_before(version):
+    for files in ([("b.txt", b"a dog")], [("b.txt", b"caf\xe9")], [("b.json", b"[")] if version == 2 else []):
+        if files:
+            with pytest.raises(BadSample) as raised:
+                parse_sample(tar_of(files), "x", version)
+            assert raised.value.reason == "no_image"
+
+
+@pytest.mark.parametrize("order", ["images first", "texts first"])
+def test_images_and_texts_stored_apart_are_refused_in_either_order(order, tmp_path):
+    images = [(f"{n}.png", png(n)) for n in range(3)]
+    texts = [(f"{n}.txt", b"a cat") for n in range(3)]
+    (tmp_path / "0.tar").write_bytes(tar_of(images + texts if order == "images first" else texts + images))
+    with pytest.raises(DataError, match="'files_apart': 3.*must be neighbours"):
+        index([str(tmp_path)], workers=1)
+
+
+LABELS = [
+    (b"0", 0),
+    (b"7\n", 7),
+    (b" 999999999 ", 999_999_999),
+    (b"007", 7),
+    (b"", None),
+    (b"-1", None),
+    (b"1.0", None),
+    (b"n01440764", None),
+    (b"1 2", None),
+    (b"\xd9\xa3", None),  # an Arabic digit
+    (b"9" * 5000, None),
+]
+
+
+@pytest.mark.parametrize(("contents", "label"), LABELS)
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_label_is_the_number_in_cls_and_none_for_anything_else(contents, label, version):
+    assert parse_sample(tar_of([("a.png", b"i"), ("a.cls", contents), CAT]), "x", version).label == label
+
+
+def test_labelled_images_need_no_caption_and_keep_the_manifest_of_a_build(tmp_path):
+    (tmp_path / "0.tar").write_bytes(tar_of([("a.png", png(1)), ("a.cls", b"3"), ("b.png", png(2)), ("b.cls", b"x")]))
+    told = index([str(tmp_path)], workers=1)
+    assert (told["readable"], told["rejected"]) == (1, {"empty_caption": 1})
+    stream = Stream(tmp_path, seed=0)
+    assert [(stream.fetch(n).label, stream.fetch(n).texts) for n in range(2)] == [(3, ()), (None, ())]
+    assert open_dataset(tmp_path)[1].version == 1
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.binary(max_size=12))
+def test_a_label_agrees_with_int_on_ascii_digits(contents):
+    text = contents.strip(b" \t\n\r\x0b\x0c")
+    expected = int(text) if text.isdigit() and len(text) < 10 else None
+    assert label_of(contents) == expected
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -399,7 +482,7 @@ def test_a_dataset_that_was_indexed_before_stays_what_it_was(tmp_path):
     assert (manifest.version, manifest.samples, told["fingerprint"]) == (VERSION, 4, manifest.fingerprint)
     assert verify(tmp_path)["fingerprint"] == manifest.fingerprint
     rejected = Counter()
-    assert [sample.captions for sample in Stream(tmp_path, seed=0).readable(rejected)] == [("one\ntwo",), ("b",)]
+    assert [sample.texts for sample in Stream(tmp_path, seed=0).readable(rejected)] == [("one\ntwo",), ("b",)]
     assert rejected == {"no_image": 2} == told["rejected"]
 
 
@@ -450,7 +533,7 @@ def test_a_sample_of_version_1_is_read_as_it_was(files, expected):
 
 def test_attributes_and_links_of_version_1_are_those_that_it_had():
     files = [("a.png", b"first"), ("a.json", b'{"caption": "c", "key": "k", "url": "u"}'), ("a.txt", "hard", "b.txt")]
-    assert parse_sample(tar_of(files), "x", version=1) == ("k", b"first", ("c",), {"caption": "c", "url": "u"})
+    assert parse_sample(tar_of(files), "x", version=1) == ("k", b"first", ("c",), None, {"caption": "c", "url": "u"})
 
 
 # ------------------------------------------------------------------------------------------------- codes
@@ -492,6 +575,10 @@ IMAGE, JSON = ("a.jpg", b"image"), ("a.json", b'{"captions": ["a cat"]}')
         ([("b.txt", "symbolic", "a.txt"), IMAGE, JSON], 2),
         ([IMAGE, ("a.jpg", b"again"), JSON, ("z.jpg", b"image")], 2),
         ([("22.05.jpg", b"image"), ("22.06.jpg", b"image")], 2),
+        ([IMAGE, ("a.cls", b"7")], 1),
+        ([IMAGE, JSON, ("b.json", b"{}")], 1),
+        ([IMAGE, JSON, ("b.txt", b"a dog")], 3),
+        ([("b.txt", b"a dog")], 3),
     ],
 )
 def test_tars_that_both_versions_read_alike_get_the_manifest_that_they_had(files, version, tmp_path):

@@ -75,7 +75,7 @@ def test_foreign_tars_are_indexed_and_read(tmp_path, make_png):
                     tar.addfile(info, io.BytesIO(data))
     assert index([f"{tmp_path}/{{00000..00001}}.tar"])["samples"] == 4
     stream = Stream(tmp_path, seed=0)
-    assert [stream.fetch(i).captions for i in range(4)] == [("x0",), ("y0",), ("x1",), ("y1",)]
+    assert [stream.fetch(i).texts for i in range(4)] == [("x0",), ("y0",), ("x1",), ("y1",)]
     assert verify(tmp_path)["shards"] == 2
 
 

@@ -24,7 +24,7 @@ def ours(dataset):
     """key, image, first caption of each sample, in the order of the tars."""
     stream = Stream(dataset, seed=0)
     samples = [stream.fetch(number) for number in range(stream.samples)]
-    return [(sample.image, sample.captions[0]) for sample in samples]
+    return [(sample.image, sample.texts[0]) for sample in samples]
 
 
 @pytest.fixture

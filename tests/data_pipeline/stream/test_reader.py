@@ -37,8 +37,8 @@ def test_fetch_gives_the_sample_that_read_gives(scenes):
     stream = Stream(scenes, seed=0)
     for sample in stream.read(0, 25):
         found = stream.fetch(sample.id)
-        assert (found.key, found.image, found.captions, found.meta) == (
-            sample.key, sample.image, sample.captions, sample.meta,
+        assert (found.key, found.image, found.texts, found.meta) == (
+            sample.key, sample.image, sample.texts, sample.meta,
         )  # fmt: skip
         assert (found.epoch, found.position) == (0, -1)
 

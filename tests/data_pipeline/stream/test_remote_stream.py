@@ -57,7 +57,7 @@ def uploaded(local, bucket, tmp_path, monkeypatch):
 
 
 def contents(samples):
-    return [(sample.position, sample.id, sample.key, sample.image, sample.captions) for sample in samples]
+    return [(sample.position, sample.id, sample.key, sample.image, sample.texts) for sample in samples]
 
 
 def sequence(dataset, steps=20, size=32, start=100):

@@ -22,7 +22,7 @@ def site(scenes):
 
 
 def seen(samples):
-    return [(sample.key, sample.image, sample.captions, sample.meta) for sample in samples]
+    return [(sample.key, sample.image, sample.texts, sample.meta) for sample in samples]
 
 
 def test_tars_behind_http_are_read_in_sequence_and_split_between_ranks(scenes, site):

@@ -12,7 +12,7 @@ from pretrain.config import RunConfig
 from pretrain.inputs.text import text_ids
 from pretrain.tasks.autoregressive import AutoregressiveInputs
 
-SAMPLE = Sample(3, 0, 17, "key-3", b"", ("one two", "three"), {}, np.arange(6, dtype=np.uint16))
+SAMPLE = Sample(3, 0, 17, "key-3", texts=("one two", "three"), codes=np.arange(6, dtype=np.uint16))
 
 
 class Words:
@@ -69,7 +69,7 @@ def test_captions_are_dropped_whole_and_at_the_asked_rate():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"captions": ()}, "'key-3' has no caption"),
+        ({"texts": ()}, "'key-3' has no caption"),
         ({"codes": None}, "'key-3' has no image codes; run `tessera data encode`"),
         ({"codes": np.arange(5)}, "'key-3' has 5 codes, model.image_tokens=6"),
         ({"codes": np.arange(3, 9)}, "'key-3' has code 8, beyond model.image_vocab=8"),

@@ -23,7 +23,7 @@ GRADIENT = np.stack(np.broadcast_arrays(np.arange(60)[:, None], 2 * np.arange(90
 
 def sample(image: np.ndarray | bytes, number: int = 0, epoch: int = 0, position: int = 0) -> Sample:
     data = image if isinstance(image, bytes) else encode_png(image)
-    return Sample(number, epoch, position, f"key-{number}", data, ("a caption",), {}, None)
+    return Sample(number, epoch, position, f"key-{number}", image=data, texts=("a caption",))
 
 
 def test_without_crop_the_largest_centred_square_is_taken():
@@ -143,3 +143,8 @@ def test_pixels_become_minus_one_to_one_and_back():
         to_images(tensor * 3),
         np.clip(np.rint((tensor.numpy() * 3 + 1) * 127.5), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1),
     )
+
+
+def test_a_sample_without_an_image_is_refused_by_the_task_that_needs_one():
+    with pytest.raises(BadSample, match="'key-3' has no image"):
+        pixels(Sample(0, 0, 0, "key-3", texts=("a caption",)), 16)

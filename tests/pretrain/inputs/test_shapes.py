@@ -44,7 +44,8 @@ class Samples:
         ok, image = cv2.imencode(".png", np.zeros((20, 20, 3), np.uint8))
         assert ok
         captions = ("a" * CONTEXT, "b" * CONTEXT)
-        return Sample(sample_id, 0, -1, f"k{sample_id}", image.tobytes(), captions, {}, np.arange(4, dtype=np.uint16))
+        codes = np.arange(4, dtype=np.uint16)
+        return Sample(sample_id, 0, -1, f"k{sample_id}", image=image.tobytes(), texts=captions, codes=codes)
 
 
 @pytest.mark.parametrize(("model", "task"), FAMILIES, ids=lambda tree: " ".join(map(str, tree.values()))[:24])

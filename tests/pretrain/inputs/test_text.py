@@ -39,7 +39,7 @@ class Samples:
 
 def sample(number: int, epoch: int = 0) -> Sample:
     captions = tuple(chr(97 + number) * (3 + number + extra) for extra in range(1 + number % 3))
-    return Sample(number, epoch, -1, f"k{number}", b"", captions, {})
+    return Sample(number, epoch, -1, f"k{number}", texts=captions)
 
 
 def inputs(kind: str, vocabulary: Any = None, **objective: Any) -> Any:
@@ -125,7 +125,7 @@ def test_half_of_the_second_segments_come_from_another_sample() -> None:
 def test_a_caption_of_several_sentences_is_cut_where_one_ends() -> None:
     reader, cuts = inputs("mlm"), set()
     for epoch in range(60):
-        one = Sample(2, epoch, 0, "k", b"", ("a. b! \u732b\u3002c",), {})
+        one = Sample(2, epoch, 0, "k", texts=("a. b! \u732b\u3002c",))
         first, second = reader.neighbours(one, sample_generator(5, epoch, 2, "segments"))
         cuts.add((len(first), len(second)))
     assert cuts == {(2, 7), (5, 4), (8, 1)}  # letters of "a." | "b! 猫。 c", and so on
@@ -172,4 +172,4 @@ def test_rtd_uniforms_are_the_samples_own() -> None:
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_a_sample_without_caption_is_named(kind: str, options: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="'k1' has no caption"):
-        inputs(kind, **options)([Sample(1, 0, 0, "k1", b"", (), {})])
+        inputs(kind, **options)([Sample(1, 0, 0, "k1")])
