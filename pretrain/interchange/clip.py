@@ -1,9 +1,10 @@
-"""The public layouts of CLIP."""
+"""The public layouts of CLIP, and transformers' config.json of it."""
 
 from collections.abc import Callable
+from typing import Any
 
-from pretrain.interchange.rules import PublicLayout, Rule, affine
-from pretrain.schema.clip import ClipConfig
+from pretrain.interchange.rules import HubConfig, PublicLayout, Rule, affine
+from pretrain.schema.clip import ClipConfig, TextTower, VisionTower
 
 
 def _pre_norm_block(ours: str, theirs: str) -> list[Rule]:
@@ -82,9 +83,54 @@ def _heads_of_64(tower: str) -> Callable[[ClipConfig], int | float]:
     return heads
 
 
+def _tower(tower: VisionTower | TextTower, config: ClipConfig) -> dict[str, Any]:
+    sizes = {"hidden_size": tower.width, "intermediate_size": 4 * tower.width, "projection_dim": config.embed_dim}
+    sizes |= {"num_hidden_layers": tower.layers, "num_attention_heads": tower.heads}
+    return sizes | {"hidden_act": config.activation, "layer_norm_eps": config.norm_eps}
+
+
+def _clip_entries(config: ClipConfig) -> dict[str, Any]:
+    vision, text = config.vision, config.text
+    pictures = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    words = {"vocab_size": text.vocab_size, "max_position_embeddings": text.context}
+    return {
+        "": {
+            "model_type": "clip",
+            "architectures": ["CLIPModel"],
+            "projection_dim": config.embed_dim,
+            "vision_config": pictures | _tower(vision, config),
+            "text_config": words | _tower(text, config),
+        }
+    }
+
+
+_TOWER = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+_VISION = _TOWER | {"image_size": "image_size", "patch_size": "patch_size"}
+_TEXT = _TOWER | {"vocab_size": "vocab_size", "context": "max_position_embeddings"}
+_TOWER_DEFAULTS: dict[str, Any] = {
+    "num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0,
+}  # fmt: skip
+_VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224}
+_TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "vocab_size": 49408}
+_CLIP_HUB = HubConfig(
+    _clip_entries,
+    {
+        **{f"vision.{ours}": f"vision_config.{theirs}" for ours, theirs in _VISION.items()},
+        **{f"text.{ours}": f"text_config.{theirs}" for ours, theirs in _TEXT.items()},
+        "embed_dim": "projection_dim",
+        "activation": "text_config.hidden_act",
+        "norm_eps": "text_config.layer_norm_eps",
+    },
+    {
+        "vision_config": _TOWER_DEFAULTS | _VISION_DEFAULTS | {"patch_size": 32},
+        "text_config": _TOWER_DEFAULTS | _TEXT_DEFAULTS | {"max_position_embeddings": 77},
+        "projection_dim": 512,
+    },
+)
+
 # open_clip uses the same names as OpenAI, whose files also contain three numbers
 LAYOUTS: dict[str, PublicLayout] = {
-    "transformers-clip": PublicLayout("clip", _transformers_clip, ignored=("embeddings.position_ids",)),
+    "transformers-clip": PublicLayout("clip", _transformers_clip, ignored=("embeddings.position_ids",), hub=_CLIP_HUB),
     "openai-clip": PublicLayout(
         "clip",
         _openai_clip,

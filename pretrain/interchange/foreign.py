@@ -1,7 +1,7 @@
 """Folders of transformers -> our configuration and weights. Settings that our models lack are refused by name.
 
 A foreign config.json is read twice. First its fields become our configuration; then every entry that has an effect must
-equal what our configuration would write (`described.CONFIGS`). So unknown entries are refused.
+equal what our configuration would write (`HubConfig.write`). So unknown entries are refused.
 """
 
 import json
@@ -16,53 +16,11 @@ from safetensors.torch import load_file
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.settings import flatten
-from pretrain.interchange.described import CONFIGS
 from pretrain.interchange.folder import CONFIG_FILE, WEIGHTS_FILE
 from pretrain.interchange.layouts import LAYOUTS, State, import_state
+from pretrain.interchange.rules import HubConfig
 from pretrain.models import MODELS
 from pretrain.schema import ModelConfig
-
-TEXT = {
-    "vocab_size": "vocab_size", "context": "max_position_embeddings", "layers": "num_hidden_layers",
-    "width": "hidden_size", "heads": "num_attention_heads", "type_vocab": "type_vocab_size",
-    "activation": "hidden_act", "norm_eps": "layer_norm_eps", "dropout": "hidden_dropout_prob",
-}  # fmt: skip
-TOWER = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
-VISION = TOWER | {"image_size": "image_size", "patch_size": "patch_size"}
-WORDS = TOWER | {"vocab_size": "vocab_size", "context": "max_position_embeddings"}
-FIELDS: dict[str, dict[str, str]] = {
-    "transformers-bert": TEXT | {"embedding_width": "hidden_size"},
-    "transformers-electra": TEXT | {"embedding_width": "embedding_size"},
-    "transformers-clip": {
-        **{f"vision.{ours}": f"vision_config.{theirs}" for ours, theirs in VISION.items()},
-        **{f"text.{ours}": f"text_config.{theirs}" for ours, theirs in WORDS.items()},
-        "embed_dim": "projection_dim", "activation": "text_config.hidden_act",
-        "norm_eps": "text_config.layer_norm_eps",
-    },
-}  # fmt: skip
-"""Our field -> their entry, for the layouts whose config.json determines our configuration."""
-
-_TEXT_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "intermediate_size": 3072, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
-    "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "tie_word_embeddings": True,
-}  # fmt: skip
-_TOWER_DEFAULTS: dict[str, Any] = {
-    "num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0,
-}  # fmt: skip
-_VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224}
-_WORDS_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "vocab_size": 49408}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "transformers-bert": _TEXT_DEFAULTS,
-    "transformers-electra": _TEXT_DEFAULTS
-    | {"embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024},
-    "transformers-clip": {
-        "vision_config": _TOWER_DEFAULTS | _VISION_DEFAULTS | {"patch_size": 32},
-        "text_config": _TOWER_DEFAULTS | _WORDS_DEFAULTS | {"max_position_embeddings": 77},
-        "projection_dim": 512,
-    },
-}
-"""Defaults of transformers for missing entries."""
 
 NEUTRAL: dict[str, Any] = {
     "is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
@@ -100,15 +58,15 @@ def read_layout(directory: str | Path, layout: str) -> tuple[ModelConfig, State]
 
     Raises ConfigError for a layout without a config.json of its own, DataError naming what does not fit.
     """
-    if layout not in FIELDS:
-        raise ConfigError(f"--format {layout} cannot be imported; use {', '.join(sorted(FIELDS))}")
-    parts = ("discriminator", "generator") if layout == "transformers-electra" else ("",)
-    trees = {part: _tree(Path(directory, part, CONFIG_FILE), layout) for part in parts}
-    config = _config(trees, layout, Path(directory))
-    for part, wanted in CONFIGS[layout](config).items():
+    hub = LAYOUTS[layout].hub if layout in LAYOUTS else None
+    if hub is None or not hub.fields:
+        raise ConfigError(f"--format {layout} cannot be imported; use {', '.join(importable())}")
+    trees = {part: _tree(Path(directory, part, CONFIG_FILE), hub) for part in hub.parts}
+    config = _config(trees, hub, LAYOUTS[layout].kind, Path(directory))
+    for part, wanted in hub.write(config).items():
         _check(Path(directory, part, CONFIG_FILE), trees[part], wanted)
     weights: State = {}
-    for part in parts:
+    for part in hub.parts:
         prefix = f"{part}." if part else ""
         weights |= {prefix + name: tensor for name, tensor in _weights(Path(directory, part, WEIGHTS_FILE)).items()}
     state = import_state(layout, config, weights)
@@ -116,7 +74,12 @@ def read_layout(directory: str | Path, layout: str) -> tuple[ModelConfig, State]
     return config, state
 
 
-def _tree(path: Path, layout: str) -> dict[str, Any]:
+def importable() -> list[str]:
+    """Return the layouts whose config.json determines our configuration."""
+    return sorted(name for name, layout in LAYOUTS.items() if layout.hub and layout.hub.fields)
+
+
+def _tree(path: Path, hub: HubConfig) -> dict[str, Any]:
     """Read config.json; fill missing entries with transformers' defaults, and replace aliases of activations."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -124,7 +87,7 @@ def _tree(path: Path, layout: str) -> dict[str, Any]:
             if tree.get(f"{name}_dict"):
                 tree[name] = tree.get(name, {}) | tree[f"{name}_dict"]
             tree.pop(f"{name}_dict", None)
-        return _filled(tree, DEFAULTS[layout])
+        return _filled(tree, hub.defaults)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); give a folder that save_pretrained wrote") from None
     except (ValueError, RecursionError, TypeError, AttributeError) as error:
@@ -139,31 +102,25 @@ def _filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, A
     return {key: SAME.get(value, value) if key == "hidden_act" else value for key, value in filled.items()}
 
 
-def _config(trees: Mapping[str, Mapping[str, Any]], layout: str, directory: Path) -> ModelConfig:
+def _config(trees: Mapping[str, Mapping[str, Any]], hub: HubConfig, kind: str, directory: Path) -> ModelConfig:
     part, tree = next(iter(trees.items()))
     theirs = flatten(tree)
-    ours: dict[str, Any] = {"kind": LAYOUTS[layout].kind}
-    for field, entry in FIELDS[layout].items():
+    ours: dict[str, Any] = {"kind": kind}
+    for field, entry in hub.fields.items():
         section, _, name = field.rpartition(".")
         (ours.setdefault(section, {}) if section else ours)[name] = theirs.get(entry)
-    if "generator" in trees:
-        ours["generator_fraction"] = _fraction(trees["generator"], tree)
+    ours |= hub.further(trees)
     try:
         config: ModelConfig = pydantic.TypeAdapter(ModelConfig).validate_python(ours)
         return config
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:])
-        entry = FIELDS[layout].get(field, field)
+        entry = hub.fields.get(field, field)
         where = directory / part / CONFIG_FILE
         raise DataError(
             f"{where}: {entry}={theirs.get(entry)!r}: our model does not have that ({first['msg']})"
         ) from None
-
-
-def _fraction(generator: Mapping[str, Any], discriminator: Mapping[str, Any]) -> Any:
-    sizes = generator["hidden_size"], discriminator["hidden_size"]
-    return sizes[0] / sizes[1] if all(isinstance(size, int) and size > 0 for size in sizes) else None
 
 
 def _check(path: Path, tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

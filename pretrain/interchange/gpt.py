@@ -1,8 +1,10 @@
-"""The public layouts of text-to-image GPTs."""
+"""The public layouts of text-to-image GPTs, and transformers' config.json of GPT-2."""
+
+from typing import Any
 
 import torch
 
-from pretrain.interchange.rules import PublicLayout, Rule, State, affine, without
+from pretrain.interchange.rules import HubConfig, PublicLayout, Rule, State, affine, without
 from pretrain.schema.gpt import GptConfig
 
 
@@ -72,6 +74,26 @@ def _pack_gpt2(config: GptConfig, state: State) -> State:
     return state
 
 
+def _gpt2_entries(config: GptConfig) -> dict[str, Any]:
+    return {
+        "": {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "vocab_size": config.image_vocab + config.text_vocab,
+            "n_positions": config.text_tokens + config.image_tokens,
+            "n_embd": config.width,
+            "n_layer": config.layers,
+            "n_head": config.heads,
+            "activation_function": config.activation,
+            "layer_norm_epsilon": config.norm_eps,
+            **{name: config.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+    }
+
+
 MINGPT = {"activation": "gelu", "norm_eps": 1e-5}
 LAYOUTS: dict[str, PublicLayout] = {
     "mingpt": PublicLayout("gpt", _mingpt, ignored=("attn.mask",), fixed=MINGPT),
@@ -79,6 +101,11 @@ LAYOUTS: dict[str, PublicLayout] = {
         "gpt", _easynlp_gpt, ignored=("attn.mask",), unpack=without("first_stage_model."), fixed=MINGPT
     ),
     "transformers-gpt2": PublicLayout(
-        "gpt", _transformers_gpt2, ignored=("attn.bias", "attn.masked_bias"), unpack=_unpack_gpt2, pack=_pack_gpt2
+        "gpt",
+        _transformers_gpt2,
+        ignored=("attn.bias", "attn.masked_bias"),
+        unpack=_unpack_gpt2,
+        pack=_pack_gpt2,
+        hub=HubConfig(_gpt2_entries),
     ),
 }

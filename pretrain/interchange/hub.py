@@ -8,9 +8,8 @@ from typing import Any
 
 from data_pipeline.outputs import new_folder
 from data_pipeline.vocabulary import Vocabulary
-from pretrain.interchange.described import CONFIGS
 from pretrain.interchange.folder import CONFIG_FILE, save_weights, write_notes
-from pretrain.interchange.layouts import State, check_derived, export_state
+from pretrain.interchange.layouts import LAYOUTS, State, check_derived, export_state
 from pretrain.schema.clip import ClipConfig
 
 TOKEN_IDS_FILE = "token_ids.json"
@@ -26,11 +25,11 @@ def export_layout(
     """
     check_derived(layout, config)
     weights = export_state(layout, config, state)
-    describe = CONFIGS.get(layout)
+    hub = LAYOUTS[layout].hub
     with new_folder(directory) as folder:
         if layout == "openai-clip":
             _put_end_of_text_last(folder, config, weights)
-        for part, tree in (describe(config) if describe else {"": None}).items():
+        for part, tree in (hub.write(config) if hub else {"": None}).items():
             (folder / part).mkdir(exist_ok=True)
             prefix = f"{part}." if part else ""
             own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -31,11 +31,28 @@ def _as_is(config: Any, state: State) -> State:
 
 
 @dataclasses.dataclass(frozen=True)
+class HubConfig:
+    """The config.json that transformers writes beside the weights of a layout, without token ids.
+
+    write: our configuration -> its entries by subfolder, "" for the folder itself. fields: our field -> their entry in
+    the first subfolder; empty when the file does not determine our configuration, which then cannot be imported.
+    defaults: of transformers, for missing entries. further: entries by subfolder -> our fields that need several.
+    """
+
+    write: Callable[[Any], dict[str, dict[str, Any]]]
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parts: tuple[str, ...] = ("",)
+    further: Callable[[Mapping[str, Mapping[str, Any]]], dict[str, Any]] = lambda trees: {}
+
+
+@dataclasses.dataclass(frozen=True)
 class PublicLayout:
     """kind: of the model configuration; rules: configuration -> all rules; ignored: suffixes of non-weight keys.
 
     fixed: settings that the layout's programs hard-code, so that its files do not contain them.
     derived: settings that its programs compute from the shapes of the exported tensors.
+    hub: the config.json of a layout of transformers.
     unpack, pack: transformations that rules cannot express, of their state before import and after export.
     """
 
@@ -46,6 +63,7 @@ class PublicLayout:
     pack: Callable[[Any, State], State] = _as_is
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     derived: Mapping[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
+    hub: HubConfig | None = None
 
 
 def import_rule(rule: Rule, state: Mapping[str, Tensor]) -> Tensor:

@@ -13,7 +13,8 @@ from torch import nn
 from data_pipeline.errors import ConfigError, DataError
 from pretrain.checkpoint.verbs import import_
 from pretrain.interchange.folder import load_model
-from pretrain.interchange.foreign import DEFAULTS, FIELDS, GENERATION, NO_EFFECT, read_layout
+from pretrain.interchange.foreign import GENERATION, NO_EFFECT, importable, read_layout
+from pretrain.interchange.layouts import LAYOUTS
 from tests.pretrain.interchange.test_parity import CASES, Case, assert_close, both, name_of, our_logits
 
 
@@ -102,10 +103,12 @@ def test_what_has_no_effect_or_is_transformers_own_default_is_taken(tmp_path: Pa
 def test_the_defaults_are_those_of_transformers(case: Case) -> None:
     kind = {"transformers-bert": "Bert", "transformers-electra": "Electra", "transformers-clip": "CLIP"}[case.layout]
     theirs = getattr(transformers, f"{kind}Config")().to_dict()
-    for name, value in DEFAULTS[case.layout].items():
+    hub = LAYOUTS[case.layout].hub
+    assert hub and case.layout in importable()
+    for name, value in hub.defaults.items():
         own = value.items() if isinstance(value, dict) else [(None, value)]
         assert all((theirs[name][key] if key else theirs[name]) == default for key, default in own), name
-    assert not NO_EFFECT & GENERATION and not NO_EFFECT & set(FIELDS[case.layout].values())
+    assert not NO_EFFECT & GENERATION and not NO_EFFECT & set(hub.fields.values())
 
 
 def test_weights_that_are_not_of_their_configuration_are_refused(tmp_path: Path) -> None:
