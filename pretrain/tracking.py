@@ -16,12 +16,11 @@ from torch import Tensor
 from data_pipeline.errors import storage_errors
 from pretrain.config import FINGERPRINTS, RunConfig
 from pretrain.runtime.goodput import ATTEMPTS, METRICS, append_line, raw_lines_back
-from pretrain.runtime.mlflow_feed import SYSTEM, MlflowFeed, replace_file
+from pretrain.runtime.mlflow_feed import CLOSE_TIMEOUT_S, SYSTEM, MlflowFeed, replace_file
 from pretrain.runtime.show import ProgressLine, save_grid
 
 FIRST_INTERVAL_S = 3.0
 SYSTEM_INTERVAL_S = 10.0
-CLOSE_TIMEOUT_S = 60.0
 
 
 class Writer:

@@ -30,6 +30,7 @@ from data_pipeline.addresses import is_public, is_within
 from data_pipeline.config import FetchRules
 from data_pipeline.errors import ConfigError
 from data_pipeline.ingest.cache import RawCache
+from data_pipeline.ingest.inputs import GZIP_MAGIC
 from data_pipeline.remote import packings, retry_after_s
 from data_pipeline.schema import Link
 
@@ -42,7 +43,6 @@ _CHUNK = 65536
 _REDIRECTS = {301, 302, 303, 307, 308}
 _BUSY = {408, 425, 429}
 _GZIP = 16 + zlib.MAX_WBITS  # zlib's `wbits` for the gzip format
-_GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class _Unpacker:
         return unpacked
 
     def _begin(self, piece: bytes) -> None:
-        self._is_plain = self._packing == "x-gzip" and not _GZIP_MAGIC.startswith(piece[:2])
+        self._is_plain = self._packing == "x-gzip" and not GZIP_MAGIC.startswith(piece[:2])
         # deflate means the zlib format, whose first byte ends in hex 8; in raw deflate, which some send, it never does
         bare = piece[0] & 15 != 8
         wbits = -zlib.MAX_WBITS if bare else zlib.MAX_WBITS

@@ -19,7 +19,7 @@ from data_pipeline.remote import HttpStorage, NotFound, S3Storage, Version
 from data_pipeline.storage import open_storage
 
 _BUFFER = 1 << 20
-_GZIP_MAGIC = b"\x1f\x8b"
+GZIP_MAGIC = b"\x1f\x8b"
 _WINDOW = 8 << 20
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -168,7 +168,7 @@ def _open_remote(path: str) -> tuple[BinaryIO, bool]:
     file = io.BufferedReader(remote, _BUFFER)
     packed = path.endswith(".gz")
     if not packed and (remote.packed or _named_gzip(path)):  # headers and queries may be wrong: check the bytes
-        packed = file.peek(2)[:2] == _GZIP_MAGIC
+        packed = file.peek(2)[:2] == GZIP_MAGIC
     return cast(BinaryIO, file), packed
 
 
