@@ -1,11 +1,10 @@
-"""Configuration of a build and of a vocabulary. Read with `load_settings(BuildConfig, path, overrides)`."""
+"""Configuration of a build. Read with `load_settings(BuildConfig, path, overrides)`."""
 
 from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field, IPvAnyNetwork, NonNegativeInt, PositiveFloat, PositiveInt
 
-from data_pipeline.schema import SPECIALS
 from data_pipeline.settings import Location, OptionalLocation, Seed, Settings
 from data_pipeline.text_files import encoding_of, newline_of
 
@@ -248,14 +247,3 @@ class BuildConfig(Settings):
     grow: bool = False
     image_tokenizer: OptionalLocation = None
     ray_address: str | None = None
-
-
-class VocabConfig(Settings):
-    """Captions of a dataset -> SentencePiece vocabulary, written to `output`/vocab.model."""
-
-    dataset: Location
-    output: Location
-    size: int = Field(8192, gt=len(SPECIALS))
-    kind: Literal["unigram", "bpe"] = "unigram"
-    character_coverage: PositiveFloat = Field(0.9995, le=1.0)
-    max_captions: PositiveInt = 1_000_000

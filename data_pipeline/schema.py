@@ -5,9 +5,6 @@ from typing import Any
 
 import numpy as np
 
-SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-"""The first ids of every vocabulary."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:

@@ -195,7 +195,8 @@ def _stream_of_run(path: Path, overrides: list[str]) -> "Source":
 def vocab_train(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
     """Train a SentencePiece vocabulary on the captions of a dataset."""
     from data_pipeline.settings import load_settings
-    from data_pipeline.vocabulary import VocabConfig, train_vocabulary
+    from data_pipeline.text.config import VocabConfig
+    from data_pipeline.text.training import train_vocabulary
 
     rejected = Counter[str]()
     path = train_vocabulary(load_settings(VocabConfig, config, overrides or []), rejected)

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from data_pipeline.config import BuildConfig, VocabConfig
+from data_pipeline.config import BuildConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.ingest.filters import Condition
 from data_pipeline.settings import Location, Settings, check_settings, digest, load_settings, read_yaml
+from data_pipeline.text.config import VocabConfig
 from launchers.quoting import command_line
 from launchers.watch import refuse_other_folder
 from pretrain.config import has_begun, load_run, micro_batch_of

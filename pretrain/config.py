@@ -15,7 +15,6 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.schema import SPECIALS
 from data_pipeline.settings import (
     Location,
     OptionalLocation,
@@ -31,7 +30,7 @@ from pretrain.runtime.goodput import METRICS
 from pretrain.schema import ModelConfig, TaskConfig, tasks_of
 from pretrain.schema.common import TextRead
 from pretrain.schema.names import RENAMED
-from pretrain.schema.tasks import check_best
+from pretrain.schema.tasks import TaskSettings, check_best
 
 # ---------------------------------------------------------------------------------------- the run itself
 
@@ -345,7 +344,7 @@ def check_sections(config: RunConfig) -> None:
         )
     check_best(config.train.keep_best, task, config.train.steps)
     if reads.text:
-        _check_text(reads.text, task.shortest_row())
+        _check_text(reads.text, task)
     task.check(model, config.train.global_batch)
     _check_optimizers(config)
 
@@ -365,16 +364,17 @@ def check_initial(config: RunConfig) -> None:
         )
 
 
-def _check_text(text: TextRead, shortest: str) -> None:
+def _check_text(text: TextRead, task: TaskSettings) -> None:
     """Check that there are ids besides the special ones, and room for the task's shortest row."""
+    shortest = task.shortest_row()
     if shortest and text.context < len(shortest.split()):
         raise ValueError(
             f"model.{text.context_field}={text.context} has no room for {shortest}; use {len(shortest.split())} or more"
         )
-    if text.vocab_size <= len(SPECIALS):
+    if text.vocab_size <= len(task.specials):
         raise ValueError(
-            f"model.{text.vocab_field}={text.vocab_size} leaves no id beside the {len(SPECIALS)} special ones; use the "
-            "size of the vocabulary"
+            f"model.{text.vocab_field}={text.vocab_size} leaves no id beside the special ones of {task.kind!r} "
+            f"({', '.join(task.specials)}); use the size of the text tokenizer"
         )
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from data_pipeline.errors import ConfigError, storage_errors
 from data_pipeline.outputs import write_whole
 from data_pipeline.stream.mixture import Mixture, Source
-from data_pipeline.vocabulary import Vocabulary
+from data_pipeline.text.tokenizer import TextTokenizer
 from pretrain.checkpoint.fingerprints import check_datasets, check_files
 from pretrain.checkpoint.trained import NOT_SAID, load_trained
 from pretrain.config import RunConfig
@@ -64,7 +64,7 @@ def main(
     return told
 
 
-def _open_data(config: RunConfig, folder: Path, with_codes: bool) -> tuple[Source, Vocabulary | None]:
+def _open_data(config: RunConfig, folder: Path, with_codes: bool) -> tuple[Source, TextTokenizer | None]:
     """Return the data to evaluate on, and the text tokenizer."""
     held_out = config.data.evaluation
     if not held_out and config.data.dataset == NOT_SAID:

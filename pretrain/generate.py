@@ -18,7 +18,8 @@ from data_pipeline.errors import ConfigError, storage_errors
 from data_pipeline.outputs import write_whole
 from data_pipeline.settings import MAX_SEED
 from data_pipeline.shards.codes import ImageTokenizer
-from data_pipeline.vocabulary import Vocabulary
+from data_pipeline.text.kinds import open_tokenizer
+from data_pipeline.text.tokenizer import TextTokenizer
 from pretrain.checkpoint.fingerprints import check_files
 from pretrain.checkpoint.trained import load_trained
 from pretrain.inputs.image_tokenizer import load_tokenizer
@@ -83,7 +84,7 @@ def main(
     check_files(run, config)
     tokenizer, vocabulary = (
         load_tokenizer(str(config.data.image_tokenizer)),
-        Vocabulary(str(config.data.text_tokenizer)),
+        open_tokenizer(str(config.data.text_tokenizer)),
     )
     check_fit(model, tokenizer, vocabulary)
     for sentence in notes(prompt, vocabulary, model.config.text_tokens, guidance, config.task.caption_drop):
@@ -112,7 +113,7 @@ def check_text(prompt: str) -> None:
         raise ConfigError(f"the prompt {ascii(prompt)} is not UTF-8; give it in UTF-8") from None
 
 
-def notes(prompt: str, vocabulary: Vocabulary, room: int, guidance: float, caption_drop: float) -> list[str]:
+def notes(prompt: str, vocabulary: TextTokenizer, room: int, guidance: float, caption_drop: float) -> list[str]:
     """Return a sentence for each part of the request that the model cannot follow. room: text tokens that it reads."""
     ids, found = vocabulary.encode(prompt), []
     unknown = sum(number == vocabulary.unk for number in ids)
@@ -150,7 +151,7 @@ def model_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_fit(model: Gpt, tokenizer: ImageTokenizer, vocabulary: Vocabulary) -> None:
+def check_fit(model: Gpt, tokenizer: ImageTokenizer, vocabulary: TextTokenizer) -> None:
     """Raise ConfigError when model, image tokenizer and vocabulary do not match."""
     config = model.config
     asked = {"image_tokens": config.image_tokens, "image_vocab": config.image_vocab}
@@ -171,7 +172,7 @@ def check_fit(model: Gpt, tokenizer: ImageTokenizer, vocabulary: Vocabulary) -> 
 def generate_images(
     model: Gpt,
     tokenizer: ImageTokenizer,
-    vocabulary: Vocabulary,
+    vocabulary: TextTokenizer,
     prompts: list[str],
     temperature: float = 1.0,
     top_k: int = 0,
@@ -181,13 +182,15 @@ def generate_images(
     """Sample one image per prompt -> uint8 [n, S, S, 3]; image i uses the random numbers of (seed, i)."""
     config = model.config
     text = torch.from_numpy(np.stack([text_ids(prompt, vocabulary, config.text_tokens) for prompt in prompts]))
+    device = device_of(model)
+    empty = torch.from_numpy(text_ids("", vocabulary, config.text_tokens)).to(device)
     keys = (np.array([seed, index], np.uint64) for index in range(len(prompts)))
     streams = (np.random.Generator(np.random.Philox(key=key)) for key in keys)
     uniforms = torch.from_numpy(np.stack([stream.random(config.image_tokens) for stream in streams]))
     was_training = model.training
     model.eval()
     codes = [
-        model.sample(some.to(device_of(model)), temperature, top_k, guidance, numbers.to(device_of(model))).cpu()
+        model.sample(some.to(device), temperature, top_k, guidance, empty, numbers.to(device)).cpu()
         for some, numbers in zip(text.split(BATCH), uniforms.split(BATCH), strict=True)
     ]
     model.train(was_training)

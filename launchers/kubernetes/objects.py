@@ -13,9 +13,10 @@ from pathlib import PurePosixPath
 
 import yaml
 
-from data_pipeline.config import BuildConfig, VocabConfig
+from data_pipeline.config import BuildConfig
 from data_pipeline.errors import ConfigError, Requeue
 from data_pipeline.settings import Settings, load_settings
+from data_pipeline.text.config import VocabConfig
 from launchers.causes import USER_CODE_EXIT
 from launchers.kubernetes.api import API_VERSIONS, APPLICATION, CONTAINER, Tree
 from launchers.kubernetes.lint import amount_of

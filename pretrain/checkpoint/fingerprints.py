@@ -30,12 +30,12 @@ def of_files(data: DataConfig, missing_ok: bool = False) -> Fingerprints:
 
     missing_ok: leave out what cannot be read instead of raising DataError.
     """
-    from data_pipeline.vocabulary import Vocabulary
+    from data_pipeline.text.kinds import open_tokenizer
     from pretrain.inputs.image_tokenizer import load_tokenizer
 
     found: Fingerprints = {}
     makers = {
-        TEXT_TOKENIZER: lambda path: Vocabulary(path).fingerprint,
+        TEXT_TOKENIZER: lambda path: open_tokenizer(path).fingerprint,
         IMAGE_TOKENIZER: lambda path: load_tokenizer(path).id,
     }
     for name, path in ((TEXT_TOKENIZER, data.text_tokenizer), (IMAGE_TOKENIZER, data.image_tokenizer)):

@@ -1,7 +1,7 @@
 """The `tessera checkpoint` commands: list, verify, export, import, name and garbage-collect checkpoints."""
 
 import dataclasses
-import functools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.outputs import holds_same, refuse_used
 from data_pipeline.storage import open_storage
+from data_pipeline.text.kinds import open_tokenizer
+from data_pipeline.text.tokenizer import TextTokenizer
 from pretrain.checkpoint.catalog import (
     NAME,
     Retention,
@@ -35,8 +37,8 @@ from pretrain.checkpoint.universal import export_universal
 from pretrain.config import FINGERPRINTS, RunConfig
 from pretrain.interchange.folder import export_model, read_notes, write_notes
 from pretrain.interchange.foreign import read_layout
-from pretrain.interchange.hub import export_layout
-from pretrain.interchange.layouts import LAYOUTS
+from pretrain.interchange.hub import POOLED_AT_END, WITH_TOKEN_IDS, export_layout
+from pretrain.interchange.layouts import LAYOUTS, check_derived
 
 
 def list_(run: str | Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -102,8 +104,11 @@ def export(
         model_config, more = run_config(run, overrides).model, noted | {"step": saved.step}
         return export_universal(saved, output, lambda folder: write_notes(folder, model_config, more))
     model, config, at = load_weights(run, step, label, overrides)
-    write = export_model if form == "tessera" else functools.partial(export_layout, layout=form)
-    return write(output, config=config, state=model.state_dict(), more=noted | {"step": at})
+    state, more = model.state_dict(), noted | {"step": at}
+    if form == "tessera":
+        return export_model(output, config, state, more)
+    check_derived(form, config)  # before a tokenizer is asked for
+    return export_layout(output, form, config, state, more, _tokenizer_of(settings, form))
 
 
 def import_(source: str | Path, output: str | Path, form: str) -> Path:
@@ -120,6 +125,23 @@ def _settings_of(source: str | Path, overrides: Sequence[str]) -> RunConfig | No
     """Return the settings to use the model with; None if its source does not record them."""
     tree = saved_tree(source)
     return None if is_export(tree) and "data" not in tree and not overrides else run_config(source, overrides)
+
+
+def _tokenizer_of(settings: RunConfig | None, form: str) -> TextTokenizer | None:
+    """Return the text tokenizer whose special ids the layout `form` records; None if there is none to read them from.
+
+    Raises DataError if the layout pools text at one of them and the tokenizer that `settings` names is gone.
+    """
+    path = settings.data.text_tokenizer if settings else None
+    if path is None or form not in WITH_TOKEN_IDS:
+        return None
+    try:
+        return open_tokenizer(path)
+    except DataError as error:
+        if form in POOLED_AT_END:
+            raise DataError(f"{error}, or give data.text_tokenizer: {form} records its token ids") from None
+        print(f"note: config.json will name no token ids ({error})", file=sys.stderr)
+        return None
 
 
 def _noted(settings: RunConfig | None, known: Mapping[str, str] | None) -> dict[str, Any]:

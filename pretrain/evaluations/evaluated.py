@@ -14,7 +14,7 @@ from torch import Tensor
 from data_pipeline.schema import Sample
 from data_pipeline.shards.codes import DECODE_S
 from data_pipeline.stream.mixture import Source
-from data_pipeline.vocabulary import Vocabulary
+from data_pipeline.text.tokenizer import TextTokenizer
 from pretrain.config import RunConfig
 from pretrain.inputs.bad import FOLDER as BAD_SAMPLES
 from pretrain.inputs.bad import Ledger, Usable
@@ -38,7 +38,7 @@ class Evaluated:
     model: Any
     config: RunConfig
     stream: Source
-    tokenizer: Vocabulary | None
+    tokenizer: TextTokenizer | None
     folder: Path
     rerank: str | Path | None = None
     candidates: int = 1

@@ -11,7 +11,7 @@ from data_pipeline.images import resize
 from data_pipeline.scenes import check_scene
 from data_pipeline.schema import Sample
 from data_pipeline.stream.mixture import Source
-from data_pipeline.vocabulary import Vocabulary
+from data_pipeline.text.kinds import open_tokenizer
 from pretrain.checkpoint.fingerprints import check_files
 from pretrain.checkpoint.trained import load_trained
 from pretrain.evaluations.evaluated import Evaluated, Figures, reading
@@ -61,7 +61,7 @@ class Ranker:
                 f"{run} trained a {config.model.kind}, which compares no images with text; name a clip's run"
             )
         check_files(run, config)
-        self.inputs = ContrastiveInputs(config, stream, Vocabulary(str(config.data.text_tokenizer)))
+        self.inputs = ContrastiveInputs(config, stream, open_tokenizer(str(config.data.text_tokenizer)))
 
     def best(self, images: np.ndarray, caption: str) -> int:
         """images uint8 [k, S, S, 3] -> index of the image most similar to the caption."""

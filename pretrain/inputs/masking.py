@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.schema import SPECIALS
 
 if TYPE_CHECKING:
-    from data_pipeline.vocabulary import Vocabulary
+    from data_pipeline.text.tokenizer import TextTokenizer
 
 LONGEST_NGRAM = 3
-_SPACE, _UNKNOWN = "\u2581", "\ufffd"
 
 
 def mask_slots(rate: float, context: int) -> int:
@@ -27,26 +25,37 @@ def mask_slots(rate: float, context: int) -> int:
 
 
 def draw_positions(
-    tokens: np.ndarray, masking: str, rate: float, context: int, vocabulary: Vocabulary, generator: np.random.Generator
+    tokens: np.ndarray,
+    masking: str,
+    rate: float,
+    context: int,
+    tokenizer: TextTokenizer,
+    generator: np.random.Generator,
 ) -> np.ndarray:
     """Mask by "piece", whole "word" or "ngram" of up to three words: tokens int64 [length] -> int64 [n], ascending."""
+    maskable = maskable_at(tokens, tokenizer)
     if masking == "piece":
-        return masked_positions(tokens, rate, context, generator)
+        return masked_positions(maskable, rate, context, generator)
     longest = LONGEST_NGRAM if masking == "ngram" else 1
-    return masked_words(tokens, word_starts(tokens.tolist(), vocabulary), rate, context, longest, generator)
+    return masked_words(maskable, word_starts(tokens.tolist(), tokenizer), rate, context, longest, generator)
 
 
-def masked_positions(tokens: np.ndarray, rate: float, context: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw max(1, round(rate * length)) positions, never of [CLS], [SEP] or [PAD] -> int64 [n], ascending.
+def maskable_at(tokens: np.ndarray, tokenizer: TextTokenizer) -> np.ndarray:
+    """Return which tokens may be masked, bool [length]: all but special ones; [UNK] may, as it stands for a word."""
+    return ~np.isin(tokens, list(tokenizer.specials - {tokenizer.unk}))
 
-    tokens: int64 [length] without padding; the length counts [CLS] and [SEP]. n is 0 if there is no word.
+
+def masked_positions(maskable: np.ndarray, rate: float, context: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw max(1, round(rate * length)) of the maskable positions, bool [length] -> int64 [n], ascending.
+
+    The length is without padding and counts [CLS] and [SEP]. n is 0 if there is no word.
     """
-    candidates = np.flatnonzero(_maskable(tokens))
-    return np.sort(generator.permutation(candidates)[: _wanted(tokens, rate, context)])
+    candidates = np.flatnonzero(maskable)
+    return np.sort(generator.permutation(candidates)[: _wanted(len(maskable), rate, context)])
 
 
 def masked_words(
-    tokens: np.ndarray, starts: np.ndarray, rate: float, context: int, longest: int, generator: np.random.Generator
+    maskable: np.ndarray, starts: np.ndarray, rate: float, context: int, longest: int, generator: np.random.Generator
 ) -> np.ndarray:
     """As `masked_positions`, but only whole words; they begin at `starts`, bool [length].
 
@@ -54,8 +63,8 @@ def masked_words(
     to 1 / n and reduced where n words do not fit. Words that would exceed the number of positions are skipped; if no
     word fits, the shortest is masked, unless it exceeds even the number of a full context.
     """
-    words = _words(_maskable(tokens), starts)
-    chosen, room = np.zeros(len(tokens), bool), _wanted(tokens, rate, context)
+    words = _words(maskable, starts)
+    chosen, room = np.zeros(len(maskable), bool), _wanted(len(maskable), rate, context)
     chances = np.cumsum(1 / np.arange(1, longest + 1))
     for first in generator.permutation(len(words)).tolist():
         if not room:
@@ -73,21 +82,19 @@ def masked_words(
     return np.flatnonzero(chosen)
 
 
-def word_starts(ids: list[int], vocabulary: Vocabulary) -> np.ndarray:
+def word_starts(ids: list[int], tokenizer: TextTokenizer) -> np.ndarray:
     """Return which pieces begin a word, bool [n]. Text with Chinese characters is split into words by jieba.
 
     Raises ConfigError when jieba is needed but not installed: without it the masks would differ.
     """
-    pieces = [_UNKNOWN if i == vocabulary.unk else " " if i < len(SPECIALS) else vocabulary.piece(i) for i in ids]
-    pieces = [piece.replace(_SPACE, " ") for piece in pieces]
+    pieces = [" " if i in tokenizer.specials else tokenizer.piece(i) for i in ids]
     text = "".join(pieces)
     if not any("\u3400" <= letter <= "\u9fff" for letter in text):
-        return np.array([vocabulary.starts_word(i) for i in ids], bool)
+        return np.array([tokenizer.starts_word(i) for i in ids], bool)
     words = [len(word) for word in _segmenter().cut(text)]
     begins = {0, *np.cumsum(words).tolist()}
-    offsets = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1]
-    gaps = [len(piece) - len(piece.lstrip(" ")) if piece.strip(" ") else 0 for piece in pieces]
-    return np.array([int(at) + gap in begins for at, gap in zip(offsets, gaps, strict=True)], bool)
+    offsets = np.cumsum([0, *(len(piece) for piece in pieces)])[:-1].tolist()
+    return np.array([offset in begins for offset in offsets], bool)  # jieba makes every space a word of its own
 
 
 @lru_cache(maxsize=1)
@@ -106,31 +113,27 @@ def _segmenter() -> Any:
 
 
 def replace_bert(
-    tokens: np.ndarray, positions: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
+    tokens: np.ndarray, positions: np.ndarray, tokenizer: TextTokenizer, generator: np.random.Generator
 ) -> np.ndarray:
     """Per position: 80 % [MASK], 10 % unchanged, 10 % a random non-special piece -> int64 [length]."""
     chance = generator.random(len(positions))
-    pieces = generator.integers(len(SPECIALS), vocabulary.size, len(positions))
+    pieces = tokenizer.ordinary[generator.integers(0, len(tokenizer.ordinary), len(positions))]
     masked = tokens.copy()
-    masked[positions] = np.where(chance < 0.8, vocabulary.mask, np.where(chance < 0.9, tokens[positions], pieces))
+    masked[positions] = np.where(chance < 0.8, tokenizer.mask, np.where(chance < 0.9, tokens[positions], pieces))
     return masked
 
 
 def replace_electra(
-    tokens: np.ndarray, positions: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
+    tokens: np.ndarray, positions: np.ndarray, tokenizer: TextTokenizer, generator: np.random.Generator
 ) -> np.ndarray:
     """Per position: 85 % [MASK], 15 % unchanged -> int64 [length]."""
     masked = tokens.copy()
-    masked[positions] = np.where(generator.random(len(positions)) < 0.85, vocabulary.mask, tokens[positions])
+    masked[positions] = np.where(generator.random(len(positions)) < 0.85, tokenizer.mask, tokens[positions])
     return masked
 
 
-def _maskable(tokens: np.ndarray) -> np.ndarray:
-    return (tokens >= len(SPECIALS)) | (tokens == 1)  # [UNK] stands for a word
-
-
-def _wanted(tokens: np.ndarray, rate: float, context: int) -> int:
-    return min(mask_slots(rate, context), max(1, round(rate * len(tokens))))
+def _wanted(length: int, rate: float, context: int) -> int:
+    return min(mask_slots(rate, context), max(1, round(rate * length)))
 
 
 def _words(maskable: np.ndarray, starts: np.ndarray) -> list[np.ndarray]:

@@ -29,27 +29,31 @@ class Example:
     uniforms: np.ndarray | None = None
 
 
-def rows_of(examples: list[Example], context: int, task: MaskingConfig) -> dict[str, Tensor]:
+def rows_of(examples: list[Example], context: int, task: MaskingConfig, pad_id: int) -> dict[str, Tensor]:
     """Build the batch with one sample per row or, with `task.packing`, several per row."""
-    return packed(examples, context) if task.packing else padded(examples, context, task.mask_rate)
+    if task.packing:
+        return packed(examples, context, pad_id)
+    return padded(examples, context, task.mask_rate, pad_id)
 
 
-def padded(examples: list[Example], context: int, rate: float) -> dict[str, Tensor]:
+def padded(examples: list[Example], context: int, rate: float, pad_id: int) -> dict[str, Tensor]:
     """One sample per row: tokens, types, noise int64 [b, S]; attention bool [b, S]; positions, labels int64 [b, M];
     label_weights float32 [b, M], 0 where a slot is empty; is_random int64 [b] and uniforms float32 [b, M] where given.
+
+    Tokens and labels are padded with `pad_id`, everything else with 0.
     """
     slots = mask_slots(rate, context)
-    return stack([_row([example], context, slots) for example in examples])
+    return stack([_row([example], context, slots, pad_id) for example in examples])
 
 
-def packed(examples: list[Example], context: int) -> dict[str, Tensor]:
+def packed(examples: list[Example], context: int, pad_id: int) -> dict[str, Tensor]:
     """Several samples per row: as `padded`, [R, ...], where M is the largest number of masked positions in a row, plus
     segments int64 [R, S], the index in the row of a token's sample, -1 for padding, and places int64 [R, S], the
     token's index in its sample. A token must attend to its own segment only.
     """
     rows = [[examples[i] for i in row] for row in fill([len(example.tokens) for example in examples], context)]
     slots = max(1, *(sum(len(example.positions) for example in row) for row in rows))
-    return stack([_row(row, context, slots) | _own(row, context) for row in rows])
+    return stack([_row(row, context, slots, pad_id) | _own(row, context) for row in rows])
 
 
 def fill(lengths: list[int], room: int) -> list[list[int]]:
@@ -67,17 +71,17 @@ def fill(lengths: list[int], room: int) -> list[list[int]]:
     return rows
 
 
-def _row(examples: list[Example], context: int, slots: int) -> dict[str, Any]:
+def _row(examples: list[Example], context: int, slots: int, pad_id: int) -> dict[str, Any]:
     firsts = np.cumsum([0, *(len(example.tokens) for example in examples)])
     tokens = np.concatenate([example.tokens for example in examples])
     positions = np.concatenate([e.positions + first for e, first in zip(examples, firsts[:-1], strict=True)])
     row: dict[str, Any] = {
-        "tokens": pad(np.concatenate([example.masked for example in examples]), context),
+        "tokens": pad(np.concatenate([example.masked for example in examples]), context, pad_id),
         "types": pad(np.concatenate([example.types for example in examples]), context),
         "noise": pad(np.repeat([example.noise for example in examples], np.diff(firsts)), context),
         "attention": np.arange(context) < len(tokens),
         "positions": pad(positions, slots),
-        "labels": pad(tokens[positions], slots),
+        "labels": pad(tokens[positions], slots, pad_id),
         "label_weights": (np.arange(slots) < len(positions)).astype(np.float32),
     }
     if examples[0].is_random is not None:
@@ -96,10 +100,10 @@ def _own(examples: list[Example], context: int) -> dict[str, np.ndarray]:
     return {"segments": segments, "places": pad(np.concatenate([np.arange(n) for n in lengths]), context)}
 
 
-def pad(values: list[int] | np.ndarray, length: int) -> np.ndarray:
-    """Pad with trailing zeros ([PAD]): [n] -> [length] of the same dtype, int64 for a list."""
+def pad(values: list[int] | np.ndarray, length: int, fill: int = 0) -> np.ndarray:
+    """Pad at the end with `fill`: [n] -> [length] of the same dtype, int64 for a list."""
     array = np.asarray(values, None if isinstance(values, np.ndarray) else np.int64)
-    whole = np.zeros(length, array.dtype)
+    whole = np.full(length, fill, array.dtype)
     whole[: len(array)] = array
     return whole
 

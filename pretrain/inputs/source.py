@@ -6,7 +6,8 @@ from data_pipeline.shards.manifest import open_dataset
 from data_pipeline.stream.mixture import Mixture, Schedule, Source, seed_of_source
 from data_pipeline.stream.order import Geometry
 from data_pipeline.stream.reader import Stream
-from data_pipeline.vocabulary import Vocabulary
+from data_pipeline.text.kinds import open_tokenizer
+from data_pipeline.text.tokenizer import ABSENT, TextTokenizer
 from pretrain.config import DataConfig, RunConfig
 from pretrain.inputs.image_tokenizer import load_tokenizer_of
 from pretrain.interchange.folder import load_config
@@ -15,15 +16,15 @@ from pretrain.schema.common import CodesRead, TextRead
 
 def open_data(
     config: RunConfig, dataset: str | None = None, with_codes: bool = True
-) -> tuple[Source, Vocabulary | None]:
+) -> tuple[Source, TextTokenizer | None]:
     """Open the run's datasets (or `dataset`, read the same way) and its text tokenizer; check that they fit the model.
 
     with_codes: also open the image codes, if the model reads them.
     """
     reads, data = config.model.reads, config.data
-    tokenizer = Vocabulary(data.text_tokenizer) if data.text_tokenizer else None
+    tokenizer = open_tokenizer(data.text_tokenizer) if data.text_tokenizer else None
     if tokenizer and reads.text:
-        _check_room(tokenizer, reads.text, str(data.text_tokenizer))
+        _check_fit(tokenizer, reads.text, config)
     codes = codes_id(config, reads.codes, dataset) if with_codes and reads.codes else None
     chosen = data.model_copy(update={"dataset": dataset, "datasets": ()}) if dataset else data
     return open_stream(chosen, config.seed, codes), tokenizer
@@ -42,8 +43,14 @@ def open_stream(data: DataConfig, seed: int, codes: str | None = None) -> Source
     return Mixture(streams, schedule, seed)
 
 
-def _check_room(tokenizer: Vocabulary, text: TextRead, path: str) -> None:
-    """Raise ConfigError when the tokenizer has ids without an embedding in the model."""
+def _check_fit(tokenizer: TextTokenizer, text: TextRead, config: RunConfig) -> None:
+    """Raise ConfigError if the tokenizer lacks an id that the task needs, or has more ids than the model embeds."""
+    path, task = config.data.text_tokenizer, config.task
+    if lacking := [name for name in task.specials if getattr(tokenizer, name) == ABSENT]:
+        raise ConfigError(
+            f"the text tokenizer {path} has no {' and no '.join(lacking)} token, which {task.kind!r} needs; name "
+            "another data.text_tokenizer"
+        )
     if tokenizer.size > text.vocab_size:
         raise ConfigError(
             f"the text tokenizer {path} has {tokenizer.size} pieces, the model room for {text.vocab_size}; raise "

@@ -14,7 +14,7 @@ from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
 
 if TYPE_CHECKING:
-    from data_pipeline.vocabulary import Vocabulary
+    from data_pipeline.text.tokenizer import TextTokenizer
 
 
 def caption_of(sample: Sample, seed: int) -> str:
@@ -41,10 +41,10 @@ def captions_of(sample: Sample) -> list[str]:
     return captions
 
 
-def join(first: list[int], second: list[int], vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+def join(first: list[int], second: list[int], tokenizer: TextTokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Join as [CLS] first [SEP], then second [SEP] if there is one -> tokens, types: int64 [length]."""
-    head = [vocabulary.cls, *first, vocabulary.sep]
-    tail = [*second, vocabulary.sep] if second else []
+    head = [tokenizer.cls, *first, tokenizer.sep]
+    tail = [*second, tokenizer.sep] if second else []
     return np.array(head + tail, np.int64), np.array([0] * len(head) + [1] * len(tail), np.int64)
 
 
@@ -57,7 +57,7 @@ def trim(first: list[int], second: list[int], room: int, generator: np.random.Ge
     return first, second
 
 
-def text_ids(caption: str, vocabulary: Vocabulary, text_tokens: int) -> np.ndarray:
-    """Caption -> int64 [T]: truncated to T tokens, padded to T on the right, no special tokens."""
-    ids = vocabulary.encode(caption)[:text_tokens]
-    return np.array(ids + [vocabulary.pad] * (text_tokens - len(ids)), np.int64)
+def text_ids(caption: str, tokenizer: TextTokenizer, text_tokens: int) -> np.ndarray:
+    """Caption -> int64 [T]: truncated to T tokens, padded to T on the right, without [CLS] and [SEP]."""
+    ids = tokenizer.encode(caption)[:text_tokens]
+    return np.array(ids + [tokenizer.pad] * (text_tokens - len(ids)), np.int64)

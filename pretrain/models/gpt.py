@@ -18,8 +18,6 @@ from pretrain.models.noise import Dropout
 if TYPE_CHECKING:
     from pretrain.schema.gpt import GptConfig
 
-PAD = 0  # text id that pads captions and, alone, is the empty caption of guidance
-
 
 class Cache:
     """KV cache of all layers, allocated once: two tensors [layers, B, H, L - 1, D/H]; `length` places are filled."""
@@ -78,20 +76,22 @@ class Gpt(nn.Module):
         temperature: float = 1.0,
         top_k: int = 0,
         guidance: float = 1.0,
+        empty: Tensor | None = None,
         uniforms: Tensor | None = None,
     ) -> Tensor:
         """Sample image codes: text int64 [B, T], not modified -> codes int64 [B, I].
 
         temperature: 0 takes the most likely code. top_k: 0 keeps all codes. guidance: classifier-free guidance scale
-        (Ho & Salimans 2022, arXiv:2207.12598); 1 disables it. The logits are u + guidance (c - u), with u those of the
-        empty caption, computed as further rows of the batch. It needs training with `caption_drop`.
+        (Ho & Salimans 2022, arXiv:2207.12598); 1 disables it. The logits are u + guidance (c - u), with u those of
+        `empty`, int64 [T], the empty caption, computed as further rows of the batch. It needs training with
+        `caption_drop`.
         uniforms: float64 [B, I] in [0, 1), one number per code, drawn by torch when None. A row's codes depend on its
         numbers, not on the other rows.
         """
         if uniforms is None:
             uniforms = torch.rand(len(text), self.config.image_tokens, dtype=torch.float64, device=text.device)
         guided = guidance != 1.0
-        rows = torch.cat([text, torch.full_like(text, PAD)]) if guided else text
+        rows = torch.cat([text, _empty_rows(text, empty)]) if guided else text
         cache = Cache(self.config, len(rows), text.device, self.cache_dtype(text.device.type))
         tokens = rows + self.config.image_vocab
         codes = text.new_empty(len(text), self.config.image_tokens)
@@ -121,6 +121,13 @@ def choose(logits: Tensor, temperature: float, top_k: int, uniforms: Tensor) -> 
     cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
     wanted = uniforms[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _empty_rows(text: Tensor, empty: Tensor | None) -> Tensor:
+    """Return the empty caption [T] once for each row of `text` [B, T]. Raises ValueError if there is none."""
+    if empty is None:
+        raise ValueError("guidance other than 1 compares with the empty caption; give `empty`")
+    return empty.expand_as(text)
 
 
 # ------------------------------------------------------------------------------------------- pieces

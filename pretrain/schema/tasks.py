@@ -15,6 +15,9 @@ Direction = Literal["min", "max"]
 Metrics = dict[str, Direction | None]
 """Metric name in metrics.jsonl -> whether lower or higher is better; None: neither."""
 
+Special = Literal["pad", "unk", "cls", "sep", "mask"]
+"""Special ids by their names in `data_pipeline.text.tokenizer.TextTokenizer`."""
+
 STEP: Metrics = {"loss": "min", "grad_norm": None, "lr": None}
 MASKED: Metrics = {"mlm_loss": "min", "mlm_accuracy": "max"}
 SMALLEST_SIDE = 8
@@ -31,6 +34,8 @@ class TaskSettings(Settings):
     """Names of the optimizers, the model's first."""
     replicated: ClassVar[bool] = False
     """Whether every rank needs the full weights (ZeRO stage 0)."""
+    specials: ClassVar[tuple[Special, ...]] = ()
+    """Special ids that the task needs of its text tokenizer."""
     metrics: ClassVar[Metrics] = STEP
     """Metrics that a row of metrics.jsonl may hold."""
 
@@ -51,6 +56,7 @@ class ContrastiveConfig(TaskSettings):
 
     kind: Literal["contrastive"] = "contrastive"
     trains = (ClipConfig,)
+    specials = ("cls", "sep", "pad")
     metrics = {**STEP, "image_to_text_accuracy": "max", "text_to_image_accuracy": "max", "logit_scale": None}
 
     def shortest_row(self) -> str:
@@ -72,6 +78,7 @@ class MaskingConfig(TaskSettings):
     mask_rate: PositiveFloat = Field(0.15, lt=1.0)
     masking: Literal["piece", "word", "ngram"] = "piece"
     packing: bool = False
+    specials = ("cls", "sep", "pad", "mask")
 
     def shortest_row(self) -> str:
         """A text of one piece."""
@@ -120,6 +127,7 @@ class AutoregressiveConfig(TaskSettings):
     kind: Literal["autoregressive"] = "autoregressive"
     caption_drop: NonNegativeFloat = Field(0.0, lt=1.0)
     trains = (GptConfig,)
+    specials = ("pad",)
     metrics = {**STEP, "code_accuracy": "max"}
 
     def check(self, model: ModelSettings, global_batch: int) -> None:

@@ -18,7 +18,7 @@ from pretrain.tasks.task import Batch, Task
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
-    from data_pipeline.vocabulary import Vocabulary
+    from data_pipeline.text.tokenizer import TextTokenizer
     from pretrain.config import RunConfig
 
 
@@ -28,7 +28,7 @@ class AutoregressiveInputs:
     The caption and the dropout key are drawn from the sample's own random numbers.
     """
 
-    def __init__(self, config: RunConfig, stream: Source, tokenizer: Vocabulary | None) -> None:
+    def __init__(self, config: RunConfig, stream: Source, tokenizer: TextTokenizer | None) -> None:
         reads = config.model.reads
         assert isinstance(config.task, AutoregressiveConfig) and reads.text and reads.codes and tokenizer
         self.text_tokens, self.reads = reads.text.context, reads.codes

@@ -23,14 +23,14 @@ from pretrain.tasks.task import Batch, Task
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
-    from data_pipeline.vocabulary import Vocabulary
+    from data_pipeline.text.tokenizer import TextTokenizer
     from pretrain.config import RunConfig
 
 
 class ContrastiveInputs:
     """Samples -> {"pixels": float32 [b, 3, H, W], "tokens": int64 [b, S], "eot": int64 [b], index of [SEP]}."""
 
-    def __init__(self, config: RunConfig, stream: Source, tokenizer: Vocabulary | None) -> None:
+    def __init__(self, config: RunConfig, stream: Source, tokenizer: TextTokenizer | None) -> None:
         reads = config.model.reads
         assert reads.text and reads.pixels and tokenizer
         self.image_size = reads.pixels.side
@@ -52,7 +52,8 @@ class ContrastiveInputs:
     def text(self, caption: str) -> tuple[np.ndarray, int]:
         """Return tokens int64 [S], [CLS] pieces [SEP] [PAD]..., truncated to the context; and the index of [SEP]."""
         pieces = self.tokenizer.encode(caption)[: self.context - 2]
-        return pad([self.tokenizer.cls, *pieces, self.tokenizer.sep], self.context), len(pieces) + 1
+        row = [self.tokenizer.cls, *pieces, self.tokenizer.sep]
+        return pad(row, self.context, self.tokenizer.pad), len(pieces) + 1
 
 
 class Contrastive(Task):

@@ -20,7 +20,7 @@ from pretrain.tasks.task import Batch, Task
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
-    from data_pipeline.vocabulary import Vocabulary
+    from data_pipeline.text.tokenizer import TextTokenizer
     from pretrain.config import RunConfig
 
 SENTENCE_END = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])\s*(?=\S)")
@@ -32,7 +32,7 @@ class MlmInputs:
     with `task.packing`, those of `packing.packed`.
     """
 
-    def __init__(self, config: RunConfig, stream: Source, tokenizer: Vocabulary | None) -> None:
+    def __init__(self, config: RunConfig, stream: Source, tokenizer: TextTokenizer | None) -> None:
         assert isinstance(config.task, MlmNspConfig) and config.model.reads.text and tokenizer
         self.context = config.model.reads.text.context
         self.task = config.task
@@ -43,7 +43,7 @@ class MlmInputs:
 
     def __call__(self, samples: list[Sample]) -> Batch:
         """Return the batch: one row per sample in their order, or packed."""
-        return rows_of([self.one(sample) for sample in samples], self.context, self.task)
+        return rows_of([self.one(sample) for sample in samples], self.context, self.task, self.tokenizer.pad)
 
     def one(self, sample: Sample) -> Example:
         """Tokenize and mask one sample."""

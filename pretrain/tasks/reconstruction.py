@@ -37,14 +37,14 @@ REVIVAL_POOL = 1024  # latents of a step that each rank keeps as replacements of
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
-    from data_pipeline.vocabulary import Vocabulary
+    from data_pipeline.text.tokenizer import TextTokenizer
     from pretrain.config import RunConfig
 
 
 class ReconstructionInputs:
     """Samples -> {"pixels": float32 [b, 3, S, S] in [-1, 1]}, for the VQGAN."""
 
-    def __init__(self, config: RunConfig, stream: Source, tokenizer: Vocabulary | None) -> None:
+    def __init__(self, config: RunConfig, stream: Source, tokenizer: TextTokenizer | None) -> None:
         assert config.model.reads.pixels
         self.image_size = config.model.reads.pixels.side
         self.data = config.data

@@ -20,14 +20,14 @@ from pretrain.tasks.task import Batch, Task
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
-    from data_pipeline.vocabulary import Vocabulary
+    from data_pipeline.text.tokenizer import TextTokenizer
     from pretrain.config import RunConfig
 
 
 class RtdInputs:
     """As MlmInputs without `is_random`, plus uniforms float32 [b, M] in [0, 1) for sampling the generator's words."""
 
-    def __init__(self, config: RunConfig, stream: Source, tokenizer: Vocabulary | None) -> None:
+    def __init__(self, config: RunConfig, stream: Source, tokenizer: TextTokenizer | None) -> None:
         assert isinstance(config.task, RtdConfig) and config.model.reads.text and tokenizer
         self.context = config.model.reads.text.context
         self.task = config.task
@@ -36,7 +36,7 @@ class RtdInputs:
 
     def __call__(self, samples: list[Sample]) -> Batch:
         """Return the batch: one row per sample in their order, or packed."""
-        return rows_of([self.one(sample) for sample in samples], self.context, self.task)
+        return rows_of([self.one(sample) for sample in samples], self.context, self.task, self.tokenizer.pad)
 
     def one(self, sample: Sample) -> Example:
         """Tokenize and mask one sample."""

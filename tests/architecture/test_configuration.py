@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config import BuildConfig, VocabConfig
+from data_pipeline.config import BuildConfig
 from data_pipeline.settings import Settings, load_settings
+from data_pipeline.text.config import VocabConfig
 from launchers.pipeline import PipelineConfig
 from launchers.spec import KubernetesCluster, LocalCluster, SlurmCluster
 from pretrain.config import RunConfig

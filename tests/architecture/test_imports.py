@@ -24,6 +24,8 @@ NO_TORCH = {
     "data_pipeline.shards.tar",
     "data_pipeline.shards.manifest",
     "data_pipeline.shards.codes",
+    "data_pipeline.text.config",
+    "data_pipeline.text.kinds",
     "pretrain.config",
     "pretrain.engine.sharding",
 }
@@ -144,6 +146,51 @@ def test_the_trunk_asks_for_no_kind_of_model_or_task(trees: dict[str, ast.Module
         if isinstance(node, ast.Compare) and any(_is_kind(side) for side in (node.left, *node.comparators))
     ]
     assert not wrong
+
+
+SPECIAL_IDS = {f"{name}{end}" for name in ("pad", "unk", "cls", "sep", "mask") for end in ("", "_id", "_token_id")}
+TOKEN_IDS = {"tokens", "labels", "ids", "text", "token", "pieces"}
+
+
+def _special_ids_in(tree: ast.Module) -> list[int]:
+    """Lines that give a special token a constant id, or compare ids of a text with a constant."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            named = {part.id.lower() for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+            lines += [node.lineno] * bool(named & SPECIAL_IDS and _is_literal(node.value))
+        elif isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            named = {getattr(side, "id", getattr(side, "attr", "")) for side in sides}
+            lines += [node.lineno] * bool(named & TOKEN_IDS and any(_is_literal(side) for side in sides))
+    return lines
+
+
+def _is_literal(value: ast.expr) -> bool:
+    """Whether it is an integer, a tuple of integers or a range."""
+    if isinstance(value, ast.Tuple | ast.List):
+        return all(map(_is_literal, value.elts))
+    if isinstance(value, ast.Call):
+        return isinstance(value.func, ast.Name) and value.func.id == "range"
+    return isinstance(value, ast.Constant) and type(value.value) is int
+
+
+def test_only_the_kinds_of_text_tokenizers_know_special_ids(trees: dict[str, ast.Module]) -> None:
+    """Every kind has ids of its own: BERT's [PAD] is 0 and its [CLS] 101, RoBERTa's <pad> is 1 and its <s> 0."""
+    fixed = {"data_pipeline.text.config.SPECIALS", "data_pipeline.text.sentencepiece.SentencePieceTokenizer"}
+    outside = {name: tree for name, tree in trees.items() if not name.startswith("data_pipeline.text.")}
+    wrong = [f"{name} imports {target}" for name, tree in outside.items() for target in fixed & {*imports(tree, True)}]
+    readers = {name: tree for name, tree in outside.items() if not name.startswith("data_pipeline.")}
+    wrong += [f"{name}:{line}" for name, tree in readers.items() for line in _special_ids_in(tree)]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "line", ["PAD = 0", "pad, unk, cls, sep, mask = range(5)", "pad_id: int = 0", "found = (tokens >= 5) | (x == 1)"]
+)
+def test_a_constant_special_id_is_found(line: str) -> None:
+    assert _special_ids_in(ast.parse(line)) == [1]
 
 
 def test_nothing_unpickles(trees: dict[str, ast.Module]) -> None:

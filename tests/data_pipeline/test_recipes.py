@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.config import BuildConfig, VocabConfig
+from data_pipeline.config import BuildConfig
 from data_pipeline.images import decode_rgb, encode
 from data_pipeline.ingest import run
 from data_pipeline.settings import load_settings
 from data_pipeline.shards.verify import verify
 from data_pipeline.stream.reader import Stream
+from data_pipeline.text.config import VocabConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL = [("emoji", "emoji-captions", 2852, 2), ("photos", "photo-captions", 39, 5)]

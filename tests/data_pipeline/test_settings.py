@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.config import BuildConfig, VocabConfig
+from data_pipeline.config import BuildConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import (
     Location,
@@ -23,6 +23,7 @@ from data_pipeline.settings import (
     load_settings,
     override_settings,
 )
+from data_pipeline.text.config import VocabConfig
 from launchers.spec import KubernetesCluster, LocalCluster, SlurmCluster
 from pretrain.config import RunConfig
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import BuildConfig, VocabConfig
+from data_pipeline.config import BuildConfig
 from data_pipeline.ingest import run
 from data_pipeline.settings import check_settings
-from data_pipeline.vocabulary import train_vocabulary
+from data_pipeline.text.config import VocabConfig
+from data_pipeline.text.training import train_vocabulary
 from tests.pretrain.commands import Material
 
 

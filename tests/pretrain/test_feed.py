@@ -11,7 +11,7 @@ import torch
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import check_settings
 from data_pipeline.stream.reader import Stream
-from data_pipeline.vocabulary import Vocabulary
+from data_pipeline.text.kinds import open_tokenizer
 from pretrain.config import RunConfig
 from pretrain.inputs.feed import Feed
 from pretrain.models import MODELS
@@ -76,7 +76,7 @@ def test_world_size_does_not_change_a_single_number_of_the_tensors(
     config = check_settings(RunConfig, describe(material, tmp_path), "test")
     config = config.model_copy(update={"data": config.data.model_copy(update={"flip": True, "crop_scale": (0.5, 1.0)})})
     inputs = TASKS[config.task.kind].inputs(
-        config, stream := Stream(material.dataset, 0), Vocabulary(material.vocabulary)
+        config, stream := Stream(material.dataset, 0), open_tokenizer(material.vocabulary)
     )
     whole = batch_at(Feed(stream, inputs, GLOBAL_BATCH, (0, 1), GLOBAL_BATCH, 1), 4)[0]
     parts = [batch_at(Feed(stream, inputs, GLOBAL_BATCH, (rank, world), 2, 1), 4) for rank in range(world)]
@@ -96,7 +96,7 @@ def test_the_mean_over_unequal_micro_batches_is_the_loss_of_the_whole_batch(
     tree["task"] |= {"mask_rate": 0.4}  # enough that captions of other lengths have other counts
     config = check_settings(RunConfig, tree, "test")
     stream = Stream(material.dataset, 0)
-    inputs = TASKS[config.task.kind].inputs(config, stream, Vocabulary(material.vocabulary))
+    inputs = TASKS[config.task.kind].inputs(config, stream, open_tokenizer(material.vocabulary))
     objective = TASKS[config.task.kind](MODELS[kind](config.model), config.task, ONE_DEVICE)
     run: Any = SimpleNamespace(task=objective, mesh=SimpleNamespace(mean=lambda values: values))
     batches = [inputs(stream.read(at, at + 2)) for at in range(0, 16, 2)]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.vocabulary import Vocabulary
+from data_pipeline.text.kinds import open_tokenizer
 from pretrain import generate
 from pretrain.checkpoint.trained import Trained
 from pretrain.config import RunConfig
@@ -79,7 +79,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     })  # fmt: skip
     monkeypatch.setattr(generate, "load_trained", lambda *_: Trained(gpt, config, 3))
     monkeypatch.setattr(generate, "check_files", lambda *_: None)
-    monkeypatch.setattr(generate, "Vocabulary", Words)
+    monkeypatch.setattr(generate, "open_tokenizer", Words)
     return tmp_path
 
 
@@ -196,7 +196,7 @@ def test_what_a_request_cannot_do_is_said(prompt, guidance, caption_drop, said):
 
 
 def test_of_a_real_vocabulary_signs_that_it_lacks_are_told_from_words(material):
-    vocabulary = Vocabulary(material.vocabulary)
+    vocabulary = open_tokenizer(material.vocabulary)
     assert generate.notes("a red circle", vocabulary, 64, 1.0, 0.0) == []
     for unknown in ("𠀀", "𠀀 𪜀", "🎈🎈"):
         (note,) = generate.notes(unknown, vocabulary, 64, 1.0, 0.0)

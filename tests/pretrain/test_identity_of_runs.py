@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import VocabConfig
 from data_pipeline.settings import check_settings
-from data_pipeline.vocabulary import train_vocabulary
+from data_pipeline.text.config import VocabConfig
+from data_pipeline.text.training import train_vocabulary
 from pretrain.checkpoint.fingerprints import UNKNOWN
 from pretrain.config import RunConfig
 from pretrain.interchange.folder import export_model

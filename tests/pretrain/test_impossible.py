@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.config import BuildConfig, VocabConfig
+from data_pipeline.config import BuildConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import check_settings, load_settings
+from data_pipeline.text.config import VocabConfig
 from launchers import cli
 from launchers.pipeline import check_paths, plan_steps
 from launchers.spec import SlurmCluster
@@ -38,7 +39,7 @@ IMPOSSIBLE = [
     ("clip", ["model.vision.patch_size=500"], "image_size=224 is not divisible by patch_size=500; use 500"),
     ("clip", ["model.text.context=1"], "model.text.context=1 has no room for [CLS] a [SEP]; use 3 or more"),
     ("clip", ["model.text.context=2"], "model.text.context=2 has no room"),
-    ("clip", ["model.text.vocab_size=2"], "model.text.vocab_size=2 leaves no id beside the 5 special ones"),
+    ("clip", ["model.text.vocab_size=2"], "vocab_size=2 leaves no id beside the special ones of 'contrastive' (cls,"),
     ("clip", ["train.global_batch=1", "train.micro_batch=1"], "train.global_batch=1 has no other pair"),
     ("clip", ["data.crop_scale=[0.9,0.5]"], "the lower end comes first; use [0.5, 0.9]"),
     ("clip", ["data.crop_ratio=[2,0.5]"], "the lower end comes first"),
@@ -46,7 +47,7 @@ IMPOSSIBLE = [
     ("bert", ["model.context=1", "task.nsp=false"], "model.context=1 has no room for [CLS] a [SEP]"),
     ("bert", ["model.context=4"], "model.context=4 has no room for [CLS] a [SEP] b [SEP]; use 5 or more"),
     ("bert", ["model.vocab_size=2"], "model.vocab_size=2 leaves no id"),
-    ("bert", ["model.vocab_size=5"], "model.vocab_size=5 leaves no id"),
+    ("bert", ["model.vocab_size=4"], "model.vocab_size=4 leaves no id"),
     ("bert", ["model.type_vocab=1"], "cannot tell two sentences apart"),
     ("electra", ["model.heads=7"], "width=256 is not divisible by heads=7"),
     ("electra", ["model.context=1"], "model.context=1 has no room"),
@@ -54,7 +55,7 @@ IMPOSSIBLE = [
     ("electra", ["model.generator_fraction=0.001"], "leaves the generator no width"),
     ("electra", ["model.generator_fraction=0.77"], "gives the generator 197 in 3 heads, which does not divide"),
     ("gpt", ["model.heads=7"], "width=768 is not divisible by heads=7"),
-    ("gpt", ["model.text_vocab=2"], "model.text_vocab=2 leaves no id"),
+    ("gpt", ["model.text_vocab=1"], "model.text_vocab=1 leaves no id"),
     ("gpt", ["model.image_vocab=1"], "leaves nothing to predict"),
     ("gpt", ["model.image_tokens=0"], "greater than or equal to 1|greater than 0"),
     ("vqgan", ["model.image_size=250"], "image_size=250 is not divisible by 16"),

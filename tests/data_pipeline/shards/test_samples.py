@@ -28,7 +28,7 @@ from data_pipeline.shards.verify import index, verify
 from data_pipeline.storage import open_storage
 from data_pipeline.stream.reader import Stream, parse_sample
 from data_pipeline.stream.sequential import read_tars
-from data_pipeline.vocabulary import captions_of
+from data_pipeline.text.training import captions_of
 from tests.data_pipeline.conftest import png
 
 LINK = {"hard": tarfile.LNKTYPE, "symbolic": tarfile.SYMTYPE, "fifo": tarfile.FIFOTYPE, "device": tarfile.CHRTYPE}

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import VocabConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import check_settings
-from data_pipeline.vocabulary import Vocabulary, train_vocabulary
+from data_pipeline.text.config import VocabConfig
+from data_pipeline.text.kinds import open_tokenizer
+from data_pipeline.text.training import train_vocabulary
 from pretrain import evaluate, generate
 from pretrain.checkpoint import verbs
 from pretrain.checkpoint.fingerprints import of_datasets, of_files, of_initial, recorded, warn_of_others
@@ -33,7 +34,7 @@ def other_vocabulary(material: Material, tmp_path_factory: pytest.TempPathFactor
         dataset=str(material.dataset), output=str(output), size=200, kind="bpe", character_coverage=1.0, max_captions=90
     )
     path = train_vocabulary(config)
-    assert Vocabulary(path).size == Vocabulary(material.vocabulary).size
+    assert open_tokenizer(path).size == open_tokenizer(material.vocabulary).size
     return path
 
 

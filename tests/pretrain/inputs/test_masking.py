@@ -14,6 +14,7 @@ from pretrain.inputs import masking
 from pretrain.inputs.masking import (
     draw_positions,
     mask_slots,
+    maskable_at,
     masked_positions,
     masked_words,
     replace_bert,
@@ -30,15 +31,23 @@ class Pieces:
     def __init__(self, *pieces: str) -> None:
         self.pieces = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces)
         self.size = len(self.pieces)
+        self.specials = frozenset(range(5))
+        self.ordinary = np.arange(5, self.size)
 
     def piece(self, number: int) -> str:
-        return self.pieces[number]
+        return self.pieces[number].replace("\u2581", " ")
 
     def starts_word(self, number: int) -> bool:
         return number < 5 or self.pieces[number][0] == "\u2581"
 
     def ids(self, *pieces: str) -> list[int]:
         return [2, *(self.pieces.index(piece) for piece in pieces), 3]
+
+
+def maskable(tokens: Any) -> np.ndarray:
+    """Where ids stand for text, if 0 to 4 are special."""
+    vocabulary: Any = Pieces()
+    return maskable_at(np.asarray(tokens), vocabulary)
 
 
 def cut(*pieces: str) -> list[str]:
@@ -93,7 +102,7 @@ def test_a_word_is_masked_whole_or_not_at_all_and_the_number_is_kept(
 ) -> None:
     starts = np.concatenate([[True], *([True] + [False] * (n - 1) for n in lengths), [True]])
     tokens = np.where(np.arange(len(starts)) % (len(starts) - 1), 7, 2)
-    positions = masked_words(tokens, starts, rate, len(tokens), longest, np.random.default_rng(seed))
+    positions = masked_words(maskable(tokens), starts, rate, len(tokens), longest, np.random.default_rng(seed))
     words = np.cumsum(starts)[1:-1]
     chosen = np.isin(np.arange(1, len(tokens) - 1), positions)
     assert all(chosen[words == word].all() or not chosen[words == word].any() for word in set(words.tolist()))
@@ -105,10 +114,10 @@ def test_a_word_is_masked_whole_or_not_at_all_and_the_number_is_kept(
 
 
 def test_ngrams_of_one_two_and_three_words_come_in_their_proportions() -> None:
-    tokens, starts = np.array([2, *[7] * 400, 3]), np.ones(402, bool)
+    words, starts = maskable([2, *[7] * 400, 3]), np.ones(402, bool)
     runs = []
     for seed in range(400):
-        positions = masked_words(tokens, starts, 0.01, 402, 3, np.random.default_rng(seed))  # 4 words: room for one
+        positions = masked_words(words, starts, 0.01, 402, 3, np.random.default_rng(seed))  # 4 words: room for one
         runs.append(int(np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)[0].size))
     shares = np.bincount(runs, minlength=5)[1:4] / len(runs)
     assert np.allclose(shares, np.array([6, 3, 2]) / 11, atol=0.09)
@@ -137,7 +146,7 @@ def test_a_context_masks_its_share_rounded_and_at_least_one_piece(rate: float, c
 
 
 def positions_of(tokens: list[int], rate: float, context: int = 99) -> list[int]:
-    return masked_positions(np.array(tokens), rate, context, np.random.default_rng(0)).tolist()
+    return masked_positions(maskable(tokens), rate, context, np.random.default_rng(0)).tolist()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +163,7 @@ def positions_of(tokens: list[int], rate: float, context: int = 99) -> list[int]
 def test_every_piece_but_specials_can_be_masked(tokens: list[int], rate: float, positions: list[int]) -> None:
     assert positions_of(tokens, rate) == positions
     starts = np.ones(len(tokens), bool)
-    assert masked_words(np.array(tokens), starts, rate, 99, 1, np.random.default_rng(0)).tolist() == positions
+    assert masked_words(maskable(tokens), starts, rate, 99, 1, np.random.default_rng(0)).tolist() == positions
 
 
 @pytest.mark.parametrize(
@@ -181,13 +190,13 @@ def test_words_fill_the_number_and_the_shortest_may_exceed_it(
 ) -> None:
     begins = np.array([letter == "1" for letter in starts] + [True])
     for longest in (1, 3):
-        found = masked_words(np.array([2, 7, 7, 3]), begins, rate, context, longest, np.random.default_rng(0))
+        found = masked_words(maskable([2, 7, 7, 3]), begins, rate, context, longest, np.random.default_rng(0))
         assert found.tolist() == positions
 
 
 def test_what_cannot_be_masked_parts_words() -> None:
-    tokens, starts = np.array([2, 7, 3, 7, 3]), np.array([True, True, True, False, True])
-    found = {tuple(masked_words(tokens, starts, 0.2, 99, 1, np.random.default_rng(s)).tolist()) for s in range(20)}
+    words, starts = maskable([2, 7, 3, 7, 3]), np.array([True, True, True, False, True])
+    found = {tuple(masked_words(words, starts, 0.2, 99, 1, np.random.default_rng(s)).tolist()) for s in range(20)}
     assert found == {(1,), (3,)}
 
 
@@ -205,10 +214,10 @@ def test_words_are_drawn_one_by_one_and_ngrams_of_up_to_three(
 def test_an_ngram_has_three_words_at_most_and_ends_with_the_text() -> None:
     tokens, starts = np.array([2, *[7] * 30, 3]), np.ones(32, bool)
     for seed in range(100):
-        positions = masked_words(tokens, starts, 4 / 32, 99, 3, np.random.default_rng(seed))
+        positions = masked_words(maskable(tokens), starts, 4 / 32, 99, 3, np.random.default_rng(seed))
         assert len(positions) == 4
     one = np.array([2, 7, 3])
-    assert masked_words(one, np.ones(3, bool), 0.3, 99, 3, np.random.default_rng(1)).tolist() == [1]
+    assert masked_words(maskable(one), np.ones(3, bool), 0.3, 99, 3, np.random.default_rng(1)).tolist() == [1]
 
 
 @pytest.mark.parametrize(("letter", "cuts"), [("\u33ff", False), ("\u3400", True), ("\u9fff", True), ("\ua000", False)])
@@ -238,18 +247,18 @@ def test_a_word_begins_behind_the_spaces_of_its_piece(pieces: tuple[str, ...], w
 
 
 class Draws:
-    """A generator that draws what it was given, and notes between which ids."""
+    """A generator that draws the given chances and the second ordinary piece, and notes among how many."""
 
     def __init__(self, *chances: float) -> None:
-        self.chances, self.ids = np.array(chances), (0, 0)
+        self.chances, self.among = np.array(chances), (0, 0)
 
     def random(self, count: int) -> np.ndarray:
         assert count == len(self.chances)
         return self.chances
 
     def integers(self, low: int, high: int, count: int) -> np.ndarray:
-        self.ids = (low, high)
-        return np.full(count, 6)
+        self.among = (low, high)
+        return np.ones(count, int)
 
 
 def test_a_masked_piece_becomes_mask_itself_or_a_piece_that_is_no_special() -> None:
@@ -257,7 +266,7 @@ def test_a_masked_piece_becomes_mask_itself_or_a_piece_that_is_no_special() -> N
     tokens, places = np.array([2, 7, 7, 7, 7, 7, 7, 3]), np.arange(1, 7)
     draws: Any = Draws(0.0, 0.79, 0.81, 0.89, 0.91, 0.99)
     assert masking.replace_bert(tokens, places, vocabulary, draws).tolist() == [2, 4, 4, 7, 7, 6, 6, 3]
-    assert draws.ids == (5, 8)
+    assert draws.among == (0, 3)
     draws = Draws(0.0, 0.84, 0.86, 0.9, 0.99, 0.5)
     assert masking.replace_electra(tokens, places, vocabulary, draws).tolist() == [2, 4, 4, 7, 7, 7, 4, 3]
     assert tokens.tolist() == [2, 7, 7, 7, 7, 7, 7, 3]
@@ -278,8 +287,8 @@ def test_drawn_positions_are_pinned_by_a_digest(longest: int, expected: str) -> 
         length = int(generator.integers(3, 60))
         tokens, starts = generator.integers(0, 40, length), generator.random(length) < 0.6
         for rate in (0.05, 0.15, 0.4):
-            digest.update(masked_words(tokens, starts, rate, 48, longest, generator).astype("<i8").tobytes())
-            digest.update(masked_positions(tokens, rate, 48, generator).astype("<i8").tobytes())
+            digest.update(masked_words(maskable(tokens), starts, rate, 48, longest, generator).astype("<i8").tobytes())
+            digest.update(masked_positions(maskable(tokens), rate, 48, generator).astype("<i8").tobytes())
     assert digest.hexdigest()[:16] == expected
 
 
@@ -305,9 +314,9 @@ def test_a_kind_of_masking_is_its_rule_with_the_same_generator(kind: str) -> Non
         found = draw_positions(tokens, kind, 0.3, 25, vocabulary, np.random.default_rng(seed)).tolist()
         generator = np.random.default_rng(seed)
         if kind == "piece":
-            expected = masked_positions(tokens, 0.3, 25, generator)
+            expected = masked_positions(maskable(tokens), 0.3, 25, generator)
         else:
-            expected = masked_words(tokens, starts, 0.3, 25, {"word": 1, "ngram": 3}[kind], generator)
+            expected = masked_words(maskable(tokens), starts, 0.3, 25, {"word": 1, "ngram": 3}[kind], generator)
         assert found == expected.tolist()
 
 
@@ -337,9 +346,9 @@ def test_an_ngram_of_n_words_has_a_chance_in_proportion_to_one_nth(chance: float
     tokens = np.array([2, *[7] * 24, 3])
     generator: Any = InOrder(chance)
     rate = 2 * count / 26
-    found = masked_words(tokens, starts, rate, 99, longest, generator).tolist()
+    found = masked_words(maskable(tokens), starts, rate, 99, longest, generator).tolist()
     assert found == list(range(1, 2 * count + 1))
-    wider = masked_words(tokens, starts, 6 / 26, 99, longest, generator)
+    wider = masked_words(maskable(tokens), starts, 6 / 26, 99, longest, generator)
     assert len(wider) == 6 and wider.tolist() == list(range(1, 7))
 
 
@@ -347,7 +356,7 @@ def test_an_ngram_that_does_not_fit_is_shortened_and_no_word_is_taken_twice() ->
     starts, tokens = np.array([True, *[True, False] * 4, True]), np.array([2, *[7] * 8, 3])
     generator: Any = InOrder(0.99)
     for wanted, expected in ((2, 2), (3, 2), (4, 4), (5, 4), (6, 6), (7, 6), (8, 8), (9, 8)):
-        found = masked_words(tokens, starts, wanted / 10, 99, 3, generator)
+        found = masked_words(maskable(tokens), starts, wanted / 10, 99, 3, generator)
         assert found.tolist() == list(range(1, expected + 1))
 
 

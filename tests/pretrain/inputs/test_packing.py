@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import check_settings
 from data_pipeline.stream.reader import Stream
-from data_pipeline.vocabulary import Vocabulary
+from data_pipeline.text.kinds import open_tokenizer
 from pretrain.config import RunConfig
 from pretrain.inputs.packing import Example, fill, packed, pad, padded, stack
 from pretrain.models import MODELS
 from pretrain.tasks import TASKS
 from pretrain.tasks.collectives import ONE_DEVICE
 from tests.pretrain.commands import Material, electra
+
+PAD = 99
 
 
 def described(kind: str, material: Material, run: Path, **objective: Any) -> RunConfig:
@@ -40,7 +42,7 @@ def test_loss_and_gradients_of_packed_rows_are_those_of_padded_ones(
     stream, results = Stream(material.dataset, 0), []
     for packing in (False, True):
         config = described(kind, material, tmp_path, masking=masking, packing=packing)
-        batch = TASKS[config.task.kind].inputs(config, stream, Vocabulary(material.vocabulary))(stream.read(0, 24))
+        batch = TASKS[config.task.kind].inputs(config, stream, open_tokenizer(material.vocabulary))(stream.read(0, 24))
         torch.manual_seed(0)
         objective = TASKS[config.task.kind](MODELS[kind](config.model), config.task, ONE_DEVICE)
         loss = objective(batch)["loss"]
@@ -85,14 +87,14 @@ def test_padded_rows_are_these() -> None:
         example([2, 7, 8, 3], [1], 11, is_random=True, uniforms=given[0]),
         example([2, 9, 9, 9, 3], [1, 3], 22, is_random=False, uniforms=given[1]),
     ]
-    batch = padded(rows, 5, 0.4)
+    batch = padded(rows, 5, 0.4, PAD)
     assert as_lists(batch) == {
-        "tokens": [[2, 4, 8, 3, 0], [2, 4, 9, 4, 3]],
+        "tokens": [[2, 4, 8, 3, PAD], [2, 4, 9, 4, 3]],
         "types": [[0, 0, 1, 1, 0], [0, 0, 1, 1, 2]],
         "noise": [[11, 11, 11, 11, 0], [22] * 5],
         "attention": [[True] * 4 + [False], [True] * 5],
         "positions": [[1, 0], [1, 3]],
-        "labels": [[7, 0], [9, 9]],
+        "labels": [[7, PAD], [9, 9]],
         "label_weights": [[1.0, 0.0], [1.0, 1.0]],
         "is_random": [1, 0],
         "uniforms": [[0.25, 0.5], [0.75, 1.0]],
@@ -104,14 +106,14 @@ def test_packed_rows_are_these() -> None:
     """A row that two samples fill to its end, and one with padding, whose segment is nobody's."""
     drawn = [np.array(values, np.float32) for values in ([0.25, 9.0], [0.5, 9.0], [0.75, 1.0])]
     samples = [([2, 7, 8, 3], [1], 11), ([2, 6, 3], [1], 22), ([2, 5, 9, 3], [1, 2], 33)]
-    batch = packed([example(*sample, uniforms=u) for sample, u in zip(samples, drawn, strict=True)], 8)
+    batch = packed([example(*sample, uniforms=u) for sample, u in zip(samples, drawn, strict=True)], 8, PAD)
     assert as_lists(batch) == {
-        "tokens": [[2, 4, 8, 3, 2, 4, 4, 3], [2, 4, 3, 0, 0, 0, 0, 0]],
+        "tokens": [[2, 4, 8, 3, 2, 4, 4, 3], [2, 4, 3, *[PAD] * 5]],
         "types": [[0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 1, 0, 0, 0, 0, 0]],
         "noise": [[11] * 4 + [33] * 4, [22] * 3 + [0] * 5],
         "attention": [[True] * 8, [True] * 3 + [False] * 5],
         "positions": [[1, 5, 6], [1, 0, 0]],
-        "labels": [[7, 5, 9], [6, 0, 0]],
+        "labels": [[7, 5, 9], [6, PAD, PAD]],
         "label_weights": [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]],
         "uniforms": [[0.25, 0.75, 1.0], [0.5, 9.0, 0.0]],
         "segments": [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, -1, -1, -1, -1, -1]],
@@ -120,8 +122,8 @@ def test_packed_rows_are_these() -> None:
 
 
 def test_a_batch_without_a_masked_piece_has_one_empty_slot() -> None:
-    batch = as_lists(packed([example([2, 3], [], 1)], 4))
-    assert (batch["positions"], batch["labels"], batch["label_weights"]) == ([[0]], [[0]], [[0.0]])
+    batch = as_lists(packed([example([2, 3], [], 1)], 4, PAD))
+    assert (batch["positions"], batch["labels"], batch["label_weights"]) == ([[0]], [[PAD]], [[0.0]])
     assert not {"uniforms", "is_random"} & batch.keys()
 
 
@@ -156,6 +158,8 @@ def test_padding_keeps_the_kind_of_the_values() -> None:
     ):
         found = pad(values, 3)
         assert found.tolist() == expected.tolist() and found.dtype == expected.dtype
+        filled = pad(values, 3, fill=1)
+        assert filled.tolist() == [*values, *[1] * (3 - len(values))] and filled.dtype == expected.dtype
     with pytest.raises(ValueError, match="broadcast"):
         pad([1, 2, 3, 4], 3)
 
@@ -168,7 +172,7 @@ def test_rows_are_stacked_by_their_keys() -> None:
 @pytest.mark.parametrize("packing", [False, True])
 def test_each_part_of_a_batch_has_its_kind(packing: bool) -> None:
     given = example([2, 7, 8, 3], [1], 11, uniforms=np.array([0.25, 0.5], np.float32), is_random=False)
-    batch = packed([given], 6) if packing else padded([given], 6, 0.3)
+    batch = packed([given], 6, PAD) if packing else padded([given], 6, 0.3, PAD)
     kinds = {name: tensor.dtype for name, tensor in batch.items()}
     assert kinds == {
         **dict.fromkeys(("tokens", "types", "noise", "positions", "labels", "is_random"), torch.int64),
@@ -181,9 +185,9 @@ def test_each_part_of_a_batch_has_its_kind(packing: bool) -> None:
 
 def test_padded_rows_have_a_slot_for_each_piece_that_a_full_context_masks() -> None:
     given = example([2, 7, 8, 3], [2], 11, uniforms=np.array([0.25, 0.5, 0.75, 1.0], np.float32))
-    batch = as_lists(padded([given, given], 6, 0.5))
+    batch = as_lists(padded([given, given], 6, 0.5, PAD))
     assert batch["uniforms"] == [[0.25, 0.5, 0.75]] * 2 and batch["label_weights"] == [[1.0, 0.0, 0.0]] * 2
-    assert (batch["positions"], batch["labels"]) == ([[2, 0, 0]] * 2, [[8, 0, 0]] * 2)
+    assert (batch["positions"], batch["labels"]) == ([[2, 0, 0]] * 2, [[8, PAD, PAD]] * 2)
 
 
 def test_rows_of_three_samples_are_these() -> None:
@@ -191,11 +195,11 @@ def test_rows_of_three_samples_are_these() -> None:
     drawn = np.array([0.25, 0.5, 0.75, 1.0], np.float32)
     lengths = [(5, [1, 2, 3]), (2, []), (1, []), (1, [0]), (7, [2, 5])]
     given = [example(list(range(5, 5 + n)), at, 10 + n, uniforms=drawn) for n, at in lengths]
-    batch = as_lists(packed(given, 8))
+    batch = as_lists(packed(given, 8, PAD))
     assert batch["tokens"] == [[5, 6, 4, 8, 9, 4, 11, 5], [5, 4, 4, 4, 9, 5, 6, 4]]
     assert batch["segments"] == [[0] * 7 + [1], [0] * 5 + [1, 1, 2]]
     assert batch["places"] == [[0, 1, 2, 3, 4, 5, 6, 0], [0, 1, 2, 3, 4, 0, 1, 0]]
-    assert batch["positions"] == [[2, 5, 0, 0], [1, 2, 3, 7]] and batch["labels"] == [[7, 10, 0, 0], [6, 7, 8, 5]]
+    assert batch["positions"] == [[2, 5, 0, 0], [1, 2, 3, 7]] and batch["labels"] == [[7, 10, PAD, PAD], [6, 7, 8, 5]]
     assert batch["uniforms"] == [[0.25, 0.5, 0.0, 0.0], [0.25, 0.5, 0.75, 0.25]]
     assert batch["noise"] == [[17] * 7 + [11], [15] * 5 + [12, 12, 11]]
     assert batch["label_weights"] == [[1.0, 1.0, 0.0, 0.0], [1.0] * 4]

@@ -30,6 +30,7 @@ class Letters:
     """A vocabulary whose pieces are letters."""
 
     size, pad, unk, cls, sep, mask = 60, 0, 1, 2, 3, 4
+    specials, ordinary = frozenset(range(5)), np.arange(5, 60)
 
     def encode(self, text: str) -> list[int]:
         return [5 + ord(letter) % 50 for letter in text]

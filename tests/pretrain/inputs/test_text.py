@@ -12,7 +12,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.schema import Sample
 from data_pipeline.stream.order import sample_generator
 from pretrain.config import RunConfig
-from pretrain.inputs.masking import mask_slots, masked_positions, replace_bert, replace_electra
+from pretrain.inputs.masking import mask_slots, maskable_at, masked_positions, replace_bert, replace_electra
 from pretrain.inputs.text import trim
 from pretrain.tasks import TASKS
 
@@ -23,6 +23,7 @@ class Letters:
     """A vocabulary whose pieces are letters."""
 
     size, pad, unk, cls, sep, mask = VOCABULARY, 0, 1, 2, 3, 4
+    specials, ordinary = frozenset(range(5)), np.arange(5, VOCABULARY)
 
     def encode(self, text: str) -> list[int]:
         return [5 + ord(letter) % 50 for letter in text]
@@ -96,7 +97,7 @@ def test_the_number_of_masked_words_follows_the_rule_and_specials_are_never_mask
     length: int, rate: float, seed: int
 ) -> None:
     tokens = np.array([2, *range(5, 5 + length - 2), 3], np.int64)
-    positions = masked_positions(tokens, rate, 128, np.random.default_rng(seed))
+    positions = masked_positions(maskable_at(tokens, cast(Any, Letters())), rate, 128, np.random.default_rng(seed))
     assert len(positions) == min(length - 2, max(1, round(rate * length)))
     assert (np.diff(positions) > 0).all() and not np.isin(positions, (0, length - 1)).any()
 
@@ -105,7 +106,7 @@ def test_the_number_of_masked_words_follows_the_rule_and_specials_are_never_mask
 def test_masked_words_are_replaced_in_the_published_shares(replace: Any, shares: tuple[float, ...]) -> None:
     tokens, everywhere = np.full(40_000, 7), np.arange(40_000)
     vocabulary = Letters()
-    vocabulary.size = 30_000
+    vocabulary.ordinary = np.arange(5, 30_000)
     masked = replace(tokens, everywhere, vocabulary, np.random.default_rng(0))
     found = ((masked == 4).mean(), (masked == 7).mean(), ((masked != 4) & (masked != 7)).mean())
     assert np.allclose(found, shares, atol=0.006)

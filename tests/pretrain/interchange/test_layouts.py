@@ -2,7 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -122,26 +123,41 @@ def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     return torch.nn.functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
 
 
-def test_an_exported_openai_clip_pools_at_our_end_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("end", [3, 45])
+def test_an_exported_openai_clip_pools_at_our_end_of_text(
+    end: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Among them a text with every id, one that is cut at the context, and an empty one."""
     config, model = WIDE, MODELS["clip"](WIDE).eval()
     torch.nn.init.normal_(model.text.word.weight), torch.nn.init.normal_(model.text.positions)
-    folder = export_layout(tmp_path / "out", "openai-clip", config, model.state_dict())
+    folder = export_layout(
+        tmp_path / "out", "openai-clip", config, model.state_dict(), tokenizer=cast(Any, SimpleNamespace(sep=end))
+    )
     theirs, told = load_file(folder / "model.safetensors"), json.loads((folder / "token_ids.json").read_text())
     pieces = [[49, 4, 48], [7], [], [5, 6, 7, 8, 9, 10], [49, 49]]
-    rows = [[2, *row, 3] + [0] * (6 - len(row)) for row in pieces]
+    rows = [[2, *row, end] + [0] * (6 - len(row)) for row in pieces]
     tokens, eot = torch.tensor(rows), torch.tensor([len(row) + 1 for row in pieces])
     a, b = told["exchanged_ids"]
     mapped = tokens.where(tokens != a, -1).where(tokens != b, a).where(tokens != a, b)
-    assert (a, b) == (3, 49) == (
-        3,
-        told["end_of_text"],
-    ) and "the end of text is 49 there, not 3" in capsys.readouterr().err
+    assert (a, b, told["end_of_text"]) == (end, 49, 49)
+    assert f"the end of text is 49 there, not {end}" in capsys.readouterr().err
     with torch.no_grad():
         ours = model.text(tokens, eot)
         torch.testing.assert_close(pooled_by_argmax(theirs, mapped, config.text.heads), ours, rtol=1e-5, atol=1e-5)
         plain = pooled_by_argmax(export_state("openai-clip", config, model.state_dict()), tokens, config.text.heads)
     assert float((plain * ours).sum(-1).min()) < 0.9  # rows in our order are pooled at another place
+
+
+def test_without_a_tokenizer_an_export_keeps_the_rows_and_names_no_token_ids(tmp_path: Path) -> None:
+    """Weights that were imported, OpenAI's for example, come back as they were."""
+    config, state = WIDE, weights(WIDE)
+    folder = export_layout(tmp_path / "a", "openai-clip", config, state)
+    theirs = load_file(folder / "model.safetensors")
+    assert torch.equal(theirs["token_embedding.weight"], state["text.word.weight"])
+    assert not (folder / "token_ids.json").exists()
+    for layout, config in (("transformers-clip", WIDE), ("transformers-bert", CONFIGS["bert"])):
+        folder = export_layout(tmp_path / layout, layout, config, weights(config))
+        assert "token_id" not in (folder / "config.json").read_text()
 
 
 def test_tied_weights_that_differ_are_refused_and_left_out_ones_are_not() -> None:

@@ -4,6 +4,7 @@ The reference's gradients go through the same importer as its weights: the layou
 """
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from data_pipeline.vocabulary import Vocabulary
 from pretrain import schema as C
 from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import export_state, import_state
@@ -268,15 +268,29 @@ def from_pretrained(layout: str, folder: Path) -> nn.Module:
     return models[""] if "" in models else nn.ModuleDict(models)
 
 
+class SpecialIds(NamedTuple):
+    """What an export reads of a text tokenizer."""
+
+    pad: int
+    cls: int
+    sep: int
+
+
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_an_exported_folder_is_one_that_from_pretrained_takes(case: Case, tmp_path: Path) -> None:
     _, ours, _ = both(case)
     batch = case.batch
-    if case.config.kind == "clip":  # an exported text ends at the vocabulary's [SEP]
-        tokens = batch["tokens"].where(batch["tokens"] != Vocabulary.sep, 7)
-        tokens = tokens.where(tokens != 49, Vocabulary.sep)
+    tokenizer: Any = SpecialIds(pad=1, cls=30, sep=8)
+    if case.config.kind == "clip":  # an exported text ends at the tokenizer's [SEP]
+        tokens = batch["tokens"].where(batch["tokens"] != tokenizer.sep, 7)
+        tokens = tokens.where(tokens != 49, tokenizer.sep)
         batch = batch | {"tokens": tokens}
-    export_layout(tmp_path, case.layout, case.config, ours.state_dict())
+    export_layout(tmp_path, case.layout, case.config, ours.state_dict(), tokenizer=tokenizer)
+    for part in PUBLIC[case.layout]:
+        written = json.loads((tmp_path / part / "config.json").read_text())
+        named = {name: id for name, id in written.get("text_config", written).items() if name.endswith("_token_id")}
+        ends = {"bos_token_id": 30, "eos_token_id": 8} if case.config.kind == "clip" else {}
+        assert named == {"pad_token_id": 1} | ends
     theirs = from_pretrained(case.layout, tmp_path).eval()
     ours.eval()
     logits, _ = case.logits(theirs, batch)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.models.gpt import PAD, Gpt, choose
+from pretrain.models.gpt import Gpt, choose
 from pretrain.schema.gpt import GptConfig
 
 CONFIG = GptConfig(text_vocab=11, image_vocab=13, text_tokens=4, image_tokens=7, layers=3, width=16, heads=2)
-TEXT = torch.tensor([[3, 9, 0, 0], [5, 1, 2, 8], [7, 7, 4, 0]])
+TEXT = torch.tensor([[3, 9, 10, 10], [5, 1, 2, 8], [7, 7, 4, 10]])
+EMPTY = torch.tensor([10, 10, 10, 10])
 
 
 def model() -> Gpt:
@@ -26,7 +27,7 @@ def recompute(gpt: Gpt, text: Tensor, guidance: float) -> Tensor:
     codes = torch.zeros(len(text), 0, dtype=torch.int64)
     for _ in range(CONFIG.image_tokens):
         padded = torch.cat([codes, codes.new_zeros(len(text), 1)], 1)
-        given, empty = gpt(text, padded)[:, -1], gpt(torch.full_like(text, PAD), padded)[:, -1]
+        given, empty = gpt(text, padded)[:, -1], gpt(EMPTY.expand_as(text), padded)[:, -1]
         codes = torch.cat([codes, (empty + guidance * (given - empty)).argmax(-1, keepdim=True)], 1)
     return codes
 
@@ -45,29 +46,31 @@ def test_cached_greedy_sampling_equals_full_recomputation_token_for_token(guidan
     gpt = model()
     with torch.no_grad():
         wanted = recompute(gpt, TEXT, guidance)
-    assert torch.equal(gpt.sample(TEXT, temperature=0.0, guidance=guidance), wanted)
+    assert torch.equal(gpt.sample(TEXT, temperature=0.0, guidance=guidance, empty=EMPTY), wanted)
     assert len(wanted.unique()) > 2
 
 
 def test_guidance_changes_codes_after_the_first():
     """Defect of a peer: an unconditional branch that reads the conditional keys makes guidance a no-op."""
     gpt = model()
-    plain, guided = (gpt.sample(TEXT, temperature=0.0, guidance=g)[:, 1:] for g in (1.0, 4.0))
+    plain, guided = (gpt.sample(TEXT, temperature=0.0, guidance=g, empty=EMPTY)[:, 1:] for g in (1.0, 4.0))
     assert not torch.equal(plain, guided)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_sampling_leaves_the_prompt_as_it_is(guidance):
     text = TEXT.clone()
-    model().sample(text, guidance=guidance)
+    model().sample(text, guidance=guidance, empty=EMPTY)
     assert torch.equal(text, TEXT)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_sampled_row_does_not_depend_on_the_batch_around_it(guidance):
     gpt, uniforms = model(), torch.rand(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    together = gpt.sample(TEXT, guidance=guidance, uniforms=uniforms)
-    alone = [gpt.sample(TEXT[i : i + 1], guidance=guidance, uniforms=uniforms[i : i + 1]) for i in range(3)]
+    together = gpt.sample(TEXT, guidance=guidance, empty=EMPTY, uniforms=uniforms)
+    alone = [
+        gpt.sample(TEXT[i : i + 1], guidance=guidance, empty=EMPTY, uniforms=uniforms[i : i + 1]) for i in range(3)
+    ]
     assert torch.equal(together, torch.cat(alone))
 
 

@@ -1,9 +1,8 @@
-"""Subword vocabulary: SentencePiece, trained on the captions of a dataset; the first five ids are fixed.
+"""Trains a SentencePiece vocabulary on the captions of a dataset.
 
 Training reads the captions in order of sample id, on one thread, so the same dataset gives the same bytes.
 """
 
-import hashlib
 import io
 import itertools
 from collections import Counter as Tally
@@ -12,60 +11,11 @@ from pathlib import Path
 
 import sentencepiece
 
-from data_pipeline.config import VocabConfig
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.schema import SPECIALS
 from data_pipeline.storage import open_storage
 from data_pipeline.stream.reader import Stream
-
-MODEL = "vocab.model"
-
-_SPACE = "\u2581"
-
-
-class Vocabulary:
-    """A SentencePiece model: text <-> ids. Raises DataError when it is missing or has other special tokens."""
-
-    pad, unk, cls, sep, mask = range(5)
-
-    def __init__(self, path: str | Path) -> None:
-        file = Path(path)
-        if file.is_dir():
-            file = file / MODEL
-        if not file.is_file():
-            raise DataError(f"{file}: no vocabulary there; run `tessera vocab train CONFIG`")
-        data = file.read_bytes()
-        self.fingerprint = hashlib.sha256(data).hexdigest()
-        self._model = sentencepiece.SentencePieceProcessor()
-        try:
-            self._model.LoadFromSerializedProto(data)
-        except RuntimeError as error:
-            raise DataError(f"{file}: not a SentencePiece model ({error})") from None
-        first = tuple(self._model.IdToPiece(number) for number in range(min(5, len(self._model))))
-        if first != SPECIALS:
-            raise DataError(f"{file}: ids 0 to 4 are {first}, not {SPECIALS}; train it with `tessera vocab train`")
-        self.size: int = len(self._model)
-        self._starts = [self._starts_word(number) for number in range(self.size)]
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, NFKC-normalised, without special tokens."""
-        return list(self._model.EncodeAsIds(text))
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of the ids, without special tokens."""
-        return str(self._model.DecodeIds([int(number) for number in ids if number >= len(SPECIALS)]))
-
-    def piece(self, number: int) -> str:
-        """Return the piece of an id as SentencePiece writes it."""
-        return str(self._model.IdToPiece(number))
-
-    def starts_word(self, number: int) -> bool:
-        """Return whether this id begins a word: it follows a space, or is a Chinese character or a special token."""
-        return self._starts[number]
-
-    def _starts_word(self, number: int) -> bool:
-        piece = self.piece(number)
-        return number < len(SPECIALS) or piece.startswith(_SPACE) or "\u3400" <= piece[0] <= "\u9fff"
+from data_pipeline.text.config import SPECIALS, VocabConfig
+from data_pipeline.text.sentencepiece import MODEL
 
 
 def train_vocabulary(config: VocabConfig, rejected: Tally[str] | None = None) -> Path:
