@@ -1,6 +1,5 @@
 """The public command line in processes of its own, over small data: what the tests of whole runs share."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -11,68 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.families import FAMILIES
+from tests.families import Material as Material
 from tests.pretrain.processes import ROOT
 
 TIMEOUT_S = 500
 TRACEBACK = "Traceback (most recent call last)"
 
 
-@dataclasses.dataclass(frozen=True)
-class Material:
-    """A dataset of scenes and a vocabulary over its captions."""
-
-    dataset: Path
-    vocabulary: Path
-
-
-def electra(material: Material, run: Path, **train: Any) -> dict[str, Any]:
-    """A run of a tiny ELECTRA with dropout."""
-    return {
-        "run": str(run),
-        "model": {
-            "kind": "electra", "vocab_size": 200, "context": 24, "layers": 2, "width": 32, "heads": 2,
-            "embedding_width": 32, "generator_fraction": 0.5,
-        },
-        "task": {"kind": "rtd"},
-        "data": {"dataset": str(material.dataset), "text_tokenizer": str(material.vocabulary)},
-        "train": {"steps": 24, "global_batch": 16, "checkpoint_every_steps": 4, "log_every_steps": 50} | train,
-        "optim": {"lr": 1e-3, "warmup_steps": 2},
-        "tracking": {"uri": ""},
-    }  # fmt: skip
-
-
-def vqgan(material: Material, run: Path) -> dict[str, Any]:
-    """A run of a tiny VQGAN whose dead codes are revived every few steps, with a discriminator of its own rate."""
-    return {
-        "run": str(run),
-        "model": {
-            "kind": "vqgan", "image_size": 32, "channels": 8, "multipliers": [1, 2, 2], "res_blocks": 1,
-            "attention_at": [], "latent_channels": 8, "codebook_size": 32, "code_width": 4,
-            "discriminator_channels": 8, "discriminator_layers": 1,
-        },
-        "task": {"kind": "reconstruction", "discriminator_start_step": 6, "revive_after_steps": 3},
-        "data": {"dataset": str(material.dataset)},
-        "train": {"steps": 20, "global_batch": 8, "zero_stage": 0, "checkpoint_every_steps": 4, "log_every_steps": 50},
-        "optim": {"lr": 1e-3, "roles": {"discriminator": {"lr": 3e-4, "betas": [0.5, 0.9], "schedule": "constant"}}},
-        "tracking": {"uri": ""},
-    }  # fmt: skip
-
-
-def clip(material: Material, run: Path, **train: Any) -> dict[str, Any]:
-    """A run of a tiny CLIP."""
-    return {
-        "run": str(run),
-        "model": {
-            "kind": "clip", "embed_dim": 16,
-            "vision": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "heads": 2},
-            "text": {"vocab_size": 200, "context": 16, "width": 32, "layers": 1, "heads": 2},
-        },
-        "task": {"kind": "contrastive"},
-        "data": {"dataset": str(material.dataset), "text_tokenizer": str(material.vocabulary)},
-        "train": {"steps": 12, "global_batch": 12, "checkpoint_every_steps": 4, "log_every_steps": 50} | train,
-        "optim": {"lr": 1e-3, "warmup_steps": 2},
-        "tracking": {"uri": ""},
-    }  # fmt: skip
+electra, vqgan, clip = (FAMILIES[name].run for name in ("electra", "vqgan", "clip"))
 
 
 def recipe(tree: dict[str, Any], path: Path) -> Path:

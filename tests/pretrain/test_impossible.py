@@ -22,14 +22,9 @@ from pretrain.schema.encoders import BertConfig, ElectraConfig
 from pretrain.schema.gpt import GptConfig
 from pretrain.schema.tasks import ReconstructionConfig
 from pretrain.schema.vqgan import VqganConfig
+from tests.families import PAIRS
 
-RECIPES = {
-    "clip": "configs/clip/vit-b-32.yaml",
-    "bert": "configs/text/bert-base.yaml",
-    "electra": "configs/text/electra-small.yaml",
-    "gpt": "configs/text_to_image/pai-painter-base.yaml",
-    "vqgan": "configs/image_tokenizer/vqgan-f16-16384.yaml",
-}
+RECIPES = {name: family.recipe for name, family in PAIRS.items()}
 IMPOSSIBLE = [
     ("clip", ["model.vision.patch_size=0"], "model.vision.patch_size = 0:"),  # the key that a user writes
     ("clip", ["model.vision.heads=5"], "model.vision: width=768"),

@@ -18,7 +18,8 @@ from pretrain import evaluate
 from pretrain.config import RunConfig
 from pretrain.evaluations import prompts, retrieval
 from pretrain.models import MODELS
-from tests.pretrain.commands import Material, clip, electra, recipe, tessera, vqgan
+from tests.families import PAIRS, Family, Material
+from tests.pretrain.commands import clip, recipe, tessera, vqgan
 
 DAMAGED: dict[int, Callable[[str, bytes], bytes]] = {
     1: lambda ending, data: b"\x89PNG, but no further" if ending == "png" else data,
@@ -55,21 +56,6 @@ def spoilt(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Mate
     return Material(spoil(material.dataset, tmp_path_factory.mktemp("spoilt") / "data"), material.vocabulary)
 
 
-def bert(material: Material, run: Path) -> dict[str, Any]:
-    model = {"kind": "bert", "vocab_size": 200, "context": 24, "layers": 1, "width": 32, "heads": 2}
-    return electra(material, run) | {"model": model, "task": {"kind": "mlm"}}
-
-
-def gpt(material: Material, run: Path) -> dict[str, Any]:
-    model = {"kind": "gpt", "text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 4, "layers": 1}
-    tree = electra(material, run) | {
-        "model": model | {"width": 16, "heads": 2},
-        "task": {"kind": "autoregressive"},
-    }
-    tree["data"] |= {"image_tokenizer": "unused", "evaluation": str(material.dataset)}
-    return tree
-
-
 def evaluated(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """`tessera evaluate` of an untrained model of this run."""
     config = RunConfig.model_validate(tree)
@@ -89,20 +75,24 @@ def ledger(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "bad_samples/evaluation.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("family", "bad"),
-    [(clip, {1, 6}), (vqgan, {1, 9, 11}), (electra, {3, 6, 9}), (bert, {3, 6, 9}), (gpt, {3, 6, 9})],
-)
+def unusable(family: Family) -> set[int]:
+    """The samples of DAMAGED that lack what the family reads."""
+    captions = {3, 6, 9} if family.reads.text else set()
+    return captions | {1, 9, 11} if family.reads.pixels else captions
+
+
+@pytest.mark.parametrize("name", PAIRS)
 def test_no_sample_ends_an_evaluation_and_each_replaced_one_is_listed(
-    family: Any, bad: set[int], spoilt: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    tree = family(spoilt, tmp_path / "run") | {"seed": seed_with_first(bad) if family is clip else 0}
+    name: str, spoilt: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A retrieval reads only the first positions, two of which are damaged, and draws among the rest."""
+    bad, ranks = unusable(PAIRS[name]), PAIRS[name].figure == "retrieval_r1"
+    tree = PAIRS[name].run(spoilt, tmp_path / "run") | {"seed": seed_with_first({1, 6}) if ranks else 0}
     figures = evaluated(tree, monkeypatch)
     assert figures and all(np.isfinite(value) for value in figures.values() if isinstance(value, float))
     rows = ledger(tmp_path / "run")
     listed = {row["sample"] for row in rows}
-    assert (bad <= listed <= set(DAMAGED) if family is clip else listed == bad) and len(rows) == len(listed)
+    assert ({1, 6} <= listed <= bad if ranks else listed == bad) and len(rows) == len(listed)
     assert not {row["replacement"] for row in rows} & listed and all(row["reason"] for row in rows)
     assert "bad_samples/evaluation.jsonl" in capsys.readouterr().err
 
@@ -123,11 +113,11 @@ def test_data_without_a_usable_sample_are_refused_by_name(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [clip, vqgan])
+@pytest.mark.parametrize("name", [name for name, family in PAIRS.items() if family.reads.pixels])
 def test_an_evaluation_shows_the_centre_square_whatever_training_draws(
-    family: Any, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tree = family(material, tmp_path / "run")
+    tree = PAIRS[name].run(material, tmp_path / "run")
     plain = evaluated(tree, monkeypatch)
     for drawn in ({"crop_ratio": [0.5, 2.0]}, {"crop_scale": [0.2, 0.5]}, {"flip": True}):
         assert evaluated(tree | {"data": tree["data"] | drawn}, monkeypatch) == plain

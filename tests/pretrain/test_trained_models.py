@@ -22,43 +22,11 @@ from pretrain.config import RunConfig
 from pretrain.evaluations import evaluated, prompts, retrieval
 from pretrain.models import MODELS
 from tests.disks import fill_up, make_read_only, mounted
+from tests.families import PAIRS, Material
 from tests.pretrain.checkpoint.simulated import Part, optimizer_of, ranks_of
-from tests.pretrain.commands import Material, clip, electra, recipe, vqgan
+from tests.pretrain.commands import clip, recipe
 
 STEPS = (4, 8)
-FIGURE = {
-    "clip": "retrieval_r1",
-    "bert": "mlm_accuracy",
-    "electra": "rtd_accuracy",
-    "vqgan": "reconstruction_psnr",
-    "gpt": "prompt_accuracy",
-}
-
-
-def bert(material: Material, run: Path) -> dict[str, Any]:
-    """A run of a tiny BERT."""
-    sizes = {"vocab_size": 200, "context": 24, "layers": 1, "width": 32, "heads": 2, "embedding_width": 32}
-    return electra(material, run) | {"model": {"kind": "bert", **sizes}, "task": {"kind": "mlm"}}
-
-
-def gpt(material: Material, run: Path) -> dict[str, Any]:
-    """A run of a tiny text-to-image GPT, which draws with the exported VQGAN beside it."""
-    sizes = {"text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 64}
-    tree = clip(material, run) | {"model": {"kind": "gpt", "layers": 1, "width": 32, "heads": 2, **sizes}}
-    tree["data"] = tree["data"] | {
-        "image_tokenizer": str(run.parent / "vqgan-export"),
-        "evaluation": str(material.dataset),
-    }
-    return tree | {"task": {"kind": "autoregressive"}}
-
-
-RUNS: dict[str, Callable[[Material, Path], dict[str, Any]]] = {
-    "clip": clip,
-    "bert": bert,
-    "electra": electra,
-    "vqgan": vqgan,
-    "gpt": gpt,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +45,19 @@ class Place:
 @pytest.fixture(scope="module")
 def place(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Place:
     place = Place(tmp_path_factory.mktemp("trained"))
-    for kind, describe in RUNS.items():
-        run = place.run(kind)
-        config = check_settings(RunConfig, describe(material, run), kind)
+    material = dataclasses.replace(material, images=place.export("vqgan"))
+    for name, family in PAIRS.items():
+        run = place.run(name)
+        config = check_settings(RunConfig, family.run(material, run), name)
         run.mkdir()
         (run / "config.json").write_text(config.model_dump_json())
         for step in STEPS:
             (rank,) = ranks_of(run / "checkpoints", 1)
-            model = MODELS[kind](config.model)
+            model = MODELS[config.model.kind](config.model)
             state = {"step": step, "optimizer": optimizer_of(model, step)}
             rank.save(Part(model, 0, 1), step, state)  # type: ignore[arg-type]
             rank.finish()
-        verbs.export(run, place.export(kind))
+        verbs.export(run, place.export(name))
     verbs.name(place.run("clip"), "early", STEPS[0])
     return place
 
@@ -109,14 +78,14 @@ def figures(told: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", PAIRS)
 def test_an_exported_model_is_evaluated_as_its_run_is(kind: str, place: Place) -> None:
     of_run, of_export = evaluate.main(place.run(kind)), evaluate.main(place.export(kind))
-    assert figures(of_run) == figures(of_export) and FIGURE[kind] in of_run
+    assert figures(of_run) == figures(of_export) and PAIRS[kind].figure in of_run
     assert json.loads((place.export(kind) / "evaluation.json").read_text()) == of_export
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", PAIRS)
 def test_an_exported_model_is_exported_again_byte_for_byte(kind: str, place: Place, tmp_path: Path) -> None:
     again = verbs.export(place.export(kind), tmp_path / "again")
     for name in ("config.json", "model.safetensors"):
@@ -142,7 +111,7 @@ def test_an_exported_clip_picks_images(place: Place) -> None:
     assert figures(told[0]) == figures(told[1]) and told[1]["reranked_by"] == str(place.export("clip"))
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", PAIRS)
 def test_an_export_that_says_its_model_alone_takes_the_rest_as_overrides(
     kind: str, place: Place, material: Material, tmp_path: Path
 ) -> None:
@@ -152,12 +121,13 @@ def test_an_export_that_says_its_model_alone_takes_the_rest_as_overrides(
     tree = json.loads((bare / "config.json").read_text())
     (bare / "config.json").write_text(json.dumps({"model": tree["model"]}))
     (bare / "evaluation.json").unlink(missing_ok=True)
-    text = [] if kind == "vqgan" else [f"data.text_tokenizer={material.vocabulary}"]
-    images = [f"data.image_tokenizer={place.export('vqgan')}"] if kind == "gpt" else []
+    reads = PAIRS[kind].reads
+    text = [f"data.text_tokenizer={material.vocabulary}"] if reads.text else []
+    images = [f"data.image_tokenizer={place.export('vqgan')}"] if reads.codes else []
     with pytest.raises(ConfigError, match=r"data.evaluation=DATASET|data.(text|image)_tokenizer is missing"):
         evaluate.main(bare)
     told = evaluate.main(bare, overrides=[*text, *images, f"data.evaluation={material.dataset}"])
-    assert FIGURE[kind] in told and "step" not in told
+    assert PAIRS[kind].figure in told and "step" not in told
     verbs.export(bare, tmp_path / "again")
     assert load_trained(tmp_path / "again", overrides=[*text, *images]).step is None
 
@@ -174,7 +144,7 @@ def test_an_exported_model_has_no_checkpoints_and_is_told_so(verb: Callable[[Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", PAIRS)
 def test_the_step_chooses_the_checkpoint_and_is_noted(kind: str, place: Place, tmp_path: Path) -> None:
     told = {step: evaluate.main(place.run(kind), step=step) for step in (*STEPS, None)}
     assert [told[step]["step"] for step in told] == [*STEPS, STEPS[-1]]
@@ -326,7 +296,7 @@ def test_figures_are_printed_though_they_cannot_be_written(
             make_read_only(disk)
         assert tessera("evaluate", there, "--json") == 74
         out, err = capsys.readouterr()
-        assert json.loads(out)["step"] == STEPS[-1] and FIGURE[kind] in json.loads(out)
+        assert json.loads(out)["step"] == STEPS[-1] and PAIRS[kind].figure in json.loads(out)
         assert err.splitlines()[-1].startswith(f"error: {there}") and "Traceback" not in err
         assert not (there / "evaluation.json").exists()
 

@@ -3,6 +3,7 @@
 Real processes over gloo; tiny models. The uninterrupted run is the reference of all others.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -15,14 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.settings import check_settings
 from launchers.local import free_port
 from pretrain.checkpoint.catalog import Saved, committed
 from pretrain.checkpoint.layout import Slices
-from pretrain.config import RunConfig
 from pretrain.inputs.image_tokenizer import load_tokenizer
 from pretrain.interchange.folder import export_model
 from pretrain.models import MODELS
+from tests.families import FAMILIES
 from tests.pretrain.commands import (
     TRACEBACK,
     Material,
@@ -310,21 +310,12 @@ def test_a_caption_that_is_empty_is_refused_by_the_sample_s_name(material: Mater
 def test_codes_of_another_tokenizer_are_refused_with_both_ids(material: Material, tmp_path: Path) -> None:
     dataset = tmp_path / "scenes"
     shutil.copytree(material.dataset, dataset)
-    tree = vqgan(material, tmp_path / "run")
-    config = check_settings(RunConfig, tree, "test").model
-    ids = []
+    config, ids = FAMILIES["vqgan"].config().model, []
     for seed in (0, 1):
         torch.manual_seed(seed)
         export_model(tmp_path / f"tokenizer-{seed}", config, MODELS["vqgan"](config).state_dict())
         ids.append(load_tokenizer(tmp_path / f"tokenizer-{seed}").id)
     (dataset / f"codes.vq-{ids[0]}.json").write_text("{}")
-    model = {"kind": "gpt", "text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 64}
-    tree |= {"model": model | {"layers": 1, "width": 16, "heads": 2}, "task": {"kind": "autoregressive"}}
-    tree |= {"optim": {"lr": 1e-3}}
-    data = {
-        "dataset": str(dataset),
-        "text_tokenizer": str(material.vocabulary),
-        "image_tokenizer": str(tmp_path / "tokenizer-1"),
-    }
-    done = tessera("train", recipe(tree | {"data": data}, tmp_path / "run.yaml"))
+    other = dataclasses.replace(material, dataset=dataset, images=tmp_path / "tokenizer-1")
+    done = tessera("train", recipe(FAMILIES["gpt"].run(other, tmp_path / "run"), tmp_path / "run.yaml"))
     refused(done, 74, f"no codes of tokenizer {ids[1]}; there are codes of {ids[0]}", "tessera data encode")

@@ -1,6 +1,6 @@
 """What the planner foretells, measured on the real modules: parameters, FLOPs, tensors that autograd keeps.
 
-Batches are random tensors of the shapes that the real inputs have.
+Batches are made by the real inputs from samples that fill their rows.
 """
 
 import weakref
@@ -14,60 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import RunConfig
-from pretrain.inputs.masking import mask_slots
-from pretrain.models import MODELS
-from pretrain.models.layers import recompute
-from pretrain.tasks import TASKS
-from pretrain.tasks.collectives import ONE_DEVICE, Collectives
-
-
-def task_of(config: RunConfig, device: str = "cpu", collectives: Collectives = ONE_DEVICE) -> nn.Module:
-    """The real module, training."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = MODELS[config.model.kind](config.model)
-        if config.train.recompute:
-            recompute(model)
-        return TASKS[config.task.kind](model, config.task, collectives).train()
-
-
-def batch_of(config: RunConfig, rows: int, rank: int = 0) -> dict[str, Tensor]:
-    """A micro-batch of `rows` samples for this run."""
-    generator = torch.Generator().manual_seed(rank)
-
-    def ids(high: int, *shape: int) -> Tensor:
-        return torch.randint(0, high, shape, generator=generator)
-
-    model, step = config.model, {"step": torch.tensor(0)}
-    if model.kind == "clip":
-        side, context = model.vision.image_size, model.text.context
-        pixels = torch.randn(rows, 3, side, side, generator=generator)
-        return step | {"pixels": pixels, "tokens": ids(model.text.vocab_size, rows, context), "eot": ids(context, rows)}
-    if model.kind == "gpt":
-        text, codes = ids(model.text_vocab, rows, model.text_tokens), ids(model.image_vocab, rows, model.image_tokens)
-        return step | {"text": text, "codes": codes}
-    if model.kind == "vqgan":
-        return step | {"pixels": torch.rand(rows, 3, model.image_size, model.image_size, generator=generator) * 2 - 1}
-    return step | words(config, rows, ids)
-
-
-def words(config: RunConfig, rows: int, ids: Any) -> dict[str, Tensor]:
-    """Of BERT and ELECTRA: whole rows, every slot filled."""
-    model, task = config.model, config.task
-    assert model.kind in ("bert", "electra") and task.kind in ("mlm", "rtd")
-    slots = mask_slots(task.mask_rate, model.context)
-    own = {"segments": ids(2, rows, model.context), "places": ids(model.context, rows, model.context)}
-    return (own if task.packing else {}) | {
-        "tokens": ids(model.vocab_size, rows, model.context),
-        "types": ids(model.type_vocab, rows, model.context),
-        "attention": torch.ones(rows, model.context, dtype=torch.bool),
-        "positions": ids(model.context, rows, slots),
-        "labels": ids(model.vocab_size, rows, slots),
-        "label_weights": torch.ones(rows, slots),
-        "is_random": ids(2, rows),
-        "uniforms": torch.rand(rows, slots),
-        "noise": ids(1 << 60, rows, model.context),
-    }
+from tests.families import batch_of, task_of
 
 
 def storages(module: nn.Module, batch: dict[str, Tensor]) -> set[int]:
@@ -85,7 +32,7 @@ class Kept:
 
 def saved_bytes(config: RunConfig, rows: int) -> int:
     """Of the tensors that wait for the backward: each memory once, without parameters and the batch."""
-    module, batch = task_of(config), batch_of(config, rows)
+    module, batch = task_of(config), batch_of(config, rows, full=True)
     there, graph = storages(module, batch), weakref.WeakSet[Kept]()
 
     def pack(tensor: Tensor) -> Kept:
@@ -105,7 +52,7 @@ def saved_bytes(config: RunConfig, rows: int) -> int:
 
 def held_bytes(config: RunConfig, rows: int) -> int:
     """Of all that a forward leaves alive for its backward, in whatever way: without parameters and the batch."""
-    module, batch = task_of(config), batch_of(config, rows)
+    module, batch = task_of(config), batch_of(config, rows, full=True)
     with Live() as live, torch.autocast("cpu", torch.bfloat16, config.train.precision == "bf16"):
         loss = module(batch)["loss"]
     assert loss.requires_grad
@@ -114,7 +61,7 @@ def held_bytes(config: RunConfig, rows: int) -> int:
 
 def flops(config: RunConfig, rows: int) -> tuple[int, int]:
     """-> (forward, forward and backward) by torch's own counter, attention as plain products."""
-    module, batch = task_of(config), batch_of(config, rows)
+    module, batch = task_of(config), batch_of(config, rows, full=True)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             loss = module(batch)["loss"]
@@ -125,7 +72,8 @@ def flops(config: RunConfig, rows: int) -> tuple[int, int]:
 
 def parameters(config: RunConfig) -> int:
     """Elements of all parameters, on the meta device."""
-    return sum(parameter.numel() for parameter in task_of(config, "meta").parameters())
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in task_of(config).parameters())
 
 
 class Live(TorchDispatchMode):
@@ -157,7 +105,7 @@ class Live(TorchDispatchMode):
 
 def peak_bytes(config: RunConfig, rows: int) -> int:
     """The most that a forward and its backward hold, gradients of parameters among it, parameters and batch not."""
-    module, batch = task_of(config), batch_of(config, rows)
+    module, batch = task_of(config), batch_of(config, rows, full=True)
     low = config.train.precision == "bf16"
     with Live() as live:
         with torch.autocast("cpu", torch.bfloat16, low):

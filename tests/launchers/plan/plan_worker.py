@@ -25,7 +25,7 @@ from pretrain.config import RunConfig, micro_batch_of
 from pretrain.engine.engine import Engine
 from pretrain.runtime.mesh import Mesh
 from pretrain.tasks.collectives import Collectives
-from tests.launchers.plan.measured import batch_of, task_of
+from tests.families import batch_of, task_of
 
 STEPS, WARM, LR = 2, 3, 1e-3
 BYTES_ACKED = 120
@@ -64,10 +64,10 @@ def measured(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
     update; bytes sent and CPU seconds of a step.
     """
     micro, accumulation = micro_batch_of(config.train, mesh.world)
-    batches = [batch_of(config, micro, mesh.rank * accumulation + i) for i in range(accumulation)]
+    batches = [batch_of(config, micro, micro * (mesh.rank * accumulation + i), full=True) for i in range(accumulation)]
     before = held()
     collectives = Collectives(gather=mesh.gather, sum=mesh.sum, world=mesh.world)
-    engine = Engine(task_of(config, collectives=collectives), config, mesh, micro, accumulation)
+    engine = Engine(task_of(config, collectives), config, mesh, micro, accumulation)
     for _ in range(WARM):  # DeepSpeed learns the order of modules from the first two
         step(engine, batches)
     mesh.maximum([0])

@@ -1,5 +1,6 @@
 """Another vocabulary, image tokenizer or dataset of the same shape is refused by name, wherever a model is used."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from pretrain.inputs.source import open_stream
 from pretrain.interchange.folder import export_model, load_model
 from pretrain.models import MODELS
 from pretrain.tracking import Writer
+from tests.families import FAMILIES
 from tests.pretrain.checkpoint.simulated import model_of, ranks_of, save, write
 from tests.pretrain.commands import Material, clip, electra, vqgan
 
@@ -65,11 +67,7 @@ def tokenizer(folder: Path, seed: int = 0) -> Path:
 
 
 def gpt(own: Material, run: Path, images: Path) -> dict[str, Any]:
-    model = {"kind": "gpt", "text_vocab": 200, "image_vocab": 32, "text_tokens": 8, "image_tokens": 64}
-    tree = electra(own, run) | {"model": model | {"layers": 1, "width": 16, "heads": 2}}
-    tree["task"] = {"kind": "autoregressive"}
-    tree["data"] = tree["data"] | {"image_tokenizer": str(images), "evaluation": str(own.dataset)}
-    return tree
+    return FAMILIES["gpt"].run(dataclasses.replace(own, images=images), run)
 
 
 # ------------------------------------------------------------------------------------------------------ uses

@@ -17,18 +17,20 @@ from pretrain.interchange.hub import export_layout
 from pretrain.interchange.layouts import LAYOUTS, export_state, import_state
 from pretrain.models import MODELS
 from pretrain.schema.clip import TextTower, VisionTower
+from tests.families import PAIRS
 
+CASES = [
+    (name, family.config(family.public).model)
+    for name, layout in LAYOUTS.items()
+    for family in PAIRS.values()
+    if layout.kind == family.pair[0]
+]
+TINY = {name: family.config().model for name, family in PAIRS.items()}
 TOWER: dict[str, Any] = {"vocab_size": 50, "context": 8, "layers": 2, "width": 16, "heads": 2}
-CONFIGS = {
-    "clip": C.ClipConfig(
-        vision=VisionTower(image_size=8, patch_size=4, width=16, layers=2, heads=2),
-        text=TextTower(**TOWER),
-        embed_dim=8,
-    ),
-    "bert": C.BertConfig(**TOWER, embedding_width=16),
-    "electra": C.ElectraConfig(**TOWER, embedding_width=12, generator_fraction=0.5),
-}
-CASES = [(name, CONFIGS[layout.kind]) for name, layout in LAYOUTS.items() if layout.kind in CONFIGS]
+CLIP = C.ClipConfig(
+    vision=VisionTower(image_size=8, patch_size=4, width=16, layers=2, heads=2), text=TextTower(**TOWER), embed_dim=8
+)
+BERT = C.BertConfig(**TOWER, embedding_width=16)
 
 
 def weights(config: Any) -> dict[str, Tensor]:
@@ -54,14 +56,13 @@ def test_a_key_too_few_or_too_many_is_named(layout: str, config: Any, change: st
 
 
 def test_openai_names_and_orientation() -> None:
-    ours = weights(CONFIGS["clip"])
-    theirs = export_state("openai-clip", CONFIGS["clip"], ours)
+    ours = weights(CLIP)
+    theirs = export_state("openai-clip", CLIP, ours)
     assert theirs["visual.transformer.resblocks.1.attn.in_proj_weight"].shape == (48, 16)
     assert torch.equal(theirs["text_projection"], ours["text.project.weight"].T)
     assert theirs["visual.proj"].shape == (16, 8) and theirs["logit_scale"].shape == ()
 
 
-CLIP, BERT = CONFIGS["clip"], CONFIGS["bert"]
 WIDE = CLIP.model_copy(
     update={"vision": VisionTower(image_size=8, patch_size=4, width=128, layers=2, heads=2),
             "text": TextTower(**TOWER | {"width": 128})}
@@ -155,21 +156,21 @@ def test_without_a_tokenizer_an_export_keeps_the_rows_and_names_no_token_ids(tmp
     theirs = load_file(folder / "model.safetensors")
     assert torch.equal(theirs["token_embedding.weight"], state["text.word.weight"])
     assert not (folder / "token_ids.json").exists()
-    for layout, config in (("transformers-clip", WIDE), ("transformers-bert", CONFIGS["bert"])):
+    for layout, config in (("transformers-clip", WIDE), ("transformers-bert", BERT)):
         folder = export_layout(tmp_path / layout, layout, config, weights(config))
         assert "token_id" not in (folder / "config.json").read_text()
 
 
 def test_tied_weights_that_differ_are_refused_and_left_out_ones_are_not() -> None:
-    theirs = export_state("transformers-bert", CONFIGS["bert"], weights(CONFIGS["bert"]))
+    theirs = export_state("transformers-bert", BERT, weights(BERT))
     name = "cls.predictions.decoder.weight"
     with pytest.raises(DataError, match=f"{name} differs"):
-        import_state("transformers-bert", CONFIGS["bert"], {**theirs, name: theirs[name] + 1})
+        import_state("transformers-bert", BERT, {**theirs, name: theirs[name] + 1})
     theirs.pop(name)
-    assert import_state("transformers-bert", CONFIGS["bert"], theirs).keys() == weights(CONFIGS["bert"]).keys()
+    assert import_state("transformers-bert", BERT, theirs).keys() == weights(BERT).keys()
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+@pytest.mark.parametrize("config", TINY.values(), ids=list(TINY))
 def test_an_exported_folder_loads_as_the_same_model(config: Any, tmp_path: Path) -> None:
     ours = weights(config)
     model, read = load_model(export_model(tmp_path / "out", config, ours))
@@ -186,7 +187,7 @@ def test_an_exported_folder_loads_as_the_same_model(config: Any, tmp_path: Path)
     ],
 )
 def test_a_damaged_folder_is_refused(file: str, content: str, message: str, tmp_path: Path) -> None:
-    folder = export_model(tmp_path, CONFIGS["bert"], weights(CONFIGS["bert"]))
+    folder = export_model(tmp_path, BERT, weights(BERT))
     (folder / file).write_text(content)
     with pytest.raises(DataError, match=message):
         load_model(folder)
