@@ -57,6 +57,11 @@ def test_guidance_changes_codes_after_the_first():
     assert not torch.equal(plain, guided)
 
 
+def test_guidance_needs_the_empty_caption():
+    with pytest.raises(ValueError, match="give `empty`"):
+        model().sample(TEXT, guidance=2.0)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_sampling_leaves_the_prompt_as_it_is(guidance):
     text = TEXT.clone()
