@@ -30,7 +30,7 @@ from pretrain.runtime.goodput import METRICS
 from pretrain.schema import ModelConfig, TaskConfig, tasks_of
 from pretrain.schema.common import TextRead
 from pretrain.schema.names import RENAMED
-from pretrain.schema.tasks import TaskSettings, check_best
+from pretrain.schema.tasks import TaskSettings, check_best, fill_model
 
 # ---------------------------------------------------------------------------------------- the run itself
 
@@ -308,6 +308,11 @@ class RunConfig(Settings):
     def _without_fingerprints(cls, tree: Any) -> Any:
         """Drop the fingerprints that the program adds to RUN/config.json; they are not settings."""
         return {key: tree[key] for key in tree if key != FINGERPRINTS} if isinstance(tree, dict) else tree
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _with_defaults_of_task(cls, tree: Any) -> Any:
+        return fill_model(tree)
 
     @property
     def checkpoint_root(self) -> str:

@@ -57,9 +57,13 @@ def read_notes(directory: str | Path, model_config: Settings) -> dict[str, Any]:
         tree = json.loads(Path(directory, NOTES_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(tree, dict) or tree.pop("model", None) != model_config.model_dump(mode="json"):
+    if not isinstance(tree, dict):
         return {}
-    return tree
+    try:
+        model = type(model_config).model_validate(saved_model(tree.pop("model", None)))
+    except pydantic.ValidationError:
+        return {}
+    return tree if model == model_config else {}
 
 
 def save_weights(folder: Path, state_dict: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Settings of each task, the models it trains, and the metrics of its steps. Imports no torch."""
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
@@ -38,6 +39,8 @@ class TaskSettings(Settings):
     """Special ids that the task needs of its text tokenizer."""
     metrics: ClassVar[Metrics] = STEP
     """Metrics that a row of metrics.jsonl may hold."""
+    model_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Fields of the model whose default is another one under this task."""
 
     def yields(self, metric: str, steps: int) -> bool:
         """Return whether a run of `steps` steps ever reports `metric`, one of `metrics`."""
@@ -205,6 +208,19 @@ TASK_SETTINGS: dict[str, type[TaskSettings]] = {
     "autoregressive": AutoregressiveConfig,
     "reconstruction": ReconstructionConfig,
 }
+
+
+def fill_model(tree: Any) -> Any:
+    """Return a run's tree with the task's `model_defaults` where its model leaves them out."""
+    if not isinstance(tree, Mapping):
+        return tree
+    model, task = tree.get("model"), tree.get("task")
+    if not isinstance(model, Mapping) or not isinstance(task, Mapping):
+        return tree
+    settings = TASK_SETTINGS.get(str(task.get("kind")), TaskSettings)
+    trained = any(known.model_fields["kind"].default == model.get("kind") for known in settings.trains)
+    return {**tree, "model": {**settings.model_defaults, **model}} if trained else tree
+
 
 # ------------------------------------------------------------------- which checkpoint is the best: train.keep_best
 
