@@ -104,6 +104,15 @@ FAMILIES: dict[str, Family] = {
         figure="retrieval_r1",
         recipe="configs/clip/vit-b-32.yaml",
     ),
+    "clip with the sigmoid loss": Family(
+        model={
+            "kind": "clip", "embed_dim": 16, "text": TEXT,
+            "vision": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "heads": 2},
+        },
+        task={"kind": "sigmoid"},
+        figure="retrieval_r1",
+        recipe="configs/clip/vit-b-16-sigmoid.yaml",
+    ),
     "bert": Family(
         model={"kind": "bert"} | ENCODER,
         task={"kind": "mlm"},

@@ -17,7 +17,7 @@ from pretrain.checkpoint.layout import Slices
 from pretrain.config import RunConfig, checkpoint_root
 from pretrain.interchange.folder import CONFIG_FILE, WEIGHTS_FILE, load_config, load_model
 from pretrain.models import MODELS
-from pretrain.schema import ModelConfig, tasks_of
+from pretrain.schema import ModelConfig, task_for
 from pretrain.schema.saved import saved_run
 
 PREFIX = "model."
@@ -75,11 +75,10 @@ def is_export(tree: Mapping[str, Any]) -> bool:
 
 def _of_export(source: str | Path, tree: Mapping[str, Any]) -> dict[str, Any]:
     """Complete the settings of an export to a run's configuration, with placeholders for what it does not record."""
-    kind = load_config(source).kind
     known = {key: value for key, value in tree.items() if key in RunConfig.model_fields}
     unsaid = {
         "run": str(source),
-        "task": {"kind": tasks_of(kind)[0]},
+        "task": {"kind": task_for(load_config(source))},
         "data": {"dataset": NOT_SAID},
         "train": {"steps": 1, "global_batch": 2, "zero_stage": 0},
         "optim": {"lr": 1.0},

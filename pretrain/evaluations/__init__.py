@@ -16,6 +16,7 @@ class Evaluation(NamedTuple):
 
 EVALUATIONS: dict[str, Evaluation] = {
     "contrastive": Evaluation(retrieval.figures),
+    "sigmoid": Evaluation(retrieval.figures),
     "mlm": Evaluation(means.figures),
     "rtd": Evaluation(means.figures),
     "autoregressive": Evaluation(prompts.figures, draws=True),

@@ -19,7 +19,7 @@ from pretrain.generate import generate_images, labelled_grid
 from pretrain.inputs.image_tokenizer import load_tokenizer
 from pretrain.inputs.pixels import normalise
 from pretrain.inputs.text import captions_of
-from pretrain.schema.tasks import ContrastiveConfig
+from pretrain.schema.tasks import PairsConfig
 from pretrain.tasks.contrastive import ContrastiveInputs
 
 PROMPTS = 200
@@ -56,7 +56,7 @@ class Ranker:
     def __init__(self, run: str | Path, stream: Source) -> None:
         self.model: Any
         self.model, config, _ = load_trained(run)
-        if not isinstance(config.task, ContrastiveConfig):
+        if not isinstance(config.task, PairsConfig):
             raise ConfigError(
                 f"{run} trained a {config.model.kind}, which compares no images with text; name a clip's run"
             )

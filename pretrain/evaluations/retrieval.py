@@ -20,7 +20,7 @@ def figures(given: Evaluated) -> Figures:
     for samples in groups:
         batch = inputs(samples)
         with torch.no_grad():
-            images, texts, _ = given.model(batch["pixels"], batch["tokens"], batch["eot"])
+            images, texts, *_ = given.model(batch["pixels"], batch["tokens"], batch["eot"])
         scores.append(retrieval_recall_at_1(images.float(), texts.float()))
     return {"retrieval_r1": float(np.mean(scores)), "candidates": CANDIDATES, "groups": len(scores)}
 

@@ -67,6 +67,8 @@ def _openai_clip(config: ClipConfig) -> list[Rule]:
         *affine("text.norm", "ln_final"),
         Rule("text.project.weight", ("text_projection",), "transpose"),
     ]
+    if config.logit_bias is not None:  # open_clip's name of it
+        rules.append(Rule("logit_bias", ("logit_bias",), "scalar"))
     for ours, theirs, layers in (("vision", "visual.", config.vision.layers), ("text", "", config.text.layers)):
         for number in range(layers):
             rules += _openai_block(f"{ours}.blocks.{number}", f"{theirs}transformer.resblocks.{number}")
@@ -130,7 +132,13 @@ _CLIP_HUB = HubConfig(
 
 # open_clip uses the same names as OpenAI, whose files also contain three numbers
 LAYOUTS: dict[str, PublicLayout] = {
-    "transformers-clip": PublicLayout("clip", _transformers_clip, ignored=("embeddings.position_ids",), hub=_CLIP_HUB),
+    "transformers-clip": PublicLayout(
+        "clip",
+        _transformers_clip,
+        ignored=("embeddings.position_ids",),
+        fixed={"logit_bias": None},
+        hub=_CLIP_HUB,
+    ),
     "openai-clip": PublicLayout(
         "clip",
         _openai_clip,

@@ -96,18 +96,26 @@ class ClipText(nn.Module):
 
 
 class Clip(nn.Module):
-    """Image and text towers with a shared embedding space, and the scale of their similarities."""
+    """Image and text towers with a shared embedding space, and the scale and bias of their similarities."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.vision = ClipVision(config.vision, config.embed_dim, config.activation, config.norm_eps)
         self.text = ClipText(config.text, config.embed_dim, config.activation, config.norm_eps)
-        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(config.logit_scale)))
+        bias = config.logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
 
-    def forward(self, pixels: Tensor, tokens: Tensor, eot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> image float32 [B, E], text float32 [B, E], both unit length, and scale float32 [1], at most 100."""
-        scale = _Ceiling.apply(self.logit_scale.float(), MAX_LOGIT_SCALE).exp()
-        return self.vision(pixels), self.text(tokens, eot), scale
+    def forward(self, pixels: Tensor, tokens: Tensor, eot: Tensor) -> tuple[Tensor, ...]:
+        """-> image float32 [B, E], text float32 [B, E], both unit length, scale float32 [1], and bias float32 [1].
+
+        A softmax CLIP has no bias, and a scale of at most 100; the sigmoid loss does not limit the scale (SigLIP).
+        """
+        if self.logit_bias is None:
+            scale = _Ceiling.apply(self.logit_scale.float(), MAX_LOGIT_SCALE).exp()
+            return self.vision(pixels), self.text(tokens, eot), scale
+        scale, bias = self.logit_scale.float().exp(), self.logit_bias.float()
+        return self.vision(pixels), self.text(tokens, eot), scale, bias
 
 
 def eot_by_largest_id(tokens: Tensor) -> Tensor:

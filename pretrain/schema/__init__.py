@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pretrain.schema.clip import ClipConfig
+from pretrain.schema.common import ModelSettings
 from pretrain.schema.encoders import BertConfig, ElectraConfig
 from pretrain.schema.gpt import GptConfig
 from pretrain.schema.tasks import (
@@ -17,14 +18,27 @@ from pretrain.schema.tasks import (
     MlmNspConfig,
     ReconstructionConfig,
     RtdConfig,
+    SigmoidConfig,
 )
 from pretrain.schema.vqgan import VqganConfig
 
-_Tasks = ContrastiveConfig | MlmNspConfig | RtdConfig | AutoregressiveConfig | ReconstructionConfig
+_Tasks = ContrastiveConfig | SigmoidConfig | MlmNspConfig | RtdConfig | AutoregressiveConfig | ReconstructionConfig
 _Models = ClipConfig | BertConfig | ElectraConfig | GptConfig | VqganConfig
 
 ModelConfig = Annotated[_Models, Field(discriminator="kind")]
 TaskConfig = Annotated[_Tasks, Field(discriminator="kind")]
+
+
+def task_for(model: ModelSettings) -> str:
+    """Return the kind of the first task that can train this very model; the default of its kind if none can."""
+    kinds = tasks_of(model.kind)
+    for kind in kinds:
+        try:
+            TASK_SETTINGS[kind](kind=kind).check(model, global_batch=2)
+        except ValueError:
+            continue
+        return kind
+    return kinds[0]
 
 
 def tasks_of(model: str) -> list[str]:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import pydantic
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from data_pipeline.settings import Settings
 from pretrain.schema.common import ModelSettings, PixelsRead, Reads, TextRead, check_heads
@@ -46,7 +46,11 @@ class TextTower(Settings):
 
 
 class ClipConfig(ModelSettings):
-    """CLIP, Radford et al. 2021, arXiv:2103.00020."""
+    """CLIP, Radford et al. 2021, arXiv:2103.00020.
+
+    logit_scale, logit_bias: initial values of the factor and of the summand that make logits of similarities; both are
+    trained. The softmax has no bias (None); the sigmoid loss has one.
+    """
 
     kind: Literal["clip"] = "clip"
     vision: VisionTower = VisionTower()
@@ -54,6 +58,8 @@ class ClipConfig(ModelSettings):
     embed_dim: PositiveInt = 512
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     norm_eps: PositiveFloat = 1e-5
+    logit_scale: PositiveFloat = Field(1 / 0.07, le=100.0)
+    logit_bias: float | None = Field(None, allow_inf_nan=False)
 
     @property
     def reads(self) -> Reads:

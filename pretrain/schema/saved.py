@@ -14,7 +14,7 @@ BEFORE_FIELDS: dict[str, dict[str, Any]] = {
     "bert": {"activation": "gelu", "norm_eps": 1e-12},
     "electra": {"activation": "gelu", "norm_eps": 1e-12},
     "gpt": {"activation": "gelu", "norm_eps": 1e-5},
-    "clip": {"norm_eps": 1e-5},
+    "clip": {"norm_eps": 1e-5, "logit_scale": 1 / 0.07, "logit_bias": None},
 }
 """Values that were fixed before they became fields, by kind of model."""
 

@@ -54,10 +54,9 @@ class TaskSettings(Settings):
         """Raise ValueError when the task cannot train this model, an instance of `trains`."""
 
 
-class ContrastiveConfig(TaskSettings):
-    """Symmetric cross-entropy over the global batch (CLIP)."""
+class PairsConfig(TaskSettings):
+    """Losses that compare every image of the global batch with every text."""
 
-    kind: Literal["contrastive"] = "contrastive"
     trains = (ClipConfig,)
     specials = ("cls", "sep", "pad")
     metrics = {**STEP, "image_to_text_accuracy": "max", "text_to_image_accuracy": "max", "logit_scale": None}
@@ -70,6 +69,37 @@ class ContrastiveConfig(TaskSettings):
         """Require a second pair to contrast with."""
         if global_batch < 2:
             raise ValueError("train.global_batch=1 has no other pair to tell a pair from; use 2 or more")
+
+
+class ContrastiveConfig(PairsConfig):
+    """Symmetric cross-entropy over the global batch (CLIP)."""
+
+    kind: Literal["contrastive"] = "contrastive"
+
+    def check(self, model: ModelSettings, global_batch: int) -> None:
+        """Require a second pair, and a model without a bias, which the softmax cancels."""
+        super().check(model, global_batch)
+        assert isinstance(model, ClipConfig)
+        if model.logit_bias is not None:
+            raise ValueError(
+                f"model.logit_bias={model.logit_bias:g} has no effect on 'contrastive', whose softmax cancels it; "
+                "leave it out, or use task.kind=sigmoid"
+            )
+
+
+class SigmoidConfig(PairsConfig):
+    """Sigmoid loss over all pairs of the global batch, Zhai et al. 2023, arXiv:2303.15343 (SigLIP)."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    model_defaults = {"logit_scale": 10.0, "logit_bias": -10.0}
+    metrics = {**PairsConfig.metrics, "logit_bias": None}
+
+    def check(self, model: ModelSettings, global_batch: int) -> None:
+        """Require a second pair, and a model with a bias."""
+        super().check(model, global_batch)
+        assert isinstance(model, ClipConfig)
+        if model.logit_bias is None:
+            raise ValueError("model.logit_bias is null, and 'sigmoid' trains a bias; leave it out, or use -10")
 
 
 class MaskingConfig(TaskSettings):
@@ -203,6 +233,7 @@ def _check_discriminator(model: VqganConfig) -> None:
 
 TASK_SETTINGS: dict[str, type[TaskSettings]] = {
     "contrastive": ContrastiveConfig,
+    "sigmoid": SigmoidConfig,
     "mlm": MlmNspConfig,
     "rtd": RtdConfig,
     "autoregressive": AutoregressiveConfig,

@@ -8,6 +8,8 @@ propagate its part of that gradient to the weights. It costs one more forward an
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -61,57 +63,69 @@ class Contrastive(Task):
 
     inputs = ContrastiveInputs
     keys: ClassVar[tuple[str, ...]] = ("pixels", "tokens", "eot")
+    outputs: ClassVar[tuple[str, ...]] = ("image", "text", "scale")
+    """Names of the model's outputs: embeddings of this rank's images and texts, then numbers [1]."""
 
     compares_batch = True
 
     def forward(self, batch: Batch) -> Batch:
         """pixels float [b, 3, H, W], tokens int64 [b, S], eot int64 [b] -> loss and in-batch accuracies.
 
-        With "embed" in the batch, returns the embeddings and the scale instead. With the result of `slopes` in the
-        batch, returns its loss and metrics; the loss then has the gradient of this micro-batch's part.
+        With "embed" in the batch, returns the model's outputs instead. With the result of `slopes` in the batch,
+        returns its loss and metrics; the loss then has the gradient of this micro-batch's part.
         """
-        image, text, scale = self.model(batch["pixels"], batch["tokens"], batch["eot"])
+        made = dict(zip(self.outputs, self.model(batch["pixels"], batch["tokens"], batch["eot"]), strict=True))
         if "embed" in batch:
-            return {"image": image, "text": text, "scale": scale}
+            return made
         if "image_slope" in batch:
-            carried = (image * batch["image_slope"]).sum() + (text * batch["text_slope"]).sum()
-            carried = carried + (scale * batch["scale_slope"]).sum()
+            parts = ((value * batch[f"{name}_slope"]).sum() for name, value in made.items())
+            carried = functools.reduce(operator.add, parts)
             whole = {name.removeprefix("whole/"): value for name, value in batch.items() if name.startswith("whole/")}
             return whole | {"loss": whole["loss"] + carried - carried.detach()}
-        return self._of_global_batch(image, text, scale)
+        return self._of_global_batch(*made.values())
 
     def slopes(self, rows: list[Batch]) -> list[Batch]:
         """Embeddings of this rank's micro-batches, in order -> the extra inputs of each one's second `forward`.
 
         The engine averages gradients over n micro-batches and over ranks; the backward of `gather` sums over ranks.
-        The embeddings' gradients are therefore scaled by n; the scale's gradient, equal everywhere, is not.
+        The embeddings' gradients are therefore scaled by n; the numbers' gradients, equal everywhere, are not.
         """
         image, text = (torch.cat([row[name] for row in rows]).detach().requires_grad_() for name in ("image", "text"))
-        scale = rows[0]["scale"].detach().requires_grad_()
-        whole = self._of_global_batch(image, text, scale)
-        of_image, of_text, of_scale = torch.autograd.grad(whole["loss"], (image, text, scale))
+        numbers = [rows[0][name].detach().requires_grad_() for name in self.outputs[2:]]
+        whole = self._of_global_batch(image, text, *numbers)
+        of_image, of_text, *of_numbers = torch.autograd.grad(whole["loss"], (image, text, *numbers))
         sizes = [len(row["image"]) for row in rows]
-        shared = {f"whole/{name}": value.detach() for name, value in whole.items()} | {"scale_slope": of_scale}
+        shared = {f"whole/{name}": value.detach() for name, value in whole.items()}
+        shared |= {f"{name}_slope": slope for name, slope in zip(self.outputs[2:], of_numbers, strict=True)}
         parts = zip((of_image * len(rows)).split(sizes), (of_text * len(rows)).split(sizes), strict=True)
         return [shared | {"image_slope": a, "text_slope": b} for a, b in parts]
 
-    def _of_global_batch(self, image: Tensor, text: Tensor, scale: Tensor) -> Batch:
-        """image, text float32 [b, E] of this rank, scale [1] -> loss and metrics over all ranks' rows.
+    def _of_global_batch(self, image: Tensor, text: Tensor, *numbers: Tensor) -> Batch:
+        """image, text float32 [b, E] of this rank, numbers [1] -> loss and metrics over all ranks' rows.
 
         The product is computed in float32 even under autocast: in bf16, logits near 100 would be off by half a unit,
         and only without accumulation, because `slopes` runs outside the autocast.
         """
         with torch.autocast(image.device.type, enabled=False):
             images, texts = (self.collectives.gather(rows.float()) for rows in (image, text))
-            logits = scale.float() * images @ texts.T
+            logits = self.logits(images, texts, *numbers)
         pairs = torch.arange(len(logits), device=logits.device)
         found = logits.detach()
         return {
-            "loss": contrastive_loss(logits),
+            "loss": self.loss(logits),
             "image_to_text_accuracy": (found.argmax(1) == pairs).float().mean(),
             "text_to_image_accuracy": (found.argmax(0) == pairs).float().mean(),
-            "logit_scale": scale.detach().mean(),
+            **{f"logit_{name}": value.detach().mean() for name, value in zip(self.outputs[2:], numbers, strict=True)},
         }
+
+    def logits(self, images: Tensor, texts: Tensor, *numbers: Tensor) -> Tensor:
+        """images, texts float32 [B, E], scale [1] -> float32 [B, B], image i by text j."""
+        (scale,) = numbers
+        return scale.float() * images @ texts.T
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """logits float32 [B, B] -> []."""
+        return contrastive_loss(logits)
 
 
 def contrastive_loss(logits: Tensor) -> Tensor:

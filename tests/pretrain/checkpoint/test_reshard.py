@@ -22,9 +22,10 @@ OTHER_ORDER: Way = [(4, 3, 2, 4)]
 SPLIT: Way = [(2, 1, 3, 4), (4, 2, 3, 2)]
 
 
-def travelled(material: Material, run: Path, way: Way) -> list[float]:
+def travelled(material: Material, run: Path, way: Way, task: str) -> list[float]:
     """The losses of the run after all legs: each is stopped at its step, and the next goes on from what it saved."""
     tree = clip(material, run, steps=8, global_batch=12, precision="fp32", checkpoint_every_steps=100)
+    tree["task"] = {"kind": task}
     config, start = recipe(tree, run.with_suffix(".yaml")), 0
     for until, world, stage, micro in way:
         split = [f"train.zero_stage={stage}", f"train.micro_batch={micro}"]
@@ -39,10 +40,11 @@ def apart(losses: list[float], others: list[float]) -> float:
     return max(abs(a / b - 1) for a, b in zip(losses, others, strict=True))
 
 
-def test_world_stage_and_micro_batch_change_a_contrastive_run_by_rounding_alone(
-    material: Material, tmp_path: Path
+@pytest.mark.parametrize("task", ["contrastive", "sigmoid"])
+def test_world_stage_and_micro_batch_change_a_run_over_pairs_by_rounding_alone(
+    task: str, material: Material, tmp_path: Path
 ) -> None:
-    straight = travelled(material, tmp_path / "straight", STRAIGHT)
-    rounding = apart(travelled(material, tmp_path / "order", OTHER_ORDER), straight)
+    straight = travelled(material, tmp_path / "straight", STRAIGHT, task)
+    rounding = apart(travelled(material, tmp_path / "order", OTHER_ORDER, task), straight)
     assert rounding < 1e-5  # else the measure itself is off
-    assert apart(travelled(material, tmp_path / "split", SPLIT), straight) <= SLACK * max(rounding, SMALLEST)
+    assert apart(travelled(material, tmp_path / "split", SPLIT, task), straight) <= SLACK * max(rounding, SMALLEST)

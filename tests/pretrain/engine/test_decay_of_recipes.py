@@ -31,6 +31,7 @@ GPT = {"head"} | {f"blocks.*.{part}" for part in PARTS}
 DECAY = {
     "clip/vit-b-32.yaml": (0.2, CLIP),
     "clip/vit-b-16.yaml": (0.2, CLIP),
+    "clip/vit-b-16-sigmoid.yaml": (0.1, CLIP),
     "text/bert-base.yaml": (0.01, BERT),
     "text/electra-small.yaml": (0.01, ELECTRA | {f"{tower}.project" for tower in TOWERS}),
     "text/electra-base.yaml": (0.01, ELECTRA | {"generator.project"}),
@@ -70,7 +71,7 @@ def published(kind: str, objective: nn.Module) -> set[str]:
         return {name for name, what in every.items() if what == "linear"}
     if kind == "vqgan":  # nothing: Adam
         return set()
-    spared = {"model.logit_scale", "model.vision.class_token"}  # a gain; and as in open_clip
+    spared = {"model.logit_scale", "model.logit_bias", "model.vision.class_token"}  # a gain; and as in open_clip
     return {name for name, what in every.items() if what in ("linear", "other") and name not in spared}
 
 

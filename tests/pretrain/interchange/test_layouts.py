@@ -20,10 +20,10 @@ from pretrain.schema.clip import TextTower, VisionTower
 from tests.families import PAIRS
 
 CASES = [
-    (name, family.config(family.public).model)
+    (name, config)
     for name, layout in LAYOUTS.items()
-    for family in PAIRS.values()
-    if layout.kind == family.pair[0]
+    for config in (family.config(family.public).model for family in PAIRS.values())
+    if layout.kind == config.kind and all(getattr(config, field) == value for field, value in layout.fixed.items())
 ]
 TINY = {name: family.config().model for name, family in PAIRS.items()}
 TOWER: dict[str, Any] = {"vocab_size": 50, "context": 8, "layers": 2, "width": 16, "heads": 2}
