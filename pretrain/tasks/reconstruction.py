@@ -33,7 +33,9 @@ from pretrain.tasks.collectives import Collectives
 from pretrain.tasks.task import PREVIEWED, Batch, Task
 
 EDGE_WEIGHT = 1 / 24
-REVIVAL_POOL = 1024  # latents of a step that each rank keeps as replacements of dead codes
+REPLACEMENTS = 64
+"""Latents kept of each image as replacements of dead codes: a number per image, so no world size shows in the pool."""
+NEAREST_AT_ONCE = 4096
 
 if TYPE_CHECKING:
     from data_pipeline.stream.mixture import Source
@@ -98,7 +100,7 @@ class Reconstruction(Task):
                 model.config.discriminator_channels, model.config.discriminator_layers
             )
         self.register_buffer("last_used", torch.zeros(model.config.codebook_size, dtype=torch.int64))
-        self._pool = torch.empty(0)  # float32 [<= REVIVAL_POOL, E], latents of the last step's micro-batches
+        self._pool = torch.empty(0)  # float32 [B * REPLACEMENTS or fewer, E], latents of the last step's micro-batches
         self._pool_step = -1
 
     def role_of(self, name: str) -> str:
@@ -163,7 +165,7 @@ class Reconstruction(Task):
             metrics |= more
         if self.training:
             earlier = self._pool if step == self._pool_step else quantised.latents[:0].detach()
-            self._pool = torch.cat([earlier, quantised.latents.detach()])[:REVIVAL_POOL]
+            self._pool = torch.cat([earlier, replacements(quantised.latents.detach(), len(pixels))])
             self._pool_step = step
         metrics |= self._usage(quantised.codes, step)
         return {"loss": loss} | {name: value.detach() for name, value in metrics.items()}
@@ -234,10 +236,18 @@ class Reconstruction(Task):
         pool = self.collectives.gather(self._pool)
         generator = torch.Generator().manual_seed(step)
         table = self.model.quantize.embedding.weight
-        distances = (pool - table[self.model.quantize.nearest(pool)].float()).square().sum(1).cpu()
+        nearest = torch.cat([self.model.quantize.nearest(some) for some in pool.split(NEAREST_AT_ONCE)])
+        distances = (pool - table[nearest].float()).square().sum(1).cpu()
         chosen = torch.multinomial(distances + 1e-12, len(dead), replacement=True, generator=generator)
         table[dead] = pool[chosen.to(pool.device)].to(table.dtype)
         self.last_used[dead] = step
+
+
+def replacements(latents: Tensor, images: int) -> Tensor:
+    """Return at most REPLACEMENTS evenly spaced latents of each image: [M, E] -> [images * n, E], in the same order."""
+    per_image = len(latents) // images
+    step = -(-per_image // REPLACEMENTS)
+    return latents.unflatten(0, (images, per_image))[:, ::step].flatten(0, 1)
 
 
 # -------------------------------------------------------------------------------------------- losses

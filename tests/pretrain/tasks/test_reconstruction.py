@@ -11,7 +11,7 @@ from pretrain.models.vqgan import Vqgan
 from pretrain.schema.tasks import ReconstructionConfig
 from pretrain.schema.vqgan import VqganConfig
 from pretrain.tasks.collectives import ONE_DEVICE, Collectives
-from pretrain.tasks.reconstruction import EdgePyramid, Reconstruction, codebook_loss, hinge_loss, psnr
+from pretrain.tasks.reconstruction import EdgePyramid, Reconstruction, codebook_loss, hinge_loss, psnr, replacements
 from pretrain.tasks.task import PREVIEWED
 
 MODEL = VqganConfig(
@@ -337,7 +337,7 @@ def test_revival_prefers_what_the_codebook_misses():
     assert (table[10:] == 5.0).all()
 
 
-def test_the_pool_is_the_first_1024_latents_of_the_step() -> None:
+def test_the_pool_holds_the_latents_of_the_last_step_alone() -> None:
     """Four micro-batches of 320 latents each, after one of the step before."""
     one = objective(REVIVE)
     draw = torch.Generator().manual_seed(4)
@@ -345,8 +345,8 @@ def test_the_pool_is_the_first_1024_latents_of_the_step() -> None:
     for step, pixels in zip((1, 2, 2, 2, 2), parts, strict=True):
         one({"pixels": pixels, "step": torch.tensor(step)})
     latents = torch.cat([one.model(pixels)[1].latents for pixels in parts[1:]])
-    assert len(latents) == 1280 and one._pool.shape == (1024, 4) and not one._pool.requires_grad
-    assert torch.allclose(one._pool, latents[:1024], atol=1e-6)
+    assert len(latents) == 1280 and one._pool.shape == (1280, 4) and not one._pool.requires_grad
+    assert torch.allclose(one._pool, latents, atol=1e-6)
 
 
 def test_the_draw_is_by_squared_distance_from_the_nearest_code_and_seeded_by_the_step() -> None:
@@ -424,6 +424,45 @@ def test_two_ranks_count_and_revive_as_one_device_with_both_batches():
         half.after_step(3)
     tables = [one.model.quantize.embedding.weight for one in (*halves, alone)]
     assert torch.equal(tables[0], tables[1]) and torch.allclose(tables[0], tables[2], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("per_image", "kept"), [(1, 1), (63, 63), (64, 64), (65, 33), (128, 64), (256, 64), (1024, 64)]
+)
+def test_the_same_number_of_latents_of_each_image_is_kept_evenly_spaced(per_image: int, kept: int) -> None:
+    latents = torch.arange(3 * per_image)[:, None].float()
+    found = replacements(latents, 3)
+    expected = [i * per_image + n for i in range(3) for n in range(per_image) if n % -(-per_image // 64) == 0]
+    assert found[:, 0].tolist() == expected and len(found) == 3 * kept <= 3 * 64
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_revival_is_the_same_at_every_world_size_however_many_latents(world: int, accumulation: int) -> None:
+    """256 latents an image, 8 images: 2048 in the batch, more than one rank once kept."""
+    config = VqganConfig.model_validate({**MODEL.model_dump(), "image_size": 32})
+    pixels = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def ranks_after_a_step(world: int, accumulation: int) -> list[Reconstruction]:
+        ranks = []
+        for part in pixels.chunk(world):
+            torch.manual_seed(0)
+            ranks.append(Reconstruction(Vqgan(config), REVIVE, ONE_DEVICE))
+            with torch.no_grad():
+                ranks[-1].model.quantize.embedding.weight[5:] = 9.0  # far from every latent
+            for rows in part.chunk(accumulation):
+                ranks[-1]({"pixels": rows, "step": torch.tensor(3)})
+        for rank in ranks:
+            rank.last_used[:] = torch.stack([one.last_used for one in ranks]).amax(0)
+            rank.collectives = Collectives(lambda _: torch.cat([one._pool for one in ranks]), lambda x: x, world)
+        for rank in ranks:
+            rank.after_step(3)
+        return ranks
+
+    [alone] = ranks_after_a_step(1, 1)
+    assert len(alone._pool) == 8 * 64 and alone._pool.shape[0] < 8 * 256
+    for rank in ranks_after_a_step(world, accumulation):
+        torch.testing.assert_close(rank.model.quantize.embedding.weight, alone.model.quantize.embedding.weight)
 
 
 @pytest.mark.slow
