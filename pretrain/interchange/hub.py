@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import DataError
 from data_pipeline.outputs import new_folder
 from data_pipeline.text.tokenizer import TextTokenizer
 from pretrain.interchange.folder import CONFIG_FILE, save_weights, write_notes
@@ -17,6 +18,8 @@ POOLED_AT_END = ("openai-clip", "transformers-clip")
 """Layouts whose text tower finds the end of a text by its id: they need the tokenizer's `sep`."""
 WITH_TOKEN_IDS = (*POOLED_AT_END, "transformers-bert", "transformers-electra")
 """Layouts that record special ids of the text tokenizer."""
+LARGEST_ID = 2
+"""The `eos_token_id` with which transformers' CLIP pools at the largest id of a text instead."""
 
 
 def export_layout(
@@ -34,6 +37,7 @@ def export_layout(
     WITH_TOKEN_IDS; if None, config.json names no token ids and no rows of the weights are exchanged.
     """
     check_derived(layout, config)
+    _check_end_of_text(layout, tokenizer)
     weights = export_state(layout, config, state)
     hub = LAYOUTS[layout].hub
     with new_folder(directory) as folder:
@@ -50,6 +54,15 @@ def export_layout(
                 )
         write_notes(folder, config, more)
     return Path(directory)
+
+
+def _check_end_of_text(layout: str, tokenizer: TextTokenizer | None) -> None:
+    """Raise DataError where transformers would not take the tokenizer's `sep` for what it is."""
+    if layout == "transformers-clip" and tokenizer and tokenizer.sep == LARGEST_ID:
+        raise DataError(
+            f"the text tokenizer ends a text with id {LARGEST_ID}; transformers' CLIP takes an eos_token_id of "
+            f"{LARGEST_ID} for the largest id of the text, and would pool elsewhere; use --format openai-clip"
+        )
 
 
 def _with_token_ids(tree: dict[str, Any], tokenizer: TextTokenizer | None) -> dict[str, Any]:

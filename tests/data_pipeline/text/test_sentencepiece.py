@@ -28,7 +28,8 @@ def test_the_specials_have_their_fixed_ids(train, kind, size):
     vocabulary = open_tokenizer(train(kind=kind, size=size))
     assert tuple(vocabulary.piece(number) for number in range(5)) == SPECIALS
     assert (vocabulary.pad, vocabulary.unk, vocabulary.cls, vocabulary.sep, vocabulary.mask) == (0, 1, 2, 3, 4)
-    assert vocabulary.size == size
+    assert vocabulary.size == size and vocabulary.specials == {0, 1, 2, 3, 4}
+    assert vocabulary.ordinary.tolist() == list(range(5, size)) and vocabulary.ordinary.dtype == "int64"
 
 
 def test_english_and_chinese_come_back_from_their_ids(train):

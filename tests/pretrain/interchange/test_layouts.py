@@ -161,6 +161,14 @@ def test_without_a_tokenizer_an_export_keeps_the_rows_and_names_no_token_ids(tmp
         assert "token_id" not in (folder / "config.json").read_text()
 
 
+def test_an_end_of_text_that_transformers_takes_for_the_largest_id_is_refused(tmp_path: Path) -> None:
+    tokenizer: Any = SimpleNamespace(pad=1, cls=0, sep=2)
+    with pytest.raises(DataError, match="ends a text with id 2; .*use --format openai-clip"):
+        export_layout(tmp_path / "out", "transformers-clip", WIDE, weights(WIDE), tokenizer=tokenizer)
+    assert not (tmp_path / "out").exists()
+    assert export_layout(tmp_path / "out", "openai-clip", WIDE, weights(WIDE), tokenizer=tokenizer).is_dir()
+
+
 def test_tied_weights_that_differ_are_refused_and_left_out_ones_are_not() -> None:
     theirs = export_state("transformers-bert", BERT, weights(BERT))
     name = "cls.predictions.decoder.weight"
