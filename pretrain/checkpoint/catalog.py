@@ -157,6 +157,12 @@ def read_manifest(storage: Storage) -> CheckpointManifest:
             f"{storage.root}: format {manifest['version']}, this program reads {VERSION}; "
             "use the version of tessera that saved it"
         )
+    folder, saved_at = str(storage.root).rstrip("/").rsplit("/", 1)[-1], (manifest["step"], manifest["attempt"])
+    if numbers(folder) not in (saved_at, (-1, -1)):
+        raise DataError(
+            f"{storage.root}: its manifest is of {folder_name(*saved_at)}; rename the folder back, or use another "
+            "checkpoint"
+        )
     names = [entry["name"] for entry in manifest["files"]]
     if len(set(names)) != len(names) or not {INDEX, STATE} <= set(names):
         raise DataError(f"{storage.root}: lists a file twice, or lacks {INDEX} or {STATE}; {DAMAGED}")

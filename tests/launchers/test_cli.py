@@ -316,3 +316,26 @@ def test_a_table_is_a_number_of_rows_for_a_person_and_whole_as_json(capsys: pyte
     assert capsys.readouterr().out.split("\n")[:-1] == ["shards   2", "names    ['a', 'b']", "samples  7"]
     emit(result, as_json=True)
     assert json.loads(capsys.readouterr().out) == result
+
+
+SLOW_IMPORT = """
+import os, signal, sys
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'typer':
+            os.kill(os.getpid(), signal.SIGINT)
+            while True:  # an interrupt is handled between two instructions of Python
+                pass
+sys.meta_path.insert(0, Slow())
+from launchers.__main__ import main
+main()
+"""
+
+
+def test_an_interrupt_while_modules_are_imported_leaves_with_130_and_one_line():
+    ended = subprocess.run(
+        [sys.executable, "-c", SLOW_IMPORT, "status", "x"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (130, "") and ended.stderr.splitlines() == [
+        "interrupted: nothing was begun"
+    ]

@@ -151,6 +151,15 @@ def test_a_manifest_that_points_outside_is_a_fault_of_the_checkpoint(saved: Save
     assert "files.0.name='../../../secret'" in fault
 
 
+@pytest.mark.parametrize("name", ["step-00000005.attempt-0", "step-00000004.attempt-1"])
+def test_a_checkpoint_in_the_folder_of_another_step_or_attempt_is_refused_by_name(saved: Saved, name: str) -> None:
+    folder = Path(saved.folder)
+    assert read_manifest(open_storage(folder))["step"] == 4 and folder.name == "step-00000004.attempt-0"
+    with pytest.raises(DataError, match="its manifest is of step-00000004.attempt-0"):
+        read_manifest(open_storage(folder.rename(folder.with_name(name))))
+    assert read_manifest(open_storage(folder.with_name(name).rename(folder.with_name("mine"))))["step"] == 4
+
+
 def test_a_parameters_name_writes_nothing_outside_an_export(saved: Saved, tmp_path: Path) -> None:
     index = json.loads((Path(saved.folder) / "index.json").read_text())
     rewrite(saved, "index.json", ("names",), ["../../../planted", *index["names"][1:]])
