@@ -26,8 +26,8 @@ setup: .venv/.ready ## build .venv from requirements.lock
 demo: .venv/.ready ## raw pairs to generated images, two CPU cores, about ten minutes
 	$(PY) -m launchers.demo
 
-test: .venv/.ready ## every test, the slow ones and the real components too
-	$(PY) -m pytest
+test: .venv/.ready ## every test, the slow ones and the real components too, on two cores (ARGS=)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-fast: .venv/.ready ## the tests that need under two minutes together, a file on each core
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not real" -n logical --maxprocesses 4 --dist loadfile

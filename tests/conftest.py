@@ -3,12 +3,26 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.balance import Groups, longest_first
 from tests.gateway import CREDENTIALS, PACKAGES, Gateway, missing, start_gateway
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups | None:
+    """Share the tests between cores by tests/balance.py when it is asked for by `--dist loadgroup`."""
+    return Groups(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest tests first where they run on several cores."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = longest_first(items)
 
 
 @pytest.fixture(scope="session")
