@@ -28,9 +28,9 @@ from data_pipeline.settings import (
 from data_pipeline.stream.weights import check_changes
 from pretrain.runtime.goodput import METRICS
 from pretrain.schema import ModelConfig, TaskConfig, tasks_of
-from pretrain.schema.common import TextRead
+from pretrain.schema.common import TaskSettings, TextRead
 from pretrain.schema.names import RENAMED
-from pretrain.schema.tasks import TaskSettings, check_best, fill_model
+from pretrain.schema.tasks import check_best, fill_model
 
 # ---------------------------------------------------------------------------------------- the run itself
 
@@ -344,8 +344,8 @@ def check_sections(config: RunConfig) -> None:
         )
     if task.replicated and config.train.zero_stage != 0:
         raise ValueError(
-            f"train.zero_stage={config.train.zero_stage}: a {model.kind} trains replicated, its codebook is revived in "
-            "place; use 0"
+            f"train.zero_stage={config.train.zero_stage}: {task.kind!r} needs the full weights of a {model.kind} on "
+            "every rank; use 0"
         )
     check_best(config.train.keep_best, task, config.train.steps)
     if reads.text:

@@ -99,7 +99,7 @@ class TracedTask:
     def batch(self, rows: int, role: str) -> Batch:
         """Return a batch of samples of the largest size."""
         numbers = {"step": torch.tensor(self.step), "turn": torch.tensor(self.module.roles.index(role))}
-        shapes = batch_shapes(self.config, self.module.keys, rows).items()
+        shapes = batch_shapes(self.config, self.module.keys, rows, self.module.shapes).items()
         return numbers | {key: torch.empty(sizes, dtype=dtype, device=META) for key, (sizes, dtype) in shapes}
 
     def forward_and_backward(self, batch: Batch) -> Figures:

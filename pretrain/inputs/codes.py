@@ -17,12 +17,12 @@ def codes_of(sample: Sample, reads: CodesRead, seed: int) -> np.ndarray:
         codes = codes[sample_generator(seed, sample.epoch, sample.id, "crop").integers(len(codes))]
     if len(codes) != reads.count:
         raise DataError(
-            f"sample {sample.key!r} has {len(codes)} codes, model.image_tokens={reads.count}; "
+            f"sample {sample.key!r} has {len(codes)} codes, model.{reads.count_field}={reads.count}; "
             f"set it to {len(codes)} or encode with another tokenizer"
         )
     if codes.max() >= reads.codebook:
         raise DataError(
-            f"sample {sample.key!r} has code {codes.max()}, beyond model.image_vocab={reads.codebook}; "
+            f"sample {sample.key!r} has code {codes.max()}, beyond model.{reads.codebook_field}={reads.codebook}; "
             "set it to the codebook size of the tokenizer"
         )
     return codes

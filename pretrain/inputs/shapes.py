@@ -1,16 +1,20 @@
 """Shapes of one micro-batch without data, for computations before there are any.
 
-SHAPES has one entry per key, whichever tasks read it.
+SHAPES has one entry per key that several tasks read; a task declares those of its own keys (`Task.shapes`).
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pydantic import BaseModel
 
-from pretrain.config import RunConfig
 from pretrain.inputs.masking import mask_slots
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
 
 
 class Shape(NamedTuple):
@@ -20,12 +24,19 @@ class Shape(NamedTuple):
     dtype: torch.dtype
 
 
-def batch_shapes(config: RunConfig, keys: Iterable[str], rows: int) -> dict[str, Shape]:
+ShapeOf = Callable[["RunConfig", int], Shape]
+"""Configuration, rows -> the shape of one key."""
+
+
+def batch_shapes(
+    config: RunConfig, keys: Sequence[str], rows: int, own: Mapping[str, ShapeOf] | None = None
+) -> dict[str, Shape]:
     """Return the largest shapes that the run's inputs make of `rows` samples; with packing, of one sample per row.
 
-    keys: those that the task reads.
+    keys: those that the task reads; "step" and "turn" come from the loop. own: the task's `shapes`.
     """
-    return {key: SHAPES[key](config, rows) for key in (*keys, *_beside(config)) if key in SHAPES}
+    known = SHAPES | dict(own or {})
+    return {key: known[key](config, rows) for key in (*keys, *_beside(config)) if key not in ("step", "turn")}
 
 
 def _beside(config: RunConfig) -> list[str]:
@@ -55,11 +66,11 @@ def _context(config: RunConfig) -> int:
     return reads.context
 
 
-def _a_row(dtype: torch.dtype = torch.int64) -> Callable[[RunConfig, int], Shape]:
+def _a_row(dtype: torch.dtype = torch.int64) -> ShapeOf:
     return lambda config, rows: Shape((rows, _context(config)), dtype)
 
 
-def _a_slot(dtype: torch.dtype = torch.int64) -> Callable[[RunConfig, int], Shape]:
+def _a_slot(dtype: torch.dtype = torch.int64) -> ShapeOf:
     return lambda config, rows: Shape((rows, mask_slots(_said(config.task, "mask_rate"), _context(config))), dtype)
 
 
@@ -70,15 +81,18 @@ def _codes(config: RunConfig, rows: int) -> Shape:
 
 
 def _noise(config: RunConfig, rows: int) -> Shape:
-    """One key per token, or one per sample where the model reads codes after its text."""
-    return Shape((rows, 1 if config.model.reads.codes else _context(config)), torch.int64)
+    """One key per token of a model that reads text alone, whose rows may be packed; else one per sample."""
+    reads = config.model.reads
+    alone = reads.text and not reads.codes and not reads.pixels
+    return Shape((rows, _context(config) if alone else 1), torch.int64)
 
 
-def _a_sample(config: RunConfig, rows: int) -> Shape:
+def a_number(config: RunConfig, rows: int) -> Shape:
+    """One integer per sample."""
     return Shape((rows,), torch.int64)
 
 
-SHAPES: dict[str, Callable[[RunConfig, int], Shape]] = {
+SHAPES: dict[str, ShapeOf] = {
     "pixels": _pixels,
     "tokens": _a_row(),
     "types": _a_row(),
@@ -90,8 +104,8 @@ SHAPES: dict[str, Callable[[RunConfig, int], Shape]] = {
     "labels": _a_slot(),
     "label_weights": _a_slot(torch.float32),
     "uniforms": _a_slot(torch.float32),
-    "eot": _a_sample,
-    "is_random": _a_sample,
+    "eot": a_number,
+    "is_random": a_number,
     "text": _a_row(),
     "codes": _codes,
 }

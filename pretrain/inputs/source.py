@@ -68,7 +68,7 @@ def codes_id(config: RunConfig, reads: CodesRead, dataset: str | None = None) ->
     if made is not None and made != reads:
         raise ConfigError(
             f"{folder} makes {made.count} codes of {made.codebook}, the model reads {reads.count} of {reads.codebook}; "
-            "set model.image_tokens and model.image_vocab"
+            f"set model.{reads.count_field} and model.{reads.codebook_field}"
         )
     read = [dataset] if dataset else [data.dataset, *(source.path for source in data.datasets)]
     datasets = [open_dataset(path) for path in read if path is not None]

@@ -64,7 +64,7 @@ def read_layout(directory: str | Path, layout: str) -> tuple[ModelConfig, State]
     trees = {part: _tree(Path(directory, part, CONFIG_FILE), hub) for part in hub.parts}
     config = _config(trees, hub, LAYOUTS[layout].kind, Path(directory))
     for part, wanted in hub.write(config).items():
-        _check(Path(directory, part, CONFIG_FILE), trees[part], wanted)
+        _check(Path(directory, part, CONFIG_FILE), trees[part], wanted, NO_EFFECT | GENERATION | hub.no_effect)
     weights: State = {}
     for part in hub.parts:
         prefix = f"{part}." if part else ""
@@ -123,13 +123,13 @@ def _config(trees: Mapping[str, Mapping[str, Any]], hub: HubConfig, kind: str, d
         ) from None
 
 
-def _check(path: Path, tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check(path: Path, tree: Mapping[str, Any], wanted: Mapping[str, Any], no_effect: frozenset[str]) -> None:
     """Raise DataError naming every entry with an effect that our model does not support."""
     expected = flatten(wanted)
     faults = []
     for key, value in flatten(tree).items():
         name = key.rpartition(".")[2]
-        if any(part in NO_EFFECT | GENERATION for part in key.split(".")) or ("." in key and name in NESTED_NO_EFFECT):
+        if any(part in no_effect for part in key.split(".")) or ("." in key and name in NESTED_NO_EFFECT):
             continue
         if key in expected or name in NEUTRAL:
             should = expected.get(key, NEUTRAL.get(name))

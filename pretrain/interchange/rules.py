@@ -37,6 +37,7 @@ class HubConfig:
     write: our configuration -> its entries by subfolder, "" for the folder itself. fields: our field -> their entry in
     the first subfolder; empty when the file does not determine our configuration, which then cannot be imported.
     defaults: of transformers, for missing entries. further: entries by subfolder -> our fields that need several.
+    no_effect: further entries that say nothing about what the model computes.
     """
 
     write: Callable[[Any], dict[str, dict[str, Any]]]
@@ -44,6 +45,7 @@ class HubConfig:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     parts: tuple[str, ...] = ("",)
     further: Callable[[Mapping[str, Mapping[str, Any]]], dict[str, Any]] = lambda trees: {}
+    no_effect: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)

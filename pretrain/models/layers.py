@@ -121,19 +121,23 @@ def recompute(model: nn.Module) -> None:
 
 
 class PreNormBlock(Block):
-    """x + f(norm(x)), for attention and for the MLP (CLIP)."""
+    """x + dropout(f(norm(x))), for attention and for the MLP (CLIP, ViT); attention weights are never dropped."""
 
-    def __init__(self, width: int, heads: int, activation: str = "gelu", eps: float = 1e-5) -> None:
+    def __init__(
+        self, width: int, heads: int, activation: str = "gelu", eps: float = 1e-5, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
         self.attention = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = Mlp(width, activation)
+        self.dropout1 = Dropout(dropout)
+        self.dropout2 = Dropout(dropout)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        x = x + self.attention(self.norm1(x), causal=causal)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.dropout1(self.attention(self.norm1(x), causal=causal))
+        return x + self.dropout2(self.mlp(self.norm2(x)))
 
 
 class PostNormBlock(Block):

@@ -6,7 +6,7 @@ import pydantic
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from data_pipeline.settings import Settings
-from pretrain.schema.common import ModelSettings, PixelsRead, Reads, TextRead, check_heads
+from pretrain.schema.common import ModelSettings, PixelsRead, Reads, TextRead, check_heads, check_patches
 
 
 class VisionTower(Settings):
@@ -20,12 +20,7 @@ class VisionTower(Settings):
 
     @pydantic.model_validator(mode="after")
     def _shapes_fit(self) -> "VisionTower":
-        if self.image_size % self.patch_size:
-            fits = self.image_size // self.patch_size * self.patch_size or self.patch_size
-            raise ValueError(
-                f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}; use {fits} pixels, or "
-                "another patch"
-            )
+        check_patches(self.image_size, self.patch_size)
         check_heads(self.width, self.heads)
         return self
 

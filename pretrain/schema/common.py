@@ -1,7 +1,9 @@
-"""Parts shared by the schemas of several model families: model inputs and checks of attention. Imports no torch."""
+"""Parts shared by the schemas of all families: bases of models and tasks, model inputs, checks. Imports no torch."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from data_pipeline.settings import Settings
 
@@ -9,6 +11,15 @@ MAIN = "main"
 """Role of all parameters that no other optimizer of the task owns."""
 Activation = Literal["gelu", "gelu_new", "relu"]
 """gelu is exact; gelu_new is its tanh approximation, as in GPT-2 and Google's BERT."""
+Direction = Literal["min", "max"]
+Metrics = dict[str, Direction | None]
+"""Metric name in metrics.jsonl -> whether lower or higher is better; None: neither."""
+
+Special = Literal["pad", "unk", "cls", "sep", "mask"]
+"""Special ids by their names in `data_pipeline.text.tokenizer.TextTokenizer`."""
+
+STEP: Metrics = {"loss": "min", "grad_norm": None, "lr": None}
+"""Metrics of every task, as the loop reports them."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +41,20 @@ class PixelsRead:
 
 @dataclass(frozen=True)
 class CodesRead:
-    """`count` image codes per sample, each below `codebook`."""
+    """`count` image codes per sample, each below `codebook`; `*_field` are the names of the model's fields for them."""
 
     count: int
     codebook: int
+    count_field: str = dataclasses.field(default="image_tokens", compare=False)
+    codebook_field: str = dataclasses.field(default="image_vocab", compare=False)
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Inputs of a model by kind; None where it reads none. classes: number of labels, 0 to classes - 1."""
+    """Inputs of a model by kind; None where it reads none. classes: number of labels, 0 to classes - 1.
+
+    Labels are what a model predicts: `classes` is the size of its output.
+    """
 
     text: TextRead | None = None
     pixels: PixelsRead | None = None
@@ -60,6 +76,44 @@ class ModelSettings(Settings):
     def makes(self) -> CodesRead | None:
         """The codes that an image tokenizer produces from an image; None for any other model."""
         return None
+
+
+class TaskSettings(Settings):
+    """Base of every task's section; each subclass has its own `kind`."""
+
+    kind: str
+    trains: ClassVar[tuple[type[ModelSettings], ...]] = ()
+    """The models that the task trains."""
+    roles: ClassVar[tuple[str, ...]] = (MAIN,)
+    """Names of the optimizers, the model's first."""
+    replicated: ClassVar[bool] = False
+    """Whether every rank needs the full weights (ZeRO stage 0)."""
+    specials: ClassVar[tuple[Special, ...]] = ()
+    """Special ids that the task needs of its text tokenizer."""
+    metrics: ClassVar[Metrics] = STEP
+    """Metrics that a row of metrics.jsonl may hold."""
+    model_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Fields of the model whose default is another one under this task."""
+
+    def yields(self, metric: str, steps: int) -> bool:
+        """Return whether a run of `steps` steps ever reports `metric`, one of `metrics`."""
+        return True
+
+    def shortest_row(self) -> str:
+        """Return the shortest usable row of text, pieces separated by spaces; empty if any length works."""
+        return ""
+
+    def check(self, model: ModelSettings, global_batch: int) -> None:
+        """Raise ValueError when the task cannot train this model, an instance of `trains`."""
+
+
+def check_patches(image_size: int, patch_size: int) -> None:
+    """Raise ValueError when an image does not divide into patches."""
+    if image_size % patch_size:
+        fits = image_size // patch_size * patch_size or patch_size
+        raise ValueError(
+            f"image_size={image_size} is not divisible by patch_size={patch_size}; use {fits} pixels, or another patch"
+        )
 
 
 def check_heads(width: int, heads: int, name: str = "width") -> None:

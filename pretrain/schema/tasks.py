@@ -1,57 +1,19 @@
 """Settings of each task, the models it trains, and the metrics of its steps. Imports no torch."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from data_pipeline.settings import Settings
 from pretrain.schema.clip import ClipConfig
-from pretrain.schema.common import MAIN, ModelSettings
+from pretrain.schema.common import MAIN, STEP, Direction, Metrics, ModelSettings, TaskSettings
 from pretrain.schema.encoders import BertConfig, ElectraConfig
 from pretrain.schema.gpt import GptConfig
 from pretrain.schema.vqgan import MIDDLE, VqganConfig, discriminator_widths, group_count
 
-Direction = Literal["min", "max"]
-Metrics = dict[str, Direction | None]
-"""Metric name in metrics.jsonl -> whether lower or higher is better; None: neither."""
-
-Special = Literal["pad", "unk", "cls", "sep", "mask"]
-"""Special ids by their names in `data_pipeline.text.tokenizer.TextTokenizer`."""
-
-STEP: Metrics = {"loss": "min", "grad_norm": None, "lr": None}
 MASKED: Metrics = {"mlm_loss": "min", "mlm_accuracy": "max"}
 SMALLEST_SIDE = 8
 """Smallest side in pixels for the reconstruction loss, which compares edges down to a quarter of the side."""
-
-
-class TaskSettings(Settings):
-    """Base of every task's section; each subclass has its own `kind`."""
-
-    kind: str
-    trains: ClassVar[tuple[type[ModelSettings], ...]] = ()
-    """The models that the task trains."""
-    roles: ClassVar[tuple[str, ...]] = (MAIN,)
-    """Names of the optimizers, the model's first."""
-    replicated: ClassVar[bool] = False
-    """Whether every rank needs the full weights (ZeRO stage 0)."""
-    specials: ClassVar[tuple[Special, ...]] = ()
-    """Special ids that the task needs of its text tokenizer."""
-    metrics: ClassVar[Metrics] = STEP
-    """Metrics that a row of metrics.jsonl may hold."""
-    model_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Fields of the model whose default is another one under this task."""
-
-    def yields(self, metric: str, steps: int) -> bool:
-        """Return whether a run of `steps` steps ever reports `metric`, one of `metrics`."""
-        return True
-
-    def shortest_row(self) -> str:
-        """Return the shortest usable row of text, pieces separated by spaces; empty if any length works."""
-        return ""
-
-    def check(self, model: ModelSettings, global_batch: int) -> None:
-        """Raise ValueError when the task cannot train this model, an instance of `trains`."""
 
 
 class PairsConfig(TaskSettings):

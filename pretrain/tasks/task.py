@@ -1,12 +1,12 @@
 """The base class of all tasks: a model with its inputs and its loss. A task overrides only what it needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from pretrain.schema.common import MAIN, ModelSettings
-from pretrain.schema.tasks import TaskSettings
+from pretrain.inputs.shapes import ShapeOf
+from pretrain.schema.common import MAIN, ModelSettings, TaskSettings
 from pretrain.tasks.collectives import Collectives
 
 Batch = dict[str, Tensor]
@@ -25,6 +25,8 @@ class Task(nn.Module):
     """Factory: inputs(config, stream, text tokenizer) returns a callable from a list of samples to a batch."""
     keys: ClassVar[tuple[str, ...]] = ()
     """Keys of the batch that `forward` reads."""
+    shapes: ClassVar[Mapping[str, ShapeOf]] = {}
+    """Shapes of the keys that no other task reads; those of shared keys are in `inputs.shapes.SHAPES`."""
     compares_batch: ClassVar[bool] = False
     """Whether the gradient of a micro-batch depends on the whole batch; `slopes` is called then."""
     model: nn.Module
