@@ -55,7 +55,10 @@ def _unwritten(output: Path) -> str:
 def import_weights(
     source: Annotated[Path, typer.Argument(help="Folder with config.json and model.safetensors of transformers.")],
     output: Annotated[Path, typer.Argument(help="New folder; a used one is refused.")],
-    form: Annotated[str, typer.Option("--format", help="transformers-bert, transformers-clip, transformers-electra.")],
+    form: Annotated[
+        str,
+        typer.Option("--format", help="Such as transformers-bert; an unknown one lists all."),
+    ],
     json: AsJson = False,
 ) -> None:
     """Convert weights of a public layout to a tessera export; refuses, by name, what our model does not compute."""
