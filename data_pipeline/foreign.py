@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-LAYOUT_KINDS = ("bert", "clip", "electra")
+LAYOUT_KINDS = ("bert", "clip", "electra", "vit")
 """Kinds of transformers models that `tessera checkpoint import` reads, by their `model_type`."""
 WEIGHTS = (
     "model.safetensors",

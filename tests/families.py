@@ -7,6 +7,8 @@ samples of its batches, follow from the model's `reads`; the batches are made by
 
 import dataclasses
 import functools
+import io
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import numpy as np
 
 from data_pipeline.schema import Sample
 from data_pipeline.settings import check_settings
+from data_pipeline.shards.verify import index
 from pretrain.config import RunConfig
 from pretrain.schema.common import Reads
 
@@ -34,6 +37,14 @@ class Material:
     dataset: Path
     vocabulary: Path
     images: Path = Path("unused")
+
+    @functools.cached_property
+    def labelled(self) -> Path:
+        """The dataset with a label of 0 to 6 at every sample, as tars made elsewhere; written at the first use."""
+        folder = self.dataset.with_name(f"{self.dataset.name}-labelled")
+        if not folder.exists():
+            label(self.dataset, folder)
+        return folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +172,15 @@ FAMILIES: dict[str, Family] = {
         optim={"lr": 1e-3, "roles": {"discriminator": {"lr": 3e-4, "betas": [0.5, 0.9], "schedule": "constant"}}},
         public={"channels": 32, "norm_groups": 32, "attention_at": ["middle"]},
     ),
+    "vit": Family(
+        model={
+            "kind": "vit", "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "heads": 2, "classes": 7,
+            "dropout": 0.1,
+        },
+        task={"kind": "classify", "label_smoothing": 0.1},
+        figure="top_5",
+        recipe="configs/vision/vit-b-16.yaml",
+    ),
 }  # fmt: skip
 _FIRSTS = {family.pair: name for name, family in reversed(FAMILIES.items())}
 PAIRS = {name: family for name, family in FAMILIES.items() if _FIRSTS[family.pair] == name}
@@ -169,12 +189,30 @@ PAIRS = {name: family for name, family in FAMILIES.items() if _FIRSTS[family.pai
 
 def data_of(reads: Reads, material: Material) -> Tree:
     """The section `data` of a run whose model reads this."""
-    data = {"dataset": str(material.dataset)}
+    data = {"dataset": str(material.labelled if reads.classes else material.dataset)}
     if reads.text:
         data["text_tokenizer"] = str(material.vocabulary)
     if reads.codes:
         data |= {"image_tokenizer": str(material.images), "evaluation": str(material.dataset)}
     return data
+
+
+def label(dataset: Path, folder: Path, classes: int = 7) -> None:
+    """Copy the tars with a .cls member after the first file of every sample: its number modulo `classes`."""
+    folder.mkdir()
+    numbers: dict[str, int] = {}
+    for path in sorted(dataset.glob("*.tar")):
+        with tarfile.open(path) as tar, tarfile.open(folder / path.name, "w") as copy:
+            for member in tar:
+                key = member.name.partition(".")[0]
+                if key not in numbers:
+                    numbers[key] = len(numbers)
+                    text = str(numbers[key] % classes).encode()
+                    info = tarfile.TarInfo(f"{key}.cls")
+                    info.size = len(text)
+                    copy.addfile(info, io.BytesIO(text))
+                copy.addfile(member, tar.extractfile(member))
+    index([str(folder)], 1)
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pretrain.evaluations import means, prompts, reconstruction, retrieval
+from pretrain.evaluations import classification, means, prompts, reconstruction, retrieval
 from pretrain.evaluations.evaluated import Evaluated, Figures
 
 
@@ -21,4 +21,5 @@ EVALUATIONS: dict[str, Evaluation] = {
     "rtd": Evaluation(means.figures),
     "autoregressive": Evaluation(prompts.figures, draws=True),
     "reconstruction": Evaluation(reconstruction.figures),
+    "classify": Evaluation(classification.figures),
 }

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, DataError
-from pretrain.interchange import clip, encoders, gpt, vqgan
+from pretrain.interchange import clip, encoders, gpt, vit, vqgan
 from pretrain.interchange.rules import PublicLayout, Rule, State, export_rule, import_rule
 
-LAYOUTS: dict[str, PublicLayout] = clip.LAYOUTS | encoders.LAYOUTS | gpt.LAYOUTS | vqgan.LAYOUTS
+LAYOUTS: dict[str, PublicLayout] = clip.LAYOUTS | encoders.LAYOUTS | gpt.LAYOUTS | vqgan.LAYOUTS | vit.LAYOUTS
 
 
 def import_state(layout: str, config: Any, state: Mapping[str, Tensor]) -> State:

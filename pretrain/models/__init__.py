@@ -6,6 +6,7 @@ from pretrain.models.bert import Bert
 from pretrain.models.clip import Clip
 from pretrain.models.electra import Electra
 from pretrain.models.gpt import Gpt
+from pretrain.models.vit import Vit
 from pretrain.models.vqgan import Vqgan
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -14,4 +15,5 @@ MODELS: dict[str, type[nn.Module]] = {
     "electra": Electra,
     "gpt": Gpt,
     "vqgan": Vqgan,
+    "vit": Vit,
 }

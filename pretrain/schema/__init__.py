@@ -20,10 +20,19 @@ from pretrain.schema.tasks import (
     RtdConfig,
     SigmoidConfig,
 )
+from pretrain.schema.vit import ClassifyConfig, VitConfig
 from pretrain.schema.vqgan import VqganConfig
 
-_Tasks = ContrastiveConfig | SigmoidConfig | MlmNspConfig | RtdConfig | AutoregressiveConfig | ReconstructionConfig
-_Models = ClipConfig | BertConfig | ElectraConfig | GptConfig | VqganConfig
+_Tasks = (
+    ContrastiveConfig
+    | SigmoidConfig
+    | MlmNspConfig
+    | RtdConfig
+    | AutoregressiveConfig
+    | ReconstructionConfig
+    | ClassifyConfig
+)
+_Models = ClipConfig | BertConfig | ElectraConfig | GptConfig | VqganConfig | VitConfig
 
 ModelConfig = Annotated[_Models, Field(discriminator="kind")]
 TaskConfig = Annotated[_Tasks, Field(discriminator="kind")]

@@ -9,6 +9,7 @@ from pretrain.schema.clip import ClipConfig
 from pretrain.schema.common import MAIN, STEP, Direction, Metrics, ModelSettings, TaskSettings
 from pretrain.schema.encoders import BertConfig, ElectraConfig
 from pretrain.schema.gpt import GptConfig
+from pretrain.schema.vit import ClassifyConfig
 from pretrain.schema.vqgan import MIDDLE, VqganConfig, discriminator_widths, group_count
 
 MASKED: Metrics = {"mlm_loss": "min", "mlm_accuracy": "max"}
@@ -200,6 +201,7 @@ TASK_SETTINGS: dict[str, type[TaskSettings]] = {
     "rtd": RtdConfig,
     "autoregressive": AutoregressiveConfig,
     "reconstruction": ReconstructionConfig,
+    "classify": ClassifyConfig,
 }
 
 

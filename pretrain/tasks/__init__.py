@@ -1,6 +1,7 @@
 """TASKS: `task.kind` -> Task(model, config, collectives). Each file holds the inputs and the loss of one task."""
 
 from pretrain.tasks.autoregressive import Autoregressive
+from pretrain.tasks.classify import Classify
 from pretrain.tasks.contrastive import Contrastive
 from pretrain.tasks.mlm import Mlm
 from pretrain.tasks.reconstruction import Reconstruction
@@ -15,4 +16,5 @@ TASKS: dict[str, type[Task]] = {
     "rtd": Rtd,
     "autoregressive": Autoregressive,
     "reconstruction": Reconstruction,
+    "classify": Classify,
 }

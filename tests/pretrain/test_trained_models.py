@@ -22,7 +22,7 @@ from pretrain.config import RunConfig
 from pretrain.evaluations import evaluated, prompts, retrieval
 from pretrain.models import MODELS
 from tests.disks import fill_up, make_read_only, mounted
-from tests.families import PAIRS, Material
+from tests.families import PAIRS, Material, data_of
 from tests.pretrain.checkpoint.simulated import Part, optimizer_of, ranks_of
 from tests.pretrain.commands import clip, recipe
 
@@ -126,7 +126,7 @@ def test_an_export_that_says_its_model_alone_takes_the_rest_as_overrides(
     images = [f"data.image_tokenizer={place.export('vqgan')}"] if reads.codes else []
     with pytest.raises(ConfigError, match=r"data.evaluation=DATASET|data.(text|image)_tokenizer is missing"):
         evaluate.main(bare)
-    told = evaluate.main(bare, overrides=[*text, *images, f"data.evaluation={material.dataset}"])
+    told = evaluate.main(bare, overrides=[*text, *images, f"data.evaluation={data_of(reads, material)['dataset']}"])
     assert PAIRS[kind].figure in told and "step" not in told
     verbs.export(bare, tmp_path / "again")
     assert load_trained(tmp_path / "again", overrides=[*text, *images]).step is None

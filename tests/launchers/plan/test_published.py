@@ -29,10 +29,11 @@ def test_the_throughputs_of_llm_foundry_give_its_utilisation(
     assert 100 * share == pytest.approx(published, abs=0.03)
 
 
-PARAMETERS = {  # of OpenAI's CLIP, of transformers' BertForPreTraining and of EasyNLP's base model
+PARAMETERS = {  # of OpenAI's CLIP, timm's ViT, transformers' BertForPreTraining and EasyNLP's base model
     "configs/clip/vit-b-32.yaml": 151_277_313,
     "configs/clip/vit-b-16.yaml": 149_620_737,
     "configs/clip/vit-b-16-sigmoid.yaml": 149_620_738,  # and a bias
+    "configs/vision/vit-b-16.yaml": 86_567_656,
     "configs/text/bert-base.yaml": 110_106_428,
     "configs/text_to_image/pai-painter-base.yaml": 126_669_312,
 }

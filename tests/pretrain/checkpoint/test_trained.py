@@ -180,7 +180,7 @@ def test_a_folder_of_another_program_is_told_with_the_way_to_import_it(kind: str
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     wanted = f"tessera checkpoint import {folder} OUT --format transformers-" + (
-        kind if kind in LAYOUT_KINDS else "{bert,clip,electra}"
+        kind if kind in LAYOUT_KINDS else "{bert,clip,electra,vit}"
     )
     uses = {
         "run": load_trained, "image_tokenizer": load_model, "root": root_of, "dataset": open_dataset,

@@ -28,6 +28,7 @@ TOWERS = ("discriminator", "generator")
 ELECTRA = TEXT | {"rtd.transform", "rtd.out"} | {f"{tower}.blocks.*.{part}" for tower in TOWERS for part in BLOCK}
 PARTS = ("attention.query", "attention.key", "attention.value", "attention.out", "rise", "fall")
 GPT = {"head"} | {f"blocks.*.{part}" for part in PARTS}
+VIT = {"patch", "head"} | {f"blocks.*.{part}" for part in BLOCK}
 DECAY = {
     "clip/vit-b-32.yaml": (0.2, CLIP),
     "clip/vit-b-16.yaml": (0.2, CLIP),
@@ -39,6 +40,7 @@ DECAY = {
     "text_to_image/pai-painter-large.yaml": (0.01, GPT),
     "text_to_image/pai-painter-base-en.yaml": (0.01, GPT),
     "text_to_image/pai-painter-large-en.yaml": (0.01, GPT),
+    "vision/vit-b-16.yaml": (0.3, VIT),
     "image_tokenizer/vqgan-f16-16384.yaml": (0.0, set()),
 }
 """Recipe -> its decay and every parameter that decays; a number between dots is a star."""
@@ -71,12 +73,14 @@ def published(kind: str, objective: nn.Module) -> set[str]:
         return {name for name, what in every.items() if what == "linear"}
     if kind == "vqgan":  # nothing: Adam
         return set()
+    if kind == "vit":  # kernels
+        return {name for name, what in every.items() if name.endswith(".weight") and what != "norm"}
     spared = {"model.logit_scale", "model.logit_bias", "model.vision.class_token"}  # a gain; and as in open_clip
     return {name for name, what in every.items() if what in ("linear", "other") and name not in spared}
 
 
 def test_every_published_recipe_is_in_the_table(repository: Path) -> None:
-    folders = ("clip", "text", "text_to_image", "image_tokenizer")
+    folders = ("clip", "text", "text_to_image", "image_tokenizer", "vision")
     assert set(DECAY) == {
         str(p.relative_to(repository / "configs")) for f in folders for p in (repository / "configs" / f).glob("*")
     }

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.foreign import LAYOUT_KINDS
 from pretrain.checkpoint.verbs import import_
 from pretrain.interchange.folder import load_model
 from pretrain.interchange.foreign import GENERATION, NO_EFFECT, importable, read_layout
@@ -49,7 +50,7 @@ def test_an_imported_folder_computes_what_transformers_computes(case: Case, tmp_
             assert_close(mine, other)
 
 
-BERT, ELECTRA, CLIP = CASES[1], CASES[2], CASES[0]
+CLIP, BERT, ELECTRA, VIT = CASES[:4]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,11 @@ BERT, ELECTRA, CLIP = CASES[1], CASES[2], CASES[0]
         (CLIP, "", {"vision_config/num_channels": 1}),
         (CLIP, "", {"text_config/attention_dropout": 0.1}),
         (CLIP, "", {"vision_config/intermediate_size": 32}),
+        (VIT, "", {"qkv_bias": False}),
+        (VIT, "", {"attention_probs_dropout_prob": 0.1}),
+        (VIT, "", {"image_size": [8, 8]}),
+        (VIT, "", {"num_channels": 1}),
+        (VIT, "", {"layer_norm_type": "rms"}),
         (CLIP, "", {"text_config_dict": {"num_attention_heads": 1, "hidden_act": "gelu"}}),
     ],
 )
@@ -99,9 +105,10 @@ def test_what_has_no_effect_or_is_transformers_own_default_is_taken(tmp_path: Pa
     assert read_layout(tmp_path, "transformers-bert")[0] == BERT.config
 
 
-@pytest.mark.parametrize("case", [BERT, ELECTRA, CLIP], ids=name_of)
+@pytest.mark.parametrize("case", [BERT, ELECTRA, CLIP, VIT], ids=name_of)
 def test_the_defaults_are_those_of_transformers(case: Case) -> None:
-    kind = {"transformers-bert": "Bert", "transformers-electra": "Electra", "transformers-clip": "CLIP"}[case.layout]
+    names = {"transformers-clip": "CLIP", "transformers-vit": "ViT"}
+    kind = names.get(case.layout, case.config.kind.capitalize())
     theirs = getattr(transformers, f"{kind}Config")().to_dict()
     hub = LAYOUTS[case.layout].hub
     assert hub and case.layout in importable()
@@ -140,3 +147,7 @@ def test_a_layout_without_a_configuration_of_its_own_is_refused(tmp_path: Path) 
         read_layout(tmp_path, "transformers-gpt2")
     with pytest.raises(DataError, match="No such file"):
         read_layout(tmp_path, "transformers-clip")
+
+
+def test_a_hint_to_import_names_the_kinds_that_can_be() -> None:
+    assert {LAYOUTS[layout].kind for layout in importable()} == set(LAYOUT_KINDS)

@@ -20,7 +20,9 @@ from pretrain.interchange.layouts import export_state, import_state
 from pretrain.models import MODELS
 from pretrain.models.clip import eot_by_largest_id
 from pretrain.models.electra import Electra
+from pretrain.schema import TASK_SETTINGS, task_for
 from pretrain.schema.clip import TextTower, VisionTower
+from pretrain.schema.vit import VitConfig
 from pretrain.tasks import TASKS
 from pretrain.tasks.collectives import ONE_DEVICE
 
@@ -145,10 +147,30 @@ def clip_batch() -> dict[str, Tensor]:
     return {"pixels": torch.randn(3, 3, 8, 8, generator=g), "tokens": tokens, "eot": eot_by_largest_id(tokens)}
 
 
+VIT = VitConfig(image_size=8, patch_size=4, width=16, layers=2, heads=2, classes=5)
+
+
+def vit_reference(**other: Any) -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"image_size": 8, "patch_size": 4, "num_labels": 5}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, **other))
+
+
+def vit_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+    out = model(pixel_values=batch["pixels"], labels=batch["label"])
+    return [out.logits], out.loss
+
+
+def vit_batch() -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return {"pixels": torch.randn(3, 3, 8, 8, generator=g), "label": torch.tensor([4, 0, 2])}
+
+
 CASES = [
     Case("transformers-clip", CLIP, clip_reference, clip_batch(), clip_logits),
     Case("transformers-bert", BERT, bert_reference, text_batch(), bert_logits),
     Case("transformers-electra", ELECTRA, Pair, text_batch(), electra_logits),
+    Case("transformers-vit", VIT, vit_reference, vit_batch(), vit_logits),
 ]
 
 
@@ -165,6 +187,7 @@ CASES += [
     varied(CASES[1], "relu", 0.1),
     varied(CASES[2], "gelu_new", 0.1),
     varied(CASES[2], "relu", 1e-6),
+    varied(CASES[3], "gelu_new", 0.1),
 ]
 
 
@@ -172,14 +195,13 @@ def name_of(case: Case) -> str:
     return f"{case.layout}-{case.config.activation}-{case.config.norm_eps:g}"
 
 
-KINDS = {"clip": C.ContrastiveConfig(), "bert": C.MlmNspConfig(), "electra": C.RtdConfig()}
-
-
 def our_logits(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     if isinstance(model, Electra):
         keys = ("tokens", "types", "attention", "positions", "labels", "label_weights", "uniforms")
         out = model(**{key: batch[key] for key in keys})
         return [out.word_logits, out.replaced_logits * batch["attention"]]
+    if "label" in batch:
+        return [model(batch["pixels"])]
     if "pixels" in batch:
         image, text, scale = model(batch["pixels"], batch["tokens"], batch["eot"])
         return [scale * image @ text.T]
@@ -194,8 +216,8 @@ def both(case: Case) -> tuple[nn.Module, nn.Module, nn.Module]:
         torch.nn.init.normal_(parameter, std=0.3)
     ours = MODELS[case.config.kind](case.config)
     ours.load_state_dict(import_state(case.layout, case.config, theirs.state_dict()))
-    kind = KINDS[case.config.kind]
-    return theirs, ours, TASKS[kind.kind](ours, kind, ONE_DEVICE).train()
+    kind = task_for(case.config)
+    return theirs, ours, TASKS[kind](ours, TASK_SETTINGS[kind](kind=kind), ONE_DEVICE).train()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -241,7 +263,8 @@ def test_three_optimizer_steps_stay_with_transformers(case: Case) -> None:
         assert_close(tensor, expected[name], name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+# transformers 5 renames the tensors of a ViT's file; for it the test by `from_pretrained` below says the same
+@pytest.mark.parametrize("case", [case for case in CASES if case.layout != "transformers-vit"], ids=name_of)
 def test_export_loads_into_the_reference_class_and_gives_the_same_logits(case: Case) -> None:
     _, ours, _ = both(case)
     theirs = case.reference().train()
@@ -255,6 +278,7 @@ PUBLIC = {
     "transformers-clip": {"": "CLIPModel"},
     "transformers-bert": {"": "BertForPreTraining"},
     "transformers-electra": {"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"},
+    "transformers-vit": {"": "ViTForImageClassification"},
 }
 
 
@@ -290,7 +314,7 @@ def test_an_exported_folder_is_one_that_from_pretrained_takes(case: Case, tmp_pa
         written = json.loads((tmp_path / part / "config.json").read_text())
         named = {name: id for name, id in written.get("text_config", written).items() if name.endswith("_token_id")}
         ends = {"bos_token_id": 30, "eos_token_id": 8} if case.config.kind == "clip" else {}
-        assert named == {"pad_token_id": 1} | ends
+        assert named == ({"pad_token_id": 1} | ends if case.config.reads.text else {})
     theirs = from_pretrained(case.layout, tmp_path).eval()
     ours.eval()
     logits, _ = case.logits(theirs, batch)
