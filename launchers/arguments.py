@@ -31,8 +31,8 @@ Changes = Annotated[
     typer.Option(
         "--change",
         metavar="key=value",
-        help="Go on with another value from the newest checkpoint on: of train.steps, optim.lr or the schedule "
-        "(optim.schedule, warmup_steps, final_lr_fraction, power). May be given several times.",
+        help="Resume from the newest checkpoint with another train.steps, optim.lr or schedule "
+        "(optim.schedule, warmup_steps, final_lr_fraction, power). Repeatable.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]

@@ -33,7 +33,7 @@ class Failure:
 
     @property
     def how(self) -> str:
-        return f"was killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"left with code {self.code}"
+        return f"was killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"exited with code {self.code}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def diagnose(failures: Sequence[Failure], faults: Sequence[dict[str, Any]], code
         return Diagnosis(first["cause"], first["why"])
     first_failure = next(iter(failures), None)
     if first_failure is None:
-        return Diagnosis("node", "no process said why it ended")
+        return Diagnosis("node", "no process reported why it ended")
     return Diagnosis(
         BY_EXIT_CODE.get(first_failure.code, "user code"), f"rank {first_failure.rank} {first_failure.how}"
     )

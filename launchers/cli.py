@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     help="Pretraining of image-text and text models, from raw pairs to exported weights.\n\n"
-    "Exit codes: 0 done, 64 configuration, 70 node fault, 74 storage or data, 75 requeue me.",
+    "Exit codes: 0 done, 64 configuration, 70 node fault, 74 storage or data, 75 requeue.",
 )
 
 # ------------------------------------------------------------------------------------ the command line
@@ -46,7 +46,7 @@ def _options(
     """Options before the command; the help text is set on the app."""
 
 
-data = typer.Typer(no_args_is_help=True, help="Raw pairs -> shards, codes and their checks.")
+data = typer.Typer(no_args_is_help=True, help="Build, encode, inspect and verify datasets.")
 data.command("build")(commands_data.build)
 data.command("retry")(commands_data.retry)
 data.command("encode")(commands_data.encode)
@@ -59,12 +59,12 @@ vocab = typer.Typer(no_args_is_help=True, help="SentencePiece vocabularies.")
 vocab.command("train")(commands_data.vocab_train)
 vocab.callback()(lambda: None)  # keeps `train` a subcommand while it is the only one
 
-launch = typer.Typer(no_args_is_help=True, help="One recipe on this machine, Slurm or Kubernetes.")
+launch = typer.Typer(no_args_is_help=True, help="Launch a recipe on this machine, Slurm or Kubernetes.")
 launch.command("local")(commands_launch.local)
 launch.command("slurm")(commands_launch.slurm)
 launch.command("kubernetes")(commands_launch.kubernetes)
 
-checkpoint = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
+checkpoint = typer.Typer(no_args_is_help=True, help="List, verify, name, prune and convert checkpoints.")
 checkpoint.command("list")(commands_checkpoint.list_checkpoints)
 checkpoint.command("verify")(commands_checkpoint.verify)
 checkpoint.command("export")(commands_checkpoint.export)
@@ -118,7 +118,7 @@ def run() -> int:
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         if code == Interrupted.exit_code:  # typer's exit code for Ctrl-C
-            return _tell(Interrupted("interrupted: files are written whole or not at all, and what is finished stays"))
+            return _tell(Interrupted("interrupted: files are written atomically; finished files stay"))
         return ConfigError.exit_code if code == USAGE_EXIT else code
     return 0
 

@@ -9,7 +9,7 @@ from launchers.arguments import AsJson, Name, Overrides, Run, RunOrExport, Step,
 
 
 def list_checkpoints(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
-    """List the committed checkpoints of a run, oldest first, and why each is kept."""
+    """List a run's committed checkpoints, oldest first, with the reason each is kept."""
     from pretrain.checkpoint.verbs import list_
 
     rows = [as_dict(row) for row in list_(run, overrides or [])]
@@ -21,7 +21,7 @@ def list_checkpoints(run: Run, overrides: Overrides = None, json: AsJson = False
 
 
 def verify(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
-    """Check size and digest of every file; exits with 74 when one is wrong."""
+    """Check the size and digest of every file; exit with 74 on a mismatch."""
     from pretrain.checkpoint.verbs import verify as run_verify
 
     emit(as_dict(run_verify(run, overrides or [])), json)
@@ -29,17 +29,17 @@ def verify(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
 
 def export(
     run: RunOrExport,
-    output: Annotated[Path, typer.Argument(help="New folder for the weights; a used one is refused.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the weights; must be new or empty.")],
     overrides: Overrides = None,
     form: Annotated[
         str, typer.Option("--format", help="tessera, deepspeed (universal, with optimizer), or a public layout.")
     ] = "tessera",
     step: Step = None,
     name: Name = None,
-    again: Annotated[bool, typer.Option("--again", help="Leave OUTPUT as it is where it holds this export.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Succeed if OUTPUT already holds this export.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Export the newest whole checkpoint to a plain folder, for other commands, other programs or DeepSpeed."""
+    """Export the newest valid checkpoint for other commands, other programs or DeepSpeed."""
     with interruptible(lambda: _unwritten(output)):
         from pretrain.checkpoint.verbs import export as run_export
 
@@ -53,15 +53,12 @@ def _unwritten(output: Path) -> str:
 
 
 def import_weights(
-    source: Annotated[Path, typer.Argument(help="Folder with config.json and model.safetensors of transformers.")],
-    output: Annotated[Path, typer.Argument(help="New folder; a used one is refused.")],
-    form: Annotated[
-        str,
-        typer.Option("--format", help="Such as transformers-bert; an unknown one lists all."),
-    ],
+    source: Annotated[Path, typer.Argument(help="Folder with transformers' config.json and model.safetensors.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the export; must be new or empty.")],
+    form: Annotated[str, typer.Option("--format", help="Such as transformers-bert; an unknown one lists all.")],
     json: AsJson = False,
 ) -> None:
-    """Convert weights of a public layout to a tessera export; refuses, by name, what our model does not compute."""
+    """Convert weights of a public layout to a tessera export; reject settings that tessera does not support."""
     with interruptible(lambda: _unwritten(output)):
         from pretrain.checkpoint.verbs import import_
 
@@ -74,17 +71,17 @@ def name(
     label: Annotated[str, typer.Argument(metavar="NAME", help="Letters, digits, '_', '-' and '.'.")],
     overrides: Overrides = None,
     step: Step = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Take the name away.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the name.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Name the newest whole checkpoint, which protects it from retention."""
+    """Name the newest valid checkpoint, which protects it from retention."""
     from pretrain.checkpoint.verbs import name as run_name
 
     emit(run_name(run, label, step, remove, overrides or []), json)
 
 
 def gc(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
-    """Remove files that no manifest names, and checkpoints that retention no longer keeps."""
+    """Remove files that no manifest lists, and checkpoints beyond retention."""
     from pretrain.checkpoint.verbs import gc as run_gc
 
     emit(as_dict(run_gc(run, overrides=overrides or [])), json)

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from data_pipeline.shards.codes import ImageTokenizer
     from data_pipeline.stream.mixture import Source
 
-Config = Annotated[Path, typer.Argument(help="YAML of the build, for example configs/data/emoji.yaml.")]
+Config = Annotated[Path, typer.Argument(help="YAML of the build, such as configs/data/emoji.yaml.")]
 Dataset = Annotated[
-    str, typer.Argument(help="Folder, s3:// or http(s):// address of a dataset; with @FINGERPRINT an older version.")
+    str, typer.Argument(help="Folder, s3:// or http(s):// address of a dataset; @FINGERPRINT selects an older version.")
 ]
 
 
 def build(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
-    """Build shards from raw pairs (and image codes where the configuration names a tokenizer)."""
+    """Build shards from raw pairs, and image codes if the configuration names a tokenizer."""
     from data_pipeline.config import BuildConfig
     from data_pipeline.settings import load_settings
     from data_pipeline.workers import in_driver
@@ -44,7 +44,7 @@ def _build(settings: "BuildConfig", progress: bool) -> dict[str, Any]:
 
 
 def retry(config: Config, overrides: Overrides = None, json: AsJson = False) -> None:
-    """Retry only the rows that a finished build rejected, as new shards; existing shards stay unchanged."""
+    """Retry the rejected rows of a finished build into new shards; existing shards stay unchanged."""
     from data_pipeline.config import BuildConfig
     from data_pipeline.settings import load_settings
     from data_pipeline.workers import in_driver
@@ -60,15 +60,13 @@ def _retry(settings: "BuildConfig", progress: bool) -> dict[str, Any]:
 
 def report(
     dataset: Dataset,
-    output: Annotated[Path | None, typer.Option(help="The page; DATASET/report.html unless named.")] = None,
-    image_tokenizer: Annotated[
-        Path | None, typer.Option(help="Image tokenizer whose reconstructions are shown.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="What it was built by: shows rejected images too.")] = None,
+    output: Annotated[Path | None, typer.Option(help="HTML file to write; default DATASET/report.html.")] = None,
+    image_tokenizer: Annotated[Path | None, typer.Option(help="Image tokenizer to show reconstructions of.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML of the build; shows rejected images too.")] = None,
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:
-    """Write an HTML report of a dataset: rows in and out, examples, sizes, captions, codes."""
+    """Write an HTML report of a dataset: row counts, examples, sizes, captions, codes."""
     from data_pipeline.config import BuildConfig
     from data_pipeline.ingest.report import write_report
     from data_pipeline.settings import load_settings
@@ -81,17 +79,15 @@ def report(
 def encode(
     dataset: Dataset,
     image_tokenizer: Annotated[Path, typer.Option(help="Folder of an exported image tokenizer.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes that encode.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Encoding processes.")] = 1,
     crops: Annotated[
         int, typer.Option(min=1, max=10, help="1: the centre; 10: corners, centre and their mirror images.")
     ] = 1,
     precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="Of the network: fp32 or bf16; part of the codes' name.")
+        Literal["fp32", "bf16"], typer.Option(help="Precision of the network; part of the codes' name.")
     ] = "fp32",
-    device: Annotated[
-        Literal["cpu", "cuda"], typer.Option(help="cpu, or cuda: then each process takes a GPU.")
-    ] = "cpu",
-    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster to join; else one is started here.")] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cpu, or cuda for one GPU per process.")] = "cpu",
+    ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: start one here.")] = None,
     json: AsJson = False,
 ) -> None:
     """Add image codes beside the shards of a dataset."""
@@ -121,13 +117,11 @@ def _encode(
 
 
 def index(
-    tars: Annotated[
-        list[str], typer.Argument(help="A folder, here or on s3://, or tars such as '{00000..00099}.tar'.")
-    ],
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a CPU unless told.")] = None,
+    tars: Annotated[list[str], typer.Argument(help="Local or s3:// folder, or tars such as '{00000..00099}.tar'.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default one per CPU.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Index tars made elsewhere, without changing them."""
+    """Index existing tars without changing them."""
     from data_pipeline.shards.verify import index as run_index
 
     emit(as_dict(run_index(tars, workers)), json)
@@ -135,13 +129,15 @@ def index(
 
 def verify(
     dataset: Dataset,
-    image_tokenizer: Annotated[Path | None, typer.Option(help="Encode a sample of every shard again with it.")] = None,
-    sample: Annotated[int, typer.Option(min=1, help="Images of a shard that are encoded again.")] = 16,
-    min_agreement: Annotated[float, typer.Option(min=0, max=1, help="Share of equal codes in each shard.")] = 0.95,
+    image_tokenizer: Annotated[Path | None, typer.Option(help="Re-encode samples of each shard with it.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Images per shard to re-encode.")] = 16,
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Minimum share of equal codes in each shard.")
+    ] = 0.95,
     seed: Seed = 0,
     json: AsJson = False,
 ) -> None:
-    """Check digests, accounting and codes; exits with 74 when something is wrong."""
+    """Check digests, row counts and codes; exit with 74 on a fault."""
     from data_pipeline.shards.verify import verify as run_verify
 
     model = None if image_tokenizer is None else _tokenizer_of(dataset, image_tokenizer)
@@ -159,11 +155,11 @@ def _tokenizer_of(dataset: str, directory: Path) -> "ImageTokenizer":
 
 
 def order(
-    dataset: Annotated[str, typer.Argument(help="Folder or address of a dataset, or YAML or config.json of a run.")],
+    dataset: Annotated[str, typer.Argument(help="Folder or address of a dataset, or a run's YAML or config.json.")],
     overrides: Overrides = None,
     seed: Seed = 0,
     start: Annotated[int, typer.Option(min=0, help="First position.")] = 0,
-    count: Annotated[int, typer.Option(min=0, help="How many positions.")] = 10,
+    count: Annotated[int, typer.Option(min=0, help="Number of positions.")] = 10,
     json: AsJson = False,
 ) -> None:
     """Print sample keys by position, one per line: of a dataset, or of a run's data including its mixture."""

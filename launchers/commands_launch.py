@@ -22,19 +22,19 @@ Target = Annotated[
     str,
     typer.Argument(
         metavar="CONFIG",
-        help="YAML of a run, a build, a vocabulary or a pipeline of such steps; with --task encode a dataset, with "
-        "--task export, evaluate or generate a run's folder.",
+        help="YAML of a run, build, vocabulary or pipeline; a dataset with --task encode; a run's folder with "
+        "--task export, evaluate or generate.",
     ),
 ]
 Rest = Annotated[
     list[str] | None,
-    typer.Argument(metavar="key=value ...", help="Dotted overrides; or, after --, the options of the --task."),
+    typer.Argument(metavar="key=value ...", help="Dotted overrides; or, after --, options of the --task."),
 ]
-TaskOption = Annotated[Task | None, typer.Option("--task", help="What runs, where the YAML does not say it by itself.")]
-Cluster = Annotated[Path | None, typer.Option(help="YAML of the place; configs/cluster/<place>.yaml where not given.")]
-Nodes = Annotated[int | None, typer.Option(min=1, help="Machines; the cluster file's where not given.")]
-Procs = Annotated[int | None, typer.Option(min=1, help="Processes on each; the cluster file's where not given.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, start nothing.")]
+TaskOption = Annotated[Task | None, typer.Option("--task", help="Task to run; needed when TARGET is not a YAML file.")]
+Cluster = Annotated[Path | None, typer.Option(help="Cluster file; default configs/cluster/<place>.yaml.")]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Number of nodes; default: the cluster file's.")]
+Procs = Annotated[int | None, typer.Option(min=1, help="Processes per node; default: the cluster file's.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, without starting it.")]
 
 PROGRAMS: dict[Task, Callable[..., None]] = {
     "train": commands_run.train,
@@ -78,13 +78,13 @@ def local(
     cluster: Cluster = None,
     nodes: Nodes = None,
     procs_per_node: Procs = None,
-    node_rank: Annotated[int, typer.Option(min=0, help="Which of the nodes this machine is.")] = 0,
+    node_rank: Annotated[int, typer.Option(min=0, help="Rank of this node, from 0.")] = 0,
     master_addr: Annotated[str, typer.Option(help="Address of node 0.")] = "127.0.0.1",
-    master_port: Annotated[int, typer.Option(min=0, max=65535, help="Port on node 0; 0 takes a free one.")] = 0,
-    restarts: Annotated[int | None, typer.Option(min=0, help="New attempts after a node fault.")] = None,
+    master_port: Annotated[int, typer.Option(min=0, max=65535, help="Port on node 0; 0 picks a free one.")] = 0,
+    restarts: Annotated[int | None, typer.Option(min=0, help="Restarts allowed after node faults.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Start the processes of one machine, stream their output, and stop them with a save on Ctrl-C or SIGTERM.
+    """Start the processes of this machine and stream their output; Ctrl-C or SIGTERM saves and stops.
 
     The steps of a pipeline run in sequence, until one exits with a code other than 0.
     """
@@ -107,22 +107,22 @@ def local(
 
 
 def preflight(
-    config: Annotated[Path | None, typer.Argument(help="YAML of a run: its data, storage and size, too.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML of a run; checks its data, storage and size.")] = None,
     overrides: Overrides = None,
     nodes: Nodes = None,
     procs_per_node: Procs = None,
-    node_rank: Annotated[int, typer.Option(min=0, help="Which of the nodes this machine is.")] = 0,
+    node_rank: Annotated[int, typer.Option(min=0, help="Rank of this node, from 0.")] = 0,
     master_addr: Annotated[str, typer.Option(help="Address of node 0.")] = "127.0.0.1",
-    master_port: Annotated[int, typer.Option(min=0, max=65535, help="Port on node 0; 0 takes a free one.")] = 0,
+    master_port: Annotated[int, typer.Option(min=0, max=65535, help="Port on node 0; 0 picks a free one.")] = 0,
     timeout_s: Annotated[
-        float, typer.Option("--timeout", min=1, callback=finite, help="Seconds that a check may take.")
+        float, typer.Option("--timeout", min=1, callback=finite, help="Timeout of each check in seconds.")
     ] = 20,
     json: AsJson = False,
 ) -> None:
-    """Check devices, collectives, storage, clock, disk, data and program on every rank, before the expensive part.
+    """Check devices, collectives, storage, clock, disk, data and program on every rank before a run.
 
-    Starts this machine's processes; inside srun or torchrun it acts as one of them. Exits with 0, with 70 for a node
-    fault or 74 for storage or data, and names the rank.
+    Start this machine's processes, or act as one rank inside srun or torchrun. Exit with 0, 70 for a node
+    fault or 74 for storage or data, and name the rank.
     """
     from launchers.preflight import Asked, inside_group, run_rank_and_leave, start_group
 
@@ -140,13 +140,13 @@ def slurm(
     cluster: Cluster = None,
     nodes: Nodes = None,
     procs_per_node: Procs = None,
-    seeds: Annotated[str | None, typer.Option(help="An array of runs: 0-3 or 1,5,9; each in RUN/seed-N.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Array of runs, as 0-3 or 1,5,9; each in RUN/seed-N.")] = None,
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
-    """Render batch scripts for the site described by --cluster, and submit them unless --dry-run.
+    """Render batch scripts for the site in --cluster, and submit them unless --dry-run.
 
-    Each step of a pipeline waits for the steps it depends on; if one is refused, none is submitted.
+    Each step of a pipeline waits for its dependencies; if Slurm refuses one, none is submitted.
     """
     steps = checked(plan_steps(SlurmCluster, config, with_changes(rest, change), cluster, nodes, procs_per_node, task))
     if seeds == "":
@@ -174,7 +174,7 @@ def kubernetes(
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
-    """Render the objects of a run for the cluster described by --cluster, and create them unless --dry-run."""
+    """Render the objects of a run for the cluster in --cluster, and create them unless --dry-run."""
     from launchers.kubernetes.submit import render, submit
 
     step = _only(
@@ -189,5 +189,5 @@ def kubernetes(
 def _only(steps: list[Step[Any]]) -> Step[Any]:
     """Return the only step, for a place without pipelines. Raise ConfigError for several."""
     if len(steps) > 1:
-        raise ConfigError(f"{len(steps)} steps: this place knows no order of jobs; launch them one by one")
+        raise ConfigError(f"{len(steps)} steps: Kubernetes launches do not order jobs; launch each step by itself")
     return steps[0]

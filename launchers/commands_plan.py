@@ -9,18 +9,18 @@ from launchers.arguments import AsJson, Overrides, emit, finite
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML of the run, one of the recipes in configs/.")],
+    config: Annotated[Path, typer.Argument(help="YAML of the run, such as a recipe in configs/.")],
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Devices of each; with --gpu cpu, processes.")] = 8,
-    gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200, b200, or cpu: this machine.")] = "h100",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node; with --gpu cpu, processes.")] = 8,
+    gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200, b200, or cpu for this machine.")] = "h100",
     network_gbits: Annotated[
         float | None,
-        typer.Option(min=0.001, callback=finite, help="What leaves a node, one way; the maker's where not given."),
+        typer.Option(min=0.001, callback=finite, help="One-way bandwidth of a node; default: the vendor's."),
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Predict memory, FLOPs, traffic and time of a run, with error bars, and name the fastest setting."""
+    """Predict memory, FLOPs, traffic and time of a run, with error bars; suggest the fastest setting."""
     from rich.console import Console
 
     from launchers.plan.clusters import cluster_of

@@ -25,11 +25,11 @@ trains = False
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML of the run, one of the recipes in configs/.")],
+    config: Annotated[Path, typer.Argument(help="YAML of the run, such as a recipe in configs/.")],
     overrides: Overrides = None,
     change: Changes = None,
 ) -> None:
-    """Train, or resume from the run's newest checkpoint; inside a process group or alone."""
+    """Train, or resume from the run's newest checkpoint, as one process or one rank of a group."""
     from launchers.watch import refuse_other_folder
     from pretrain.config import check_initial, consented_keys, load_run
 
@@ -51,14 +51,14 @@ def train(
 
 def generate(
     run: RunOrExport,
-    prompt: Annotated[str, typer.Option(help="What the images shall show.")],
+    prompt: Annotated[str, typer.Option(help="Text prompt.")],
     overrides: Overrides = None,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many images.")] = 4,
-    out: Annotated[Path | None, typer.Option(help="Folder for the images; RUN/samples where not given.")] = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Number of images.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="Folder for the images; default RUN/samples.")] = None,
     temperature: Annotated[
-        float, typer.Option(min=0, callback=finite, help="0 always takes the likeliest code.")
+        float, typer.Option(min=0, callback=finite, help="Sampling temperature; 0 is greedy.")
     ] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw among the k likeliest codes; 0 among all.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest codes; 0 disables it.")] = 0,
     guidance: Annotated[
         float, typer.Option(min=0, callback=finite, help="Classifier-free guidance scale; 1 disables it.")
     ] = 1.0,
@@ -66,9 +66,9 @@ def generate(
     step: Step = None,
     name: Name = None,
 ) -> None:
-    """Generate images from a prompt; prints their paths, a labelled grid first."""
+    """Generate images from a prompt; print their paths, a labelled grid first."""
     where = str(out) if out else None
-    with interruptible(lambda: "the images whose paths are printed are written, no other"):
+    with interruptible(lambda: "only the images with printed paths are written"):
         from pretrain.generate import main
 
         main(str(run), prompt, count, where, temperature, top_k, guidance, seed, step, name, overrides or [])
@@ -78,14 +78,14 @@ def evaluate(
     run: RunOrExport,
     overrides: Overrides = None,
     rerank: Annotated[
-        Path | None, typer.Option(help="Run or export of a CLIP that picks the best image of a prompt.")
+        Path | None, typer.Option(help="CLIP run or export that picks the best image per prompt.")
     ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="Images per prompt to pick from.")] = 8,
     step: Step = None,
     name: Name = None,
     json: AsJson = False,
 ) -> None:
-    """Evaluate a run's newest checkpoint on its held-out data; prints the figures, then writes RUN/evaluation.json."""
+    """Evaluate a run's newest checkpoint on held-out data; print the metrics and write RUN/evaluation.json."""
     printed: list[bool] = []
 
     def say(told: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def evaluate(
 
     def written() -> str:
         file = run / "evaluation.json"
-        return f"the figures are printed; {file} may lack them" if printed else f"{file} was not written"
+        return f"the metrics are printed; {file} may lack them" if printed else f"{file} was not written"
 
     with interruptible(written):
         from pretrain.evaluate import main
@@ -103,7 +103,7 @@ def evaluate(
 
 
 def status(run: Run, json: AsJson = False) -> None:
-    """Show the state, progress and speed of a run; exits with 70 if its job vanished."""
+    """Show a run's state, progress and speed; exit with 70 if its job vanished."""
     from launchers.watch import run_status
 
     told = run_status(run)
@@ -115,8 +115,8 @@ def status(run: Run, json: AsJson = False) -> None:
 def logs(
     run: Run,
     lines: Annotated[int, typer.Option("-n", "--lines", min=1, help="How many.")] = 20,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False,
-    job: Annotated[bool, typer.Option("--job", help="What the run's job printed, instead of its metrics.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Follow until the run ends.")] = False,
+    job: Annotated[bool, typer.Option("--job", help="Print the job's output instead of metrics.")] = False,
 ) -> None:
     """Print the last lines of the run's metrics.jsonl, one per logged step."""
     from launchers.watch import job_lines, metric_lines
@@ -127,24 +127,24 @@ def logs(
 
 def stop(
     run: Run,
-    timeout_s: Annotated[float, typer.Option(min=1, callback=finite, help="How long the save may take.")] = 300,
+    timeout_s: Annotated[float, typer.Option(min=1, callback=finite, help="Timeout of the save in seconds.")] = 300,
     json: AsJson = False,
 ) -> None:
-    """Ask a run on this machine, or its job, to save and exit for good, and wait until it has."""
+    """Stop a local run or its job after a save, without a restart, and wait until it exits."""
     from launchers.watch import stop_run
 
     emit(stop_run(run, timeout_s), json)
 
 
 def chaos(
-    config: Annotated[Path, typer.Argument(help="YAML of the run; it is trained in folders of the campaign's own.")],
+    config: Annotated[Path, typer.Argument(help="YAML of the run; trained in the campaign's own folders.")],
     overrides: Overrides = None,
-    kills: Annotated[int, typer.Option(min=1, help="How many strikes.")] = 10,
+    kills: Annotated[int, typer.Option(min=1, help="Number of strikes.")] = 10,
     seed: Seed = 0,
     procs_per_node: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 2,
     json: AsJson = False,
 ) -> None:
-    """Kill and restart a run repeatedly, and compare the result with an undisturbed run; prints the verdict last."""
+    """Kill and restart a run repeatedly, and compare it with an undisturbed run; print the verdict last."""
     from launchers.chaos.campaign import run_campaign
     from launchers.chaos.laws import broken_laws
     from launchers.chaos.report import figures, write_report

@@ -59,7 +59,7 @@ class Demo:
             raise
         self.seconds[title] = round(self.seconds.get(title, 0.0) + time.monotonic() - began, 1)
         if code:
-            console.print(f"[red]{title} left with {code}[/red]")
+            console.print(f"[red]{title} exited with {code}[/red]")
             sys.exit(code)
 
     def start(self, title: str, *command: str) -> "subprocess.Popen[bytes]":
@@ -81,11 +81,11 @@ class Demo:
 def main(arguments: list[str] | None = None) -> None:
     """Run all stages, write the summary, print the table."""
     parser = argparse.ArgumentParser(prog="python -m launchers.demo", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few steps a stage: shows the way, not the result")
+    parser.add_argument("--quick", action="store_true", help="run only a few steps per stage")
     demo = Demo(parser.parse_args(arguments).quick)
     began = time.monotonic()
     if ROOT.exists():
-        console.print(f"{ROOT} of an earlier demo is removed")
+        console.print(f"removed {ROOT} of an earlier demo")
         shutil.rmtree(ROOT)
     prepare(demo)
     resumed = pretrain(demo)
@@ -133,7 +133,7 @@ def kill_half_way(launcher: "subprocess.Popen[bytes]", run: Path) -> int:
     step = last_step(run)
     console.print(f"[bold red]killed process {victim} with SIGKILL at step {step}[/bold red]")
     code = launcher.wait(timeout=120)
-    console.print(f"the launcher left with {code}; the same command goes on from the last checkpoint")
+    console.print(f"the launcher exited with {code}; the same command resumes from the last checkpoint")
     return step
 
 

@@ -79,7 +79,7 @@ def _clocks(reports: Reports) -> Iterator[Finding]:
     for rank, offset in offsets.items():
         if abs(offset - middle) > CLOCK_S:
             others = "rank 0's" if len(offsets) == 2 else "most others'"
-            text = f"the clock is {offset - middle:+.1f} s off {others}; let every node follow one time server"
+            text = f"the clock is {offset - middle:+.1f} s off {others}; synchronize every node with one time server"
             yield Finding("clock", NodeFault.exit_code, (rank,), text)
 
 

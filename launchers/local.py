@@ -93,7 +93,7 @@ def launch_local(
     restarts = spec.retries if restarts is None else restarts
     spec = replace(spec, lead_s=int(min(spec.lead_s, lead_s())))  # the parent process may allow less time
     if spec.on_ray and spec.nodes > 1:
-        raise ConfigError(f"a {spec.task} on {spec.nodes} nodes is for slurm or kubernetes, or name a `ray_address`")
+        raise ConfigError(f"a {spec.task} on {spec.nodes} nodes needs slurm, kubernetes or a `ray_address`")
     check_rendezvous(spec.nodes, node_rank, master_addr, master_port)
     group = Group(
         command=(sys.executable, *spec.command),
@@ -113,10 +113,10 @@ def launch_local(
 def check_rendezvous(nodes: int, node_rank: int, master_addr: str, master_port: int) -> None:
     """Raise ConfigError for an invalid node rank or address, and for nodes that could not find each other."""
     if node_rank >= nodes:
-        raise ConfigError(f"--node-rank {node_rank} does not exist among {nodes} nodes; they count from 0")
+        raise ConfigError(f"--node-rank {node_rank} is outside of 0..{nodes - 1} for {nodes} nodes")
     if not master_addr.isprintable() or len(master_addr.split()) != 1 or master_addr != master_addr.strip():
         raise ConfigError(
-            f"--master-addr {master_addr!r} is no name or address of a host; write one, as node-0 or 10.0.0.1"
+            f"--master-addr {master_addr!r} is not a host name or address; use one such as node-0 or 10.0.0.1"
         )
     if nodes > 1 and (not master_port or master_addr.startswith("127.")):
         raise ConfigError(f"{nodes} nodes need the same --master-addr and --master-port of node 0 on each of them")
@@ -156,7 +156,7 @@ def _attempts(group: Group, run: Path, node_rank: int, restarts: int, patience: 
             say(f"attempt {attempt} ended, cause {diagnosis.cause}: {diagnosis.why}")
             if not another:
                 return USER_CODE_EXIT if in_a_job and diagnosis.cause == "user code" else end.exit_code
-            say(f"starting again, {restarts - failed - 1} new attempts left after this one")
+            say(f"restarting, {restarts - failed - 1} restarts left after this one")
             _pause(pause_s(diagnosis, failed), stops)
             attempt, failed = attempt + 1, failed + 1
             group = group if several else replace(group, master_port=0)
@@ -252,7 +252,7 @@ def _wait(
             failures += [Failure(first_rank + i, code) for i, code in enumerate(codes) if code and _failed(code)]
             terminate_at = now + patience.settle_s
             kill_at = min(kill_at, terminate_at + patience.grace_s)
-            say(f"rank {failures[0].rank} {failures[0].how}; the others have {patience.settle_s:g} s")
+            say(f"rank {failures[0].rank} {failures[0].how}; the other ranks have {patience.settle_s:g} s to exit")
         if None not in codes:
             return
         if stops.count and not stopping:
@@ -265,7 +265,7 @@ def _wait(
         if given_up:
             given_up.end(children)
         if stops.count > 1 or now >= kill_at:
-            say("killing what is left")
+            say("killing the remaining processes")
             return
         time.sleep(POLL_S)
 
@@ -287,7 +287,7 @@ class GivenUp:
         if any((host, child.pid) not in blamed for child in children):
             return  # the watchdog of a rank that is not blamed makes them write their stacks and ends them
         for child in (child for child in children if child.poll() is None):
-            say(f"process {child.pid} hangs, say ranks of other hosts; killing it")
+            say(f"process {child.pid} hangs, as ranks on other hosts report; killing it")
             child.kill()
 
 

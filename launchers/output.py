@@ -96,6 +96,6 @@ def finish_output(code: int, needed: bool) -> int:
     refused = raw.refused if isinstance(raw, Unfailing) else None
     if code or not needed or refused is None or refused.errno == errno.EPIPE:
         return code
-    sys.stderr.write(f"error: standard output: {refused.strerror}; make room, then give the command again\n")
+    sys.stderr.write(f"error: standard output: {refused.strerror}; free space, then run the command again\n")
     sys.stderr.flush()
     return DataError.exit_code

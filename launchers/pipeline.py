@@ -63,7 +63,7 @@ def plan_steps(
     """
     if task is None and _is_pipeline(target):
         if arguments:
-            raise ConfigError(f"{target}: overrides belong to a step of a pipeline; put {arguments[0]} into its file")
+            raise ConfigError(f"{target}: overrides belong to a step of a pipeline; write {arguments[0]} into its file")
         return _read_pipeline(schema, Path(target), cluster, nodes, procs_per_node)
     place = load_cluster(schema, cluster)
     spec = describe(target, arguments, place, nodes, procs_per_node, task)
@@ -87,9 +87,9 @@ def _read_pipeline(
             raise ConfigError(f"{path}: two steps are called {name!r}; give one of them another `name:`")
         after = tuple(above[-1:]) if config.after is None else config.after
         if unknown := [other for other in after if other not in above]:
-            raise ConfigError(f"{path}: {name!r} waits for {unknown[0]!r}, which is none of the steps above: {above}")
+            raise ConfigError(f"{path}: {name!r} waits for {unknown[0]!r}, which is not an earlier step: {above}")
         if same := [step.name for step in steps if step.spec.run_folder == spec.run_folder]:
-            raise ConfigError(f"{path}: {name!r} and {same[0]!r} keep their records in the same {spec.run_folder}")
+            raise ConfigError(f"{path}: {name!r} and {same[0]!r} use the same run folder {spec.run_folder}")
         steps.append(Step(name, spec, place, after))
     if not steps:
         raise ConfigError(f"{path}: `steps:` is empty; give at least one `target:`")
@@ -107,7 +107,7 @@ def check_paths(steps: Sequence[Step[Any]]) -> None:
             if path is None or path.exists() or any(path.absolute().is_relative_to(made) for made in written):
                 continue
             raise ConfigError(
-                f"{step.name} reads {path}, which is not there and which no step above writes; make it first, or give "
-                "the right path"
+                f"{step.name} reads {path}, which does not exist and no earlier step writes; create it, or correct "
+                "the path"
             )
         written += [made.absolute() for made in map(local_path, step.spec.writes) if made is not None]

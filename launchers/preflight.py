@@ -126,7 +126,7 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
     try:
         result, error = box.get(timeout=seconds)
     except queue.Empty:
-        raise Hangs(f"no end within {seconds:g} s") from None
+        raise Hangs(f"not finished within {seconds:g} s") from None
     if error is not None:
         raise error
     return result
@@ -214,7 +214,7 @@ class Rank:
             gone = [] if self._all(keys, self.timeout_s + MARGIN_S) else self._gone(keys)
             store.set(f"{name}/word", json.dumps({"now": time.time(), "gone": gone}))
         elif not self._all([f"{name}/word"], 2 * (self.timeout_s + MARGIN_S)):
-            raise Absent("rank 0, which holds the store, gives no answer")
+            raise Absent("rank 0, which holds the store, does not answer")
         word = json.loads(store.get(f"{name}/word"))
         now = time.time()
         if word["gone"]:
@@ -231,7 +231,7 @@ class Rank:
     def _gone(self, keys: list[str]) -> list[str]:
         gone = [rank for rank, key in enumerate(keys) if not self.mesh.store.check([key])]
         last = {rank: self.store.get(f"at/{rank}").decode() for rank in gone if self.store.check([f"at/{rank}"])}
-        return [f"rank {rank} does not come, it was last seen at {last.get(rank, 'the start')!r}" for rank in gone]
+        return [f"rank {rank} is missing, last seen at {last.get(rank, 'the start')!r}" for rank in gone]
 
     def _clock(self) -> dict[str, Any]:
         """Return the clock's offset in seconds: the least of several rounds, since latency only adds to it."""
@@ -271,12 +271,12 @@ class Rank:
         try:
             within(MARGIN_S, lambda: store.set(f"report/{self.mesh.rank}", json.dumps(report)))
             if not self._all(["verdict"], 3 * (self.timeout_s + MARGIN_S)):
-                raise NodeFault("rank 0 gives no verdict")
+                raise NodeFault("rank 0 sends no verdict")
             code = int(within(MARGIN_S, lambda: store.get("verdict")))
             within(MARGIN_S, lambda: store.set(f"read/{self.mesh.rank}", ""))
             return code
         except (RuntimeError, TesseraError) as error:
-            raise NodeFault(f"rank {self.mesh.rank}: {error}; look at the node of rank 0") from None
+            raise NodeFault(f"rank {self.mesh.rank}: {error}; check the node of rank 0") from None
 
     def _gather(self) -> dict[int, dict[str, Any]]:
         """Return rank -> report, for the other ranks that report in time."""
@@ -298,7 +298,7 @@ class Rank:
             print(json.dumps(told | {"reports": reports}, sort_keys=True), flush=True)
             return
         findings.show(Console(soft_wrap=True), reports, self.mesh.world, found)
-        verdict = f"{len(found)} findings, exit code {code}" if code else "all is well"
+        verdict = f"{len(found)} findings, exit code {code}" if code else "no findings"
         print(f"{verdict}; {seconds:.1f} s", flush=True)
 
 

@@ -35,7 +35,7 @@ def directive(name: str, value: object = None) -> str:
         return f"#SBATCH --{name}"
     text = _text(str(value))
     if not text.isprintable():
-        raise ConfigError(f"{name}={text!r}: a line break or control character cannot be given to sbatch; take it out")
+        raise ConfigError(f"{name}={text!r}: sbatch takes no line breaks or control characters; remove them")
     if not PLAIN_OPTION.fullmatch(text):
         text = '"' + re.sub(r'([\\"])', r"\\\1", text) + '"'
     return f"#SBATCH --{name}={text}" if len(name) > 1 else f"#SBATCH -{name} {text}"
@@ -55,5 +55,5 @@ def kubelet(word: str) -> str:
 def _text(word: str) -> str:
     """Return `word`. Raise ConfigError if a command line cannot hold it."""
     if "\0" in word or not word.isascii() and word.encode("utf-8", "replace").decode() != word:
-        raise ConfigError(f"{word!r} holds a zero byte or is no UTF-8; a command line cannot hold it, write it anew")
+        raise ConfigError(f"{word!r} has a zero byte or is not UTF-8, which a command line cannot hold; type it again")
     return word

@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code of the command on node 0; 0 on the others, which only lend their CPUs."""
     parser = argparse.ArgumentParser(prog="python -m launchers.ray_nodes", description=__doc__)
     parser.add_argument("--nodes", type=int, required=True)
-    parser.add_argument("--cpus", type=int, required=True, help="of this node, for Ray")
-    parser.add_argument("command", nargs="+", help="what follows `tessera`, behind --")
+    parser.add_argument("--cpus", type=int, required=True, help="CPUs of this node for Ray")
+    parser.add_argument("command", nargs="+", help="arguments of `tessera`, after --")
     args = parser.parse_args(argv)
     sign_in()
     host, port = address_of(os.environ["MASTER_ADDR"]), int(os.environ["MASTER_PORT"])
@@ -59,7 +59,7 @@ def address_of(name: str) -> str:
         return socket.gethostbyname(name)
     except (OSError, UnicodeError) as error:
         raise NodeFault(
-            f"MASTER_ADDR={name!r} does not resolve on {socket.gethostname()} ({error}); mend the name service, or set "
+            f"MASTER_ADDR={name!r} does not resolve on {socket.gethostname()} ({error}); fix name resolution, or set "
             "master_addr: node_addr in the cluster file"
         ) from None
 

@@ -27,7 +27,7 @@ START = """set -euo pipefail
 run={folder}
 mkdir -p -- "$run\""""
 
-COMMAND = """# A task that leaves does not take the others with it: all may be in the middle of the same save.
+COMMAND = """# A task that exits does not end the others: all may be writing the same save.
 status=0
 srun --distribution=block --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait={wait} {container}\\
   {command} || status=$?
@@ -41,24 +41,24 @@ ADDRESS = {
     "node_addr": f'$(scontrol show node --oneliner "{FIRST_HOST}" | sed "s/.* NodeAddr=\\([^ ]*\\).*/\\1/")',
 }
 RENDEZVOUS = f"""\
-# Every task finds rank 0 here; set either variable, before sbatch or above, to choose another network or port.
+# Address of rank 0; set either variable before sbatch or above to choose another network or port.
 export MASTER_ADDR="${{{{MASTER_ADDR:-{{address}}}}}}"
 export MASTER_PORT="${{{{MASTER_PORT:-$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))}}}}\""""
 
 TOKEN = """\
-# Who knows no token may not use this Ray: without one anybody on the network may run programs through it.
+# Ray requires this token; without one anybody on the network could run programs through it.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')\""""
 
 ATTEMPT = 'export TESSERA_ATTEMPT="${SLURM_RESTART_COUNT:-0}"'
 
 SIZES = f"""\
-# How long what the run has written was before this attempt.
+# Sizes of the run's files before this attempt.
 size() {{ stat --format=%s -- "$1" 2> /dev/null || echo 0; }}
 faults="$(size "$run/{FAULTS}")" metrics="$(size "$run/{METRICS}")\""""
 
 REQUEUE = """\
-# What the end means stands in the run's folder. A save before the time limit, a preemption, a fault of a node: back
-# into the queue, then without that node. A wrong configuration, user code, storage that never worked: the end.
+# Requeue after a save before the time limit, a preemption or a node fault, then without that node; not after a
+# wrong configuration, an error of user code, or storage that never worked. The run's folder tells which it was.
 job={job}
 if [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
   out="$(squeue --noheader --format=%x --job="$job")" || out=
@@ -66,8 +66,8 @@ if [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
     --faults-from "$faults" --metrics-before "$metrics" --out "$out" \\
     --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST")" {judged})" || verdict=end
   if [ "${{verdict%% *}}" = requeue ]; then
-    trap '' TERM  # which the requeue sends to this script, before it has named the nodes to do without
-    scontrol requeue "$job" || true  # refused where `tessera stop` asked for the end
+    trap '' TERM  # sent by the requeue to this script, before the nodes to exclude are set
+    scontrol requeue "$job" || true  # refused after `tessera stop`
     [ "$verdict" = requeue ] || scontrol update JobId="$job" ExcNodeList="${{verdict#* }}"
   fi
 fi"""
@@ -131,12 +131,12 @@ def _check(spec: RunSpec, cluster: SlurmCluster, seeds: str) -> None:
     if spec.saves and cluster.signal_lead_s >= limit:
         raise ConfigError(
             f"signal_lead_s={cluster.signal_lead_s} is not shorter than time_limit={cluster.time_limit} ({limit} s): "
-            "the job would be told to stop as it starts; raise the limit or lower the lead"
+            "the stop signal would come at the start; raise the limit or lower the lead"
         )
     if cluster.container != "none" and not cluster.container_image:
         raise ConfigError(f"container={cluster.container!r} without container_image; name the image or use 'none'")
     if seeds and spec.task != "train":
-        raise ConfigError(f"--seeds {seeds} with a {spec.task}: seeds are for training")
+        raise ConfigError(f"--seeds {seeds} with task {spec.task}: seeds are for training")
 
 
 def _words_of_seed(spec: RunSpec) -> list[Shell]:
@@ -182,7 +182,7 @@ def _option(text: str) -> str:
     """
     found = OPTION.fullmatch(text.strip())
     if found is None:
-        raise ConfigError(f"options: {text!r} is no option of sbatch; write NAME or NAME=VALUE, as reservation=x")
+        raise ConfigError(f"options: {text!r} is not an option of sbatch; write NAME or NAME=VALUE, as reservation=x")
     return directive(found["name"], found["value"])
 
 
@@ -323,5 +323,5 @@ def seeds_of(text: str) -> list[int]:
             )
         seeds += range(int(first), int(last or first) + 1)
     if len(set(seeds)) < len(seeds) or (text and not seeds):
-        raise ConfigError(f"--seeds {text}: names a seed twice, or none; write 0-3 or 1,5,9")
+        raise ConfigError(f"--seeds {text}: a seed occurs twice, or none is given; write 0-3 or 1,5,9")
     return seeds

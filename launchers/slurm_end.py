@@ -25,7 +25,7 @@ SIGNALLED = 128
 ASKED_TO_STOP = {
     Requeue.exit_code: "stopped and saved",
     # a program without a handler for the scheduler's warning dies of it: a build, whose finished shards stay
-    SIGNALLED + signal.SIGUSR1: "told that time is up; what is finished stays",
+    SIGNALLED + signal.SIGUSR1: "time limit reached; finished work stays",
 }
 
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     gone = sum(len(nodes) for nodes in earlier if isinstance(nodes, list))
     made_steps = metrics_size(args.run) > args.metrics_before
     goes_on, left_out = verdict(diagnosis, made_steps, blamed, gone, args.may_exclude)
-    then = ("back into the queue" + (f" without {', '.join(left_out)}" if left_out else "")) if goes_on else "the end"
+    then = ("requeued" + (f" without {', '.join(left_out)}" if left_out else "")) if goes_on else "not requeued"
     why = diagnosis.why + DECODING * (guilty != ranks)
     print(f"tessera: exit code {args.status}, cause {diagnosis.cause}: {why}; {then}", file=sys.stderr)
     if left_out:
@@ -96,12 +96,12 @@ def diagnosis_of(status: int, faults: Sequence[dict[str, Any]], ranks: Sequence[
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launchers.slurm_end", description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--status", type=int, required=True, help="what srun left with")
+    parser.add_argument("--status", type=int, required=True, help="exit code of srun")
     parser.add_argument("--faults-from", type=int, required=True, help="bytes of faults.jsonl before the attempt")
     parser.add_argument("--metrics-before", type=int, required=True, help="bytes of metrics.jsonl before the attempt")
-    parser.add_argument("--nodes", required=True, help="of the job, in the order of its ranks, by blanks")
+    parser.add_argument("--nodes", required=True, help="nodes of the job in rank order, separated by spaces")
     parser.add_argument("--job", required=True)
-    parser.add_argument("--out", default="", help="what it does without already, as Slurm writes it")
+    parser.add_argument("--out", default="", help="nodes excluded already, in Slurm's notation")
     parser.add_argument("--procs-per-node", type=int, required=True)
     parser.add_argument("--may-exclude", type=int, required=True)
     return parser

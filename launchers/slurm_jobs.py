@@ -31,7 +31,7 @@ def hand_in(script: Path, name: str) -> str:
     Raise ConfigError with the scheduler's message if it refuses, NodeFault if it does not answer. It may have accepted
     the job even then: a busy controller reads later what it was sent.
     """
-    then = f"once `scontrol ping` says UP, see that `squeue --me --name={name}` is empty, and start the command again"
+    then = f"once `scontrol ping` says UP, check that `squeue --me --name={name}` is empty, then run the command again"
     try:
         done = _run("sbatch", "--parsable", str(script))
     except NodeFault as error:
@@ -54,7 +54,7 @@ def take_back(jobs: Sequence[str]) -> str:
         why = str(error)
     if why:
         return f"{listed} may be left in the queue ({why}); once Slurm answers: scancel {' '.join(jobs)}"
-    return f"{listed} taken back: nothing of this is left in the queue"
+    return f"{listed} cancelled: no job of this launch is left in the queue"
 
 
 def look(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _controller(record: Mapping[str, Any]) -> list[dict[str, str]]:
     if done.returncode:
         if "Invalid job id" in done.stderr:
             return []
-        raise NodeFault(f"Slurm does not answer: {done.stderr.strip() or f'scontrol left with {done.returncode}'}")
+        raise NodeFault(f"Slurm does not answer: {done.stderr.strip() or f'scontrol exited with {done.returncode}'}")
     rows = [dict(FIELD.findall(line)) for line in done.stdout.splitlines() if line.startswith("JobId=")]
     # Job numbers restart when a site loses its state: another name means another job.
     return [row | {"State": row["JobState"]} for row in rows if row.get("JobName") == record["name"]]
@@ -134,7 +134,7 @@ def _left_behind(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if end is not None and end["job"] == str(record["job"]):
         code = int(end["code"])
         return {"state": _ended(code), "exit_code": code, "restarts": end["restarts"]}
-    why = "Slurm knows it no more and its script did not get to its end; see its output file, and start it again"
+    why = "Slurm no longer lists it and its script did not finish; see its output file, then launch it again"
     return {"state": "vanished", "why": why}
 
 
@@ -176,4 +176,4 @@ def _run(*argv: str) -> "subprocess.CompletedProcess[str]":
     except FileNotFoundError:
         raise ConfigError(f"no {argv[0]} on this machine; go to a login node of the site") from None
     except subprocess.TimeoutExpired:
-        raise NodeFault(f"{argv[0]} did not come back within {TOOL_TIMEOUT_S} s; the scheduler may be down") from None
+        raise NodeFault(f"{argv[0]} did not return within {TOOL_TIMEOUT_S} s; the scheduler may be down") from None

@@ -71,10 +71,10 @@ def _time_limit(given: Any) -> str:
         clock = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
         raise ValueError(
             f"YAML reads a limit such as {clock} without quotation marks as a number; write time_limit: "
-            f'"{clock}", or "{given}" for as many minutes'
+            f'"{clock}", or "{given}" for minutes'
         )
     if not isinstance(given, str) or not TIME_LIMIT.fullmatch(given):
-        raise ValueError('no time limit of Slurm; write "MINUTES", "HOURS:MINUTES:SECONDS" or "DAYS-HOURS"')
+        raise ValueError('not a time limit of Slurm; write "MINUTES", "HOURS:MINUTES:SECONDS" or "DAYS-HOURS"')
     return given
 
 
@@ -174,7 +174,7 @@ def load_cluster(schema: type[C], path: Path | None) -> C:
     kind = schema.model_fields["kind"].default
     usual = CLUSTER_DIR / f"{kind}.yaml"
     if path is None and not usual.is_file():
-        return check_settings(schema, {}, f"no cluster file was named and there is no {usual}")
+        return check_settings(schema, {}, f"no --cluster was given and {usual} does not exist")
     return load_settings(schema, path or usual)
 
 
@@ -321,7 +321,7 @@ def task_of(target: str | Path) -> Task:
     if found is None:
         raise ConfigError(
             f"{target}: neither a run (`model:`), a build (`source:`), a vocabulary (`dataset:`) nor a pipeline "
-            f"(`steps:`); say what it is by --task {'|'.join(get_args(Task))}"
+            f"(`steps:`); give --task {'|'.join(get_args(Task))}"
         )
     return found
 

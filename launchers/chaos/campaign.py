@@ -93,10 +93,10 @@ def run_campaign(config_path: Path, overrides: Sequence[str], kills: int, seed: 
         settings = ["tracking.uri=", f"train.collective_timeout_s={HANG_TIMEOUT_S}"]
         return [*launch, *settings, "--procs-per-node", str(procs), "--restarts", "0"]
 
-    say(f"reference: {config.train.steps} steps on {procs} processes, undisturbed")
+    say(f"reference: {config.train.steps} steps on {procs} processes, without strikes")
     attempt = Attempt(command(campaign.reference), campaign.reference)
     if attempt.wait() != 0:
-        raise NodeFault(f"the undisturbed run failed, see {attempt.log}; mend it before it is struck")
+        raise NodeFault(f"the reference run failed, see {attempt.log}; fix it before a campaign")
     place = ground(campaign.root(campaign.struck), procs, "" if elsewhere else campaign.root(campaign.reference))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(NodeFault.exit_code))  # so that `close` runs
     try:
@@ -119,7 +119,7 @@ def clear(campaign: Campaign) -> None:
     for place in [str(home), *roots]:
         there = home.exists() if place == str(home) else bool(open_storage(place).list())
         if there and not ours:
-            raise ConfigError(f"{place} exists and is no campaign's folder; move it away or choose another --seed")
+            raise ConfigError(f"{place} exists and is not a campaign's folder; move it away or choose another --seed")
     for root in roots:
         empty(root)
     shutil.rmtree(home, ignore_errors=True)
@@ -138,7 +138,7 @@ def _strike_all(
                 attempt = start()
             event = _strike(campaign, strike, attempt, place)
             if event is None:
-                say(f"strike {number}: the run was done before it")
+                say(f"strike {number}: the run finished first")
                 return 0
             campaign.events.append(event)
             outcome = "went on" if event.code is None else f"exit code {event.code}"
@@ -148,7 +148,7 @@ def _strike_all(
                 break
             unexplained += 1
             if unexplained > UNEXPLAINED:
-                raise NodeFault(f"{attempt.log}: {unexplained} attempts ended without a strike; mend that first")
+                raise NodeFault(f"{attempt.log}: {unexplained} attempts ended without a strike; fix their cause first")
     code = (start() if attempt.done else attempt).wait()
     struck_storage = bool(campaign.events) and campaign.events[-1].strike.whom == "storage"
     return start().wait() if code == DataError.exit_code and struck_storage else code  # it hit the run's last save

@@ -34,8 +34,8 @@ def same_losses(campaign: Campaign) -> Iterator[str]:
     for row in lines_of(campaign.struck / METRICS):
         reference = expected.get(row["step"])
         if reference is None or row["loss_hex"] != reference["loss_hex"]:
-            wanted = reference["loss_hex"] if reference else "no such step"
-            yield f"step {row['step']} of attempt {row['attempt']}: loss {row['loss_hex']}, undisturbed {wanted}"
+            wanted = reference["loss_hex"] if reference else "has no such step"
+            yield f"step {row['step']} of attempt {row['attempt']}: loss {row['loss_hex']}, reference {wanted}"
     missing = sorted(expected.keys() - last_rows(campaign.struck).keys())
     if missing:
         yield f"{len(missing)} steps are missing, first {missing[0]}"
@@ -48,7 +48,7 @@ def same_tensors(campaign: Campaign) -> Iterator[str]:
         yield f"other tensors: {sorted(mine.keys() ^ theirs.keys())[:3]}"
     for name in sorted(mine.keys() & theirs.keys()):
         if mine[name] != theirs[name]:
-            yield f"{name}: sha256 {mine[name][:12]}, undisturbed {theirs[name][:12]}"
+            yield f"{name}: sha256 {mine[name][:12]}, reference {theirs[name][:12]}"
 
 
 def tensor_digests(run: Path) -> dict[str, str]:
@@ -67,7 +67,7 @@ def every_position_once(campaign: Campaign) -> Iterator[str]:
     at, batch = 0, campaign.config.train.global_batch
     for step, row in sorted(last_rows(campaign.struck).items()):
         if row["positions"] != [at, at + batch]:
-            yield f"step {step} consumed positions {row['positions']}, its turn were [{at}, {at + batch}]"
+            yield f"step {step} consumed positions {row['positions']}, expected [{at}, {at + batch}]"
         at = row["positions"][1]
     if at != campaign.config.train.steps * batch:
         yield f"{at} positions consumed, {campaign.config.train.steps * batch} expected"
@@ -104,14 +104,14 @@ def always_resumable(campaign: Campaign) -> Iterator[str]:
         if event.code not in ENDS[event.strike.whom] and not last_save_failed:
             yield f"strike {number} ({event.strike}): exit code {event.code}"
     if campaign.last_code != 0:
-        yield f"the last attempt left with {campaign.last_code}, see {campaign.struck.with_suffix('.log')}"
+        yield f"the last attempt exited with {campaign.last_code}, see {campaign.struck.with_suffix('.log')}"
 
 
 def newest_is_taken(campaign: Campaign) -> Iterator[str]:
     """Every attempt resumes from the newest checkpoint that was whole after the previous attempt's end."""
     for line, event in _starts(campaign):
         if line["from_step"] != event.newest:
-            yield f"attempt {line['attempt']} went on from {line['from_step']}, the newest whole was {event.newest}"
+            yield f"attempt {line['attempt']} resumed from {line['from_step']}, newest valid {event.newest}"
 
 
 def little_is_lost(campaign: Campaign) -> Iterator[str]:
@@ -122,7 +122,7 @@ def little_is_lost(campaign: Campaign) -> Iterator[str]:
         start = line["from_step"]
         spoilt = {step for past in campaign.events for step in (*past.failed, _step_of(past.damaged)) if step > start}
         if event.reached - start > campaign.every * (2 + len(spoilt)):
-            yield f"attempt {line['attempt']} went on from step {start}, {event.reached - start} steps behind"
+            yield f"attempt {line['attempt']} resumed from step {start}, {event.reached - start} steps behind"
 
 
 def _starts(campaign: Campaign) -> Iterator[tuple[dict[str, Any], Event]]:
@@ -142,7 +142,7 @@ def nothing_is_left_over(campaign: Campaign) -> Iterator[str]:
     """No process outlives its launcher, no uncommitted save outlives the run, every undamaged checkpoint is whole."""
     for number, event in enumerate(campaign.events, 1):
         if event.orphans:
-            yield f"strike {number} ({event.strike}) left processes {list(event.orphans)}"
+            yield f"strike {number} ({event.strike}) left processes {list(event.orphans)} running"
     root = campaign.root(campaign.struck)
     whole = {saved.name: saved for saved in committed(root)}
     for name in open_storage(root).folders():
@@ -159,7 +159,7 @@ def attempts_are_fenced(campaign: Campaign) -> Iterator[str]:
     claimed = {int(match[1]) for name in open_storage(root).list() if (match := CLAIM.fullmatch(name))}
     noted = [line["attempt"] for line in lines_of(campaign.struck / ATTEMPTS)]
     if len(set(noted)) != len(noted):
-        yield f"attempts {sorted(number for number, count in Counter(noted).items() if count > 1)} were made twice"
+        yield f"attempts {sorted(number for number, count in Counter(noted).items() if count > 1)} were started twice"
     if missing := sorted(set(noted) - claimed):
         yield f"attempts {missing} ran without a claim"
     damaged = {event.damaged.partition("/")[0] for event in campaign.events}

@@ -13,7 +13,7 @@ Fault = Literal["", "full", "503", "refuse", "slow", "torn"]
 BLOWS: dict[Whom, int] = {"rank": 4, "launcher": 2, "tree": 2, "stop": 2, "freeze": 1}
 """Weights, out of 11: SIGKILL to a rank, to the launcher, to all; SIGTERM to the launcher; SIGSTOP to a rank."""
 WHEN: dict[When, int] = {"step": 5, "start": 1, "load": 2, "staging": 1, "shard": 2, "commit": 2, "retention": 1}
-"""Weights of the points: anywhere; before the first step; while a checkpoint is read; before a save is staged; while a
+"""Weights of the points: anywhere; before the first step; while reading a checkpoint; before a save is staged; while a
 shard is written; shards written, no manifest yet; manifest written, older checkpoints being removed.
 
 Saves are written and uploaded by a thread of each rank, which is struck together with its rank at the last four points.
@@ -28,14 +28,14 @@ DAMAGE_SHARE = 0.15
 _BLOW = {
     "rank": "SIGKILL to rank {rank}", "launcher": "SIGKILL to the launcher", "tree": "SIGKILL to everything",
     "stop": "SIGTERM to the launcher", "freeze": "SIGSTOP to rank {rank}", "storage": "",
-    "nobody": "nobody struck, the run ended by itself",
+    "nobody": "no strike, the run ended by itself",
 }  # fmt: skip
 _FAULT = {"": "", "full": "the disk is full", "503": "S3 answers 503", "refuse": "S3 refuses connections",
           "slow": "S3 is slow", "torn": "S3 takes half of each upload"}  # fmt: skip
 _POINT = {
-    "step": "at step {step}", "start": "at the start", "load": "while a checkpoint is read",
-    "staging": "before a save from step {step} on", "shard": "within a shard from step {step} on",
-    "commit": "before a manifest from step {step} on", "retention": "after a manifest from step {step} on",
+    "step": "at step {step}", "start": "at the start", "load": "while reading a checkpoint",
+    "staging": "before a save, from step {step}", "shard": "within a shard, from step {step}",
+    "commit": "before a manifest, from step {step}", "retention": "after a manifest, from step {step}",
 }  # fmt: skip
 _DAMAGE = {"": "", "cut": ", then a shard cut short", "flip": ", then a shard with a bit flipped"}
 

@@ -136,7 +136,7 @@ def newest_save(root: str) -> str:
         return "no save"
     names = open_storage(f"{root}/{folders[-1]}").list()
     if MANIFEST in names:
-        return "a whole save"
+        return "a complete save"
     shards = sum(SHARD.fullmatch(name) is not None for name in names)
     others = sorted(name for name in names if not SHARD.fullmatch(name))
     return f"a save of {shards} shards" + (f" and {', '.join(others)}" if others else "") + ", no manifest"

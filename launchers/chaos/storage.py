@@ -148,8 +148,8 @@ class Gate:
         address = urlsplit(os.environ.get(ENDPOINT, ""))
         if address.scheme != "http" or not address.hostname:
             raise ConfigError(
-                f"{ENDPOINT}={os.environ.get(ENDPOINT, '')!r}: a campaign strikes S3 through a proxy before a server "
-                "that speaks plain http; name one (http://host:port), or take checkpoints in a folder"
+                f"{ENDPOINT}={os.environ.get(ENDPOINT, '')!r}: a campaign injects S3 faults through a proxy, which "
+                "needs a plain http endpoint; set http://host:port, or keep checkpoints in a folder"
             )
         self.points: Points = self
         self._proxy = proxy.FaultProxy(address.port or 80, self._happens, address.hostname)
@@ -165,7 +165,7 @@ class Gate:
         self._dealt, self._left = DEALT[fault], MET
         while self._left and not attempt.done:
             if attempt.stuck:
-                raise NodeFault(f"{fault} before S3: no step for {PATIENCE_S:g} s, see {attempt.log}")
+                raise NodeFault(f"fault {fault} on S3: no step for {PATIENCE_S:g} s, see {attempt.log}")
             time.sleep(POLL_S)
         self._left = 0
         return _failed(attempt)

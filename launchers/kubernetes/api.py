@@ -29,8 +29,8 @@ CALL_TIMEOUT_S = 30
 CORE = {"ConfigMap": ("core", "config_map"), "Job": ("batch", "job")}
 REMEDIES = {
     401: "log in to the cluster again",
-    403: "ask for the right to do this in this namespace",
-    404: "it is gone, or the cluster lacks the controller of this kind",
+    403: "ask for this permission in this namespace",
+    404: "it was deleted, or the cluster lacks the controller of this kind",
     409: "stop or delete that one first, or give this run another name with run=FOLDER",
 }
 PASSING = (429, 500, 502, 503, 504)
@@ -111,7 +111,7 @@ def connected() -> Iterator[ApiServer]:
     try:
         from kubernetes import client, config
     except ImportError:
-        raise ConfigError("no Kubernetes client here; pip install 'tessera[kubernetes]', or use --dry-run") from None
+        raise ConfigError("kubernetes is not installed; pip install 'tessera[kubernetes]', or use --dry-run") from None
     try:
         config.load_kube_config(os.environ.get("KUBECONFIG"))  # the client read its default at import
     except config.ConfigException as error:
@@ -131,7 +131,7 @@ def _asked(what: str, call: Any, *arguments: Any, **options: Any) -> Any:
     except ValueError as error:  # newer clients check the fields of core kinds themselves
         raise ConfigError(f"the client refused to {what}: {error}") from None
     except (HTTPError, OSError) as error:
-        raise NodeFault(f"the cluster does not answer: {error}; is it the one that KUBECONFIG means?") from None
+        raise NodeFault(f"the cluster does not answer: {error}; check KUBECONFIG") from None
 
 
 def _told(what: str, error: Any) -> TesseraError:

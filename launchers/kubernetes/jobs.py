@@ -35,7 +35,7 @@ def look(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             return told | _left_behind(record, folder)
         told |= state_of(tree)
         if tree["metadata"].get("deletionTimestamp") and told["state"] in ("queued", "running"):
-            return told | {"state": "running", "why": "asked to stop: saving"}
+            return told | {"state": "running", "why": "stop requested: saving"}
         if told["state"] == "queued" and (why := _waits_for(api, record)):
             told["why"] = why
     return told
@@ -58,7 +58,7 @@ def clear(api: ApiServer, record: Mapping[str, Any]) -> None:
         api.delete(record["kind"], record["namespace"], record["job"])
     while _found(api, record) is not None:
         if time.monotonic() > until:
-            raise NodeFault(f"{record['kind']} {record['job']} has ended, but is still there after {CLEAR_S:g} s")
+            raise NodeFault(f"{record['kind']} {record['job']} has ended, but was not deleted within {CLEAR_S:g} s")
         time.sleep(POLL_S)
 
 
@@ -76,7 +76,7 @@ def output(record: Mapping[str, Any], lines: int, follow: bool) -> Iterator[str]
             if pod.get("status", {}).get("phase", "Pending") != "Pending"
         ]
         if not begun:
-            raise ConfigError(f"no pod of {record['job']} has begun yet, or all are gone; `tessera status` says which")
+            raise ConfigError(f"{record['job']} has no pods yet, or all were deleted; see `tessera status`")
         yield from api.log(record["namespace"], begun[-1], container, lines, follow)
 
 
@@ -120,7 +120,7 @@ def _left_behind(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / END
     if path.is_file() and path.read_text(encoding="utf-8").split() == [record["uid"], "stopped"]:
         return {"state": "stopped"}
-    return {"state": "vanished", "why": "the cluster knows it no more: somebody deleted it; the same command goes on"}
+    return {"state": "vanished", "why": "it was deleted from the cluster; the same command resumes it"}
 
 
 def _waits_for(api: ApiServer, record: Mapping[str, Any]) -> str:

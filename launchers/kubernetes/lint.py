@@ -92,9 +92,9 @@ def _metadata(tree: Tree) -> Iterator[str]:
     hosts = tree["kind"] in ("JobSet", "TrainJob", "RayJob")
     if not (HOST_LABEL if hosts else DNS_LABEL).fullmatch(name):
         first = ", a letter first" if hosts else ""
-        yield f"name={name!r} is no DNS label; use a-z, 0-9 and '-' inside{first}, at most 63"
+        yield f"name={name!r} is not a DNS label; use a-z, 0-9 and '-' inside{first}, at most 63"
     if not DNS_LABEL.fullmatch(namespace):
-        yield f"namespace={namespace!r} is no DNS label; use a-z, 0-9 and '-' inside, at most 63"
+        yield f"namespace={namespace!r} is not a DNS label; use a-z, 0-9 and '-' inside, at most 63"
     metadatas = [metadata, *(template.get("metadata", {}) for template in pods(tree))]
     for key, value in [pair for part in metadatas for pair in part.get("labels", {}).items()]:
         if not LABEL_KEY.fullmatch(key) or not LABEL_VALUE.fullmatch(str(value)):
@@ -106,11 +106,11 @@ def _pod(template: Tree) -> Iterator[str]:
     pod = template["spec"]
     volumes = [volume["name"] for volume in pod.get("volumes", [])]
     if len(set(volumes)) < len(volumes):
-        yield f"volumes {sorted(volumes)}: a name stands twice"
+        yield f"volumes {sorted(volumes)}: a name occurs twice"
     for volume in pod.get("volumes", []):
         claim = volume.get("persistentVolumeClaim", {}).get("claimName")
         if not DNS_LABEL.fullmatch(volume["name"]) or (claim is not None and not DNS_NAME.fullmatch(claim)):
-            yield f"claim {claim or volume['name']!r} is no DNS label; use a-z, 0-9 and '-' inside, at most 63"
+            yield f"claim {claim or volume['name']!r} is not a DNS label; use a-z, 0-9 and '-' inside, at most 63"
     for container in pod["containers"]:
         yield from _image(container)
         yield from _environment(container)
@@ -121,18 +121,18 @@ def _pod(template: Tree) -> Iterator[str]:
             if mount["name"] not in volumes:
                 yield f"mount {mount['name']!r} has no volume of that name"
             if not mount["mountPath"].startswith("/") or ":" in mount["mountPath"]:
-                yield f"mountPath={mount['mountPath']!r} is no absolute path"
+                yield f"mountPath={mount['mountPath']!r} is not an absolute path"
         if len({mount["mountPath"] for mount in mounts}) < len(mounts):
             yield "two volumes are mounted at one path; give each its own"
     reference = pod.get("serviceAccountName")
     if reference is not None and not DNS_NAME.fullmatch(reference):
-        yield f"service account {reference!r} is no DNS name"
+        yield f"service account {reference!r} is not a DNS name"
 
 
 def _image(container: Tree) -> Iterator[str]:
     tag = container["image"].rpartition("/")[2].partition(":")[2]
     if not tag or tag == "latest":
-        yield f"image={container['image']!r} names no version; add a tag other than latest, or a digest"
+        yield f"image={container['image']!r} has no version; add a tag other than latest, or a digest"
 
 
 def _environment(container: Tree) -> Iterator[str]:
@@ -140,9 +140,9 @@ def _environment(container: Tree) -> Iterator[str]:
     names = [entry["name"] for entry in container.get("env", [])]
     for name in names:
         if not ENV_NAME.fullmatch(name):
-            yield f"env {name!r} is no name of a variable"
+            yield f"env {name!r} is not a variable name"
         if names.count(name) > 1:
-            yield f"env {name!r} is set twice; it is one that is given to every run, leave it out"
+            yield f"env {name!r} is set twice; tessera sets it for every run, leave it out"
     for entry in container.get("env", []):
         value = entry.get("value", "")
         if value and not value.startswith("/") and CREDENTIAL_NAME.search(entry["name"]):  # a path is no credential
@@ -150,7 +150,7 @@ def _environment(container: Tree) -> Iterator[str]:
     for source in container.get("envFrom", []):
         name = source.get("secretRef", {}).get("name", "")
         if not DNS_NAME.fullmatch(name):
-            yield f"secret {name!r} is no DNS name"
+            yield f"secret {name!r} is not a DNS name"
 
 
 def _resources(container: Tree, pod: Tree) -> Iterator[str]:
@@ -164,16 +164,16 @@ def _resources(container: Tree, pod: Tree) -> Iterator[str]:
         yield f"limits {limits} and requests {requests} must be equal, with cpu and memory in them"
     for name, amount in limits.items():
         if not QUANTITY.fullmatch(str(amount)):
-            yield f"{name}={amount!r} is no quantity such as 8, 500m, 32Gi"
+            yield f"{name}={amount!r} is not a quantity such as 8, 500m, 32Gi"
         elif name not in ("cpu", "memory", "ephemeral-storage") and not str(amount).isdigit():
-            yield f"{name}={amount!r}: devices come in whole numbers"
+            yield f"{name}={amount!r}: devices must be a whole number"
         if not LABEL_KEY.fullmatch(name):
             yield f"resource {name!r}: a name such as nvidia.com/gpu or rdma/hca is needed"
     for volume in pod.get("volumes", []):
         size = volume.get("emptyDir", {}).get("sizeLimit")
         if volume.get("emptyDir", {}).get("medium") == "Memory":
             if size is None or not QUANTITY.fullmatch(str(size)):
-                yield f"volume {volume['name']!r}: sizeLimit={size!r} is no quantity such as 8Gi"
+                yield f"volume {volume['name']!r}: sizeLimit={size!r} is not a quantity such as 8Gi"
             elif QUANTITY.fullmatch(str(limits.get("memory"))) and amount_of(size) > amount_of(limits["memory"]):
                 yield f"shared memory {size} counts as memory and is more than its limit {limits['memory']}"
 
@@ -182,22 +182,22 @@ def _command(container: Tree, pod: Tree) -> Iterator[str]:
     """Check that signals reach the program and that the grace period is long enough for a save."""
     command = list(container.get("command", []))
     if command and command[0] in SHELLS:
-        yield f"command starts with {command[0]!r}, which keeps signals to itself; name the program"
+        yield f"command starts with {command[0]!r}, which does not forward signals; start the program directly"
     grace = pod.get("terminationGracePeriodSeconds", 30)
     leads = [int(entry["value"]) for entry in container.get("env", []) if entry["name"] == LEAD_VARIABLE]
     if leads and leads[0] >= grace:
-        yield f"terminationGracePeriodSeconds={grace} is over before the {leads[0]} s that a step and a save may take"
+        yield f"terminationGracePeriodSeconds={grace} is shorter than the {leads[0]} s that a step and a save may take"
 
 
 def _job(job: Tree, kind: str) -> Iterator[str]:
     """Check a batch job and its rules for failed pods."""
     pod, policy = job["template"]["spec"], job.get("podFailurePolicy")
     if pod.get("restartPolicy") not in (("Never",) if policy else ("Never", "OnFailure")):
-        yield f"restartPolicy={pod.get('restartPolicy')!r}: rules for failed pods need Never"
+        yield f"restartPolicy={pod.get('restartPolicy')!r}: podFailurePolicy needs Never"
     if job.get("completionMode") == "Indexed" and job.get("completions") != job.get("parallelism"):
         yield f"completions={job.get('completions')} and parallelism={job.get('parallelism')} must be the same number"
     if kind != "Job" and job.get("backoffLimit") != 0:
-        yield f"backoffLimit={job.get('backoffLimit')}: the nodes of a run go on together or not at all, it must be 0"
+        yield f"backoffLimit={job.get('backoffLimit')}: must be 0, as the nodes of a run restart together"
     names = {container["name"] for container in pod["containers"]}
     for rule in policy["rules"] if policy else []:
         codes = rule.get("onExitCodes")
@@ -215,7 +215,7 @@ def _replicated(tree: Tree) -> Iterator[str]:
         last = job["template"]["spec"].get("completions", 1) - 1
         longest = f"{name}-{job['name']}-{job.get('replicas', 1) - 1}-{last}-abcde"
         if not HOST_LABEL.fullmatch(longest):
-            yield f"its pods would be called {longest!r}, which is no DNS label of at most 63; take a shorter name"
+            yield f"pod name {longest!r} is not a DNS label of at most 63; use a shorter name"
         first = f"{name}-{job['name']}-0-0.{spec.get('network', {}).get('subdomain', name)}"
         for container in job["template"]["spec"]["template"]["spec"]["containers"]:
             told = [entry.get("value") for entry in container.get("env", []) if entry["name"] == "MASTER_ADDR"]
@@ -235,16 +235,16 @@ def _replicated(tree: Tree) -> Iterator[str]:
 def _ray_job(tree: Tree) -> Iterator[str]:
     spec, name = tree["spec"], tree["metadata"]["name"]
     if len(name) > LONGEST_RAY_JOB:
-        yield f"name={name!r} is longer than the {LONGEST_RAY_JOB} letters that KubeRay leaves for it"
+        yield f"name={name!r} is longer than the {LONGEST_RAY_JOB} characters that KubeRay allows"
     if spec.get("submissionMode", "K8sJobMode") not in SUBMISSION_MODES:
         yield f"submissionMode={spec['submissionMode']!r} is none of {sorted(SUBMISSION_MODES)}"
     if not spec.get("entrypoint"):
-        yield "there is no entrypoint"
+        yield "entrypoint is missing"
     if not spec.get("shutdownAfterJobFinishes"):
-        yield "shutdownAfterJobFinishes must be true: else its nodes stay when it is done, and no queue can suspend it"
+        yield "shutdownAfterJobFinishes must be true: otherwise its nodes outlive the job, and no queue can suspend it"
     cluster = spec["rayClusterSpec"]
     if cluster.get("authOptions", {}).get("mode") != "token" or not cluster.get("rayVersion"):
-        yield "authOptions.mode must be token, with rayVersion: Ray asks for one, and who needs none may run code there"
+        yield "authOptions.mode must be token, with rayVersion: without a token anyone on the network can run code"
     groups = cluster.get("workerGroupSpecs", [])
     for group in groups:
         if len({group.get(key) for key in ("replicas", "minReplicas", "maxReplicas")}) > 1:
@@ -259,7 +259,7 @@ def _train_job(tree: Tree) -> Iterator[str]:
     env = [entry["name"] for entry in tree["spec"].get("trainer", {}).get("env", [])]
     reserved = [name for name in env if name.startswith("PET_")]
     if reserved:
-        yield f"env {reserved} is what the torch policy sets itself"
+        yield f"env {reserved} is set by the torch policy; leave it out"
 
 
 BY_KIND: dict[str, Callable[[Tree], Iterator[str]]] = {
@@ -308,7 +308,7 @@ def amount_of(quantity: str | int) -> float:
     """Convert a quantity to a number (bytes or cores). Raises ConfigError if it is invalid."""
     matched = QUANTITY.fullmatch(str(quantity))
     if matched is None:
-        raise ConfigError(f"{quantity!r} is no quantity such as 8, 500m, 32Gi")
+        raise ConfigError(f"{quantity!r} is not a quantity such as 8, 500m, 32Gi")
     number, unit = float(matched[1]), matched[2] or ""
     if unit == "m":
         return number / 1000

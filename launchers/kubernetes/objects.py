@@ -58,7 +58,7 @@ def _check_storage(spec: RunSpec, cluster: KubernetesCluster) -> None:
         if "://" not in path and not any(place.is_relative_to(volume) for volume in volumes):
             mounted = ", ".join(map(str, volumes)) or "nothing"
             raise ConfigError(
-                f"{path} would be {place} in a pod, where no volume is mounted ({mounted} is): it would be lost with "
+                f"{path} would be {place} in a pod, outside of the mounted volumes ({mounted}): it would be lost with "
                 "the pod. Add a volume claim to `claims:`, or give an s3:// address"
             )
 

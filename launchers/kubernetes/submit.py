@@ -94,4 +94,4 @@ def _take_back(api: ApiServer, trees: Sequence[Tree], token: str) -> None:
         except TesseraError as error:
             left.append(f"kubectl delete {kind.lower()} {metadata['name']} -n {metadata['namespace']} ({error})")
     if left:
-        raise NodeFault("a part of the submission may stand, and could not be taken back: " + "; ".join(left))
+        raise NodeFault("submission failed, and these objects could not be deleted: " + "; ".join(left))

@@ -68,7 +68,7 @@ def cluster_of(gpu: str, nodes: int, per_node: int, network_gbits: float | None 
         known = [*GPUS, CPU]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         raise ConfigError(
-            f"--gpu {gpu} is not known" + (f"; did you mean {near[0]!r}?" if near else ";") + f" use {', '.join(known)}"
+            f"--gpu {gpu} is unknown" + (f"; did you mean {near[0]!r}?" if near else ";") + f" use {', '.join(known)}"
         )
     network = device.network * (per_node if device.on_gpu else 1)
     return Cluster(device, nodes, per_node, network if network_gbits is None else network_gbits * GIGA / 8)

@@ -106,7 +106,7 @@ def check_batch(config: RunConfig, world: int) -> tuple[int, int]:
     """Return (micro-batch, accumulation). Raise ConfigError if the batch does not divide among `world` ranks."""
     if world > config.train.global_batch:
         raise ConfigError(
-            f"{world} processes are more than train.global_batch={config.train.global_batch} has samples; use at most "
+            f"{world} processes exceed train.global_batch={config.train.global_batch}; use at most "
             f"{config.train.global_batch}, or a global batch that is a multiple of {world}"
         )
     try:
@@ -188,11 +188,11 @@ def first_limit(plan: RunPlan, best: RunPlan | None) -> str:
     """Return what limits the run first: memory, the batch, or the largest part of the step."""
     if plan.margin < 0:
         return (
-            "memory: see the advice" if best else "memory, at every stage and micro-batch: take more or larger devices"
+            "memory: see the advice" if best else "memory, at every stage and micro-batch: use more or larger devices"
         )
     if plan.micro * plan.accumulation == 1 and plan.cluster.world > 1:
-        return "the batch: a sample a device; more devices need a larger train.global_batch"
-    names = {"products": "arithmetic", "memory": "the rate of memory", "network": "the network"}
+        return "the batch: one sample per device; more devices need a larger train.global_batch"
+    names = {"products": "arithmetic", "memory": "memory bandwidth", "network": "the network"}
     return f"{names[plan.paces[1].bound_by]}: the largest part of the step"
 
 

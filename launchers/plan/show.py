@@ -30,14 +30,14 @@ def _table(plan: RunPlan, best: RunPlan | None) -> Table:
     table.add_section()
     for item in sorted(plan.memory.items, key=lambda item: -item.bytes):
         table.add_row(f"  {item.what}", f"{gib(item.bytes)}  ({item.kind})")
-    table.add_row("memory a device", memory_line(plan))
+    table.add_row("memory per device", memory_line(plan))
     table.add_section()
     table.add_row("FLOPs", _flops_line(plan))
     for transfer in (one for one in plan.transfers if one.bytes):
-        passed = f"{transfer.kind} of {unit(transfer.bytes, 'B')}, {transfer.times} a step"
+        passed = f"{transfer.kind} of {unit(transfer.bytes, 'B')}, {transfer.times} per step"
         table.add_row(f"  {transfer.what}", passed)
-    leaves = f", {unit(plan.sent_per_node, 'B')} leave a node" if cluster.nodes > 1 else ""
-    table.add_row("traffic a step", f"{unit(plan.sent_per_rank, 'B')} from each rank{leaves}")
+    leaves = f", {unit(plan.sent_per_node, 'B')} sent per node" if cluster.nodes > 1 else ""
+    table.add_row("traffic per step", f"{unit(plan.sent_per_rank, 'B')} sent per rank{leaves}")
     table.add_section()
     for name, text in _time_rows(plan):
         table.add_row(name, text)
@@ -47,17 +47,19 @@ def _table(plan: RunPlan, best: RunPlan | None) -> Table:
 
 def memory_line(plan: RunPlan) -> str:
     """Return used and available memory, the error and the margin, rather than a bare yes or no."""
-    text = f"{gib(plan.memory.used)} of {gib(plan.cluster.memory)}, off by {gib(plan.memory.error)} at most"
+    text = f"{gib(plan.memory.used)} of {gib(plan.cluster.memory)}, error at most {gib(plan.memory.error)}"
     if plan.margin >= 0:
-        return f"{text}: {gib(plan.margin)} are left even then"
+        return f"{text}: {gib(plan.margin)} left in the worst case"
     short = plan.memory.used - plan.memory.error - plan.cluster.memory
     return f"{text}: {'more than there is' if short > 0 else 'may or may not be enough'}"
 
 
 def _flops_line(plan: RunPlan) -> str:
-    a_token = f", {unit(plan.sample_flops / plan.tokens, '')} a token" if plan.tokens else ""
+    a_token = f", {unit(plan.sample_flops / plan.tokens, '')} per token" if plan.tokens else ""
     forward = unit(plan.forward_flops, "")
-    return f"{unit(plan.sample_flops, '')} a sample (forward {forward}){a_token}, {unit(plan.step_flops, '')} a step"
+    return (
+        f"{unit(plan.sample_flops, '')} per sample (forward {forward}){a_token}, {unit(plan.step_flops, '')} per step"
+    )
 
 
 def _time_rows(plan: RunPlan) -> list[tuple[str, str]]:
@@ -67,10 +69,10 @@ def _time_rows(plan: RunPlan) -> list[tuple[str, str]]:
     days = sorted(plan.days)
     return [
         ("step", f"{usual.step:.3g} s, between {fast.step:.3g} and {slow.step:.3g}"),
-        ("  of it", f"{parts} ({usual.exposed:.3g} of it waited for)"),
+        ("  of it", f"{parts} ({usual.exposed:.3g} of it exposed)"),
         ("samples/s", f"{batch / usual.step:.4g}, between {batch / slow.step:.4g} and {batch / fast.step:.4g}"),
-        ("share of the peak", " ".join(f"{100 * share:.1f}" for share in plan.mfu) + " % (low, usual, high)"),
-        ("days to finish", f"{days[1]:.3g}, between {days[0]:.3g} and {days[2]:.3g}; saves and waiting not counted"),
+        ("MFU", " ".join(f"{100 * share:.1f}" for share in plan.mfu) + " % (low, usual, high)"),
+        ("days to finish", f"{days[1]:.3g}, between {days[0]:.3g} and {days[2]:.3g}; without saves and stalls"),
     ]
 
 
@@ -84,12 +86,12 @@ def notes(plan: RunPlan, best: RunPlan | None) -> list[str]:
         *not_counted(plan),
         f"States: {gib(own)}, weights in float32, of which autocast makes copies; in bf16 with a float32 master, as "
         f"textbooks have it, {gib(states_bytes(size, world, stage))}.",
-        f"Memory may be off by: {kinds}; all but the fixed part was measured, on a CPU.",
+        f"Errors of memory: {kinds}; all but the fixed part were measured, on a CPU.",
     ]
     if plan.cluster.device.on_gpu:
-        lines.append("Times on GPUs lie between shares that published runs reached; this code never ran on one.")
+        lines.append("Times on GPUs assume the MFU of published runs; this code was never timed on one.")
     else:
-        lines.append("This machine's arithmetic and memory were timed just now; its processes are to share them alone.")
+        lines.append("This machine's arithmetic and memory were timed just now; give them to its processes alone.")
     return lines
 
 
@@ -97,21 +99,21 @@ def not_counted(plan: RunPlan) -> list[str]:
     """Return what makes this run's steps differ from the planned one."""
     lines = []
     if getattr(plan.config.task, "packing", False):
-        lines.append("Counted with a row a sample; packing needs fewer rows, by how much depends on the captions.")
+        lines.append("Counted with one row per sample; packing needs fewer rows, depending on the captions.")
     if plan.traced.later:
-        lines.append(f"Counted as the run begins; later on the {' and the '.join(plan.traced.later)} computes too.")
+        lines.append(f"Counted at the start of the run; later the {' and the '.join(plan.traced.later)} computes too.")
     return lines
 
 
 def advice_line(plan: RunPlan, best: RunPlan | None) -> str:
     """Return the advice, as overrides that can be appended to the command."""
     if best is None:
-        return "Advice: no stage and no micro-batch has a margin here."
+        return "Advice: no ZeRO stage and micro-batch fits with a margin."
     text = f"train.zero_stage={best.config.train.zero_stage} train.micro_batch={best.micro}"
     if best.config.train.recompute != plan.config.train.recompute:
         text += f" train.recompute={str(best.config.train.recompute).lower()}"
     same = best.config.train.zero_stage == plan.config.train.zero_stage and best.micro == plan.micro
-    gain = "as it is" if same else f"{plan.paces[1].step / best.paces[1].step:.2f} times as fast"
+    gain = "the current setting" if same else f"{plan.paces[1].step / best.paces[1].step:.2f} times as fast"
     left = f"{gib(best.memory.used)} of memory, {gib(best.margin)} left with the error"
     return f"Advice: {text} ({best.accumulation} accumulated): {gain}, {left}."
 

@@ -190,7 +190,7 @@ class Stock:
 
     def strike(self, strike: Strike) -> str:
         if not moment(strike, self.attempt, self.points, EVERY):
-            return "the run was done before it"
+            return "the run finished first"
         family = self.attempt.family()
         hit(strike, self.attempt, family)
         hung = False

@@ -20,7 +20,7 @@ def fault(cause: str, rank: int, time: float, why: str = "") -> dict[str, Any]:
         ([(1, -9)], [fault("node", 0, 5.0, "lost a peer")], 70, "node", "rank 1 was killed by SIGKILL"),
         ([(0, 70), (1, -11)], [], 70, "node", "rank 1 was killed by SIGSEGV"),
         ([(0, 1)], [fault("node", 1, 5.1), fault("user code", 0, 5.0)], 70, "user code", "user code of 0"),
-        ([(0, 1)], [], 70, "user code", "rank 0 left with code 1"),
+        ([(0, 1)], [], 70, "user code", "rank 0 exited with code 1"),
         ([(1, 70)], [fault("node", 1, 5.0, "rank 0 hangs")], 70, "node", "rank 0 hangs"),
         ([(1, 70)], [fault("user code", 1, 5.0, "loss nan")], 70, "user code", "loss nan"),
         ([(1, -9)], [fault("node", 0, 5.0, "rank 1 is silent") | {"blamed": [1]}], 70, "node", "rank 1 is silent"),

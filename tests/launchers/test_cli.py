@@ -99,7 +99,7 @@ def test_the_version_is_told_without_torch() -> None:
         (["train", "nowhere.yaml"], "no such configuration file"),
         (["launch", "local", RECIPE, "--procs-per-node", "3"], "global_batch=256 is not divisible by 3 ranks"),
         (["launch", "local", RECIPE, "--nodes", "2"], "--master-addr"),
-        (["launch", "local", RECIPE, "--node-rank", "1"], "they count from 0"),
+        (["launch", "local", RECIPE, "--node-rank", "1"], "is outside of 0.."),
         (["launch", "slurm", RECIPE, "--procs-per-node", "16"], "more than gpus_per_node=8"),
         (["status", "runs/nowhere"], "give the folder"),
         (["stop", "runs/nowhere"], "no launcher of this run is running"),
@@ -241,7 +241,7 @@ def test_a_training_process_leaves_with_its_code_whatever_its_threads_are_doing(
         (
             ["generate", "RUN", "--prompt", "x"],
             "pretrain.generate.load_trained",
-            "the images whose paths are printed are written, no other",
+            "only the images with printed paths are written",
         ),
         (["checkpoint", "export", "RUN", "OUT"], "pretrain.checkpoint.verbs.load_weights", "OUT was not written"),
         (
@@ -249,7 +249,7 @@ def test_a_training_process_leaves_with_its_code_whatever_its_threads_are_doing(
             "pretrain.checkpoint.verbs.read_layout",
             "OUT was not",
         ),
-        (["plan", RECIPE], "launchers.plan.make.make_plan", "files are written whole or not at all"),
+        (["plan", RECIPE], "launchers.plan.make.make_plan", "files are written atomically"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )

@@ -247,7 +247,7 @@ def test_an_option_of_one_letter_keeps_its_one_dash() -> None:
 
 @pytest.mark.parametrize("option", ["", "--", "=x", "; touch owned", "2", "$(x)"])
 def test_an_option_that_is_none_is_refused(option: str) -> None:
-    with pytest.raises(ConfigError, match="is no option of sbatch"):
+    with pytest.raises(ConfigError, match="is not an option of sbatch"):
         script(site(options=[option]))
 
 
@@ -268,7 +268,7 @@ def test_an_empty_array_of_seeds_is_refused() -> None:
 
 @pytest.mark.parametrize("address", ["", " ", "a b", "host\n", "host\0", "\ud800"])
 def test_an_address_of_node_0_is_one_word(address: str) -> None:
-    with pytest.raises(ConfigError, match="--master-addr .* is no name or address"):
+    with pytest.raises(ConfigError, match="--master-addr .* is not a host name or address"):
         check_rendezvous(1, 0, address, 0)
 
 
@@ -340,5 +340,5 @@ def test_any_text_is_one_line_or_one_value(text: str) -> None:
 @pytest.mark.parametrize("text", ["a\0b", "\udcff"])
 def test_what_no_command_line_can_hold_is_refused(text: str) -> None:
     for put in (quoted, kubelet, lambda value: directive("comment", value)):
-        with pytest.raises(ConfigError, match=r"zero byte or is no UTF-8"):
+        with pytest.raises(ConfigError, match=r"zero byte or is not UTF-8"):
             put(text)

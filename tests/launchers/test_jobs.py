@@ -170,13 +170,13 @@ def test_time_limits_are_read_as_slurm_reads_them(limit: str, seconds: int) -> N
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("24:00:00", 'write time_limit: "24:00:00", or "86400" for as many minutes'),
+        ("24:00:00", 'write time_limit: "24:00:00", or "86400" for minutes'),
         ("1:30:00", 'write time_limit: "1:30:00", or "5400"'),
-        ("90", 'write time_limit: "0:01:30", or "90" for as many minutes'),
-        ("24h", "no time limit of Slurm"),
-        ("1.5", "no time limit of Slurm"),
-        ('"1:"', "no time limit of Slurm"),
-        ("yes", "no time limit of Slurm"),
+        ("90", 'write time_limit: "0:01:30", or "90" for minutes'),
+        ("24h", "not a time limit of Slurm"),
+        ("1.5", "not a time limit of Slurm"),
+        ('"1:"', "not a time limit of Slurm"),
+        ("yes", "not a time limit of Slurm"),
     ],
 )
 def test_a_time_limit_that_yaml_turns_into_a_number_is_explained(written: str, said: str, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_sbatch_that_hangs_is_a_node_fault_that_names_the_way_out(
 ) -> None:
     monkeypatch.setattr("launchers.slurm_jobs.TOOL_TIMEOUT_S", 0.3)
     tool("sbatch", "exec sleep 60")
-    with pytest.raises(NodeFault, match=r"sbatch did not come back within 0.3 s.*`squeue --me --name=run`"):
+    with pytest.raises(NodeFault, match=r"sbatch did not return within 0.3 s.*`squeue --me --name=run`"):
         slurm.submit(step(tmp_path / "run"))
 
 
@@ -276,7 +276,7 @@ SECOND_FAILS = (
 @pytest.mark.parametrize(
     ("scancel", "said"),
     [
-        ('echo "$@" > "$0.calls"', "job 7 taken back: nothing of this is left in the queue"),
+        ('echo "$@" > "$0.calls"', "job 7 cancelled: no job of this launch is left in the queue"),
         (
             "echo 'Socket timed out' >&2; exit 1",
             "job 7 may be left in the queue (Socket timed out); once Slurm answers",
@@ -301,7 +301,7 @@ def test_a_job_whose_number_cannot_be_noted_is_taken_back(
     tool("scancel", 'echo "$@" > "$0.calls"')
     with pytest.raises(DataError, match="/run: File exists"):
         slurm.submit(step(tmp_path / "run"))
-    assert (tmp_path / "bin/scancel.calls").read_text() == "7\n" and "job 7 taken back" in capsys.readouterr().err
+    assert (tmp_path / "bin/scancel.calls").read_text() == "7\n" and "job 7 cancelled" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

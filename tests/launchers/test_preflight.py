@@ -113,7 +113,7 @@ def config(material: Material, tmp_path: Path) -> Path:
     return recipe(electra(material, tmp_path / "run"), tmp_path / "run.yaml")
 
 
-# ------------------------------------------------------------------------------------------- all is well
+# ------------------------------------------------------------------------------------------- no findings
 
 
 def test_a_healthy_machine_passes_and_nothing_is_left_behind(config: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_healthy_machine_passes_and_nothing_is_left_behind(config: Path, tmp_p
     assert code == 0, text
     for check in ("clock", "program", "data", "storage", "disk", "health", "matmul", "all-reduce", "barrier", "link"):
         assert f" {check} " in text
-    assert "FAILED" not in text and "2 of 2 ranks on 1 hosts" in text and "all is well" in text
+    assert "FAILED" not in text and "2 of 2 ranks on 1 hosts" in text and "no findings" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
 
 
@@ -226,9 +226,9 @@ def test_a_rank_that_stops_on_the_way_is_named_and_not_waited_for(frozen: int, c
     assert code == 70, text
     if frozen == 1:
         assert ("join", [1]) in blamed(text)
-        assert "rank 1 does not come, it was last seen at 'storage'" in text
+        assert "rank 1 is missing, last seen at 'storage'" in text
     else:
-        assert "look at the node of rank 0" in text
+        assert "check the node of rank 0" in text
 
 
 def state_of(process: "subprocess.Popen[str]") -> str:

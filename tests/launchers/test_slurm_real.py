@@ -181,7 +181,7 @@ def test_the_node_of_a_rank_that_died_is_left_out_from_then_on(story: Story) -> 
     blamed = struck["before"].split()[1]
     assert story.after["preemption"]["ExcNodeList"] == "(null)" and struck["ExcNodeList"] == blamed
     assert blamed not in struck["now"] and blamed not in story.after["the time limit"]["now"]
-    assert f"rank 1 was killed by SIGKILL; back into the queue without {blamed}" in story.output
+    assert f"rank 1 was killed by SIGKILL; requeued without {blamed}" in story.output
 
 
 def test_a_job_whose_node_is_lost_goes_on_with_another_one(story: Story) -> None:
@@ -305,8 +305,8 @@ def test_a_pipeline_whose_last_step_is_refused_leaves_nothing_in_the_queue(site:
     steps = [{"target": str(first)}, {"target": str(second), "cluster": str(elsewhere)}]
     done = tessera("launch", "slurm", recipe({"steps": steps}, desk.folder / "p.yaml"), "--cluster", desk.place())
     assert done.returncode == 64 and "invalid partition" in done.stdout
-    assert f"job {job_of(run)['job']} taken back" in done.stdout
-    wait_until(lambda: state_of(run) == "cancelled", "the first step is not taken back")
+    assert f"job {job_of(run)['job']} cancelled" in done.stdout
+    wait_until(lambda: state_of(run) == "cancelled", "the first step is not cancelled")
 
 
 def test_a_controller_that_nobody_reaches_is_a_fault_of_a_node(
@@ -331,7 +331,7 @@ def test_what_a_controller_that_froze_may_have_taken_is_said_and_true(site: Site
     assert f"once Slurm answers: scancel {job_of(run)['job']}" in done.stdout
     assert "`squeue --me --name=during` is empty" in done.stdout
     site.tool("scancel", job_of(run)["job"])
-    wait_until(lambda: state_of(run) == "cancelled", "the first step is not taken back")
+    wait_until(lambda: state_of(run) == "cancelled", "the first step is not cancelled")
     (left,) = site.tool("squeue", "--me", "--noheader", "--format=%i", "--name=during").split()
     site.tool("scancel", left)
 
@@ -375,7 +375,7 @@ def test_a_job_is_known_after_the_controller_forgot_it(
     assert (told["state"], told["exit_code"], "slurm_state" in told) == ("stopped", 75, False)
     (story.run / "job.end").unlink()
     vanished = tessera("status", story.run)
-    assert vanished.returncode == 70 and "Slurm knows it no more" in vanished.stdout
+    assert vanished.returncode == 70 and "Slurm no longer lists it" in vanished.stdout
 
 
 def test_preflight_may_be_started_by_srun(site: Site, tmp_path: Path) -> None:

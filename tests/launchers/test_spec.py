@@ -157,8 +157,8 @@ def test_a_step_has_a_place_and_a_size_of_its_own(tmp_path: Path) -> None:
     [
         ([], "`steps:` is empty"),
         ([{"target": BUILD}, {"target": BUILD}], "two steps are called 'build-mine'"),
-        ([{"target": BUILD, "after": ["train"]}], "waits for 'train', which is none of the steps above"),
-        ([{"target": TRAIN}, {"target": TRAIN, "name": "again"}], "keep their records in the same runs/clip-vit-b-32"),
+        ([{"target": BUILD, "after": ["train"]}], "waits for 'train', which is not an earlier step"),
+        ([{"target": TRAIN}, {"target": TRAIN, "name": "again"}], "use the same run folder runs/clip-vit-b-32"),
         ([{"target": BUILD, "worker": 3}], "unknown key"),
     ],
 )

@@ -275,9 +275,9 @@ def test_what_a_step_above_writes_counts_as_there(tmp_path: Path, monkeypatch: p
     steps = [build, vocab, train, export, again]
     check_paths(pipeline(tmp_path, *steps))
     for missing in (build, vocab, train, export):
-        with pytest.raises(ConfigError, match=r"reads .* which is not there and which no step above writes"):
+        with pytest.raises(ConfigError, match=r"reads .* which does not exist and no earlier step writes"):
             check_paths(pipeline(tmp_path, *[step for step in steps if step is not missing]))
-    with pytest.raises(ConfigError, match="no step above writes"):
+    with pytest.raises(ConfigError, match="no earlier step writes"):
         check_paths(pipeline(tmp_path, vocab, build, train))
     relative = pipeline(tmp_path, build_step(tmp_path, "made"), vocab, train)
     monkeypatch.chdir(tmp_path)

@@ -66,7 +66,7 @@ def test_a_rank_that_is_stopped_is_blamed_and_the_run_starts_again_by_itself(
     blaming = [fault for fault in faults_of(run) if "blamed" in fault]
     assert [fault["blamed"] for fault in blaming] == [[rank]]
     assert "its state is T (stopped)" in blaming[0]["why"]
-    assert f"cause node: rank {rank} (host" in output and "starting again" in output
+    assert f"cause node: rank {rank} (host" in output and "restarting" in output
     for number in (0, 1):
         stacks = (run / "faults" / f"attempt-00000.rank-{number:05d}.txt").read_text()
         assert "most recent call first" in stacks and "in train" in stacks
@@ -212,6 +212,6 @@ def test_numbers_that_blow_up_stop_the_run_and_no_other_attempt_is_made(material
     done = finish(two_ranks(recipe(tree, tmp_path / "run.yaml"), "--restarts", "3"))
     assert done.returncode == 70, done.stdout[-3000:]
     assert TRACEBACK not in done.stdout
-    assert "cause user code: TrainingFault: step" in done.stdout and "starting again" not in done.stdout
+    assert "cause user code: TrainingFault: step" in done.stdout and "restarting" not in done.stdout
     assert {row["attempt"] for row in rows_of(run)} == {0}
     assert {fault["cause"] for fault in faults_of(run)} <= {"user code", "node"}

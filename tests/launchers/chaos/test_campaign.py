@@ -44,7 +44,7 @@ def test_a_folder_that_is_no_campaign_s_is_left_alone(material: Material, tmp_pa
     clear(campaign)
     assert [path.name for path in home.iterdir()] == ["chaos.json"]
     (home / "chaos.json").rename(home / "thesis.txt")
-    with pytest.raises(ConfigError, match="no campaign's folder"):
+    with pytest.raises(ConfigError, match="not a campaign's folder"):
         clear(campaign)
     assert (home / "thesis.txt").exists()
 

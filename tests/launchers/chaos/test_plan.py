@@ -29,6 +29,6 @@ def test_the_storage_is_struck_with_what_it_can_be_struck_with_and_nobody_else_t
 
 def test_every_strike_can_be_said() -> None:
     said = {str(strike) for strike in plan(0, 3000, 20, 2, (*FAULTS_OF_DISK, *FAULTS_OF_S3))}
-    assert "SIGKILL to rank 1 before a manifest from step 5 on, then a shard cut short" in said
+    assert "SIGKILL to rank 1 before a manifest, from step 5, then a shard cut short" in said
     assert "the disk is full at step 7" in said and "S3 takes half of each upload at the start" in said
     assert not any("{" in line for line in said)

@@ -78,14 +78,14 @@ def test_drafts_that_come_and_go_as_they_are_looked_for_are_no_error(root: Path)
 
 def test_what_stands_of_the_newest_save_is_said(root: Path, tmp_path: Path) -> None:
     assert newest_save(str(tmp_path / "nothing")) == "no save"
-    assert newest_save(str(root)) == "a whole save"
+    assert newest_save(str(root)) == "a complete save"
     happens(root / NOW, "+r00000")
     happens(root / NOW, "r00000.safetensors")
     assert newest_save(str(root)) == "a save of 1 shards, no manifest"
     happens(root / NOW, "index.json")
     assert newest_save(str(root)) == "a save of 1 shards and index.json, no manifest"
     happens(root / NOW, "MANIFEST.json")
-    assert newest_save(str(root)) == "a whole save"
+    assert newest_save(str(root)) == "a complete save"
 
 
 def test_lines_come_once_and_a_torn_one_is_left_to_who_cuts_it(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_stop_waits_for_the_pods_that_save(kind: str, server: CheckingServer, tm
     stopping = threading.Thread(target=lambda: told.update(stop_run(run, timeout_s=60)))
     stopping.start()
     wait_for(lambda: any(method == "DELETE" for method, _ in server.asked))
-    assert run_status(run)["why"] == "asked to stop: saving"
+    assert run_status(run)["why"] == "stop requested: saving"
     assert stopping.is_alive()
     server.let_go()
     stopping.join(timeout=30)
@@ -202,7 +202,7 @@ def begun(server: CheckingServer, name: str, kind: str, log: str, pod: int = 0, 
 
 def test_logs_are_what_rank_0_writes(server: CheckingServer, tmp_path: Path) -> None:
     run, index = submitted("JobSet", tmp_path), "batch.kubernetes.io/job-completion-index"
-    with pytest.raises(ConfigError, match="no pod of clip-vit-b-32 has begun yet"):
+    with pytest.raises(ConfigError, match="clip-vit-b-32 has no pods yet"):
         list(metric_lines(run, 5, follow=False))
     begun(server, f"{NAME}-node-0-1-aaaaa", "JobSet", "not this\n", **{index: "1"})
     begun(server, f"{NAME}-node-0-0-bbbbb", "JobSet", "one\ntwo\nthrée", **{index: "0"})

@@ -19,20 +19,20 @@ def test_what_is_rendered_has_no_problem(kind: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"image": "tessera"}, "names no version; add a tag"),
-        ({"image": "example.com:5000/tessera"}, "names no version; add a tag"),
-        ({"image": "example.com/tessera:latest"}, "names no version; add a tag"),
-        ({"namespace": "My_Team"}, "namespace='My_Team' is no DNS label"),
+        ({"image": "tessera"}, "has no version; add a tag"),
+        ({"image": "example.com:5000/tessera"}, "has no version; add a tag"),
+        ({"image": "example.com/tessera:latest"}, "has no version; add a tag"),
+        ({"namespace": "My_Team"}, "namespace='My_Team' is not a DNS label"),
         ({"queue": "gpu queue"}, "queue-name='gpu queue'"),
         ({"service_account": "Tessera"}, "service account 'Tessera'"),
         ({"secrets": ["s3_keys"]}, "secret 's3_keys'"),
         ({"rdma": {"rdma/": 1}}, "resource 'rdma/'"),
-        ({"memory": "32 GB"}, "memory='32 GB' is no quantity"),
+        ({"memory": "32 GB"}, "memory='32 GB' is not a quantity"),
         ({"shared_memory": "1Ti"}, "shared memory 1Ti counts as memory and is more than its limit 512Gi"),
         ({"env": {"MASTER_ADDR": "10.0.0.1"}}, "env 'MASTER_ADDR' is set twice"),
-        ({"claims": {"Data": "/work/data", "r": "/work/runs"}}, "claim 'Data' is no DNS label"),
+        ({"claims": {"Data": "/work/data", "r": "/work/runs"}}, "claim 'Data' is not a DNS label"),
         ({"claims": {"d": "/work/data", "r": "/work/runs", "x": "/work/data"}}, "two volumes are mounted at one path"),
-        ({"claims": {"d": "/work/data", "r": "/work/runs", "x": "data"}}, "mountPath='data' is no absolute path"),
+        ({"claims": {"d": "/work/data", "r": "/work/runs", "x": "data"}}, "mountPath='data' is not an absolute path"),
         ({"procs_per_node": 16}, "a GPU serves one process"),
     ],
 )
@@ -84,15 +84,15 @@ POD = f"{JOB}.template.spec"
     ("kind", "path", "key", "value", "told"),
     [
         ("JobSet", "metadata", "name", "7b", "a letter first"),
-        ("JobSet", "metadata", "name", "a" * 60, "take a shorter name"),
+        ("JobSet", "metadata", "name", "a" * 60, "use a shorter name"),
         ("JobSet", "metadata.labels", "app", "no blanks", "label app='no blanks'"),
         ("JobSet", JOB, "completions", 3, "completions=3 and parallelism=2 must be the same number"),
-        ("JobSet", JOB, "backoffLimit", 6, "it must be 0"),
+        ("JobSet", JOB, "backoffLimit", 6, "must be 0"),
         ("JobSet", f"{JOB}.podFailurePolicy.rules.1.onExitCodes", "containerName", "main", "names container 'main'"),
         ("JobSet", f"{JOB}.podFailurePolicy.rules.1.onExitCodes", "values", [0, 75], "without 0"),
-        ("JobSet", POD, "restartPolicy", "OnFailure", "need Never"),
-        ("JobSet", POD, "terminationGracePeriodSeconds", 300, "is over before the 300 s"),
-        ("JobSet", f"{POD}.containers.0", "command", ["bash", "-c", "tessera"], "keeps signals to itself"),
+        ("JobSet", POD, "restartPolicy", "OnFailure", "needs Never"),
+        ("JobSet", POD, "terminationGracePeriodSeconds", 300, "is shorter than the 300 s"),
+        ("JobSet", f"{POD}.containers.0", "command", ["bash", "-c", "tessera"], "does not forward signals"),
         ("JobSet", f"{POD}.containers.0.resources.requests", "nvidia.com/gpu", "4", "must be equal"),
         ("JobSet", f"{POD}.containers.0.env.0", "value", "clip-0", "but pod 0 answers as clip-vit-b-32-node-0-0"),
         ("JobSet", f"{POD}.volumes.1", "name", "recipes", "mount 'recipe' has no volume"),
@@ -100,14 +100,14 @@ POD = f"{JOB}.template.spec"
         ("JobSet", "spec.failurePolicy.rules.0", "onJobFailureReasons", ["BadLuck"], "['BadLuck'] is none of"),
         ("TrainJob", "spec.runtimeRef", "name", "torch", "runtimeRef 'torch' is none of"),
         ("TrainJob", "spec.trainer", "env", [{"name": "PET_NNODES", "value": "1"}], "PET_NNODES"),
-        ("RayJob", "metadata", "name", "a" * 48, "longer than the 47 letters"),
+        ("RayJob", "metadata", "name", "a" * 48, "longer than the 47 characters"),
         ("RayJob", "spec", "submissionMode", "InteractiveMode", "submissionMode='InteractiveMode'"),
-        ("RayJob", "spec", "entrypoint", "", "no entrypoint"),
+        ("RayJob", "spec", "entrypoint", "", "entrypoint is missing"),
         ("RayJob", "spec.rayClusterSpec", "authOptions", {"mode": "disabled"}, "authOptions.mode must be token"),
         ("RayJob", "spec", "shutdownAfterJobFinishes", False, "must be true"),
         ("RayJob", "spec.rayClusterSpec.workerGroupSpecs.0", "maxReplicas", 9, "must be the same number"),
         ("RayJob", "spec.rayClusterSpec.headGroupSpec.rayStartParams", "num-cpus", "9", "but its pod has cpu=64"),
-        ("Job", "spec.template.spec", "restartPolicy", "Always", "need Never"),
+        ("Job", "spec.template.spec", "restartPolicy", "Always", "needs Never"),
     ],
 )
 def test_what_the_schema_lets_pass_is_named(kind: str, path: str, key: str, value: Any, told: str) -> None:
@@ -126,7 +126,7 @@ def test_every_problem_is_told_at_once() -> None:
     objects = trees("JobSet")
     at(objects[-1], POD)["restartPolicy"] = "Always"
     at(objects[-1], JOB)["completions"] = 3
-    with pytest.raises(ConfigError, match="(?s)not submitted: .*need Never.*must be the same number"):
+    with pytest.raises(ConfigError, match="(?s)not submitted: .*needs Never.*must be the same number"):
         check(objects)
 
 

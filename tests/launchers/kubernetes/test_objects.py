@@ -186,7 +186,7 @@ def test_what_would_be_lost_with_a_pod_is_refused(path: str, refused: bool) -> N
     if not refused:
         render(spec, cluster)
         return
-    with pytest.raises(ConfigError, match="data would be /work/data in a pod, where no volume is mounted"):
+    with pytest.raises(ConfigError, match="data would be /work/data in a pod, outside of the mounted volumes"):
         render(spec, cluster)
 
 

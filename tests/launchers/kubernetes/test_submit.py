@@ -78,7 +78,7 @@ def test_a_run_that_is_there_is_not_submitted_twice(server: CheckingServer, tmp_
 
 def test_a_wrong_description_is_refused_before_anything_is_asked(server: CheckingServer, tmp_path: Path) -> None:
     cluster = place(image="tessera")
-    with pytest.raises(ConfigError, match="names no version"):
+    with pytest.raises(ConfigError, match="has no version"):
         submit(in_folder(train(cluster), tmp_path), cluster)
     assert server.asked == []
 
