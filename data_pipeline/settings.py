@@ -27,6 +27,8 @@ class Settings(pydantic.BaseModel):
 
     renamed: ClassVar[Mapping[str, str]] = {}
     """Dotted keys of earlier versions -> their present names; set by the class of a whole configuration."""
+    added: ClassVar[frozenset[str]] = frozenset()
+    """Fields newer than recorded digests: at their default they do not enter the digest."""
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
@@ -112,12 +114,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def resolved_json(settings: Settings) -> str:
     """Return canonical JSON of the complete settings, defaults included."""
-    return json.dumps(settings.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+    return _canonical(settings.model_dump(mode="json"))
 
 
 def digest(settings: Settings) -> str:
-    """Return the first 16 hex digits of the sha256 of `resolved_json`."""
-    return hashlib.sha256(resolved_json(settings).encode()).hexdigest()[:16]
+    """Return the first 16 hex digits of the sha256 of `resolved_json` without fields of `added` at their default."""
+    tree = _without_unset(settings, settings.model_dump(mode="json"))
+    return hashlib.sha256(_canonical(tree).encode()).hexdigest()[:16]
+
+
+def _without_unset(value: Any, tree: Any) -> Any:
+    """Return `tree`, the dump of `value`, without the fields of `added` that have their default, at every depth."""
+    if isinstance(value, Settings):
+        fields = type(value).model_fields
+        unset = {name for name in value.added if getattr(value, name) == fields[name].default}
+        return {key: _without_unset(getattr(value, key, None), tree[key]) for key in tree if key not in unset}
+    if isinstance(value, Mapping):
+        return {key: _without_unset(below, tree[key]) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_unset(below, dumped) for below, dumped in zip(value, tree, strict=True)]
+    return tree
+
+
+def _canonical(tree: Any) -> str:
+    return json.dumps(tree, sort_keys=True, ensure_ascii=False)
 
 
 def _read_one(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from pretrain.runtime.goodput import METRICS
 from pretrain.schema import ModelConfig, TaskConfig, tasks_of
 from pretrain.schema.common import TaskSettings, TextRead
 from pretrain.schema.names import RENAMED
+from pretrain.schema.schedule import ScheduleConfig, check_schedule
 from pretrain.schema.tasks import check_best, fill_model
 
 # ---------------------------------------------------------------------------------------- the run itself
@@ -157,22 +158,17 @@ class TrainConfig(Settings):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class AdamWConfig(Settings):
-    """AdamW with decay and no-decay groups, and the learning-rate schedule over the steps of the run.
+class AdamWConfig(ScheduleConfig):
+    """AdamW with decay and no-decay groups, and the schedule of its learning rate.
 
     Weight decay applies to matrices, not to vectors (biases, gains), and not to parameters whose name matches a regular
     expression of `no_decay` (`re.search`).
     """
 
-    lr: PositiveFloat
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
     no_decay: tuple[str, ...] = ()
-    schedule: Literal["cosine", "linear", "polynomial", "constant"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
-    final_lr_fraction: NonNegativeFloat = Field(0.0, le=1.0)
-    power: PositiveFloat = 1.0
 
     @pydantic.field_validator("no_decay")
     @classmethod
@@ -392,8 +388,7 @@ def _check_optimizers(config: RunConfig) -> None:
                 + (f"use {', '.join(known)}" if known else "leave optim.roles out")
             )
     for name, own in [("optim", config.optim), *((f"optim.roles.{role}", o) for role, o in config.optim.roles.items())]:
-        if own.warmup_steps >= config.train.steps:
-            raise ValueError(f"{name}.warmup_steps={own.warmup_steps} must be below train.steps={config.train.steps}")
+        check_schedule(name, own, config.train.steps)
 
 
 def micro_batch_of(train: TrainConfig, world_size: int) -> tuple[int, int]:
