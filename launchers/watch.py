@@ -4,9 +4,11 @@ launcher.json is written by the launcher of this machine. job.json is written wh
 which is then queried.
 """
 
+import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -235,9 +237,30 @@ def job_lines(run: Path, lines: int, follow: bool) -> Iterator[str]:
     if output := PLACES[job["place"]]().output:
         return output(job, lines, follow)
     path = Path(job["output"])
+    _check_output(run, job, path)
     if not path.is_file():
         raise ConfigError(f"{path}: not there; the job is {look_at_job(run, job)['state']} and has printed nothing yet")
     return _last_lines(run, path, lines, follow)
+
+
+def _check_output(run: Path, job: Mapping[str, Any], path: Path) -> None:
+    """Raise DataError unless `path` is an output of the job: job.json may come from elsewhere and name any file.
+
+    Accept a file in the run folder, one whose name holds the job's number, and the one that the scheduler reports.
+    Links are followed first.
+    """
+    real, number = path.resolve(), re.escape(str(job["job"]))
+    holds_number = re.fullmatch(r"[0-9_]+", job["job"]) and re.search(rf"(?<![0-9]){number}(?![0-9])", real.name)
+    if holds_number or real.is_relative_to(run.resolve()):
+        return
+    with contextlib.suppress(ConfigError, NodeFault):  # no scheduler on this machine, or it does not answer
+        if str(path) == look_at_job(run, job).get("output"):
+            return
+    raise DataError(
+        f"{run / JOB}: output={str(path)!r} is not in the run's folder, its name does not hold the job's number "
+        f"{job['job']}, and the scheduler reports no such output; read the file with tail if you trust it, and write "
+        "%j into cluster.output"
+    )
 
 
 def _last_lines(run: Path, path: Path, lines: int, follow: bool) -> Iterator[str]:

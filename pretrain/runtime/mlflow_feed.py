@@ -213,11 +213,12 @@ def end_run(run: Path, status: str) -> None:
 def _end_run(run: Path, status: str) -> None:
     record = _read_record(run)
     if record.get("due") == RUNNING and "run_id" in record:
+        record["due"] = status
+        _write_record(run, record)  # first: if it cannot be delivered now, the next send delivers it
         from mlflow import MlflowClient
 
         _silence()
         _check_sqlite(record["uri"])
-        record["due"] = status
         _deliver_status(run, MlflowClient(record["uri"]), record)
 
 

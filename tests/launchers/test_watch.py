@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, DataError
-from launchers import slurm_jobs
+from launchers import slurm_jobs, watch
 from launchers.watch import JOB, RECORD, is_running, job_of, metric_lines, read_record, run_status, stop_run
 from pretrain.runtime.faults import FAULTS, read_faults
 from pretrain.runtime.goodput import ATTEMPTS, METRICS, goodput, lines_of
@@ -157,3 +157,43 @@ def test_metrics_without_a_step_are_told_as_such(held: bytes, tmp_path: Path) ->
     (tmp_path / METRICS).write_bytes(held)
     with pytest.raises(ConfigError, match="no whole step in metrics.jsonl"):
         run_status(tmp_path)
+
+
+def job_output(run: Path, output: Path, job: str = "12_3") -> list[str]:
+    run.mkdir(exist_ok=True)
+    record(run, JOB, SLURM | {"job": job, "output": str(output)})
+    return list(metric_lines(run, 9, follow=False))
+
+
+def test_the_output_of_a_job_is_read_where_it_carries_the_jobs_number_or_lies_in_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    for at, job in (("run-12_3.out", "12_3"), ("12.log", "12"), ("a12", "12"), ("run/logs/x", "7"), ("run/x", "7")):
+        (tmp_path / at).write_text("one\n")
+        assert job_output(tmp_path / "run", tmp_path / at, job) == ["one"], at
+
+
+@pytest.mark.parametrize("job", ["12", "id_key", "x", "1", "2"])
+def test_a_job_record_from_elsewhere_cannot_name_another_file(
+    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "look_at_job", lambda run, record: {"state": "vanished"})
+    (tmp_path / "id_key").write_text("secret\n")
+    (tmp_path / "run").mkdir()
+    for link in (tmp_path / "job-12.out", tmp_path / "run" / "12.out"):
+        link.symlink_to(tmp_path / "id_key")
+    (tmp_path / "x123.out").write_text("secret\n")
+    for path in ("id_key", "job-12.out", "run/12.out", "run/../id_key", "12/../id_key", "x123.out"):
+        with pytest.raises(DataError, match=r"output=.*not in the run's folder.*read the file with tail"):
+            job_output(tmp_path / "run", tmp_path / path, job)
+            pytest.fail(path)
+
+
+def test_an_output_without_the_jobs_number_is_read_while_the_scheduler_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.out").write_text("one\n")
+    monkeypatch.setattr(watch, "look_at_job", lambda run, record: {"output": str(tmp_path / "train.out")})
+    assert job_output(tmp_path / "run", tmp_path / "train.out") == ["one"]
+    monkeypatch.setattr(watch, "look_at_job", lambda run, record: (_ for _ in ()).throw(ConfigError("no Slurm here")))
+    with pytest.raises(DataError, match="not in the run's folder"):
+        job_output(tmp_path / "run", tmp_path / "train.out")

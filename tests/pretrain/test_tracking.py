@@ -344,3 +344,11 @@ def test_a_wrong_record_of_what_was_sent_is_refused_with_its_remedy(held: str, t
     with pytest.raises(DataError, match=r"mlflow\.json.*remove the file to begin another"):
         mlflow_feed._read_record(tmp_path)
     end_run(tmp_path, FAILED)  # which must not cost a launcher its exit code
+
+
+def test_the_status_of_a_killed_attempt_is_kept_for_the_next_send_if_the_server_is_away(tmp_path: Path) -> None:
+    held = {"uri": f"sqlite:///{tmp_path}/away/mlflow.db", "run_id": "a" * 32, "tag": "b" * 32, "due": "RUNNING"}
+    (tmp_path / RECORD).write_text(json.dumps(held | {"status": "RUNNING", "sent": {}}))
+    end_run(tmp_path, FAILED)
+    record = json.loads((tmp_path / RECORD).read_text())
+    assert (record["due"], record["status"]) == (FAILED, "RUNNING")
