@@ -38,12 +38,11 @@ class Material:
     vocabulary: Path
     images: Path = Path("unused")
 
-    @functools.cached_property
-    def labelled(self) -> Path:
-        """The dataset with a label of 0 to 6 at every sample, as tars made elsewhere; written at the first use."""
-        folder = self.dataset.with_name(f"{self.dataset.name}-labelled")
+    def labelled(self, classes: int) -> Path:
+        """The dataset with a label at every sample, as tars made elsewhere; written at the first use."""
+        folder = self.dataset.with_name(f"{self.dataset.name}-{classes}-classes")
         if not folder.exists():
-            label(self.dataset, folder)
+            label(self.dataset, folder, classes)
         return folder
 
 
@@ -189,7 +188,7 @@ PAIRS = {name: family for name, family in FAMILIES.items() if _FIRSTS[family.pai
 
 def data_of(reads: Reads, material: Material) -> Tree:
     """The section `data` of a run whose model reads this."""
-    data = {"dataset": str(material.labelled if reads.classes else material.dataset)}
+    data = {"dataset": str(material.labelled(reads.classes) if reads.classes else material.dataset)}
     if reads.text:
         data["text_tokenizer"] = str(material.vocabulary)
     if reads.codes:
@@ -197,7 +196,7 @@ def data_of(reads: Reads, material: Material) -> Tree:
     return data
 
 
-def label(dataset: Path, folder: Path, classes: int = 7) -> None:
+def label(dataset: Path, folder: Path, classes: int) -> None:
     """Copy the tars with a .cls member after the first file of every sample: its number modulo `classes`."""
     folder.mkdir()
     numbers: dict[str, int] = {}

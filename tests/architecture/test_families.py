@@ -3,10 +3,11 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from pretrain.schema import tasks_of
+from pretrain.schema import ModelConfig, TaskConfig, tasks_of
 from pretrain.schema.tasks import TASK_SETTINGS
 from tests.families import FAMILIES
 
@@ -39,6 +40,26 @@ def lists_of_families(tree: ast.Module) -> Iterator[int]:
 def test_every_model_and_task_has_a_row() -> None:
     assert {family.pair for family in FAMILIES.values()} == PAIRS
     assert all(task in tasks_of(model) for model, task in PAIRS)
+
+
+def test_every_table_has_a_row_for_every_kind() -> None:
+    """A family that is missing in one of them would only be noticed by the command that looks there."""
+    from pretrain.evaluations import EVALUATIONS
+    from pretrain.interchange.layouts import LAYOUTS
+    from pretrain.models import MODELS as NETWORKS
+    from pretrain.tasks import TASKS
+
+    of_models, of_tasks = (
+        {member.model_fields["kind"].default for member in get_args(get_args(union)[0])}
+        for union in (ModelConfig, TaskConfig)
+    )
+    assert set(NETWORKS) == MODELS, "pretrain/models/__init__.py: MODELS"
+    assert of_models == MODELS, "pretrain/schema/__init__.py: _Models"
+    assert of_tasks == set(TASK_SETTINGS), "pretrain/schema/__init__.py: _Tasks"
+    assert set(TASKS) == set(TASK_SETTINGS), "pretrain/tasks/__init__.py: TASKS"
+    assert set(EVALUATIONS) == set(TASK_SETTINGS), "pretrain/evaluations/__init__.py: EVALUATIONS"
+    assert {layout.kind for layout in LAYOUTS.values()} <= MODELS, "pretrain/interchange/layouts.py: LAYOUTS"
+    assert all(settings.model_fields["kind"].default == kind for kind, settings in TASK_SETTINGS.items())
 
 
 def test_no_other_test_lists_the_families(repository: Path) -> None:

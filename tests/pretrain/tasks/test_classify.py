@@ -126,7 +126,7 @@ def test_every_sample_counts_once_to_the_last(
     """A model that is right for all labels but 6 and ranks label 5 sixth: 200 samples in batches that do not divide."""
     monkeypatch.setattr(evaluated, "BATCH", batch)
     config = FAMILY.config()
-    stream = Stream(material.labelled, 0)
+    stream = Stream(material.labelled(7), 0)
     labels = [sample.label for sample in stream.take(np.arange(stream.samples))]
     seen = iter(labels)
 
