@@ -15,9 +15,7 @@ def _checked_encoding(name: str) -> str:
     try:
         newline_of(encoding_of(b"", name)[0])
     except (LookupError, UnicodeError):
-        raise ValueError(
-            f"{name!r}: not an encoding of text files; for example utf-8, latin-1, cp1252, gb18030"
-        ) from None
+        raise ValueError(f"{name!r}: not a text encoding; use one such as utf-8, latin-1, cp1252, gb18030") from None
     return name
 
 
@@ -103,7 +101,7 @@ class TableSource(Settings):
         asked = [self.key, self.image, *self.captions, self.sha256, self.md5]
         missing = [name for name in asked if name is not None and self.columns is not None and name not in self.columns]
         if missing:
-            raise ValueError(f"{missing[0]!r} is none of columns={list(self.columns or ())}; name one of them")
+            raise ValueError(f"{missing[0]!r} is not in columns={list(self.columns or ())}; use one of them")
         return self
 
 
@@ -162,7 +160,9 @@ class ImageRules(Settings):
     @pydantic.model_validator(mode="after")
     def _size_given(self) -> "ImageRules":
         if (self.mode == "none") != (self.size is None):
-            raise ValueError(f"mode={self.mode!r} with size={self.size}: every mode but 'none' has a size in pixels")
+            raise ValueError(
+                f"mode={self.mode!r} with size={self.size}: every mode except 'none' needs a size in pixels"
+            )
         return self
 
 

@@ -88,19 +88,19 @@ FILE_SYSTEM_ERRORS = {
 
 
 _REMEDIES = (
-    ({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, "make room there, or name another place"),
-    ({errno.EACCES, errno.EPERM}, "give this user the right to it, or name another place"),
-    ({errno.EROFS}, "name a place that can be written to"),
+    ({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, "free space there, or use another location"),
+    ({errno.EACCES, errno.EPERM}, "grant this user access, or use another location"),
+    ({errno.EROFS}, "use a writable location"),
     (
         {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP},
-        "name another path",
+        "use another path",
     ),
 )
 
 
 def storage_error(error: OSError, where: object) -> DataError:
     """Return the DataError for an error of the operating system at `where`, with the remedy for its kind."""
-    remedy = next((remedy for numbers, remedy in _REMEDIES if error.errno in numbers), "see to the storage")
+    remedy = next((remedy for numbers, remedy in _REMEDIES if error.errno in numbers), "check the storage")
     return DataError(f"{where}: {error.strerror or error}; {remedy}, then run it again")
 
 

@@ -25,7 +25,7 @@ def foreign_model(folder: str | Path) -> str:
         return ""
     known = kind if kind in LAYOUT_KINDS else f"{{{','.join(LAYOUT_KINDS)}}}"
     way = f"tessera checkpoint import {folder} OUT --format transformers-{known}"
-    return f"; it looks like a model of another program: `{way}` makes one of these kinds ours"
+    return f"; it looks like another program's model; convert it with `{way}`"
 
 
 def _tree(path: Path) -> dict[str, object]:

@@ -40,10 +40,10 @@ ParameterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(\.[A-
 """Parameter name as in torch: words joined by dots."""
 
 _RULES = {
-    "^[0-9a-f]{64}$": "a sha256 is 64 hex digits, in lower case",
-    "^[0-9a-f]{12}$": "an id is 12 hex digits, in lower case",
-    rf"^{_FIRST}{_LETTER}*$": "a file name without '/', '\\', control characters, or a dot in front",
-    rf"^{_FIRST}{_LETTER}*\.tar$": "NAME.tar without '/', '\\', control characters, or a dot in front",
+    "^[0-9a-f]{64}$": "a sha256 is 64 lower-case hex digits",
+    "^[0-9a-f]{12}$": "an id is 12 lower-case hex digits",
+    rf"^{_FIRST}{_LETTER}*$": "a file name without '/', '\\', control characters, or a leading dot",
+    rf"^{_FIRST}{_LETTER}*\.tar$": "NAME.tar without '/', '\\', control characters, or a leading dot",
 }
 
 

@@ -112,7 +112,7 @@ def check_side(decoded: Decoded, rules: ImageRules) -> None:
     """Raise Reject, too_small, for an image with a side below `min_side`."""
     if min(decoded.width, decoded.height) < rules.min_side:
         shape = f"{decoded.width} x {decoded.height}"
-        raise Reject("too_small", f"{shape}, the shorter side must have {rules.min_side}")
+        raise Reject("too_small", f"{shape}, the shorter side must be at least {rules.min_side}")
 
 
 def scaled_size(width: int, height: int, mode: str, size: int) -> tuple[int, int]:
@@ -252,7 +252,9 @@ def _slow(data: bytes, max_pixels: int) -> Decoded:
     except UnidentifiedImageError:
         raise Reject("not_an_image", f"begins with {data[:16]!r}") from None
     except MemoryError:
-        raise Reject("too_much_memory", f"{len(data)} bytes unpack to more than the decoder may use") from None
+        raise Reject(
+            "too_much_memory", f"{len(data)} bytes decompress to more than the decoder's memory limit"
+        ) from None
     except Exception as error:  # decoders raise nearly anything on damaged files
         reason = "truncated" if "runcated" in str(error) or isinstance(error, EOFError) else "corrupt"
         raise Reject(reason, f"{type(error).__name__}: {error}"[:200]) from None
@@ -299,7 +301,7 @@ def _to_eight_bits(grey: np.ndarray, mode: str) -> np.ndarray:
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise Reject("too_many_pixels", f"{width} x {height}, at most {max_pixels} in all")
+        raise Reject("too_many_pixels", f"{width} x {height} pixels, at most {max_pixels} in total")
     if width * height == 0:
         raise Reject("corrupt", f"{width} x {height} pixels")
 
@@ -308,6 +310,8 @@ def _scale(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     if (height, width) == pixels.shape[:2]:
         return pixels
     if width * height > MAX_SCALED_PIXELS:
-        raise Reject("too_much_memory", f"{pixels.shape[1]} x {pixels.shape[0]} is scaled to {width} x {height} pixels")
+        raise Reject(
+            "too_much_memory", f"{pixels.shape[1]} x {pixels.shape[0]} would be scaled to {width} x {height} pixels"
+        )
     shrinks = width * height < pixels.shape[0] * pixels.shape[1]
     return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)

@@ -23,14 +23,14 @@ def refuse_used(folder: str | Path) -> None:
         entries = [entry.name for entry in os.scandir(path)] if path.is_dir() else []
     used = sorted(name for name in entries if not name.endswith(ASIDE))
     if used:
-        raise ConfigError(f"{path} is used already, it holds {used[0]}; nothing was written, name a new folder")
+        raise ConfigError(f"{path} is not empty, it holds {used[0]}; nothing was written, use a new folder")
 
 
 def _refuse_files(path: Path) -> None:
     """Raise DataError when `path` or a parent of it is a file."""
     there = next(above for above in (path, *path.absolute().parents) if os.path.lexists(above))
     if not there.is_dir():
-        raise DataError(f"{there} is not a folder; nothing was written, name a new folder elsewhere")
+        raise DataError(f"{there} is not a folder; nothing was written, use another path")
 
 
 @contextlib.contextmanager

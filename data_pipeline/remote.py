@@ -96,8 +96,8 @@ class Patience:
         """Raise DataError when the time is used up, or would be by the wait that the server asks for."""
         if self.spent_s + asked_s > PATIENCE_S + received / SLOWEST:
             raise DataError(
-                f"{self.what}: given up after {self.spent_s:.0f} s and {self.faults} faults, {received} bytes came; "
-                f"the last: {fault}; see to the server and the network, then run the same command again"
+                f"{self.what}: given up after {self.spent_s:.0f} s and {self.faults} faults, got {received} bytes; "
+                f"last fault: {fault}; check the server and the network, then run the same command again"
             )
 
     def pause(self, received: int, fault: Transient) -> None:
@@ -194,7 +194,7 @@ class RemoteStorage:
                 if stop is None:
                     return
                 if at < stop:
-                    raise Transient(f"the answer ended {stop - at} bytes early")
+                    raise Transient(f"the response ended {stop - at} bytes early")
             except Transient as fault:
                 patience.pause(at - start, fault)
             finally:
@@ -235,13 +235,13 @@ class RemoteStorage:
         version = seen.setdefault(name, answer.version)
         if answer.version != version:
             raise DataError(
-                f"{self.path(name)}: replaced while it was read: size and tag were {version.size} {version.etag!r}, "
-                f"are {answer.version.size} {answer.version.etag!r}; keep datasets as they are, or index them again"
+                f"{self.path(name)}: replaced while read: size and ETag were {version.size} {version.etag!r}, "
+                f"are {answer.version.size} {answer.version.etag!r}; keep datasets unchanged, or index them again"
             )
         if answer.start != at:
             raise DataError(
-                f"{self.path(name)}: asked for bytes from {at}, the server sends from {answer.start}: it knows no "
-                "ranges; serve the data with one that does, or read it in sequence with stream.sequential"
+                f"{self.path(name)}: requested bytes from {at}, the server sends from {answer.start}: it lacks "
+                "ranges; use a server that does, or read in sequence with stream.sequential"
             )
         return version
 
@@ -249,7 +249,7 @@ class RemoteStorage:
         if stop is None:
             return None if size < 0 else size
         if 0 <= size < stop:
-            raise DataError(f"{self.path(name)}: bytes {start}..{stop} asked for, it has {size}; it was cut off")
+            raise DataError(f"{self.path(name)}: requested bytes {start}..{stop} of {size}; it was truncated")
         return stop
 
     def _connect(self) -> Any:
@@ -265,11 +265,11 @@ class RemoteStorage:
         if status >= 500 or status in _RETRIED:
             return Transient(f"status {status} {said}")
         if status in (404, 410):
-            return NotFound(f"{where}: not there; check the path, or build the dataset first")
+            return NotFound(f"{where}: not found; check the path, or build the dataset first")
         if status in (401, 403):
-            return Forbidden(f"{where}: permission denied ({said}); give these credentials the right to it")
+            return Forbidden(f"{where}: permission denied ({said}); grant these credentials access")
         if status == 416:
-            return DataError(f"{where}: has fewer bytes than were asked for; it was cut off or replaced")
+            return DataError(f"{where}: shorter than the requested range; it was truncated or replaced")
         return DataError(f"{where}: the server answered {status} {said}")
 
 
@@ -280,7 +280,7 @@ def _locked_folder() -> tuple[Path, int]:
             folder = Path(tempfile.mkdtemp(prefix=_SCRATCH))
         except OSError as error:
             where = tempfile.gettempdir()
-            raise DataError(f"{where}: {error.strerror}; make room there, or name another folder as TMPDIR") from None
+            raise DataError(f"{where}: {error.strerror}; free space there, or set TMPDIR to another folder") from None
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(folder, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -341,7 +341,7 @@ class S3Storage(RemoteStorage):
         """Create the object from a file of at most 5 GiB, as `put_if_absent` does."""
         size = path.stat().st_size
         if size > _MAX_PUT:
-            raise DataError(f"{self.path(name)}: {size} bytes; S3 takes {_MAX_PUT} in one piece, make smaller shards")
+            raise DataError(f"{self.path(name)}: {size} bytes; an S3 upload is at most {_MAX_PUT}, make smaller shards")
         with path.open("rb") as file:
             return self._put(name, lambda: file)
 
@@ -414,10 +414,10 @@ class S3Storage(RemoteStorage):
 
     def _refused(self, name: str, status: int, said: str) -> Exception:
         if "NoSuchBucket" in said:
-            return DataError(f"{self.path(name)}: there is no such bucket; create it, or check the address")
+            return DataError(f"{self.path(name)}: no such bucket; create it, or check the address")
         if "QuotaExceeded" in said:
             return DataError(
-                f"{self.path(name)}: no room ({said.strip()}); raise the quota and run the same command again"
+                f"{self.path(name)}: quota exceeded ({said.strip()}); raise the quota and run the same command again"
             )
         return super()._refused(name, status, said)
 
@@ -538,7 +538,7 @@ class HttpStorage(RemoteStorage):
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Raise DataError: http is read only."""
-        raise DataError(f"{self.path(name)}: http is for reading; write to a folder or to s3://")
+        raise DataError(f"{self.path(name)}: http is read-only; write to a folder or to s3://")
 
     def put_file_if_absent(self, name: str, path: Path) -> bool:
         """Raise DataError: http is read only."""
@@ -570,7 +570,7 @@ class HttpStorage(RemoteStorage):
             finally:
                 answer.close()
             if first and first in _PAGE_BEGINS and _says_page(answer.headers) and not _is_page(name):
-                return Head(404, "a web page comes in its place", Version(-1, ""), False)
+                return Head(404, "got a web page instead", Version(-1, ""), False)
             return self._told(name, answer)
 
         return Patience(self.path(name)).until_done(attempt)
@@ -600,8 +600,8 @@ class HttpStorage(RemoteStorage):
         if not found or (found in (["gzip"], ["x-gzip"]) and self.takes_packed):
             return bool(found)
         raise DataError(
-            f"{self.path(name)}: the server sends it packed as {', '.join(found)} though it was asked for it as it is; "
-            "turn that off for this file (Content-Encoding)"
+            f"{self.path(name)}: the server compresses it as {', '.join(found)} against Accept-Encoding: identity; "
+            "disable Content-Encoding for this file"
         )
 
     def _get(self, name: str, start: int, stop: int | None) -> Answer:
@@ -625,8 +625,8 @@ class HttpStorage(RemoteStorage):
             return self.client.request(method, self.path(name), headers=headers, preload_content=False)
         except _PrivateTarget as target:
             raise DataError(
-                f"{self.path(name)}: the server redirects to {target}, on a private network; name that address itself "
-                "where it may be asked"
+                f"{self.path(name)}: the server redirects to {target}, on a private network; use that address itself "
+                "to permit it"
             ) from None
         except urllib3.exceptions.LocationValueError as error:
             raise DataError(f"{self.path(name)}: not an address ({error})") from None

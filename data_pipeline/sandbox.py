@@ -70,13 +70,13 @@ class SandboxDecoder:
                 return _unpacked(*answer, data)
             ended = -self._ended()
             if ended == signal.SIGPROF:
-                raise Reject("decoder_timeout", "it took more processor time than an image may")
+                raise Reject("decoder_timeout", "exceeded the CPU time limit of an image")
             faults += ended in _FAULTS
             kills += ended not in _FAULTS
             if faults == 2:
                 raise Reject("decoder_crash", signal.Signals(ended).name)
             if kills > KILLED_AT_MOST:
-                raise NodeFault(f"the decoding process ended {kills} times by {ended}; look at this node's memory")
+                raise NodeFault(f"the decoding process ended {kills} times by {ended}; check this node's memory")
 
     def close(self) -> None:
         """End the child."""

@@ -36,13 +36,15 @@ def expand_home(text: str) -> str:
     """Expand `~` and `~user` at the beginning of a path, or of each path joined by `::`."""
     parts = [os.path.expanduser(part) for part in text.split("::")]
     if unknown := next((part for part in parts if part.startswith("~")), None):
-        raise ValueError(f"no user has the home {unknown.partition('/')[0]}; write the path in full, or ./{unknown}")
+        raise ValueError(
+            f"home folder {unknown.partition('/')[0]} does not exist; write an absolute path, or ./{unknown}"
+        )
     return "::".join(parts)
 
 
 def _named(text: str) -> str:
     if not text:
-        raise ValueError("empty; name a file, a folder or an address")
+        raise ValueError("empty; set a file, a folder or an address")
     return expand_home(text)
 
 
@@ -103,12 +105,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if base_name is None:
         return tree
     if not isinstance(base_name, str) or not base_name or "\0" in base_name:
-        raise ConfigError(
-            f"{path}: base = {base_name!r}: no name of a file; name a file beside this one, in quotation marks"
-        )
+        raise ConfigError(f"{path}: base = {base_name!r}: not a file name; quote the name of a file in the same folder")
     base = _read_one(path.parent / base_name)
     if "base" in base:
-        raise ConfigError(f"{path}: base {base_name} has a base of its own; one level only, name the root file instead")
+        raise ConfigError(
+            f"{path}: base {base_name} has a base itself; only one level is allowed, use the root file as base"
+        )
     return _merge(base, tree)
 
 
@@ -148,11 +150,11 @@ def _read_one(path: Path) -> dict[str, Any]:
             )
         tree = _with_whole_letters(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}; give this user the right to read it") from None
+        raise ConfigError(f"{path}: {error.strerror or error}; grant this user read access") from None
     except _NOT_YAML as error:
-        raise ConfigError(f"{path}: not YAML in UTF-8: {error}; mend the file, or save it as UTF-8") from None
+        raise ConfigError(f"{path}: not YAML in UTF-8: {error}; correct the file, or save it as UTF-8") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds {type(tree).__name__}; a configuration is a mapping of keys to values")
+        raise ConfigError(f"{path}: holds {type(tree).__name__}; a configuration must map keys to values")
     return tree
 
 
@@ -203,7 +205,7 @@ def _apply_override(schema: type[Settings], tree: dict[str, Any], override: str)
     try:
         tree[leaf] = _read_value(text, _kinds_below(kinds, tree, leaf))
     except _Grouped:
-        raise ConfigError(f"override {override!r}: a number in groups; write its digits without underscores") from None
+        raise ConfigError(f"override {override!r}: write the number without underscores") from None
     except _NOT_YAML as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
 
@@ -216,7 +218,7 @@ def _check_kind(kinds: Sequence[Any], tree: Mapping[str, Any], section: str, kin
     if foreign and tree.get("kind") not in (None, kind):
         raise ConfigError(
             f"override '{section}.kind={kind}': the file describes kind {tree['kind']!r}, and {kind!r} has no "
-            f"{', '.join(foreign)}; start from a file of kind {kind!r}, or write the section anew: "
+            f"{', '.join(foreign)}; start from a file of kind {kind!r}, or replace the section: "
             f"'{section}={{kind: {kind}, ...}}'"
         )
 
@@ -296,16 +298,18 @@ def _explain(schema: type[Settings], tree: Any, problem: Any) -> str:
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
         if key in schema.renamed:
-            return f"{key}: is called {schema.renamed[key]} now; rename it"
+            return f"{key}: renamed to {schema.renamed[key]}; use that key"
         near = difflib.get_close_matches(path[-1], sorted(field_names(schema)), n=1, cutoff=0.5)
-        known = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_keys_beside(schema, tree, path))}"
+        known = (
+            f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(_keys_beside(schema, tree, path))}"
+        )
         return f"{key}: unknown key; {known}"
     if problem["type"] == "missing":
         return f"{key}: missing; this key has no default"
     message = problem["msg"].removeprefix("Value error, ")
     shown = problem.get("input")
     if problem["type"] == "string_type" and isinstance(shown, bool | int | float | datetime.date):
-        message = f"YAML reads this as a {type(shown).__name__}, and text is meant; write it in quotation marks"
+        message = f"YAML reads this as a {type(shown).__name__}, expected text; put it in quotation marks"
     value = "" if isinstance(shown, dict) else f" = {shown!r}"
     return f"{key}{value}: {message}" if key else message
 

@@ -145,7 +145,7 @@ class LocalStorage:
         except (MemoryError, OverflowError):
             data = b""  # more than any file holds
         if len(data) != stop - start:
-            raise DataError(f"{self.path(name)}: bytes {start}..{stop} asked for, {len(data)} there; it was cut off")
+            raise DataError(f"{self.path(name)}: requested bytes {start}..{stop}, got {len(data)}; it was truncated")
         return data
 
     def stream(self, name: str) -> Iterator[bytes]:
@@ -214,9 +214,9 @@ def _named(root: str, name: str) -> Iterator[None]:
     except FileExistsError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{where}: not there; check the path, or build the dataset first") from None
+        raise DataError(f"{where}: not found; check the path, or build the dataset first") from None
     except PermissionError as error:
-        raise DataError(f"{where}: permission denied ({error}); give this user the right to it") from None
+        raise DataError(f"{where}: permission denied ({error}); grant this user access") from None
     except OSError as error:
         raise storage_error(error, where) from None
 

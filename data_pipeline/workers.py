@@ -90,10 +90,10 @@ def _connect(workers: int, address: str | None, gpus: int) -> None:
     except Exception as error:  # a plain Exception when a node does not start within 30 s, as on a busy machine
         if address is not None:
             raise NodeFault(
-                f"ray_address={address}: {error}; see that it is this version of Ray, and that RAY_AUTH_MODE and the "
+                f"ray_address={address}: {error}; check that Ray has the same version, and that RAY_AUTH_MODE and the "
                 "token are the same on all nodes"
             ) from None
-        raise NodeFault(f"Ray did not start here: {error}; look at this machine's load, then run it again") from None
+        raise NodeFault(f"Ray did not start here: {error}; check this machine's load, then run it again") from None
 
 
 def _leave() -> None:
@@ -156,8 +156,8 @@ def in_driver(run: Callable[..., Any], *arguments: Any) -> Any:
     except EOFError:
         driver.join()
         raise NodeFault(
-            f"the process that drives Ray ended by itself ({driver.exitcode}): its node died, or was too busy to "
-            "answer and was given up; look at this machine's memory and load, then run the same command again"
+            f"the process that drives Ray ended ({driver.exitcode}): its node died or was too busy to "
+            "answer; check this machine's memory and load, then run the same command again"
         ) from None
     finally:
         if driver.pid is not None:  # an interrupt may come before it has started
@@ -190,7 +190,7 @@ def _check_address(address: str) -> None:
     if address == "auto":
         return
     if "/" in address or not (host and port.isdigit()):
-        raise ConfigError(f"ray_address={address}: not HOST:PORT as `ray start --head` prints it, nor auto")
+        raise ConfigError(f"ray_address={address}: use HOST:PORT as `ray start --head` prints it, or auto")
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
     except (OSError, OverflowError) as error:
@@ -238,7 +238,7 @@ def run_tasks(
                 if losses[item] > OUTER_RETRIES:
                     raise NodeFault(
                         f"{item}: its worker was lost {losses[item]} times ({type(error).__name__}); "
-                        "look at memory and disk of the nodes, then run the same command again"
+                        "check memory and disk of the nodes, then run the same command again"
                     ) from None
                 waiting.append(item)
             else:
@@ -248,7 +248,7 @@ def run_tasks(
 def _check_raylet() -> None:
     """Raise NodeFault when the local raylet died, before Ray ends this process because of it."""
     if any(raylet.status() == psutil.STATUS_ZOMBIE for raylet in _raylets()):
-        raise NodeFault("Ray's process on this machine died; look at its memory, then run the same command again")
+        raise NodeFault("Ray's process on this machine died; check its memory, then run the same command again")
 
 
 def _without_room(gpus: int, since: float | None) -> float | None:
@@ -259,7 +259,7 @@ def _without_room(gpus: int, since: float | None) -> float | None:
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(all(there.get(name, 0) >= number for name, number in needed.items()) for there in alive):
         return None
-    lacks = f"none of the {len(alive)} nodes that the Ray cluster has left offers {needed}"
+    lacks = f"none of the {len(alive)} live nodes of the Ray cluster offers {needed}"
     if since is None:
         print(f"{lacks}; waiting up to {_WITHOUT_ROOM_S:.0f} s for one", file=sys.stderr, flush=True)
         return time.monotonic()
@@ -279,7 +279,7 @@ def _raise_unless_lost(error: Any) -> None:
             raise error
         error = error.cause  # a task whose input was lost with the actor that produces it
     if getattr(error, "actor_init_failed", False):
-        raise NodeFault(f"an actor could not start, which trying again would not change: {error}") from None
+        raise NodeFault(f"an actor could not start, and a retry would not help: {error}") from None
 
 
 class Counter:

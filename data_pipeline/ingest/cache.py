@@ -38,7 +38,7 @@ class RawCache:
             except OSError as error:
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
-                raise DataError(f"{self.root}: {error.strerror or error}; see to the storage and run again") from None
+                raise DataError(f"{self.root}: {error.strerror or error}; check the storage and run again") from None
         return digest
 
     def get(self, digest: str) -> bytes:
@@ -53,9 +53,11 @@ class RawCache:
             try:
                 data = self._path(digest).read_bytes()
             except OSError as error:
-                raise DataError(f"{self._path(digest)}: {error.strerror}; it was fetched before, restore it") from None
+                raise DataError(
+                    f"{self._path(digest)}: {error.strerror}; this fetched image is gone, restore it"
+                ) from None
         if hashlib.sha256(data).hexdigest() != digest:
-            raise DataError(f"{self.root}: {digest} holds other bytes than its name says; restore it, or build anew")
+            raise DataError(f"{self.root}: {digest} does not match the digest in its name; restore it, or build again")
         return data
 
     def get_all(self, digests: Iterable[str]) -> Iterator[tuple[str, bytes]]:

@@ -130,7 +130,7 @@ def check_languages(languages: tuple[str, ...]) -> None:
     """Raise ConfigError for an unknown language code."""
     unknown = sorted(set(languages) - known_languages()) if languages else []
     if unknown:
-        raise ConfigError(f"captions.languages: {', '.join(unknown)} not known; codes are ISO 639-1, as en, zh, fr")
+        raise ConfigError(f"captions.languages: {', '.join(unknown)} unknown; use ISO 639-1 codes such as en, zh, fr")
 
 
 # ------------------------------------------------------------------------------------------- deny-lists
@@ -190,4 +190,6 @@ def _deny_lines(path: str) -> list[str]:
     try:
         return decode_text(Path(path).read_bytes()).splitlines()
     except (OSError, UndecodableText) as error:
-        raise DataError(f"{path}: {error}; captions.deny names a UTF-8 file with one word or phrase a line") from None
+        raise DataError(
+            f"{path}: {error}; captions.deny must be a UTF-8 file with one word or phrase per line"
+        ) from None

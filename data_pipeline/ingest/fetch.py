@@ -190,7 +190,7 @@ def _proxy(url: str) -> URL:
     except ValueError:
         proxy = URL()
     if proxy.scheme not in ("http", "https") or not proxy.host:
-        raise ConfigError(f"http_proxy or https_proxy is {url!r}; name one as http://HOST:PORT, or unset it")
+        raise ConfigError(f"http_proxy or https_proxy is {url!r}; set http://HOST:PORT, or unset it")
     return proxy
 
 
@@ -201,7 +201,7 @@ async def _must_be_known(proxy: URL) -> None:
     except (OSError, UnicodeError) as error:
         if _is_unknown(error) or isinstance(error, UnicodeError):
             raise ConfigError(
-                f"http_proxy or https_proxy is {proxy.with_user(None)}: its host is not known here; name another, or "
+                f"http_proxy or https_proxy is {proxy.with_user(None)}: its host does not resolve; set another, or "
                 "unset it"
             ) from None
 
@@ -228,7 +228,7 @@ async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
         if len(body) > max_bytes or any(unpacker.is_full for unpacker in unpackers):
             raise FetchError("too_large", f"more than {max_bytes} bytes", status=response.status)
     if not all(unpacker.is_whole for unpacker in unpackers):  # truncated at the sender: a retry may succeed
-        why = f"{', '.join(packings)} that ends too early"
+        why = f"{', '.join(packings)} that is truncated"
         raise FetchError("fetch_encoding", why, status=response.status, transient=True)
     return bytes(body)
 
@@ -329,7 +329,7 @@ def refuse_private(addresses: list[str], host: str, rules: FetchRules) -> None:
     with contextlib.suppress(ValueError):
         if all(is_allowed(address, rules) for address in addresses):
             return
-    raise PrivateAddress(f"{host} is on a private network; fetch.allow_networks names those that may be asked")
+    raise PrivateAddress(f"{host} is on a private network; add it to fetch.allow_networks to permit it")
 
 
 def check_answer(response: aiohttp.ClientResponse, rules: FetchRules) -> None:
@@ -358,7 +358,7 @@ def check_digests(data: bytes, link: Link) -> None:
     """Raise FetchError if the bytes do not match the digest in the source's sha256 or md5 column."""
     for name, wanted in (("sha256", link.sha256), ("md5", link.md5)):
         if wanted and (found := hashlib.new(name, data, usedforsecurity=False).hexdigest()) != wanted.strip().lower():
-            raise FetchError(f"wrong_{name}", f"{found[:16]} came, {wanted[:16]} is wanted", status=200)
+            raise FetchError(f"wrong_{name}", f"received {found[:16]}, expected {wanted[:16]}", status=200)
 
 
 def _reason_of(error: Exception) -> tuple[str, bool]:

@@ -49,7 +49,7 @@ class Condition:
         try:
             self._value = self._compile(ast.parse(text.strip(), mode="eval").body)
         except (SyntaxError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{where}={text!r}: not a condition ({error}); for example width >= 256") from None
+            raise ConfigError(f"{where}={text!r}: not a condition ({error}); write one such as width >= 256") from None
 
     def why_not(self, values: Mapping[str, Any]) -> str:
         """Return why `values` fail the condition (the condition and its values), or an empty string if they pass."""
@@ -85,8 +85,8 @@ class Condition:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
             return self._call(node.func.id, [self._compile(argument) for argument in node.args])
         raise ConfigError(
-            f"{self._where}={self.text!r}: {ast.unparse(node)!r} is not understood; use comparisons, and, or, not, "
-            f"arithmetic, numbers, texts, lists and {', '.join(sorted(_FUNCTIONS))}"
+            f"{self._where}={self.text!r}: {ast.unparse(node)!r} is not supported; use comparisons, and, or, not, "
+            f"arithmetic, numbers, strings, lists and {', '.join(sorted(_FUNCTIONS))}"
         )
 
     def _boolean(self, node: ast.BoolOp) -> Value:
@@ -105,7 +105,7 @@ class Condition:
 
     def _call(self, name: str, arguments: list[Value]) -> Value:
         if name not in _FUNCTIONS:
-            raise ConfigError(f"{self._where}: {name}() is not there; there are {', '.join(sorted(_FUNCTIONS))}")
+            raise ConfigError(f"{self._where}: {name}() is unknown; use {', '.join(sorted(_FUNCTIONS))}")
         function = _FUNCTIONS[name]
         return lambda values: function(*(argument(values) for argument in arguments))
 

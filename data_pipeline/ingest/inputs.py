@@ -246,8 +246,8 @@ class RemoteFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END and self._size < 0:
             raise DataError(
-                f"{self._storage.path(self._name)}: the server does not say its size, and it is read from the "
-                "end; serve it with one that does, or copy it here"
+                f"{self._storage.path(self._name)}: the server does not send its size, and it is read from the "
+                "end; use a server that does, or copy it here"
             )
         at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         if at != self._at:
@@ -302,7 +302,9 @@ def must_exist(path: Path, field: str) -> None:
     with readable(str(path), field):
         there = path.exists()
     if not there:
-        raise DataError(f"{path}: not there; {field} names a file or folder of this machine, relative to {Path.cwd()}")
+        raise DataError(
+            f"{path}: not found; {field} must be a file or folder on this machine, relative to {Path.cwd()}"
+        )
 
 
 @contextlib.contextmanager
@@ -311,11 +313,11 @@ def readable(path: str, field: str = "source.path") -> Iterator[None]:
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cut off or damaged ({error}); fetch it again") from None
+        raise DataError(f"{path}: truncated or damaged ({error}); download it again") from None
     except OSError as error:
         raise DataError(
-            f"{error.filename or path}: {error.strerror or error}; {field} names what this user can read, give it the "
-            "right to it or name another"
+            f"{error.filename or path}: {error.strerror or error}; {field} must be readable; grant this user "
+            "access or use another path"
         ) from None
 
 
@@ -338,6 +340,5 @@ class _named:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, DataError):
             raise (NotFound if isinstance(error, FileNotFoundError) else DataError)(
-                f"{self._path}: {type(error).__name__}: {error}; {self._field} must name something that can be read "
-                "from this machine"
+                f"{self._path}: {type(error).__name__}: {error}; {self._field} must be readable from this machine"
             ) from None

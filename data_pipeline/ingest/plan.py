@@ -102,8 +102,8 @@ class BuildPlan:
     def _repeat(self, row: Row) -> Drop:
         """Return the rejection of a row whose key an earlier row has."""
         if self.config.source.kind == "tars" and isinstance(row, Drop) and row.reason == "no_image":
-            remedy = "the files of a sample must be neighbours, pack the tar again in their order (tar --sort=name)"
-            return Drop(row.key, "files_apart", f"{row.detail}; its name stands earlier in the tar too: {remedy}")
+            remedy = "the files of a sample must be adjacent, pack the tar again in order (tar --sort=name)"
+            return Drop(row.key, "files_apart", f"{row.detail}; its key occurs earlier in the tar too: {remedy}")
         return Drop(row.key, "duplicate_key", "an earlier row has this key")
 
     def enter(self) -> None:
@@ -117,8 +117,8 @@ class BuildPlan:
         except OSError as error:
             if relative := _relative_paths(self.config):
                 raise DataError(
-                    f"{self.folder}: {error.strerror} on node {socket.gethostname()}, where {', '.join(relative)} "
-                    "begins; give absolute paths, in folders that all nodes share"
+                    f"{self.folder}: {error.strerror} on node {socket.gethostname()}, base of {', '.join(relative)}; "
+                    "use absolute paths, in folders that all nodes share"
                 ) from None
 
     def tried_again(self, shard: int) -> dict[str, int]:
@@ -133,7 +133,7 @@ class BuildPlan:
         part = self.repeats[slice(*np.searchsorted(self.repeats[:, 0], [start, stop]))].tolist()
         ids = range(self.rows) if self.ids is None else self.ids
         return {
-            int(ids[position]): Drop("", *(("duplicate_image", f"the bytes of row {keeper}") if same else
+            int(ids[position]): Drop("", *(("duplicate_image", f"same bytes as row {keeper}") if same else
                                            ("near_duplicate", f"looks like row {keeper}")))
             for position, keeper, same in part
         }  # fmt: skip
@@ -229,8 +229,8 @@ def _check_filter_names(config: BuildConfig, source: RowSource) -> None:
     known = {*first.meta, *IMAGE_NAMES, *TEXT_NAMES}
     for name in sorted(Filters(config.filters).names - known):
         raise ConfigError(
-            f"filters: {name!r} is no column of the source that can be asked for; there are "
-            f"{', '.join(sorted(known))}; that of source.captions is asked for as caption, that of source.key as key"
+            f"filters: {name!r} is not a column that filters can use; columns are "
+            f"{', '.join(sorted(known))}; source.captions is named caption, source.key is named key"
         )
 
 
@@ -244,15 +244,15 @@ def _check_same(config: BuildConfig, layout: Placement, pinned: dict[str, Any], 
     if len(layout.parts) < len(parts):
         raise DataError(
             f"source.path: {len(layout.parts)} files, {storage.root} was built from {len(parts)}; rows without a key "
-            "are known by their number, so give all files again, or build by a source.key into a new output"
+            "are identified by number, so pass all files, or build with source.key into a new output"
         )
     for number, (old, part) in enumerate(zip(parts, layout.parts, strict=False)):
         if number == len(parts) - 1 and part.rows > old["rows"] and _continues(part, old):
             continue
         if (part.rows, part.digest) != (old["rows"], old["digest"]):
             raise DataError(
-                f"{part.path}: not what {storage.root} was built from; rows without a key are known by their number, "
-                "so they can only be added after the others; restore it, or build by a source.key into a new output"
+                f"{part.path}: {storage.root} was built from other contents; rows without a key go by number, "
+                "so new rows must follow the old ones; restore it, or build with source.key into a new output"
             )
 
 
@@ -260,9 +260,9 @@ def _check_settings(names: tuple[str, ...], config: BuildConfig, pinned: dict[st
     """Raise DataError if one of these source settings differs from what the dataset was built with."""
     was, now = pinned.get("source", {}), _source_tree(config.source)
     if differ := [name for name in names if was.get(name) != now.get(name)]:
-        listed = ", ".join(f"source.{name}={now.get(name)!r} ({was.get(name)!r} there)" for name in differ)
+        listed = ", ".join(f"source.{name}={now.get(name)!r} (built with {was.get(name)!r})" for name in differ)
         raise DataError(
-            f"{storage.root}: built with another {listed}, by which its rows are known; give what is there, or build "
+            f"{storage.root}: rows are identified by {listed}; use the value it was built with, or build "
             "into a new output"
         )
 
@@ -384,7 +384,7 @@ def read_pin(storage: Storage, generation: int) -> dict[str, Any]:
         _Pin, storage.get(name), f"{storage.root}/{name}", "build the dataset again into a new output"
     )
     if generation and "base" not in pin:
-        raise DataError(f"{storage.root}/{name}: does not say what it follows (base); build into a new output")
+        raise DataError(f"{storage.root}/{name}: has no base; build into a new output")
     if "source" in pin:
         pin["source"] = _with_defaults(pin["source"])
     return pin
@@ -421,9 +421,9 @@ def compare_pins(storage: Storage, there: dict[str, Any], now: dict[str, Any], n
     if not differ:
         return
     only_source = set(differ) <= {"source", "parts", "rows", "duplicates"}
-    lines = [f"{name}: {there.get(name)!r:.300} there, {now[name]!r:.300} now" for name in differ]
+    lines = [f"{name}: {there.get(name)!r:.300} before, {now[name]!r:.300} now" for name in differ]
     raise ConfigError(
-        f"{storage.root}: begun by another build, nothing was changed; use a new output, or its configuration"
+        f"{storage.root}: belongs to another build, nothing was changed; use a new output, or its configuration"
         + (", or grow=true to add the new rows of a source to a finished build" if only_source else "")
         + "\n  "
         + "\n  ".join(lines)

@@ -134,7 +134,7 @@ class ImageStore:
             return self._remote(name)
         path = (Path(self._path) / name).resolve()
         if not path.is_relative_to(Path(self._path).resolve()):
-            raise OSError(f"{name!r} lies outside of {self._path}")
+            raise OSError(f"{name!r} is outside of {self._path}")
         return path.read_bytes()
 
     def _member(self, name: str) -> bytes:
@@ -143,7 +143,7 @@ class ImageStore:
         if member is None:
             raise FileNotFoundError(f"{name!r} is not in {self._path}")
         if member.instead:
-            raise OSError(f"{name!r} is {member.instead} in {self._path}, which is not followed; pack the file itself")
+            raise OSError(f"{name!r} is {member.instead} in {self._path}, which is not read; pack the file itself")
         with open_input(self._path) as file:
             file.seek(member.data)
             return file.read(member.size)
@@ -154,7 +154,7 @@ class ImageStore:
         A failing server is no fault of the row and raises DataError.
         """
         if "://" in name or name.startswith("/") or ".." in name.split("/"):
-            raise OSError(f"{name!r} lies outside of {self._path}")
+            raise OSError(f"{name!r} is outside of {self._path}")
         return read_input(f"{self._path}/{name}")
 
 
@@ -181,7 +181,7 @@ def json_line(tree: Any) -> str:
             line = json.dumps(readable | unreadable(wrong, "wrong_encoding"))
         return as_unicode(line)
     except RecursionError:
-        return json.dumps({UNREADABLE: f"nested more than {NESTED_AT_MOST} levels deep"})
+        return json.dumps({UNREADABLE: f"nested deeper than {NESTED_AT_MOST} levels"})
 
 
 def json_value(value: Any) -> Any:
@@ -200,7 +200,7 @@ def json_value(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return _map_or_list(value)
     if isinstance(value, bytes):
-        raise TypeError("bytes cannot stand in JSON")
+        raise TypeError("JSON cannot hold bytes")
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
     if isinstance(value, datetime.date | datetime.time):

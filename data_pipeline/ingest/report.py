@@ -100,7 +100,7 @@ def write_report(
         storage.replace(PAGE, page)
         return f"{storage.root}/{PAGE}"
     if output.exists() and not _is_report(output):
-        raise DataError(f"{output} exists and is no report; nothing was written, name another file as --output")
+        raise DataError(f"{output} exists and is not a report; nothing was written, use another --output")
     write_whole(output, page)
     return str(output)
 
@@ -127,9 +127,9 @@ def render(
         _duplicates(findings, rejected, storage, manifest, stream),
         _examples(stream),
         _bars("Longer side of the images, pixels", _intervals(SIZES), findings.sides),
-        _bars("Aspect (longer by shorter side)", _intervals(ASPECTS), findings.aspects),
+        _bars("Aspect ratio (longer / shorter side)", _intervals(ASPECTS), findings.aspects),
         _bars("Length of the captions, characters", _intervals(LENGTHS), findings.lengths),
-        _bars("Captions of an image", *_unzipped(sorted(findings.per_image.items()))),
+        _bars("Captions per image", *_unzipped(sorted(findings.per_image.items()))),
         _languages(stream),
         *_codes(storage, manifest, address, tokenizer),
     ]
@@ -210,7 +210,7 @@ def _unzipped(items: Iterable[tuple[Any, int]]) -> tuple[list[str], list[int]]:
 
 def _account(storage: Storage, manifest: Manifest) -> str:
     if read_manifest(storage).fingerprint != manifest.fingerprint:
-        return _section("Account", "<p>An older version: what was rejected is told of the newest one alone.</p>")
+        return _section("Account", "<p>Older version: rejected rows are known only for the newest version.</p>")
     stats = read_totals(storage)
     duplicates = sum(count for reason, count in stats["rejected"].items() if "duplicate" in reason)
     rejected = sum(stats["rejected"].values())
@@ -224,8 +224,8 @@ def _account_of_tars(manifest: Manifest, findings: Findings) -> str:
     rejected = findings.unreadable.total()
     out = manifest.samples - rejected
     text = (
-        f"<p>Tars made elsewhere, as they are: {manifest.samples:,} in = {out:,} out + {rejected:,} rejected; what was "
-        "rejected when they were made is not known.</p>"
+        f"<p>Indexed tars: {manifest.samples:,} in = {out:,} out + {rejected:,} rejected; rows rejected "
+        "when they were made are unknown.</p>"
     )
     return _section("Account", text + _reasons(out, findings.unreadable))
 
@@ -271,10 +271,12 @@ def _rejects(findings: Findings, rejected: Rejected) -> str:
         for reason, records in sorted(findings.rejects.items())
         for record in records
     ]
-    head = "<tr><th>reason</th><th>key</th><th>what was found</th><th>image</th></tr>"
-    note = "As each row was rejected first; some may have come in by a later retry."
-    note += "" if rejected.known else " Name the build's configuration (--config) to see the images that can be read."
-    return _section("Rejected rows, by example", f'<p class="small">{note}</p><table>{head}{"".join(rows)}</table>')
+    head = "<tr><th>reason</th><th>key</th><th>rows rejected found</th><th>image</th></tr>"
+    note = "Reason of the first rejection; a later retry may have accepted some rows."
+    note += (
+        "" if rejected.known else " Pass the build's configuration (--config) to see images that are still readable."
+    )
+    return _section("Examples of rejected rows", f'<p class="small">{note}</p><table>{head}{"".join(rows)}</table>')
 
 
 def _duplicates(findings: Findings, rejected: Rejected, storage: Storage, manifest: Manifest, stream: Stream) -> str:
@@ -293,7 +295,7 @@ def _duplicates(findings: Findings, rejected: Rejected, storage: Storage, manife
             left = _figure(_thumbnail(kept.image), f"{kept.key} stays")
             right = _figure(rejected.picture(record), f"{record['key']}: {record['detail']}")
             pairs.append(f'<div class="pair">{left}{right}</div>')
-    return _section("Images that occur more than once", f'{bars}<div class="grid">{"".join(pairs)}</div>')
+    return _section("Duplicate images", f'{bars}<div class="grid">{"".join(pairs)}</div>')
 
 
 def _sample_of_row(storage: Storage, manifest: Manifest, row: int) -> int | None:
@@ -318,7 +320,7 @@ def _examples(stream: Stream) -> str:
 def _languages(stream: Stream) -> str:
     captions = [text for sample in _fetched(stream, CAPTIONS_ASKED) for text in sample.texts]
     counts = Tally(language_of(text) for text in captions[:CAPTIONS_ASKED])
-    title = f"Languages of {counts.total():,} captions (? where a caption is too short to tell)"
+    title = f"Languages of {counts.total():,} captions (?: caption too short to detect)"
     return _bars(title, *_unzipped(counts.most_common(12)))
 
 
@@ -346,7 +348,7 @@ def _reconstructions(stream: Stream, tokenizer: ImageTokenizer) -> str:
     codes = np.stack([sample.codes for sample in samples if sample.codes is not None])
     drawn = tokenizer.decode(codes[:, CENTRE] if codes.ndim == 3 else codes)
     pairs = [
-        _figure(_thumbnail(sample.image), sample.key) + _figure(_image(pixels), "from its codes")
+        _figure(_thumbnail(sample.image), sample.key) + _figure(_image(pixels), "reconstruction")
         for sample, pixels in zip(samples, drawn, strict=True)
     ]
     return f'<div class="grid">{"".join(pairs)}</div>'

@@ -156,7 +156,7 @@ def _newest_source(storage: Storage) -> dict[str, Any]:
     trees = (read_pin(storage, number) for number in reversed(range(_generations(storage))))
     found = next((tree for tree in trees if "parts" in tree and tree.get("base") != base), None)
     if found is None:
-        raise DataError(f"{storage.root}: no {pin_name(0)} names the files that were read; build into a new output")
+        raise DataError(f"{storage.root}: no {pin_name(0)} with the files that were read; build into a new output")
     return found
 
 
@@ -304,12 +304,14 @@ def _commit(storage: Storage, plan: BuildPlan, base: Manifest) -> None:
     all_stats = [*_all_stats(storage, base), *new]
     if sum(stats["in"] for stats in new) != plan.rows:
         raise DataError(
-            f"{storage.root}: {plan.rows} rows planned, {sum(stats['in'] for stats in new)} in; shards of another "
-            "build are among these, use a new output"
+            f"{storage.root}: {plan.rows} rows planned, {sum(stats['in'] for stats in new)} read; shards of another "
+            "build are mixed in, use a new output"
         )
     totals = add_up(all_stats)
     if totals["in"] != totals["out"] + sum(totals["rejected"].values()):
-        raise DataError(f"{storage.root}: {totals} does not add up; shards of another build are here, use a new output")
+        raise DataError(
+            f"{storage.root}: {totals} does not add up; shards of another build are mixed in, use a new output"
+        )
     rejects = _as_parquet(_rejects(storage, all_stats))
     put = storage.replace if base.shards else lambda name, data: publish(storage, name, data)
     if base.shards:

@@ -168,7 +168,9 @@ class Stages:
             self._fetched_bytes = self._cache.get_all(fetched)
         outcome = self._journal.get(number)
         if outcome is None or outcome["url"] != link.url:
-            raise DataError(f"{self._config.output}/{journal_name(self._shard)}: row {number} is another; build anew")
+            raise DataError(
+                f"{self._config.output}/{journal_name(self._shard)}: row {number} differs from the plan; build again"
+            )
         record |= {name: outcome[name] for name in ("url", "http_status", "attempts", "transient")}
         if outcome["reason"]:
             return Drop(link.key, outcome["reason"], outcome["detail"])
@@ -325,7 +327,7 @@ def _read_back(path: Any, index: Index) -> None:
     """Index the tar as read back from disk. Raises DataError unless it equals what was written."""
     found, _ = index_tar(open_storage(path.parent).stream(path.name), str(path))
     if pack_index(found) != pack_index(index):
-        raise DataError(f"{path}: reads back differently from what was written; disk or memory is faulty, run again")
+        raise DataError(f"{path}: read back other bytes than were written; check disk and memory, then run again")
 
 
 def _stats(plan: BuildPlan, shard: int, path: Any, index: Index, records: list[Record]) -> Record:
@@ -335,7 +337,7 @@ def _stats(plan: BuildPlan, shard: int, path: Any, index: Index, records: list[R
     if stop - start != index.samples + sum(rejected.values()):
         raise DataError(
             f"shard {shard}: {stop - start} rows in, {index.samples} out + {sum(rejected.values())} rejected; "
-            "the source changed while it was read, build again into a new output"
+            "the source changed during the build, build again into a new output"
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -356,7 +358,7 @@ def _compare(storage: Storage, name: str, digest: str) -> None:
     there = hashlib.sha256(storage.get(name)).hexdigest()
     if there != digest:
         raise Conflict(
-            f"{storage.root}/{name}: there with sha256 {there[:12]}, made again {digest[:12]}; the source changed, "
+            f"{storage.root}/{name}: exists with sha256 {there[:12]}, rebuilt as {digest[:12]}; the source changed, "
             "nothing was overwritten, build into a new output"
         )
 

@@ -116,7 +116,7 @@ class Folder:
     def count(self) -> int:
         if not self.layout.rows:
             known, hint = ", ".join(IMAGE_EXTENSIONS), foreign_model(self._path)
-            raise DataError(f"{self._path}: no images ({known}) here; check source.path{hint}")
+            raise DataError(f"{self._path}: no images ({known}); check source.path{hint}")
         return self.layout.rows
 
     def keys(self) -> Iterator[str]:
@@ -149,13 +149,13 @@ def _images_below(root: str) -> list[str]:
     if root.startswith("s3://"):
         names = S3Storage(root).names_below()
     elif is_remote(root):
-        raise ConfigError(f"source.path={root}: only s3:// tells what lies in a folder; name a table or tars instead")
+        raise ConfigError(f"source.path={root}: only s3:// can list a folder; use a table or tars instead")
     else:
         must_exist(Path(root), "source.path")
         with readable(root):
             names = _files_below(root)
     if odd := [name for name in names if as_unicode(name) != name]:
-        raise DataError(f"{root}/{as_unicode(odd[0])}: the name is no UTF-8, {len(odd)} such; rename them")
+        raise DataError(f"{root}/{as_unicode(odd[0])}: {len(odd)} file names are not UTF-8; rename them")
     return sorted(name for name in names if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
 
 
@@ -211,7 +211,7 @@ class Coco:
             return self._given
         paths = input_paths(self._config.path, (".json", ".json.gz"))
         if not paths:
-            raise DataError(f"{self._config.path}: no .json files here; check source.path")
+            raise DataError(f"{self._config.path}: no .json files; check source.path")
         if self._config.images is None:
             return lines_layout(
                 self._config.path, [line for path in paths for line in _coco_lines(path, self._config.encoding)]
@@ -267,7 +267,7 @@ def _coco_lines(path: str, encoding: str | None) -> Iterator[str]:
     """Yield one JSON line per image: its record, `captions` and its licence's URL. Images without an id come last."""
     tree = load_json(path, encoding)
     if not isinstance(tree, dict) or not all(isinstance(tree.get(name), list) for name in ("images", "annotations")):
-        raise DataError(f"{path}: no COCO captions; they have `images` and `annotations`, check source.kind")
+        raise DataError(f"{path}: not COCO captions, which have `images` and `annotations`; check source.kind")
     licenses = {_id(entry.get("id")): entry.get("url") for entry in _objects(path, tree, "licenses")}
     captions: dict[Any, list[tuple[Any, Any]]] = {}
     for annotation in _objects(path, tree, "annotations"):
@@ -287,7 +287,7 @@ def _objects(path: str, tree: dict[str, Any], name: str) -> list[dict[str, Any]]
     entries = tree.get(name) or []
     wrong = [f"{name}[{n}] is {entry!r:.80}" for n, entry in enumerate(entries) if not isinstance(entry, dict)]
     if wrong:
-        raise DataError(f"{path}: {wrong[0]}, not an object, {len(wrong)} such; mend the file, or take them out")
+        raise DataError(f"{path}: {wrong[0]}, not an object ({len(wrong)} in total); correct or remove them")
     return list(entries)
 
 

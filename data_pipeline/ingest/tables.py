@@ -78,7 +78,7 @@ class Table:
         path = self._path
         paths = input_paths(path, SUFFIXES[config.kind], "source.path (and source.table)")
         if not paths:
-            raise ConfigError(f"{path}: a folder; name the {config.kind} file in it as source.table")
+            raise ConfigError(f"{path}: a folder; set source.table to the {config.kind} file in it")
         if config.kind in ("json", "jsonl"):
             self._told |= dict.fromkeys(name for path in paths for name in self._partition(path))
             self._asked_columns -= self._told.keys()
@@ -120,7 +120,7 @@ class Table:
         for path in paths:
             tree = load_json(path, self._config.encoding)
             if not isinstance(tree, list):
-                raise DataError(f"{path}: holds {type(tree).__name__}; kind json is a list of objects, else use jsonl")
+                raise DataError(f"{path}: {type(tree).__name__} instead of a list; use source.kind=jsonl for lines")
             each.append([json_line(item) for item in tree])
         for line in itertools.chain.from_iterable(each):
             self._look_for_columns(line)
@@ -141,9 +141,9 @@ class Table:
             if list(there).count(column) > 1:
                 raise ConfigError(f"source.{setting}={column!r}: {path} has several columns of this name; rename them")
             if column not in there:
-                hint = "; source.quotes=true takes the quotation marks off" if f'"{column}"' in there else ""
+                hint = "; source.quotes=true removes the quotation marks" if f'"{column}"' in there else ""
                 listed = ", ".join(itertools.islice(there, _NAMES_SHOWN))
-                raise ConfigError(f"source.{setting}={column!r}: not a column of {path}, it has {listed}{hint}")
+                raise ConfigError(f"source.{setting}={column!r}: not a column of {path}; columns are {listed}{hint}")
 
     def _look_for_columns(self, line: str) -> None:
         """Record the columns of a jsonl or json record; the table's columns are the union over its records."""
@@ -346,7 +346,7 @@ def parquet_errors(path: str) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError) as error:
         said = " ".join(str(error).split())
-        raise DataError(f"{path}: not a parquet file, or a damaged one ({said:.200}); fetch it again") from None
+        raise DataError(f"{path}: not a valid parquet file ({said:.200}); download it again") from None
 
 
 def published_table(config: PairsSource, layout: Placement | None = None) -> Table:

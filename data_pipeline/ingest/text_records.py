@@ -187,8 +187,8 @@ class TextRecords:
                 return fields
             if isinstance(fields, dict) and not self._old:
                 raise DataError(
-                    f"{path}: the line of column names cannot be read ({'; '.join(map(str, fields.values()))}); mend "
-                    "it, or say source.encoding, source.quotes or source.columns"
+                    f"{path}: cannot read the header line ({'; '.join(map(str, fields.values()))}); correct "
+                    "it, or set source.encoding, source.quotes or source.columns"
                 )
         return []
 
@@ -236,8 +236,8 @@ class TextRecords:
         where = "" if last == line.place.number else f", up to line {last}"
         before = itertools.takewhile(lambda field: not field.startswith('"'), line.text.split(self._delimiter))
         return self._rejected(
-            f"{head}a quotation mark opens a field and does not close it{where} ({fault}); write a "
-            f"literal quotation mark twice, or say source.quotes=false: {line.text.strip():.80}",
+            f"{head}a quotation mark opens a field and is not closed{where} ({fault}); write a "
+            f"literal quotation mark twice, or set source.quotes=false: {line.text.strip():.80}",
             "unclosed_quote",
             dict(zip(self.names, before, strict=False)),
         )

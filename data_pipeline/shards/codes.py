@@ -140,7 +140,7 @@ def parse_meta(data: bytes, where: str) -> dict[str, Any]:
     """Parse the bytes of a codes.vq-ID.json. Raises DataError when they are something else."""
     meta = gate.parse(_CodesFile, data, where, "remove the codes of this tokenizer and encode again")
     if meta.setdefault("crops", 1) not in CROPS:
-        raise DataError(f"{where}: crops={meta['crops']}: an image is encoded in one crop or in ten; encode again")
+        raise DataError(f"{where}: crops={meta['crops']}: must be 1 or 10; encode again")
     return {"dataset": "", **meta}
 
 
@@ -186,19 +186,19 @@ def open_codes(storage: Storage, manifest: Manifest, tokenizer_id: str) -> Codes
         other = read_meta(storage, meta_name(tokenizer_id))
         if other is not None:
             raise DataError(
-                f"{storage.root}/{meta_name(tokenizer_id)}: codes of dataset {other['dataset'][:12]}, this one is "
-                f"{manifest.fingerprint[:12]}; run `tessera data encode` on this one"
+                f"{storage.root}/{meta_name(tokenizer_id)}: codes of dataset {other['dataset'][:12]}, this dataset is "
+                f"{manifest.fingerprint[:12]}; run `tessera data encode` on it"
             )
         there = tokenizers_of(storage)
         raise DataError(
-            f"{storage.root}: no codes of tokenizer {tokenizer_id}; there are codes of {', '.join(there) or 'none'}; "
+            f"{storage.root}: no codes of tokenizer {tokenizer_id}; available are {', '.join(there) or 'none'}; "
             f"run `tessera data encode {storage.root} --image-tokenizer DIR` with the tokenizer {tokenizer_id}"
         )
     codes = CodesFile(storage, _files(meta), meta["codes_per_image"], meta["codebook_size"], meta["crops"])
     names = [codes_name(shard.name, tokenizer_id) for shard in manifest.shards]
     if meta["tokenizer"] != tokenizer_id or [name for name, *_ in codes.files] != names:
         raise DataError(
-            f"{storage.root}/{meta_name(tokenizer_id)}: lists other files than one NAME.vq-{tokenizer_id}.bin for each "
+            f"{storage.root}/{meta_name(tokenizer_id)}: must list one NAME.vq-{tokenizer_id}.bin for each "
             f"of {len(names)} shards; remove the codes of this tokenizer and encode again"
         )
     for number, ((name, size, _), entry) in enumerate(zip(codes.files, manifest.shards, strict=True)):
@@ -233,7 +233,7 @@ def encode_dataset(
     Raises DataError when the dataset is missing, an image does not decode, or codes with other crops exist.
     """
     if crops not in CROPS:
-        raise ConfigError(f"crops={crops}: an image is encoded in one crop or in ten; use 1 or 10")
+        raise ConfigError(f"crops={crops}: use 1 or 10")
     storage, manifest = open_dataset(dataset)
     tokenizer = factory(str(directory))
     _check_tokenizer(tokenizer)
@@ -330,8 +330,8 @@ class _Encoder:
         tokenizer = self._job.factory(self._job.directory)
         if tokenizer.id != self._job.tokenizer_id:
             raise DataError(
-                f"{self._job.directory}: tokenizer {tokenizer.id} on this node, {self._job.tokenizer_id} where the "
-                "command runs; the folder must be the same on every node"
+                f"{self._job.directory}: tokenizer {tokenizer.id} on this node, {self._job.tokenizer_id} on the "
+                "driver's node; the folder must be the same on every node"
             )
         return tokenizer
 
@@ -356,7 +356,7 @@ def _check_codes(codes: np.ndarray, images: int, tokenizer: ImageTokenizer) -> N
     if codes.shape != shape or codes.dtype != np.uint16 or codes.max(initial=0) > most:
         raise DataError(
             f"tokenizer {tokenizer.id} gave {codes.dtype} {codes.shape} up to {codes.max(initial=0)} for {images} "
-            f"images; it states uint16 {shape} up to {most}, export it again"
+            f"images; expected uint16 {shape} up to {most}, export it again"
         )
 
 
@@ -364,7 +364,7 @@ def _check_crops(storage: Storage, tokenizer_id: str, crops: int) -> None:
     meta = read_meta(storage, meta_name(tokenizer_id))
     if meta is not None and meta["crops"] != crops:
         raise DataError(
-            f"{storage.root}/{meta_name(tokenizer_id)}: codes of {meta['crops']} crops an image, {crops} are wanted; "
+            f"{storage.root}/{meta_name(tokenizer_id)}: has {meta['crops']} crops per image, requested {crops}; "
             f"encode with --crops {meta['crops']}, or remove these codes (*.vq-{tokenizer_id}*) first"
         )
 
@@ -372,7 +372,7 @@ def _check_crops(storage: Storage, tokenizer_id: str, crops: int) -> None:
 def _check_tokenizer(tokenizer: ImageTokenizer) -> None:
     if not _ID.fullmatch(tokenizer.id) or not 1 <= tokenizer.codebook_size <= 65536:
         raise DataError(
-            f"tokenizer id={tokenizer.id!r} with {tokenizer.codebook_size} codes: an id is 12 hex digits, codes are at "
+            f"tokenizer id={tokenizer.id!r} with {tokenizer.codebook_size} codes: an id is 12 hex digits, codes at "
             "most 65536; export the tokenizer again"
         )
 
@@ -392,7 +392,7 @@ def blame_image(job: Job, shard: int) -> None:
                 decoder.look(contents)
             except Reject as reject:
                 if reject.reason in LETHAL:
-                    raise DataError(f"{where}: ends the process that decodes it ({reject}); leave it out") from None
+                    raise DataError(f"{where}: crashes the decoder ({reject}); remove it") from None
 
 
 def _crops(storage: Storage, name: str, blocks: tuple[int, int], size: int, crops: int) -> np.ndarray:
@@ -401,7 +401,7 @@ def _crops(storage: Storage, name: str, blocks: tuple[int, int], size: int, crop
     try:
         return crops_of(decode_rgb(contents), size, crops)
     except Reject as reject:
-        raise DataError(f"{where}: does not decode ({reject}); see `tessera data verify`") from None
+        raise DataError(f"{where}: cannot be decoded ({reject}); see `tessera data verify`") from None
 
 
 def _image(storage: Storage, name: str, blocks: tuple[int, int]) -> tuple[str, bytes]:

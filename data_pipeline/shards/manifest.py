@@ -43,7 +43,7 @@ A dataset keeps the version that it was built or indexed with. Tars made elsewhe
 them as the newest one does: 2 for links, litter and dots in names, 3 for samples without an image.
 """
 
-_DAMAGED = "it is damaged, fetch or build the dataset again"
+_DAMAGED = "damaged; download or build the dataset again"
 _AT_VERSION = re.compile(r"(.+)@([0-9a-f]{12,64})")
 _KEPT = re.compile(r"manifest-([0-9a-f]{12})\.json")
 _MAGIC = b"TESSIDX\0"
@@ -164,7 +164,7 @@ def read_version(storage: Storage, fingerprint: str) -> Manifest:
     found = read_manifest(storage, name) if storage.exists(name) else None
     if found is None or not found.fingerprint.startswith(fingerprint):
         listed = ", ".join([newest.fingerprint[:12], *older_versions(storage)])
-        raise DataError(f"{storage.root}: no version {fingerprint}; there are {listed}")
+        raise DataError(f"{storage.root}: no version {fingerprint}; available are {listed}")
     return found
 
 
@@ -182,7 +182,7 @@ def read_manifest(storage: Storage, name: str = MANIFEST) -> Manifest:
     """Read the newest manifest, or the one called `name`. Raises DataError when it is missing, foreign or damaged."""
     if not storage.exists(name):
         raise DataError(
-            f"{storage.root}: no {name}, so no finished dataset; run `tessera data build` to the end, "
+            f"{storage.root}: no {name}: not a finished dataset; run `tessera data build` to the end, "
             f"or `tessera data index` for tars made elsewhere{foreign_model(storage.root)}"
         )
     return parse_manifest(storage.get(name), f"{storage.root}/{name}")
@@ -194,15 +194,15 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     manifest = Manifest(tuple(tree["shards"]), tree["version"])
     if not VERSION <= manifest.version <= NEWEST:
         raise DataError(
-            f"{where}: version {manifest.version}, this program reads up to {NEWEST}; use the one that built it"
+            f"{where}: version {manifest.version}, newer than the supported {NEWEST}; use the tessera that built it"
         )
     if tree["samples"] != manifest.samples:
-        raise DataError(f"{where}: says samples={tree['samples']}, its shards have {manifest.samples}; {_DAMAGED}")
+        raise DataError(f"{where}: samples={tree['samples']}, but its shards have {manifest.samples}; {_DAMAGED}")
     for shard in manifest.shards:
         if shard.n * BLOCK > shard.bytes:
             raise DataError(f"{where}: {shard.name} has n={shard.n} samples in bytes={shard.bytes}; {_DAMAGED}")
     if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
-        raise DataError(f"{where}: two shards of one name; a dataset has each once, build it again")
+        raise DataError(f"{where}: two shards have one name; build it again")
     return manifest
 
 
@@ -217,7 +217,7 @@ def read_shard_stats(storage: Storage, shard_name: str) -> ShardStats:
     where = f"{storage.root}/{name}"
     stats: ShardStats = gate.parse(ShardStats, storage.get(name), where, "build the dataset again")
     if stats["name"] != shard_name:
-        raise DataError(f"{where}: says name={stats['name']!r}; it is another shard's, build the dataset again")
+        raise DataError(f"{where}: name={stats['name']!r} is another shard; build the dataset again")
     return stats
 
 
@@ -248,9 +248,9 @@ def read_rows(
                 column in table.column_names
                 and pc.any(pc.invert(pc.match_substring_regex(table[column], pattern))).as_py()
             ):
-                raise DataError(f"{where}: column {column} holds what is no digest; build the dataset again")
+                raise DataError(f"{where}: column {column} has invalid digests; build the dataset again")
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{where}: not a table of this program ({error!s:.200}); build the dataset again") from None
+        raise DataError(f"{where}: not a valid table ({error!s:.200}); build the dataset again") from None
     if missing := set(columns or ()) - set(table.column_names):
         raise DataError(f"{where}: has no column {', '.join(sorted(missing))}; build the dataset again")
     return table
@@ -310,9 +310,7 @@ def unpack_index(data: bytes, where: str) -> Index:
     values = np.frombuffer(data, "<u4", offset=_HEADER.size)
     offsets = values[: samples + 1]
     if not (offsets[1:] > offsets[:-1]).all() or int(offsets[-1]) * BLOCK > tar_bytes:
-        raise DataError(
-            f"{where}: its samples do not lie one after another in {tar_bytes} bytes; damaged, index it again"
-        )
+        raise DataError(f"{where}: its samples are not in order within {tar_bytes} bytes; damaged, index it again")
     return Index(tar_bytes, digest, offsets, values[samples + 1 :] if version > 1 else None)
 
 
@@ -325,8 +323,8 @@ def read_index(storage: Storage, shard: Shard) -> Index:
     index = unpack_index(data, f"{storage.root}/{ours}")
     if (index.tar_bytes, index.samples) != (shard.bytes, shard.n):
         raise DataError(
-            f"{storage.root}/{ours}: {index.samples} samples in {index.tar_bytes} bytes, the manifest says {shard.n} "
-            f"in {shard.bytes}; the index belongs to another tar, fetch both again"
+            f"{storage.root}/{ours}: {index.samples} samples in {index.tar_bytes} bytes, the manifest has {shard.n} "
+            f"in {shard.bytes}; the index belongs to another tar, download both again"
         )
     return index
 
@@ -343,6 +341,5 @@ def publish(storage: Storage, name: str, data: bytes) -> None:
     """Create `name`. Raises Conflict when it exists with other contents."""
     if not storage.put_if_absent(name, data) and storage.get(name) != data:
         raise Conflict(
-            f"{storage.root}/{name}: exists with other contents than this run makes; nothing was overwritten, "
-            "use a new output folder"
+            f"{storage.root}/{name}: exists with other contents; nothing was overwritten, use a new output folder"
         )

@@ -21,7 +21,7 @@ NESTED_AT_MOST = 100  # levels of JSON: Python's own limit depends on the caller
 
 _IMAGES_1 = frozenset(IMAGE_EXTENSIONS[:9])  # of version 1
 _READ = frozenset((*IMAGE_EXTENSIONS, "json", "txt"))
-_TOO_DEEP = f"nested more than {NESTED_AT_MOST} levels deep"
+_TOO_DEEP = f"nested deeper than {NESTED_AT_MOST} levels"
 _LABEL = re.compile(rb"\s*[0-9]{1,9}\s*")
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
@@ -57,7 +57,7 @@ def read_sample(
         return _read_by_version_1(files)
     key, parts = _parts(files)
     if links := [f"{extension} is {part}" for extension, part in parts.items() if isinstance(part, NotAFile)]:
-        raise Unreadable(key, "linked_file", f"{', '.join(links)}; links are not followed: pack with tar -h")
+        raise Unreadable(key, "linked_file", f"{', '.join(links)}; links are not followed, pack with tar -h")
     read: dict[str, bytes] = {extension: part for extension, part in parts.items() if isinstance(part, bytes)}
     image = next((read[extension] for extension in read if extension in IMAGE_EXTENSIONS), None)
     texts, meta = tuple[str, ...](), dict[str, Any]()
@@ -107,7 +107,7 @@ def _parts(files: Iterable[tuple[str, bytes | NotAFile]]) -> tuple[str, dict[str
     parts: dict[str, bytes | NotAFile] = {}
     for (_, extension), (name, contents) in zip(named, files, strict=True):
         if extension in parts:
-            raise Unreadable(key, "duplicate_file", f"{name} occurs twice; which one belongs to the others is not said")
+            raise Unreadable(key, "duplicate_file", f"{name} occurs twice")
         if extension in _READ or not isinstance(contents, NotAFile):
             parts[extension] = contents
     return key, parts
@@ -157,7 +157,7 @@ def _object(key: str, contents: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Unreadable(key, "unreadable_caption", f"not JSON ({error})") from None
     if not isinstance(tree, dict):
-        raise Unreadable(key, "unreadable_caption", f"the JSON is {type(tree).__name__}, not an object")
+        raise Unreadable(key, "unreadable_caption", f"JSON {type(tree).__name__} instead of an object")
     return tree
 
 
@@ -202,7 +202,7 @@ def as_captions(value: Any) -> tuple[str, ...]:
         return (value,)
     if isinstance(value, list | tuple) and all(isinstance(item, str | None) for item in value):
         return tuple(item for item in value if item is not None)
-    raise TypeError(f"a caption is text or a list of texts, not {value!r:.80}")
+    raise TypeError(f"a caption must be a string or a list of strings, not {value!r:.80}")
 
 
 def _said(captions: Iterable[str]) -> tuple[str, ...]:

@@ -121,8 +121,8 @@ def refuse_compressed(names: Iterable[str], where: str) -> None:
     pattern = _COMPRESSED_TAR if any(name.endswith(".tar") for name in names) else _COMPRESSED
     if packed := [name for name in names if pattern.search(name)]:
         raise DataError(
-            f"{where}: {len(packed)} compressed files, such as {packed[0]}; samples are read by their place in a tar, "
-            "which compression hides: unpack them to .tar first (gunzip, unzstd, bunzip2, unxz)"
+            f"{where}: {len(packed)} compressed files, such as {packed[0]}; samples are read by byte offset, "
+            "which compression prevents; decompress them first (gunzip, unzstd, bunzip2, unxz)"
         )
 
 
@@ -269,7 +269,7 @@ def _entries(tape: "_Tape", where: str, checked: bool = True) -> Iterator[Member
         name, size, kind, target = parse_header(block, where, tape.at - BLOCK, checked)
         if kind in _EXTENDED:
             if size > _MAX_EXTENDED:
-                raise DataError(f"{where}: a name of {size} bytes at byte {tape.at - BLOCK}; the tar is damaged")
+                raise DataError(f"{where}: name of {size} bytes at byte {tape.at - BLOCK}; the tar is damaged")
             extended = extended.with_header(kind, tape.take(size), where)
             continue
         name = name if extended.name is None else extended.name
@@ -337,19 +337,19 @@ def _compression(block: bytes, position: int) -> str:
     """Return what is wrong with a file that has no header, and the remedy."""
     for magic, (name, command) in _COMPRESSIONS.items():
         if position == 0 and block.startswith(magic):
-            return f"it is compressed ({name}), and samples are read by their place in the tar: unpack it ({command})"
-    return "the file is damaged or no tar"
+            return f"it is compressed ({name}), and samples are read by byte offset; decompress it ({command})"
+    return "the file is damaged or not a tar"
 
 
 def _no_size(where: str, position: int, field: bytes, name: str) -> DataError:
     return DataError(
-        f"{where}: the header at byte {position} gives {field!r} as the size of {name!r}; a size is octal or GNU's "
-        "base 256, and not negative; the tar is damaged, fetch it again"
+        f"{where}: the header at byte {position} has size {field!r} for {name!r}; a size must be octal or GNU's "
+        "base 256, not negative; the tar is damaged, download it again"
     )
 
 
 def _cut_off(where: str, name: str, size: int, there: int) -> DataError:
-    return DataError(f"{where}: {name!r} claims {size} bytes, {there} are there; the tar was cut off")
+    return DataError(f"{where}: {name!r} has {there} of {size} bytes; the tar was truncated")
 
 
 class _Extended(NamedTuple):
@@ -372,13 +372,13 @@ class _Extended(NamedTuple):
         if kind == b"g":  # of all entries that follow, which a sample that is read alone cannot know
             if named := sorted({b"path", b"size"} & records.keys()):
                 raise DataError(
-                    f"{where}: a global PAX header gives {named[0].decode()!r} to every entry; pack the tar again "
+                    f"{where}: a global PAX header sets {named[0].decode()!r} for every entry; pack the tar again "
                     "without global headers"
                 )
             return self
         size = records.get(b"size")
         if size is not None and not (size.isdigit() and len(size) < 20):
-            raise DataError(f"{where}: a PAX header gives {size[:40]!r} as a size; the tar is damaged, fetch it again")
+            raise DataError(f"{where}: a PAX header has size {size[:40]!r}; the tar is damaged, download it again")
         name, target = records.get(b"GNU.sparse.name", records.get(b"path")), records.get(b"linkpath")
         return self._or(
             _Extended(
@@ -410,7 +410,9 @@ def _pax_records(body: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:
         end = at + (int(digits) if digits.isdigit() else 0)
         key, equals, value = body[space + 1 : end - 1].partition(b"=")
         if not at < space < end <= len(body) or not equals or body[end - 1 : end] != b"\n":
-            raise DataError(f"{where}: a PAX header says {body[at : at + 40]!r}; the tar is damaged, fetch it again")
+            raise DataError(
+                f"{where}: invalid PAX header {body[at : at + 40]!r}; the tar is damaged, download it again"
+            )
         yield key, value
         at = end
 
@@ -524,5 +526,5 @@ def _no_end(where: str, total: int, start: bytes) -> DataError:
     why = _compression(start, 0)
     return DataError(
         f"{where}: ends at byte {total} without the closing blocks of a tar; "
-        + (why if "compressed" in why else "fetch it again")
+        + (why if "compressed" in why else "download it again")
     )

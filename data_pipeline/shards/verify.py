@@ -79,7 +79,7 @@ def verify(
         _note(faults, _check_version, storage, version)
     if faults:
         raise DataError(
-            f"{storage.root}: {len(faults)} faults; fetch or build the named files again\n  " + "\n  ".join(faults)
+            f"{storage.root}: {len(faults)} faults; download or build these files again\n  " + "\n  ".join(faults)
         )
     return {
         "dataset": storage.root,
@@ -115,8 +115,8 @@ class Agreement:
         if share < least:
             raise DataError(
                 f"{self._storage.root}/{self._codes.files[number][0]}: {share:.4f} of the codes of {len(rows)} images "
-                f"come out the same from tokenizer {self._tokenizer.id}, at least {least} must; they were encoded by "
-                "other weights or on other hardware: remove this tokenizer's codes and encode again"
+                f"match tokenizer {self._tokenizer.id}, at least {least} must; they were encoded with "
+                "other weights or hardware; remove this tokenizer's codes and encode again"
             )
 
     def summary(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _check_readable(storage: Storage, names: list[str], manifest: Manifest, reje
     if apart or (rejected.total() == manifest.samples and "empty_caption" not in rejected):
         raise DataError(
             f"{storage.root}: none of {manifest.samples} samples can be read, {dict(sorted(rejected.items()))}; the "
-            "image, .txt and .json of a sample must be neighbours in the tar, under one name: tar --sort=name packs so"
+            "image, .txt and .json of a sample must be adjacent in the tar, under one name: use tar --sort=name"
         )
 
 
@@ -205,7 +205,7 @@ def _tars_of(folder: str) -> list[str]:
     if not is_remote(folder) and not Path(folder).is_dir():
         refuse_compressed([Path(folder).name], folder)
         raise DataError(
-            f"{folder}: not a folder, and no .tar; name a folder of tars, or tars such as {{00000..00099}}.tar"
+            f"{folder}: neither a folder nor a .tar; use a folder of tars, or tars such as {{00000..00099}}.tar"
         )
     names = open_storage(folder).list()
     refuse_compressed(names, folder)
@@ -252,17 +252,17 @@ def _check_shard(storage: Storage, shard: Shard, version: int) -> None:
     where = f"{storage.root}/{shard.name}"
     size, _ = storage.stat(shard.name)
     if size != shard.bytes:
-        raise DataError(f"{where}: {size} bytes, the manifest says {shard.bytes}")
+        raise DataError(f"{where}: {size} bytes, the manifest has {shard.bytes}")
     stored = read_index(storage, shard)
     try:
         found, digest = index_tar(storage.stream(shard.name), where, size, version)
     except DataError as error:
         raise DataError(f"{error} (its sha256 is not the {shard.digest[:12]} of the manifest)") from None
     if digest != shard.digest:
-        raise DataError(f"{where}: sha256 {digest[:12]}, the manifest says {shard.digest[:12]}")
+        raise DataError(f"{where}: sha256 {digest[:12]}, the manifest has {shard.digest[:12]}")
     sums_differ = stored.sums is not None and stored.sums.tolist() != list(found.sums if found.sums is not None else ())
     if stored.xxh3 != found.xxh3 or not np.array_equal(stored.offsets, found.offsets) or sums_differ:
-        raise DataError(f"{where}.idx: the index of another tar; remove it and run `tessera data index`")
+        raise DataError(f"{where}.idx: index of another tar; remove it and run `tessera data index`")
 
 
 def _check_accounting(storage: Storage, manifest: Manifest) -> None:
@@ -274,7 +274,7 @@ def _check_accounting(storage: Storage, manifest: Manifest) -> None:
         _check_sum(storage, stats)
     for shard, stats in zip(manifest.shards, each, strict=True):
         if (stats["out"], stats["digest"]) != (shard.n, shard.digest):
-            raise DataError(f"{storage.root}/{shard.name}: its statistics are another shard's")
+            raise DataError(f"{storage.root}/{shard.name}: its statistics belong to another shard")
 
 
 def _check_totals(storage: Storage, manifest: Manifest, each: list[ShardStats]) -> None:
@@ -310,6 +310,6 @@ def _check_codes(storage: Storage, manifest: Manifest, tokenizer_id: str) -> Non
     for name, size, digest in codes.files:
         data = storage.get(name)
         if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-            raise DataError(f"{storage.root}/{name}: {len(data)} bytes, not those that were encoded")
+            raise DataError(f"{storage.root}/{name}: {len(data)} bytes differ from the encoded ones")
         if len(data) and int(np.frombuffer(data, "<u2").max()) >= codes.codebook_size:
-            raise DataError(f"{storage.root}/{name}: a code beyond the codebook of {codes.codebook_size}")
+            raise DataError(f"{storage.root}/{name}: a code exceeds the codebook size {codes.codebook_size}")

@@ -146,8 +146,8 @@ class BlockCache:
         size, _ = self._objects[name]
         if version.size not in (size, -1):
             raise DataError(
-                f"{self._storage.path(name)}: {version.size} bytes, the manifest says {size}; the file was cut off or "
-                "replaced, run `tessera data verify` and fetch it again"
+                f"{self._storage.path(name)}: {version.size} bytes, the manifest has {size}; the file was truncated or "
+                "replaced, run `tessera data verify` and download it again"
             )
 
     def _read(self, process: "_Process", name: str, start: int, stop: int) -> bytes:
@@ -362,5 +362,5 @@ def _disk(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{folder}: cannot be written ({error.strerror}); give {FOLDER} a folder on a local disk with room"
+            f"{folder}: cannot be written ({error.strerror}); set {FOLDER} to a folder on a local disk with free space"
         ) from None

@@ -107,7 +107,9 @@ class Mixture:
 
     def __init__(self, streams: Sequence[Stream], schedule: Schedule, seed: int) -> None:
         if len(streams) != schedule.sources or not 1 <= len(streams) <= MOST_SOURCES:
-            raise ConfigError(f"{len(streams)} datasets, {schedule.sources} weights; one each, {MOST_SOURCES} at most")
+            raise ConfigError(
+                f"{len(streams)} datasets, {schedule.sources} weights; give one each, at most {MOST_SOURCES}"
+            )
         self.streams = list(streams)
         self.schedule = schedule
         self.seed = seed

@@ -171,7 +171,7 @@ class Windows:
 def _divide(positions: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
     """positions: int64 [n] -> (epochs, places within the epoch), int64 [n] each."""
     if samples < 1:
-        raise DataError(f"samples={samples}: an order needs at least one sample; build the dataset first")
+        raise DataError(f"samples={samples}: must be at least 1; build the dataset first")
     positions = np.asarray(positions, dtype=np.int64)
     if positions.size and int(positions.min()) < 0:
         raise DataError(f"position {int(positions.min())} is below 0; positions count from 0")

@@ -47,7 +47,7 @@ class Stream:
         self.samples: int = self._manifest.samples
         self.fingerprint: str = self._manifest.fingerprint
         if not self.samples:
-            raise DataError(f"{dataset}: 0 samples; build it from a source that has some")
+            raise DataError(f"{dataset}: 0 samples; build it from a source with samples")
         self._order = Windows(self.samples, seed, geometry)
         counts = [shard.n for shard in self._manifest.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
@@ -97,7 +97,7 @@ class Stream:
         Raises DataError when the stream was opened without codes.
         """
         if self._codes is None:
-            raise DataError(f"{self.dataset}: opened without codes; name the tokenizer, Stream(..., codes=ID)")
+            raise DataError(f"{self.dataset}: opened without codes; use Stream(..., codes=TOKENIZER_ID)")
         _, ids = self._order.order(np.arange(start, stop, dtype=np.int64))
         shards = np.searchsorted(self._ends, ids, side="right")
         rows = (ids - self._starts[shards]).tolist()
@@ -203,8 +203,8 @@ class Stream:
             size, _ = self._storage.stat(shard.name)
             if size != shard.bytes:
                 raise DataError(
-                    f"{self.dataset}/{shard.name}: {size} bytes, the manifest says {shard.bytes}; the file was cut off "
-                    "or replaced, run `tessera data verify` and fetch it again"
+                    f"{self.dataset}/{shard.name}: {size} bytes, the manifest has {shard.bytes}; it was truncated "
+                    "or replaced, run `tessera data verify` and download it again"
                 )
         return shard.name, read_index(self._storage, shard)
 
@@ -299,8 +299,8 @@ class SamplePlace(NamedTuple):
         """Raise DataError: the bytes are not those that were indexed."""
         _, start, stop = self.range
         raise DataError(
-            f"{self.where}, bytes {start}..{stop}, is not what its index was made of: a flipped bit, another tar or "
-            "another index; `tessera data verify` tells which, fetch or build that file again"
+            f"{self.where}, bytes {start}..{stop}, does not match its index: a flipped bit, another tar or "
+            "another index; find the file with `tessera data verify`, then download or build it again"
         )
 
 
@@ -326,7 +326,7 @@ def read_contents(data: bytes, where: str, version: int = NEWEST) -> Contents:
         return read_sample(parse_files(data, where), version)
     except Unreadable as fault:
         raise BadSample(
-            f"{where} ({fault.key!r}): {fault.reason}, {fault.detail}; mend the tar and build or index it again",
+            f"{where} ({fault.key!r}): {fault.reason}, {fault.detail}; correct the tar and build or index it again",
             fault.key,
             fault.reason,
         ) from None

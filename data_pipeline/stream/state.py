@@ -16,8 +16,8 @@ def check_state(saved: dict[str, Any], now: dict[str, Any], dataset: str) -> Non
     ]
     if lines:
         raise DataError(
-            f"{dataset}: the saved stream is another one, so its position means nothing here; "
-            "use the dataset and settings it was saved with, or start a new run\n  " + "\n  ".join(lines)
+            f"{dataset}: the checkpoint was made with another stream; "
+            "use its dataset and settings, or start a new run\n  " + "\n  ".join(lines)
         )
 
 

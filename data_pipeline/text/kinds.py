@@ -20,5 +20,5 @@ def open_tokenizer(path: str | Path) -> TextTokenizer:
     if file.is_dir():
         file = next((file / name for name in KINDS if (file / name).is_file()), file / MODEL)
     if not file.is_file():
-        raise DataError(f"{file}: no vocabulary there; run `tessera vocab train CONFIG`")
+        raise DataError(f"{file}: no vocabulary; run `tessera vocab train CONFIG`")
     return KINDS.get(file.name, SentencePieceTokenizer)(file)

@@ -27,7 +27,7 @@ def train_vocabulary(config: VocabConfig, rejected: Tally[str] | None = None) ->
     rejected = Tally() if rejected is None else rejected
     captions = list(captions_of(config.dataset, config.max_captions, rejected))
     if not captions:
-        raise DataError(f"{config.dataset}: no captions to train on, {dict(rejected)}; name a dataset with captions")
+        raise DataError(f"{config.dataset}: no captions to train on, {dict(rejected)}; use a dataset with captions")
     written = io.BytesIO()
     pad, unk, cls, sep, mask = SPECIALS
     try:
@@ -53,7 +53,7 @@ def train_vocabulary(config: VocabConfig, rejected: Tally[str] | None = None) ->
         ) from None
     storage = open_storage(config.output)
     if not storage.put_if_absent(MODEL, written.getvalue()) and storage.get(MODEL) != written.getvalue():
-        raise DataError(f"{config.output}/{MODEL}: another vocabulary is there, nothing was changed; use a new output")
+        raise DataError(f"{config.output}/{MODEL}: another vocabulary exists, nothing was changed; use a new output")
     return Path(config.output) / MODEL
 
 

@@ -201,7 +201,7 @@ def file_fault(storage: Storage, entry: Mapping[str, Any]) -> str:
             return f"{name}: missing"
         size, _ = storage.stat(name)
         if size != entry["bytes"]:
-            return f"{name}: {size} bytes, the manifest says {entry['bytes']}"
+            return f"{name}: {size} bytes, the manifest has {entry['bytes']}"
         digest = hashlib.sha256()
         for start in range(0, size, BUFFER):
             digest.update(storage.get_range(name, start, min(start + BUFFER, size)))

@@ -81,7 +81,7 @@ def data(config: RunConfig, mesh: Mesh, opened: Callable[[RunConfig], object]) -
             shard = manifest.shards[(mesh.rank * SHARDS_LOOKED_AT + number) % len(manifest.shards)]
             size, _ = storage.stat(shard.name)
             if size != shard.bytes:
-                raise DataError(f"{address}/{shard.name}: {size} bytes, the manifest says {shard.bytes}; copy it again")
+                raise DataError(f"{address}/{shard.name}: {size} bytes, the manifest has {shard.bytes}; copy it again")
             storage.get_range(shard.name, 0, min(size, PROBE_BYTES))
     for path in filter(None, [config.data.text_tokenizer]):
         file = Path(path)

@@ -65,13 +65,13 @@ def test_what_is_used_is_refused_and_stays_as_it_is(what: str, tmp_path: Path) -
         (out / "inner").mkdir(parents=True)
         (out / ("inner" if what == "folder" else ".hidden") / "").parent.mkdir(exist_ok=True)
     before = everything(tmp_path)
-    with pytest.raises((ConfigError, DataError), match="nothing was written, name a new folder"):
+    with pytest.raises((ConfigError, DataError), match="nothing was written, use a new folder"):
         fill(out)
     assert everything(tmp_path) == before
 
 
 def test_a_folder_that_another_command_fills_meanwhile_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is used already"), new_folder(tmp_path / "out") as folder:
+    with pytest.raises(ConfigError, match="is not empty"), new_folder(tmp_path / "out") as folder:
         (folder / "mine").write_text("mine")
         fill(tmp_path / "out")
     assert everything(tmp_path / "out") == WHOLE
@@ -145,22 +145,22 @@ def test_a_read_only_disk_and_a_file_on_the_way_are_named(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
-        (errno.ENOSPC, "make room there"),
-        (errno.EDQUOT, "make room there"),
-        (errno.EACCES, "give this user the right"),
-        (errno.EPERM, "give this user the right"),
-        (errno.EROFS, "name a place that can be written"),
-        (errno.ENOENT, "name another path"),
-        (errno.ENOTDIR, "name another path"),
-        (errno.ENAMETOOLONG, "name another path"),
-        (errno.EIO, "see to the storage"),
-        (errno.ESTALE, "see to the storage"),
+        (errno.ENOSPC, "free space there"),
+        (errno.EDQUOT, "free space there"),
+        (errno.EACCES, "grant this user access"),
+        (errno.EPERM, "grant this user access"),
+        (errno.EROFS, "use a writable location"),
+        (errno.ENOENT, "use another path"),
+        (errno.ENOTDIR, "use another path"),
+        (errno.ENAMETOOLONG, "use another path"),
+        (errno.EIO, "check the storage"),
+        (errno.ESTALE, "check the storage"),
     ],
 )
 def test_the_remedy_is_that_of_what_the_file_system_said(number: int, remedy: str) -> None:
     told = str(storage_error(OSError(number, os.strerror(number)), "there"))
     assert told.startswith(f"there: {os.strerror(number)}; {remedy}") and told.endswith("run it again")
-    remedies = ("make room there", "give this user", "name another path", "see to the storage", "name a place")
+    remedies = ("free space there", "grant this user", "use another path", "check the storage", "use a writable")
     assert [other for other in remedies if other in told] == [other for other in remedies if remedy.startswith(other)]
 
 
@@ -181,6 +181,6 @@ def test_an_output_that_cannot_be_made_is_told_as_a_wrong_path(below: str, write
         WRITES[write](f"{below}/x/y")
     assert below in str(told.value) and "make room" not in str(told.value), told.value
     assert (
-        "name another path" in str(told.value) or "the right" in str(told.value) or "is not a folder" in str(told.value)
+        "use another path" in str(told.value) or "the right" in str(told.value) or "is not a folder" in str(told.value)
     )
     assert "build the dataset" not in str(told.value)

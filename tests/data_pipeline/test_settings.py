@@ -288,7 +288,7 @@ def test_another_kind_that_has_the_keys_is_taken(tmp_path: Path) -> None:
 def test_a_base_that_names_no_file_is_refused_by_name(base: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(f"base: {base}\ntext: a\n")
-    with pytest.raises(ConfigError, match=r"run\.yaml: base = .*name a file beside this one"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: base = .*quote the name of a file"):
         load_settings(Example, path)
 
 

@@ -277,7 +277,7 @@ def test_a_dataset_that_is_cut_off_is_said(material: Material, config: Path, tmp
     shutil.copytree(material.dataset, tmp_path / "data")
     shard = tmp_path / "data/00001.tar"
     os.truncate(shard, shard.stat().st_size - 512)
-    with pytest.raises(DataError, match="the manifest says"):
+    with pytest.raises(DataError, match="the manifest has"):
         look(config, f"data.dataset={tmp_path}/data")
 
 

@@ -74,9 +74,9 @@ IMPOSSIBLE = [
     ("bert", ["seed=18446744073709551616"], "less than or equal to 18446744073709551615"),
     ("bert", ["seed=-1"], "greater than or equal to 0"),
     ("bert", ["train.collective_timeout_s=99999999999"], "less than or equal to 604800"),
-    ("bert", ["data.dataset=", "data.datasets=[{path: a, weight: -1}]"], "0 or more each"),
-    ("bert", ["data.dataset=", "data.datasets=[{path: a, weight: 1/0}]"], "write numbers, or fractions as 1/3"),
-    ("bert", ["data.dataset=", "data.datasets=[{path: a, weight: much}]"], "write numbers, or fractions as 1/3"),
+    ("bert", ["data.dataset=", "data.datasets=[{path: a, weight: -1}]"], "each must be 0 or more"),
+    ("bert", ["data.dataset=", "data.datasets=[{path: a, weight: 1/0}]"], "write numbers, or fractions such as 1/3"),
+    ("bert", ["data.dataset=", "data.datasets=[{path: a, weight: much}]"], "write numbers, or fractions such as 1/3"),
     ("bert", ["data.dataset=", f"data.datasets=[{','.join(['{path: a}'] * 17)}]"], "one for each of 1 to 16"),
     ("bert", ["data.dataset=", "data.datasets=[{path: a}]", "data.reweigh=[{position: 5, weights: [1, 2]}]"], "2 weig"),
 ]  # fmt: skip
@@ -100,7 +100,7 @@ def test_an_impossible_run_is_refused_by_the_schema(family: str, overrides: list
     [
         ({"captions": {"min_chars": 9, "max_chars": 3}}, "min_chars=9 is above max_chars=3"),
         ({"source": {"kind": "csv", "path": "a", "columns": ["a", "b"]}}, "'image' is none of columns"),
-        ({"images": {"mode": "fit"}}, "every mode but 'none' has a size"),
+        ({"images": {"mode": "fit"}}, "every mode except 'none' needs a size"),
     ],
 )
 def test_an_impossible_build_is_refused_by_the_schema(tree: dict[str, Any], said: str) -> None:

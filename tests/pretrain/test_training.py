@@ -318,4 +318,4 @@ def test_codes_of_another_tokenizer_are_refused_with_both_ids(material: Material
     (dataset / f"codes.vq-{ids[0]}.json").write_text("{}")
     other = dataclasses.replace(material, dataset=dataset, images=tmp_path / "tokenizer-1")
     done = tessera("train", recipe(FAMILIES["gpt"].run(other, tmp_path / "run"), tmp_path / "run.yaml"))
-    refused(done, 74, f"no codes of tokenizer {ids[1]}; there are codes of {ids[0]}", "tessera data encode")
+    refused(done, 74, f"no codes of tokenizer {ids[1]}; available are {ids[0]}", "tessera data encode")

@@ -64,7 +64,9 @@ DAMAGE = {
 def test_a_damaged_gz_is_an_error_of_data(tmp_path, build_here, kind, damage):
     path = tmp_path / f"x.{'json' if kind == 'coco' else kind}.gz"
     path.write_bytes(DAMAGE[damage](gzip.compress(LINES[kind].encode())))
-    refused(build_here, tmp_path, r"x\.\w+\.gz: cut off or damaged \(.*\); fetch it again", kind=kind, path=str(path))
+    refused(
+        build_here, tmp_path, r"x\.\w+\.gz: cut off or damaged \(.*\); download it again", kind=kind, path=str(path)
+    )
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -103,7 +105,7 @@ def test_a_table_that_may_not_be_read_is_an_error_of_data(nobody, make_config, k
     path.write_text("")
     (path if closed == "file" else path.parent).chmod(0)
     os.seteuid(user)
-    with pytest.raises(DataError, match="in.*: Permission denied; source.path.*give it the right"):
+    with pytest.raises(DataError, match="in.*: Permission denied; source.path.*grant this user access"):
         open_source(make_config(source={"kind": kind, "path": str(path)}, output="unused").source).count()
 
 
@@ -142,7 +144,7 @@ def test_a_damaged_parquet_is_an_error_of_data(tmp_path, build_here, compression
     else:
         del data[footer:]
     path.write_bytes(data)
-    said = r"x.parquet: not a parquet file, or a damaged one \(.*\); fetch it again"
+    said = r"x.parquet: not a valid parquet file, or a damaged one \(.*\); download it again"
     refused(build_here, tmp_path, said, kind="parquet", path=str(path))
 
 
@@ -186,7 +188,7 @@ def test_what_is_no_object_in_a_coco_file_is_named(tmp_path, build_here, name, e
 
 def test_lists_that_are_none_are_no_coco(tmp_path, build_here):
     (tmp_path / "x.json").write_text('{"images": {}, "annotations": []}')
-    refused(build_here, tmp_path, "no COCO captions", kind="coco", path=f"{tmp_path}/x.json")
+    refused(build_here, tmp_path, "not COCO captions", kind="coco", path=f"{tmp_path}/x.json")
 
 
 # ----------------------------------------------------------------------------------------------------- deep nesting

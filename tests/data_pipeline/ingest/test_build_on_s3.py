@@ -159,7 +159,7 @@ def test_a_second_writer_of_other_bytes_is_refused_and_overwrites_nothing(built,
 
 def test_another_configuration_in_the_same_prefix_is_refused(built, tree, build_here):
     before = written(built)
-    with pytest.raises(ConfigError, match="begun by another build(.|\n)*shard_size"):
+    with pytest.raises(ConfigError, match="belongs to another build(.|\n)*shard_size"):
         build_here(**{**tree, "shard_size": 4}, output=built)
     assert written(built) == before
 

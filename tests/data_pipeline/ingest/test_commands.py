@@ -124,7 +124,7 @@ REFUSED = [
     ({"source": {"kind": "csv", "path": "HERE/x.csv", "image": "picture"}}, 64, "source.image='picture': not a column"),
     ({"source": {"kind": "csv", "path": "HERE/x.csv"}, "filters": {"low": "scor > 1"}}, 64, "'scor' is no column"),
     ({"source": {"kind": "csv", "path": "HERE/gone.csv"}}, 74, "gone.csv: not there"),
-    ({"source": {"kind": "parquet", "path": "HERE/x.csv"}}, 74, "not a parquet file"),
+    ({"source": {"kind": "parquet", "path": "HERE/x.csv"}}, 74, "not a valid parquet file"),
     ({"source": {"kind": "tars", "path": "HERE/cut.tar"}}, 74, "cut.tar: ends at byte"),
     ({"source": {"kind": "folder", "path": "HERE/bad"}}, 74, "all 2 rows were rejected (empty_file 1, not_an_image 1)"),
     ({"source": {"kind": "scenes", "count": 1}, "ray_address": "127.0.0.1:1"}, 70, "ray_address=127.0.0.1:1"),

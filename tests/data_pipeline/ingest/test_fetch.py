@@ -460,7 +460,7 @@ def test_a_proxy_that_does_not_speak_http_is_an_error_of_configuration(fetch, mo
 def test_a_proxy_whose_name_does_not_resolve_is_an_error_of_configuration(fetch, monkeypatch, name):
     for wrong in ("http://no-such-host.invalid:3128", "no-such-host.invalid:3128", f"http://{'a' * 70}.invalid:3128"):
         monkeypatch.setenv(name, wrong)
-        with pytest.raises(ConfigError, match="http_proxy or https_proxy is .*its host is not known"):
+        with pytest.raises(ConfigError, match="http_proxy or https_proxy is .*its host does not resolve"):
             fetch("/file/a.png")
 
 
@@ -538,5 +538,5 @@ def test_the_cache_notices_damage_and_loss(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_an_error_of_storage(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="see to the storage"):
+    with pytest.raises(DataError, match="check the storage"):
         RawCache(str(tmp_path / "file")).put(b"data")

@@ -347,7 +347,7 @@ def test_a_digest_may_be_in_capitals_and_have_blanks_around_it() -> None:
         with pytest.raises(FetchError) as caught:
             check_digests(b"data", Link("k", "u", (), {}, sha256=wrong[0], md5=wrong[1]))
         came, wanted = (sha, wrong[0]) if name == "sha256" else (md5, wrong[1])
-        assert str(caught.value) == f"wrong_{name}: {came[:16]} came, {wanted[:16]} is wanted"
+        assert str(caught.value) == f"wrong_{name}: received {came[:16]}, expected {wanted[:16]}"
         assert (caught.value.status, caught.value.transient) == (200, False)
 
 
@@ -630,7 +630,7 @@ def test_a_proxy_that_no_name_server_knows_is_refused_without_its_password(monke
     asked: list[tuple[str, int]] = []
     if refused:
         with pytest.raises(
-            ConfigError, match="^http_proxy or https_proxy is http://p.example:3128: its host is not known"
+            ConfigError, match="^http_proxy or https_proxy is http://p.example:3128: its host does not resolve"
         ):
             asyncio.run(run())
     else:

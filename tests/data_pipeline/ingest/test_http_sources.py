@@ -163,7 +163,7 @@ def test_an_answer_in_a_packing_that_is_refused_is_closed(site, monkeypatch, ask
     monkeypatch.setattr(HttpStorage, "_request", lambda *args: (answers.append(original(*args)), answers[-1])[1])
     site.encoding = "br"
     storage = open_storage(site.address)
-    with pytest.raises(DataError, match="packed as br"):
+    with pytest.raises(DataError, match="compresses it as br"):
         b"".join(storage.stream("m.jsonl")) if ask == "stream" else storage.get_range("m.jsonl", 0, 9)
     assert [answer.closed for answer in answers] == [True]
 
@@ -262,7 +262,7 @@ REFUSED = [("br", ""), ("deflate", "deflate"), ("gzip, gzip", "gzip"), ("zstd", 
 @pytest.mark.parametrize(("encoding", "packing"), REFUSED)
 def test_another_packing_on_the_way_is_refused_by_name(site, rows, encoding, packing):
     site.encoding, site.packing = encoding, packing
-    with pytest.raises(DataError, match="packed as"):
+    with pytest.raises(DataError, match="compresses it as"):
         rows(kind="jsonl", path=f"{site.address}/m.jsonl")
 
 
@@ -275,5 +275,5 @@ def test_a_dataset_is_read_past_refused_heads_and_pages_and_refused_where_it_com
     assert [(sample.key, sample.image) for sample in Stream(site.address, seed=0).read(0, 25)] == here
     assert verify(site.address)["samples"] == 25
     site.encoding = site.packing = "gzip"
-    with pytest.raises(DataError, match="packed as gzip"):
+    with pytest.raises(DataError, match="compresses it as gzip"):
         Stream(site.address, seed=0)

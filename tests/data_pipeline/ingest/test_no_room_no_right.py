@@ -155,7 +155,7 @@ def test_a_bucket_without_the_right_is_refused_and_with_it_the_build_is_finished
 ):
     name, output = not_ours.removeprefix("s3://"), f"{not_ours}/set"
     gateway.allow(name, actions, keys)
-    with pytest.raises(DataError, match=rf"{output}.*{said} .(AccessDenied|403).*give these credentials") as caught:
+    with pytest.raises(DataError, match=rf"{output}.*{said} .(AccessDenied|403).*grant these credentials") as caught:
         build_here(**SCENES, output=output)
     assert caught.value.exit_code == 74
     gateway.allow(name, [*READ, *WRITE, "s3:DeleteObject"])

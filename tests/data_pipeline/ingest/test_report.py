@@ -61,7 +61,7 @@ def test_a_report_shows_the_account_and_is_complete_in_itself(mixed):
     words = " ".join(page.words)
     assert path == f"{mixed}/report.html" and page.open == []
     assert "6 in = 4 out + 2 rejected, 1 of them duplicates" in words
-    assert "not_an_image" in words and "duplicate_image" in words and "the bytes of row" in words
+    assert "not_an_image" in words and "duplicate_image" in words and "same bytes as row" in words
     assert len(page.loaded) == 4 + 1 and all(address.startswith("data:image/jpeg;base64,") for address in page.loaded)
     assert "<script>alert(1)<" in words and "<script>" not in text and "http" not in re.sub(r"base64,\S+", "", text)
     assert re.search(r"zh\s+2", words)
@@ -122,10 +122,10 @@ def test_rejected_images_are_shown_from_the_cache_of_what_was_fetched(build_here
 def test_duplicates_stand_beside_what_they_repeat(mixed, folder, make_config, tmp_path):
     tree = {"source": {"kind": "folder", "path": str(folder)}, "output": str(mixed)}
     text = Path(write_report(mixed, build=make_config(**tree))).read_text()
-    assert "Images that occur more than once" in text and re.search(r"<td>2 times</td><td class=\"n\">1</td>", text)
+    assert "Duplicate images" in text and re.search(r"<td>2 times</td><td class=\"n\">1</td>", text)
     shown = pictures(text)
     [(stays, kept)] = [item for item in shown.items() if item[0].endswith(" stays")]
-    [again] = [picture for words, picture in shown.items() if words.startswith("b/1: the bytes of row")]
+    [again] = [picture for words, picture in shown.items() if words.startswith("b/1: same bytes as row")]
     assert stays == "a/0 stays" and np.array_equal(np.asarray(kept), np.asarray(again))
 
 
@@ -183,7 +183,7 @@ def test_a_page_replaces_an_earlier_one_and_no_other_file(tmp_path, scenes):
     assert page.read_bytes() == written
     mine.write_text("<html>mine</html>")
     for taken in (mine, tmp_path):
-        with pytest.raises(DataError, match="is no report; nothing was written, name another file as --output"):
+        with pytest.raises(DataError, match="is not a report; nothing was written, use another --output"):
             write_report(scenes, taken)
     assert mine.read_text() == "<html>mine</html>"
 

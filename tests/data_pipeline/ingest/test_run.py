@@ -114,7 +114,7 @@ def test_a_build_that_rejects_every_row_is_refused_with_its_reasons(folder, buil
 def test_another_configuration_in_the_same_output_is_refused(scenes, build_here, tree_digests, change, field):
     before = tree_digests(scenes)
     tree = {"source": {"kind": "scenes", "count": 25}, "output": str(scenes), "shard_size": 10}
-    with pytest.raises(ConfigError, match=f"begun by another build(.|\n)*{field}"):
+    with pytest.raises(ConfigError, match=f"belongs to another build(.|\n)*{field}"):
         build_here(**{**tree, **change})
     assert tree_digests(scenes) == before
 

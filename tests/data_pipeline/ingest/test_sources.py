@@ -304,7 +304,7 @@ def test_a_server_that_will_not_say_whether_a_table_lies_beside_a_tar_has_none(
 def test_a_damaged_table_beside_a_tar_is_an_error_of_data(tmp_path, make_png, make_config):
     tar_with_a_table(tmp_path, make_png)
     (tmp_path / "00.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="00.parquet: not a parquet file"):
+    with pytest.raises(DataError, match="00.parquet: not a valid parquet file"):
         list(opened(make_config, kind="tars", path=f"{tmp_path}/00.tar").rows(0, 1))
 
 
@@ -329,7 +329,7 @@ def test_a_column_that_is_not_there_is_refused_naming_those_that_are(table, kind
         ({"kind": "tars", "path": "EMPTY"}, "no samples"),
         ({"kind": "csv", "path": "EMPTY"}, "a folder; name the csv file"),
         ({"kind": "jsonl", "path": "BLANK"}, "no rows"),
-        ({"kind": "parquet", "path": "BLANK"}, "not a parquet file"),
+        ({"kind": "parquet", "path": "BLANK"}, "not a valid parquet file"),
     ],
 )
 def test_a_missing_or_empty_source_is_refused(tmp_path, make_config, source, message):

@@ -249,7 +249,7 @@ def test_column_names_that_cannot_be_read_are_refused_with_the_remedy(tmp_path, 
 
 @pytest.mark.parametrize("encoding", ["rot13", "nonsense", "unicode_escape"])
 def test_an_encoding_that_is_none_of_text_files_is_refused(encoding, make_config):
-    with pytest.raises(ConfigError, match="not an encoding of text files"):
+    with pytest.raises(ConfigError, match="not a text encoding"):
         make_config(source={"kind": "csv", "path": "x.csv", "encoding": encoding}, output="unused")
 
 
@@ -359,7 +359,7 @@ def test_retry_without_keys_refuses_a_source_that_is_another(kind, change, tmp_p
     tree = {"source": {"kind": kind, "path": f"{tmp_path}/x.{kind}"}, "output": f"{tmp_path}/out"}
     assert build_here(**tree)["rejected"] == {"unreadable_file": 1}
     write(CHANGES[change](lines))
-    with pytest.raises(DataError, match=f"x.{kind}: not what .*out was built from; rows without a key"):
+    with pytest.raises(DataError, match=f"x.{kind}: .*out was built from other contents"):
         retry(check(**tree), progress=False)
     write(lines)
     (tmp_path / "gone.png").write_bytes((tmp_path / "2.png").read_bytes())
@@ -424,7 +424,7 @@ def test_growth_without_keys_goes_on_in_a_new_line_alone(added, fits, tmp_path, 
     if fits:
         assert build_here(**tree, grow=True)["out"] == 4
     else:
-        with pytest.raises(DataError, match="not what .* was built from"):
+        with pytest.raises(DataError, match="was built from"):
             build_here(**tree, grow=True)
 
 

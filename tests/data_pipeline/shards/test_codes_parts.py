@@ -220,7 +220,7 @@ def test_codes_that_are_not_there_name_those_that_are(tmp_path):
     root = re.escape(str(folder))
     with pytest.raises(
         DataError,
-        match=f"^{root}: no codes of tokenizer {ID}; there are codes of none; "
+        match=f"^{root}: no codes of tokenizer {ID}; available are none; "
         f"run `tessera data encode {root} --image-tokenizer DIR` with the tokenizer {ID}$",
     ):
         read_codes(folder, ID)
@@ -241,7 +241,7 @@ def test_codes_of_other_files_or_of_another_tokenizer_are_refused(tmp_path):
     folder = dataset(tmp_path, 2, 1)
     shards = encoded(folder)["shards"]
     storage, manifest = open_dataset(folder)
-    message = f"codes.vq-{ID}.json: lists other files than one NAME.vq-{ID}.bin for each of 2 shards; remove the codes"
+    message = f"codes.vq-{ID}.json: must list one NAME than one NAME.vq-{ID}.bin for each of 2 shards; remove the codes"
     for values in (
         {"shards": shards[::-1]},
         {"shards": shards[:1]},
@@ -404,7 +404,7 @@ def test_a_tokenizer_has_twelve_digits_and_at_most_65536_codes(tmp_path, values,
 
 @pytest.mark.parametrize("crops", [0, 2, 9, 11])
 def test_an_image_is_encoded_in_one_crop_or_in_ten(tmp_path, crops):
-    with pytest.raises(ConfigError, match=f"^crops={crops}: an image is encoded in one crop or in ten"):
+    with pytest.raises(ConfigError, match=f"^crops={crops}: must be 1 or 10"):
         encode_dataset(dataset(tmp_path, 1), lambda directory: Means(), "dir", crops=crops)
 
 
@@ -412,7 +412,7 @@ def test_an_image_is_encoded_in_one_crop_or_in_ten(tmp_path, crops):
 def test_codes_of_other_crops_stay_and_are_named(tmp_path, first, second):
     folder = dataset(tmp_path, 1)
     encoded(folder, crops=first)
-    message = f"^{re.escape(str(folder))}/codes.vq-{ID}.json: codes of {first} crops an image, {second} are wanted; "
+    message = f"^{re.escape(str(folder))}/codes.vq-{ID}.json: has {first} crops per image, requested {second}; "
     message += f"encode with --crops {first}, or remove these codes"
     with pytest.raises(DataError, match=message):
         encode_dataset(folder, lambda directory: Means(), "dir", progress=False, crops=second)
@@ -570,7 +570,7 @@ def test_another_tokenizer_on_a_node_is_refused_naming_both(tmp_path):
     folder = dataset(tmp_path, 1)
     encoder = codes._Encoder(Job(str(folder), lambda directory: Means("b" * 12), "/there", ID, 1))
     with pytest.raises(
-        DataError, match=f"^/there: tokenizer {'b' * 12} on this node, {ID} where the command runs; the folder must"
+        DataError, match=f"^/there: tokenizer {'b' * 12} on this node, {ID} on the driver's node; the folder must"
     ):
         encoder.encode(0)
     assert not list(folder.glob("*.vq-*"))

@@ -328,7 +328,7 @@ def test_images_and_texts_stored_apart_are_refused_in_either_order(order, tmp_pa
     images = [(f"{n}.png", png(n)) for n in range(3)]
     texts = [(f"{n}.txt", b"a cat") for n in range(3)]
     (tmp_path / "0.tar").write_bytes(tar_of(images + texts if order == "images first" else texts + images))
-    with pytest.raises(DataError, match="'files_apart': 3.*must be neighbours"):
+    with pytest.raises(DataError, match="'files_apart': 3.*must be adjacent"):
         index([str(tmp_path)], workers=1)
 
 

@@ -118,7 +118,7 @@ def test_a_damaged_pax_header_is_refused_by_every_reader(record):
         lambda: parse_members(data, "x"),
         lambda: samples_of([data], "x"),
     ):
-        with pytest.raises(DataError, match="PAX header says"):
+        with pytest.raises(DataError, match="invalid PAX header"):
             list(read())
 
 
@@ -211,7 +211,7 @@ def test_every_spelling_of_a_size_that_tarfile_reads_is_read(read, size):
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 @pytest.mark.parametrize("size", [b"-1000", b"", b"0x3", b"1e3", b" 3", b"9" * 30, b"9" * 5000, b"99999999", b"3\0"])
 def test_a_size_in_a_pax_record_is_refused_in_the_same_way(read, size):
-    with pytest.raises(DataError, match="as a size|claims"):
+    with pytest.raises(DataError, match="has size|of .* bytes"):
         read(pax((b"size", size)) + entry() + END)
 
 
@@ -398,7 +398,7 @@ def test_a_body_may_end_with_the_tar_and_not_one_byte_later(read):
     assert read(whole + END) == [("a.png", b"x" * BLOCK)]
     for size, there in ((BLOCK, BLOCK - 1), (700, 512), (2 * BLOCK, 2 * BLOCK - 1)):
         second = entry("b.png", b"%011o\0" % size, b"")
-        with pytest.raises(DataError, match=f"'b.png' claims {size} bytes, {there} are there"):
+        with pytest.raises(DataError, match=f"'b.png' has {there} of {size} bytes"):
             read(whole + second + b"y" * there)
 
 

@@ -158,7 +158,7 @@ def test_compressed_tars_are_refused_and_other_compressed_files_only_where_there
     for beside, refused in ((["a.tar"], COMPRESSED_TARS), (["a.tar.idx"], COMPRESSED_TARS + COMPRESSED)):
         if name in refused:
             with pytest.raises(
-                DataError, match=rf"^here: 1 compressed files, such as {re.escape(name)}; .*unpack them"
+                DataError, match=rf"^here: 1 compressed files, such as {re.escape(name)}; .*decompress them"
             ):
                 refuse_compressed([*beside, name], "here")
         else:
@@ -336,7 +336,7 @@ def test_a_compressed_file_is_told_as_that_whatever_its_length(magic, told):
                 list(read())
     for data in (magic[:-1], b"x" + magic, entry() + magic, entry() + magic.ljust(BLOCK, b"x")):
         for read in (lambda data=data: scan(io.BytesIO(data), "here"), lambda data=data: samples_of([data], "here")):
-            with pytest.raises(DataError, match="fetch it again|damaged") as raised:
+            with pytest.raises(DataError, match="download it again|damaged") as raised:
                 list(read())
             assert "compressed" not in str(raised.value)
 
@@ -525,7 +525,7 @@ def test_a_pax_record_is_its_length_a_key_and_a_value(body, taken):
         assert READERS["scan"](data) == READERS["samples_of"](data) == [(name, b"abc")]
     else:
         for read in (READERS["scan"], READERS["samples_of"], READERS["parse_files"]):
-            with pytest.raises(DataError, match=r"^x: a PAX header says b.*; the tar is damaged, fetch it again"):
+            with pytest.raises(DataError, match=r"^x: a PAX header says b.*; the tar is damaged, download it again"):
                 read(data)
 
 
@@ -559,7 +559,7 @@ def test_an_extended_header_has_at_most_a_mebibyte(kind):
 @pytest.mark.parametrize("read", [READERS["scan"], READERS["samples_of"], READERS["parse_files"]])
 def test_a_long_name_that_is_cut_off_says_how_much_is_there(read):
     data = entry("long", b"%011o\0" % 700, b"", b"L") + b"n" * 600
-    with pytest.raises(DataError, match="^x: 'a long name' claims 700 bytes, 600 are there; the tar was cut off"):
+    with pytest.raises(DataError, match="^x: 'a long name' claims 700 bytes, 600 are there; the tar was truncated"):
         read(data)
 
 
@@ -613,9 +613,7 @@ def test_a_file_that_is_cut_off_says_how_much_is_there(there):
         lambda data, where: list(scan(io.BytesIO(data), where)),
         lambda data, where: list(samples_of([data], where)),
     ):
-        with pytest.raises(
-            DataError, match=rf"^here: 'a.png' claims 512 bytes, {there} are there; the tar was cut off"
-        ):
+        with pytest.raises(DataError, match=rf"^here: 'a.png' has {there} of 512 bytes; the tar was truncated"):
             read(data, "here")
     assert parse_files(data.ljust(2048, b"x"), "here")[1] == ("a.png", (b"x" * there).ljust(512, b"x"))
 
@@ -636,7 +634,7 @@ def test_a_rest_that_is_shorter_than_a_header_ends_a_sample_and_cuts_a_tar(rest)
     assert parse_files(data, "x") == [("a.png", b"abc")] == found(parse_members(data, "x"), data)
     for read in (lambda: scan(io.BytesIO(data), "x"), lambda: samples_of([data], "x")):
         with pytest.raises(
-            DataError, match=f"^x: ends at byte {1024 + rest} without the closing blocks of a tar; fetch it again$"
+            DataError, match=f"^x: ends at byte {1024 + rest} without the closing blocks of a tar; download it again$"
         ):
             list(read())
 
@@ -692,5 +690,7 @@ def test_a_member_that_ends_with_the_stated_size_is_read_and_one_byte_more_is_no
 
 def test_a_tar_that_is_empty_is_cut_off():
     for read in (lambda: scan(io.BytesIO(), "x"), lambda: samples_of([], "x")):
-        with pytest.raises(DataError, match="^x: ends at byte 0 without the closing blocks of a tar; fetch it again"):
+        with pytest.raises(
+            DataError, match="^x: ends at byte 0 without the closing blocks of a tar; download it again"
+        ):
             list(read())

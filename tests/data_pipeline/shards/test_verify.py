@@ -38,7 +38,7 @@ FAULTS = [
     ("a damaged index", lambda root: (root / "00000.tar.idx").write_bytes(b"no"), "not an index"),
     ("lost rows", edit("stats.json", "in", 26), "in 26"),
     ("lost statistics", lambda root: (root / "00001_stats.json").unlink(), "00001_stats.json: not there"),
-    ("wrong total", edit("manifest.json", "samples", 7), "samples=7.*fetch or build the dataset again"),
+    ("wrong total", edit("manifest.json", "samples", 7), "samples=7.*download or build the dataset again"),
     ("another version", edit("manifest.json", "version", 9), "version 9"),
     ("no manifest", lambda root: (root / "manifest.json").unlink(), "tessera data build"),
 ]

@@ -118,8 +118,8 @@ def test_weights_are_reduced_to_whole_numbers(weights, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ([], "the first is 0"),
-        ([(5, [1])], "the first is 0"),
+        ([], "ascending positions from 0"),
+        ([(5, [1])], "ascending positions from 0"),
         ([(0, [1]), (9, [1]), (9, [1])], "ascending"),
         ([(0, [1, 1]), (9, [1])], "1 weights from position 9 for 2"),
         ([(0, [0, 0])], "one above 0"),

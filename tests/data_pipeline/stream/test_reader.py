@@ -69,7 +69,7 @@ def test_an_empty_dataset_is_refused(tmp_path):
 def test_a_shard_of_another_size_is_refused_when_it_is_opened(scenes):
     path = scenes / "00001.tar"
     path.write_bytes(path.read_bytes()[:-1024])
-    with pytest.raises(DataError, match="00001.tar: .* bytes, the manifest says"):
+    with pytest.raises(DataError, match="00001.tar: .* bytes, the manifest has"):
         Stream(scenes, seed=0).read(0, 25)
 
 

@@ -12,7 +12,7 @@ from data_pipeline.stream.sequential import read_tars
 
 @pytest.fixture
 def site(scenes):
-    """The scenes behind an http server that knows no ranges -> its address."""
+    """The scenes behind an http server that lacks ranges -> its address."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(scenes))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -44,5 +44,5 @@ def test_a_tar_that_was_cut_between_its_files_is_named(scenes, site):
 def test_an_indexed_dataset_behind_a_server_without_ranges_says_what_to_use(site, monkeypatch, tmp_path):
     monkeypatch.setenv("TESSERA_CACHE", str(tmp_path))
     monkeypatch.setattr(cache, "BLOCK_BYTES", 4096)
-    with pytest.raises(DataError, match="knows no ranges; .*stream.sequential"):
+    with pytest.raises(DataError, match="lacks ranges; .*stream.sequential"):
         Stream(site, seed=0).fetch(9)

@@ -59,7 +59,7 @@ def test_the_bytes_depend_on_the_samples_not_on_how_they_are_sharded(train):
 
 def test_another_vocabulary_is_never_written_over(train):
     train(size=70)
-    with pytest.raises(DataError, match="another vocabulary is there"):
+    with pytest.raises(DataError, match="another vocabulary exists"):
         train(size=75)
 
 

@@ -104,4 +104,4 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-DAMAGES = [(cut, "the manifest says"), (flip_a_bit, "sha256"), (Path.unlink, "missing")]
+DAMAGES = [(cut, "the manifest has"), (flip_a_bit, "sha256"), (Path.unlink, "missing")]

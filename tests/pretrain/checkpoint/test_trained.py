@@ -82,7 +82,7 @@ def test_an_export_onto_a_run_or_any_used_folder_is_refused_and_changes_nothing(
     (theirs / "notes.txt").write_text("mine")
     before = contents(tmp_path)
     for used in (run, first, theirs, run / "checkpoints"):
-        with pytest.raises(ConfigError, match=f"{used} is used already"):
+        with pytest.raises(ConfigError, match=f"{used} is not empty"):
             verbs.export(run, used, form=form)
     with pytest.raises(DataError, match="notes.txt is not a folder"):
         verbs.export(run, theirs / "notes.txt", form=form)
@@ -99,7 +99,7 @@ def test_a_pipeline_that_is_started_again_finds_its_export_and_no_other(form: st
     assert verbs.export(tmp_path / "run", folder, form=form, again=True) == folder
     assert contents(tmp_path) == before
     write(tmp_path / "run", 8)
-    with pytest.raises(ConfigError, match="is used already"):
+    with pytest.raises(ConfigError, match="is not empty"):
         verbs.export(tmp_path / "run", folder, form=form, again=True)
     assert contents(folder) == {name.removeprefix("out/"): data for name, data in before.items() if "out/" in name}
     verbs.export(tmp_path / "run", folder, step=4, form=form, again=True)
