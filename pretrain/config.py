@@ -68,7 +68,7 @@ AUGMENTATION = ("crop_scale", "crop_ratio", "flip")
 def _ascending(span: tuple[float, float]) -> tuple[float, float]:
     low, high = span
     if low > high:
-        raise ValueError(f"the lower end comes first; use [{high:g}, {low:g}]")
+        raise ValueError(f"the lower bound comes first; use [{high:g}, {low:g}]")
     return span
 
 
@@ -103,9 +103,9 @@ class DataConfig(Settings):
     @pydantic.model_validator(mode="after")
     def _one_kind_of_data(self) -> "DataConfig":
         if (self.dataset is None) == (not self.datasets):
-            raise ValueError("name either data.dataset, or data.datasets with a weight each")
+            raise ValueError("set either data.dataset, or data.datasets with weights")
         if self.reweigh and not self.datasets:
-            raise ValueError("data.reweigh changes the weights of data.datasets; with one data.dataset there are none")
+            raise ValueError("data.reweigh needs data.datasets, and data.dataset is set; leave data.reweigh out")
         if self.datasets:
             try:
                 check_changes(self.changes)
@@ -177,7 +177,7 @@ class AdamWConfig(ScheduleConfig):
             try:
                 re.compile(pattern)
             except re.error as error:
-                message = f"{pattern!r} is no regular expression ({error}); escape what is meant as it stands"
+                message = f"{pattern!r} is not a regular expression ({error}); escape literal characters"
                 raise ValueError(message) from None
         return patterns
 
@@ -238,13 +238,13 @@ def known_to_mlflow(uri: str) -> str:
     scheme, colon, rest = uri.partition(":")
     kind = scheme.lower().partition("+")[0] if colon and "/" not in scheme else "file"
     if kind not in TRACKING_SCHEMES and kind not in entry_points(group="mlflow.tracking_store").names:
-        raise ValueError(f"MLflow knows no {kind!r}; use http(s)://HOST, sqlite:///FILE, or nothing for no tracking")
+        raise ValueError(f"MLflow does not support {kind!r}; use http(s)://HOST, sqlite:///FILE, or leave it empty")
     if kind == "sqlite" and not (rest.startswith("///") and rest.strip("/")):
-        raise ValueError("a database file has three slashes before its path: sqlite:///runs/mlflow.db")
+        raise ValueError("a database path needs three slashes: sqlite:///runs/mlflow.db")
     if kind in ("http", "https") and not _names_host(uri):
-        raise ValueError(f"a server has a host: {kind}://HOST:PORT")
+        raise ValueError(f"the host is missing; use {kind}://HOST:PORT")
     if uri and not uri.strip():
-        raise ValueError("only of spaces; leave it empty for no tracking")
+        raise ValueError("only spaces; leave it empty to disable tracking")
     return uri
 
 
@@ -333,10 +333,12 @@ def check_sections(config: RunConfig) -> None:
         fitting = " or ".join(map(repr, tasks_of(model.kind)))
         raise ValueError(f"task.kind={task.kind!r} does not train a {model.kind}; use {fitting}")
     if reads.text and config.data.text_tokenizer is None:
-        raise ValueError(f"data.text_tokenizer is missing; a {model.kind} reads text, name a SentencePiece .model file")
+        raise ValueError(
+            f"data.text_tokenizer is missing; a {model.kind} reads text, set it to a SentencePiece .model file"
+        )
     if reads.codes and config.data.image_tokenizer is None:
         raise ValueError(
-            f"data.image_tokenizer is missing; a {model.kind} reads image codes, name the folder of the image tokenizer"
+            f"data.image_tokenizer is missing; a {model.kind} reads image codes, set it to the image tokenizer's folder"
         )
     if task.replicated and config.train.zero_stage != 0:
         raise ValueError(
@@ -361,7 +363,7 @@ def check_initial(config: RunConfig) -> None:
     path = local_path(config.initial) if config.initial else None
     if path is not None and not path.exists() and not has_begun(config):
         raise ConfigError(
-            f"initial={config.initial} is not there; name the folder of a run or of an exported model, or leave it out"
+            f"initial={config.initial} does not exist; use the folder of a run or of an exported model, or leave it out"
         )
 
 
@@ -374,7 +376,7 @@ def _check_text(text: TextRead, task: TaskSettings) -> None:
         )
     if text.vocab_size <= len(task.specials):
         raise ValueError(
-            f"model.{text.vocab_field}={text.vocab_size} leaves no id beside the special ones of {task.kind!r} "
+            f"model.{text.vocab_field}={text.vocab_size} has no ids beyond the special ones of {task.kind!r} "
             f"({', '.join(task.specials)}); use the size of the text tokenizer"
         )
 
@@ -384,7 +386,7 @@ def _check_optimizers(config: RunConfig) -> None:
     for role in config.optim.roles:
         if role not in known:
             raise ValueError(
-                f"optim.roles.{role}: {config.task.kind!r} has no such optimizer beside the main one; "
+                f"optim.roles.{role}: {config.task.kind!r} has no such optimizer; "
                 + (f"use {', '.join(known)}" if known else "leave optim.roles out")
             )
     for name, own in [("optim", config.optim), *((f"optim.roles.{role}", o) for role, o in config.optim.roles.items())]:
@@ -436,7 +438,7 @@ def consented_keys(changes: Sequence[str]) -> frozenset[str]:
     for key in keys:
         if not CHANGEABLE.fullmatch(key):
             raise ConfigError(
-                f"--change {key}: a run may change {CHANGEABLE_NAMES}; for anything else start another run, from this "
+                f"--change {key}: a run may change {CHANGEABLE_NAMES}; for others start a new run, from this "
                 "one's weights with `initial`"
             )
     return frozenset(keys)

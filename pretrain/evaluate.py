@@ -43,9 +43,7 @@ def main(
     model, config, at = load_trained(folder, step, label, overrides)
     evaluation = EVALUATIONS[config.task.kind]
     if rerank and not evaluation.draws:
-        raise ConfigError(
-            f"--rerank {rerank}: a {config.model.kind} draws no images; name the run of a gpt to evaluate"
-        )
+        raise ConfigError(f"--rerank {rerank}: a {config.model.kind} generates no images; use the run of a gpt")
     check_files(folder, config)
     stream, tokenizer = _open_data(config, folder, with_codes=not evaluation.draws)
     readable = config.model_copy(update={"data": config.data.without_augmentation()})
@@ -59,7 +57,7 @@ def main(
         try:
             send(folder, config, figures)
         except Exception as error:  # a tracking error must not lose the metrics
-            why = f"did not take the figures ({why_not(error)}); they are in {folder}"
+            why = f"did not store the metrics ({why_not(error)}); they are in {folder}"
             print(f"MLflow at {shown(config.tracking.uri)} {why}", file=sys.stderr)
     return told
 
@@ -68,7 +66,7 @@ def _open_data(config: RunConfig, folder: Path, with_codes: bool) -> tuple[Sourc
     """Return the data to evaluate on, and the text tokenizer."""
     held_out = config.data.evaluation
     if not held_out and config.data.dataset == NOT_SAID:
-        raise ConfigError(f"{folder} does not say what to evaluate it on; give data.evaluation=DATASET")
+        raise ConfigError(f"{folder} has no data.evaluation; add data.evaluation=DATASET")
     stream, tokenizer = open_data(config, held_out, with_codes or not held_out)
     if not held_out:
         check_datasets(folder, config, stream)

@@ -51,7 +51,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             if not math.isfinite(value) or value < 0:
-                raise ConfigError(f"{name}={value} is not usable; give a number from 0")
+                raise ConfigError(f"{name}={value} is not usable; use 0 or more")
         if self.seed > MAX_SEED:
             raise ConfigError(f"seed={self.seed} has more than 64 bits; use 0 to {MAX_SEED}")
 
@@ -75,12 +75,12 @@ def main(
     where the model cannot follow the prompt or the settings.
     """
     if count < 1:
-        raise ConfigError(f"count={count}: give a number from 1")
+        raise ConfigError(f"count={count}: use 1 or more")
     sampling = Sampling(temperature, top_k, guidance, seed)
     check_text(prompt)
     model, config, at = load_trained(run, step, label, overrides)
     if not isinstance(model, Gpt) or not isinstance(config.task, AutoregressiveConfig):
-        raise ConfigError(f"{run} trained a {config.model.kind}, which draws nothing; name the run of a gpt")
+        raise ConfigError(f"{run} trained a {config.model.kind}, which generates no images; use the run of a gpt")
     check_files(run, config)
     tokenizer, vocabulary = (
         load_tokenizer(str(config.data.image_tokenizer)),
@@ -110,7 +110,7 @@ def check_text(prompt: str) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"the prompt {ascii(prompt)} is not UTF-8; give it in UTF-8") from None
+        raise ConfigError(f"the prompt {ascii(prompt)} is not UTF-8; encode it as UTF-8") from None
 
 
 def notes(prompt: str, vocabulary: TextTokenizer, room: int, guidance: float, caption_drop: float) -> list[str]:
@@ -118,17 +118,17 @@ def notes(prompt: str, vocabulary: TextTokenizer, room: int, guidance: float, ca
     ids, found = vocabulary.encode(prompt), []
     unknown = sum(number == vocabulary.unk for number in ids)
     if not vocabulary.decode(ids).strip():
-        what = "is empty" if not ids else "has no piece that the vocabulary knows, all of it is [UNK]"
-        found.append(f"the prompt {what}: the images do not depend on what it says")
+        what = "is empty" if not ids else "has no known piece, all of it is [UNK]"
+        found.append(f"the prompt {what}: the images do not depend on it")
     elif unknown:
-        found.append(f"{unknown} of the prompt's pieces are [UNK]; the model reads {vocabulary.decode(ids)!r}")
+        found.append(f"{unknown} pieces of the prompt are [UNK]; the model reads {vocabulary.decode(ids)!r}")
     if len(ids) > room:
         read = vocabulary.decode(ids[:room])
-        found.append(f"the prompt has {len(ids)} tokens and the model reads {room}: it is cut to {read!r}")
+        found.append(f"the prompt has {len(ids)} tokens, above the model's {room}: it is truncated to {read!r}")
     if guidance != 1.0 and not caption_drop:
         found.append(
-            f"guidance={guidance:g} needs a model trained with task.caption_drop, which was 0: what it draws "
-            "without a prompt was never learnt"
+            f"guidance={guidance:g} needs a model trained with task.caption_drop, which was 0: its unconditional "
+            "output was never trained"
         )
     return found
 
@@ -160,12 +160,12 @@ def check_fit(model: Gpt, tokenizer: ImageTokenizer, vocabulary: TextTokenizer) 
         if given[name] != value:
             raise ConfigError(
                 f"the model has {name}={value}, tokenizer {tokenizer.id} has {given[name]}; "
-                "name the tokenizer that the run was trained with"
+                "use the tokenizer that the run was trained with"
             )
     if vocabulary.size > config.text_vocab:
         raise ConfigError(
             f"the vocabulary has {vocabulary.size} pieces, the model text_vocab={config.text_vocab}; "
-            "name the vocabulary that the run was trained with"
+            "use the vocabulary that the run was trained with"
         )
 
 

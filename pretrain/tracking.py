@@ -55,7 +55,7 @@ class Writer:
             self.mlflow.start()
         self.say(f"{config.model.kind}: steps {step} to {config.train.steps}, {world} processes, attempt {attempt}")
         for key, change in (changes or {}).items():
-            self.say(f"from step {step} on {key}={change['to']}, it was {change['from']}")
+            self.say(f"from step {step} on {key}={change['to']}, was {change['from']}")
 
     def step(
         self,

@@ -92,7 +92,7 @@ def train(run: "Run", stop: StopSignals) -> None:
             run.save()
         if stopping and run.step < config.train.steps:
             run.checkpoints.finish()
-            raise Requeue(f"stopped and saved at step {run.step} of {config.train.steps}; the same command goes on")
+            raise Requeue(f"stopped and saved at step {run.step} of {config.train.steps}; the same command resumes")
         run.clock.enter("wait")
     run.checkpoints.finish()
 
@@ -264,7 +264,9 @@ class Run:
         if self.guards.action == "roll_back":
             saved = self.checkpoints.newest(self.config.train.checkpoint_every_steps)
             if saved is None:
-                raise TrainingFault(f"step {self.step}: {self.guards.reason}, and no checkpoint to roll back to yet")
+                raise TrainingFault(
+                    f"step {self.step}: {self.guards.reason}, and there is no checkpoint yet to roll back to"
+                )
             restore(saved, self.engine)
             self.guards.remember(saved.state["guards"])
 
@@ -277,9 +279,11 @@ class Run:
         told = [asked, self.guards.events, -self.guards.events, int(bool(self.checkpoints.overtaken))]
         asked, most, least, overtaken = self.mesh.maximum(told)
         if overtaken:
-            raise Overtaken(self.checkpoints.overtaken or "a later attempt has taken over the run; this one ends")
+            raise Overtaken(self.checkpoints.overtaken or "a later attempt has taken over the run; this one stops")
         if most != -least:
-            raise NodeFault(f"step {self.step}: ranks refused {-least} to {most} steps; a device computes wrongly")
+            raise NodeFault(
+                f"step {self.step}: ranks rejected {-least} to {most} steps; a device computes wrong results"
+            )
         return asked > 0
 
     def with_whole_step(self, batches: list[Batch], turn: Turn) -> list[Batch]:

@@ -25,7 +25,7 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 INDEX = "index.json"
 VERSION = 3
-DAMAGED = "it is damaged; go on from another checkpoint, `tessera checkpoint verify` tells which are whole"
+DAMAGED = "it is damaged; resume from another checkpoint, `tessera checkpoint verify` lists valid ones"
 BUFFER = 8 << 20
 """Bytes held in memory at once while a file is hashed or read."""
 FOLDER = re.compile(r"step-(\d+)\.attempt-(\d+)")
@@ -154,7 +154,7 @@ def read_manifest(storage: Storage) -> CheckpointManifest:
     manifest: CheckpointManifest = gate.parse(CheckpointManifest, storage.get(MANIFEST), storage.root, DAMAGED)
     if manifest["version"] != VERSION:
         raise DataError(
-            f"{storage.root}: format {manifest['version']}, this program reads {VERSION}; "
+            f"{storage.root}: format {manifest['version']}, supported is {VERSION}; "
             "use the version of tessera that saved it"
         )
     folder, saved_at = str(storage.root).rstrip("/").rsplit("/", 1)[-1], (manifest["step"], manifest["attempt"])
@@ -244,8 +244,8 @@ def refuse_overtaken(root: str | Path, attempt: int) -> None:
     owner = newest_claim(root)
     if owner > attempt:
         raise Overtaken(
-            f"attempt {owner} has taken over the run from attempt {attempt}, which ends here; "
-            "to train beside it, give another `run`"
+            f"attempt {owner} has taken over the run from attempt {attempt}, which stops; "
+            "for a second run, set another `run`"
         )
 
 

@@ -140,7 +140,7 @@ def warn_of_others(source: str | Path, known: Fingerprints) -> None:
         if theirs.get(name, known.get(name)) != known.get(name, theirs.get(name)):
             print(
                 f"warning: initial={source} was trained with another {name} ({_short(theirs.get(name))}) than this run "
-                f"has ({_short(known.get(name))}): rows of its embeddings belong to other pieces",
+                f"has ({_short(known.get(name))}): its embedding rows belong to other pieces",
                 flush=True,
             )
 
@@ -154,21 +154,21 @@ def compare(known: Fingerprints | None, now: Fingerprints, config: RunConfig, wh
     if known is None:
         if say and (named := _named(config)):
             print(
-                f"note: {where} has no fingerprints, it was written before they were kept: whether {', '.join(named)} "
-                "is what it was trained with could not be checked",
+                f"note: {where} has no fingerprints, as an older version wrote it: {', '.join(named)} "
+                "not compared with its training",
                 file=sys.stderr,
                 flush=True,
             )
         return
     lines = [
-        f"{name}: {_place(config, name)} has fingerprint {fingerprint[:12]}, recorded is {_short(known.get(name))}"
+        f"{name}: {_place(config, name)} has fingerprint {fingerprint[:12]}, expected {_short(known.get(name))}"
         for name, fingerprint in sorted(now.items())
         if known.get(name) != fingerprint
     ]
     if lines:
         raise ConfigError(
-            f"{where} was trained with another {' and '.join(line.partition(':')[0] for line in lines)}; name the one "
-            "it was trained with, or put it back where it was\n  " + "\n  ".join(lines)
+            f"{where} was trained with another {' and '.join(line.partition(':')[0] for line in lines)}; use the one "
+            "it was trained with, or restore it\n  " + "\n  ".join(lines)
         )
 
 

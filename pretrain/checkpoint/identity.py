@@ -167,9 +167,9 @@ def check_identity(
     refused = {key: change for key, change in found.items() if key not in agreed}
     if refused:
         lines = [f"{key}: {change['from']!r} saved, {change['to']!r} now" for key, change in refused.items()]
-        remedy = "restore these values, or give the run another folder"
+        remedy = "restore these values, or set another `run` folder"
         if consent := [_option(key, change["to"]) for key, change in refused.items() if CHANGEABLE.fullmatch(key)]:
-            remedy += f"; to go on with another value on purpose add {' '.join(consent)}"
+            remedy += f"; to resume with the new value add {' '.join(consent)}"
         raise ConfigError(f"{where} was made under another configuration; {remedy}\n  " + "\n  ".join(lines))
     return agreed
 

@@ -409,7 +409,7 @@ def parse_index(data: bytes, where: str) -> _Index:
         kinds, heads, parts = index.get("kinds", []), index.get("heads", []), index.get("parts", [])
         fits = fits and len(kinds) == len(names) and len(heads) == len(parts) > 0
     if not fits:
-        raise DataError(f"{where}: its names, shapes and slices do not fit together; {DAMAGED}")
+        raise DataError(f"{where}: its names, shapes and slices are inconsistent; {DAMAGED}")
     return index
 
 

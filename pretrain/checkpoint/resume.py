@@ -47,8 +47,8 @@ def _agreed_changes(saved: Saved, config: RunConfig) -> Changes:
     changed = check_identity(before, config, saved.folder, agreed)
     if config.train.steps < saved.step:
         raise ConfigError(
-            f"train.steps={config.train.steps}: {saved.folder} stands at step {saved.step} already; "
-            f"give at least {saved.step}"
+            f"train.steps={config.train.steps}: {saved.folder} is at step {saved.step} already; "
+            f"use at least {saved.step}"
         )
     return changed
 
@@ -57,7 +57,7 @@ def _check_fingerprints(saved: Saved, config: RunConfig, mesh: "Mesh", known: Fi
     """Compare all fingerprints except datasets', which the stream's state covers. Rank 0 prints what is not checked."""
     before = fingerprints_in(saved.state)
     if mesh.rank == 0 and (settings := unchecked(saved.state["identity"], config)):
-        print(f"{saved.folder} does not say under which {', '.join(settings)} it was made: not checked", flush=True)
+        print(f"{saved.folder} does not record {', '.join(settings)}: not checked", flush=True)
     files = {name: value for name, value in known.items() if name in (TEXT_TOKENIZER, IMAGE_TOKENIZER)}
     if config.initial and before is None:
         known[INITIAL] = UNKNOWN
@@ -74,12 +74,12 @@ def _initial_of_resumed(before: str | None, source: str, saved: Saved, mesh: "Me
     """
     if before is None:
         raise ConfigError(
-            f"initial={source}: {saved.folder} is of a run that began without it, and weights are read at the "
-            "beginning only; leave it out, or start another run"
+            f"initial={source}: {saved.folder} belongs to a run without it, and initial weights are read at the "
+            "start only; leave it out, or start a new run"
         )
     if before == UNKNOWN:
         return {}
     found = from_rank_0(mesh, INITIAL, lambda: of_initial(source, before))
     if found is None and mesh.rank == 0:
-        print(f"initial={source}: the weights that the run began with are not there any more: not checked", flush=True)
+        print(f"initial={source}: the initial weights no longer exist: not checked", flush=True)
     return {} if found is None else {INITIAL: found}

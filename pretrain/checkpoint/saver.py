@@ -102,7 +102,7 @@ class Checkpoints:
         if self._save is None:
             return None
         if not self._save.ended(COMMIT_TIMEOUT_S):
-            self._save.failure = f"it was not done within {COMMIT_TIMEOUT_S:.0f} s"
+            self._save.failure = f"not finished within {COMMIT_TIMEOUT_S:.0f} s"
         if self.overtaken:
             raise Overtaken(self.overtaken)
         if self._save.failure:
@@ -134,7 +134,7 @@ class Checkpoints:
                 return Saved(folder)
         if folders:
             raise DataError(
-                f"{self.root}: none of {len(folders)} checkpoints is whole; restore one or empty the folder"
+                f"{self.root}: none of {len(folders)} checkpoints is valid; restore one or empty the folder"
             )
         return None
 
@@ -149,7 +149,7 @@ class Checkpoints:
             reports = [_result(told) for told in _gather(store, keys, LOAD_TIMEOUT_S)]
             faults = list(dict.fromkeys(line for report in reports for line in report))
             if faults:
-                print(f"checkpoint {saved.name} is passed over: {'; '.join(faults)}", flush=True)
+                print(f"checkpoint {saved.name} is skipped: {'; '.join(faults)}", flush=True)
             store.set(key, json.dumps({"result": not faults}))
         return bool(_result(_get(store, key, self.mesh.world, LOAD_TIMEOUT_S)))
 
@@ -170,7 +170,7 @@ class Save(threading.Thread):
         self.shard = shard
         self.state = state
         self.began = began
-        self.failure = "it ended without a word"
+        self.failure = "it ended without a report"
         self.fault: type[TesseraError] = DataError
         self.abandoned = threading.Event()
         self.heard: list[int] = []
@@ -198,7 +198,7 @@ class Save(threading.Thread):
         except (OSError, TesseraError) as error:
             self.failure = str(error)
         except RuntimeError as error:  # from the store
-            self.failure, self.fault = f"rank 0, whose process holds the store, is gone ({error})", NodeFault
+            self.failure, self.fault = f"rank 0, whose process holds the store, is lost ({error})", NodeFault
         if self.owner.mesh.rank == 0:
             self._follow()
             with contextlib.suppress(RuntimeError, TesseraError):  # a lost rank reads nothing
@@ -217,7 +217,7 @@ class Save(threading.Thread):
 
     def _write(self) -> list[dict[str, Any]]:
         if self.shard is None:
-            raise DataError(f"the save before is still being written after {COMMIT_TIMEOUT_S:.0f} s")
+            raise DataError(f"the previous save is still being written after {COMMIT_TIMEOUT_S:.0f} s")
         storage = open_storage(self.folder)
         return told_of([write_shard(storage, part) for part in parts_of(self.shard, PART)], self.owner.mesh.world)
 
@@ -242,7 +242,7 @@ class Save(threading.Thread):
             if told is not None:
                 self.heard.append(rank)
             try:
-                reports += _result(told or {"error": f"no word within {COMMIT_TIMEOUT_S:.0f} s"})
+                reports += _result(told or {"error": f"no report within {COMMIT_TIMEOUT_S:.0f} s"})
             except DataError as error:
                 errors.append(f"rank {rank}: {error}")
         return reports, errors
@@ -302,7 +302,7 @@ def _outcome(call: Callable[[], Any]) -> dict[str, Any]:
 
 def _result(told: dict[str, Any] | None) -> Any:
     if told is None:
-        raise DataError("no word in time")
+        raise DataError("no report in time")
     if "error" in told:
         raise (Overtaken if told.get("overtaken") else DataError)(told["error"])
     return told["result"]
@@ -313,7 +313,7 @@ def _get(
 ) -> dict[str, Any]:
     """Wait for a key, as all ranks may do at once, and return its value. Raises DataError after `timeout_s`."""
     if not _wait(store, [key], time.monotonic() + timeout_s, abandoned, world / ASKS_PER_S):
-        raise DataError(f"no word within {timeout_s:.0f} s")
+        raise DataError(f"no report within {timeout_s:.0f} s")
     return dict(json.loads(store.get(key)))
 
 

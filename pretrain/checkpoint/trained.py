@@ -22,7 +22,7 @@ from pretrain.schema.saved import saved_run
 
 PREFIX = "model."
 """Prefix of the model's tensor names within a task."""
-NOT_SAID = "(the export does not say it)"
+NOT_SAID = "(not recorded in the export)"
 """Placeholder for a dataset that an exported model does not name."""
 
 
@@ -46,7 +46,7 @@ def run_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError if there is none or an override names the model, DataError if it is damaged.
     """
     if fixed := next((text for text in overrides if text.partition("=")[0].split(".")[0] == "model"), None):
-        raise ConfigError(f"override {fixed!r}: the weights in {source} decide the model; leave it out")
+        raise ConfigError(f"override {fixed!r}: the weights in {source} determine the model; leave it out")
     tree = saved_tree(source)
     tree = _of_export(source, tree) if is_export(tree) else tree
     return override_settings(RunConfig, tree, overrides, f"{source}/{CONFIG_FILE}")
@@ -63,7 +63,7 @@ def saved_tree(source: str | Path) -> dict[str, Any]:
     if not isinstance(tree.get("model"), dict):
         hint = foreign_model(source)
         raise DataError(
-            f"{source}/{CONFIG_FILE} describes no model of tessera; restore it, or export the model again{hint}"
+            f"{source}/{CONFIG_FILE} does not describe a tessera model; restore it, or export the model again{hint}"
         )
     return tree
 
@@ -97,14 +97,14 @@ def root_of(run: str | Path, overrides: Sequence[str] = ()) -> str:
             raise no_run(run)
         return checkpoint_root(run, None)
     if is_export(saved_tree(run)):
-        raise ConfigError(f"{run} is an exported model and has no checkpoints; name the run that it was exported from")
+        raise ConfigError(f"{run} is an exported model and has no checkpoints; use the run that it was exported from")
     return checkpoint_root(run, run_config(run, overrides).train.checkpoints)
 
 
 def no_run(run: str | Path) -> ConfigError:
     """Return the error for a path that is not a run's folder."""
-    what = "is no run: it has no config.json" if Path(run).is_dir() else "is no folder"
-    return ConfigError(f"{run} {what}; give the folder that a configuration names as `run:`{foreign_model(run)}")
+    what = "is not a run: it has no config.json" if Path(run).is_dir() else "is not a folder"
+    return ConfigError(f"{run} {what}; use the folder in `run:` of a configuration{foreign_model(run)}")
 
 
 def newest_whole(
@@ -130,7 +130,7 @@ def newest_whole(
         raise DataError(f"{run}: no committed checkpoint; train the run first")
     asked = ("" if step is None else f" of step {step}") + ("" if label is None else f" named {label!r}")
     raise DataError(
-        f"{run}: no whole checkpoint{asked}; see `tessera checkpoint list {run}` and `tessera checkpoint verify {run}`"
+        f"{run}: no valid checkpoint{asked}; see `tessera checkpoint list {run}` and `tessera checkpoint verify {run}`"
     )
 
 
@@ -150,7 +150,7 @@ def load_weights(
     tree = saved_tree(source)
     if is_export(tree):
         if step is not None or label is not None:
-            raise ConfigError(f"{source} is an exported model, of one checkpoint; leave --step and --name out")
+            raise ConfigError(f"{source} is an exported model with one checkpoint; leave --step and --name out")
         return *load_model(source), tree.get("step")
     saved = newest_whole(source, step, label, overrides)
     config = run_config(source, overrides).model
@@ -192,7 +192,7 @@ def start_from(model: nn.Module, source: str | Path, config: ModelConfig | None 
         raise DataError(f"{source}: no tensor fits this model by name and shape\n" + "\n".join(lines[:20]))
     for name in fits:
         target[name].copy_(weights[name])
-    counts = f"{len(fits)} of {len(target)} tensors start from {source}, {len(weights) - len(fits)} of it are left out"
+    counts = f"{len(fits)} of {len(target)} tensors start from {source}, {len(weights) - len(fits)} of it are not used"
     return "\n".join([counts, *lines])
 
 
@@ -216,10 +216,10 @@ def check_same_model(config: ModelConfig, source: str | Path) -> None:
         section, dot, name = key.rpartition(".")
         size = section + dot + SHAPED_BY.get(name, name)
         if name in INVISIBLE and theirs[key] != value and (name not in SHAPED_BY or theirs[size] == ours[size]):
-            lines.append(f"model.{key}: {theirs[key]} there, {value} here")
+            lines.append(f"model.{key}: {theirs[key]} in the source, {value} in this run")
     if lines:
         raise ConfigError(
-            f"initial={source}: the same weights compute something else in this model; use the values that they were "
+            f"initial={source}: these settings change what the weights compute; use the values they were "
             "trained with\n  " + "\n  ".join(lines)
         )
 

@@ -68,7 +68,7 @@ def verify(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise DataError(f"{run}: no committed checkpoint; train the run first")
     faults = [f"{saved.name}/{line}" for saved in rows for line in saved.faults()]
     if faults:
-        raise DataError(f"{run}: {len(faults)} files are off\n  " + "\n  ".join(faults))
+        raise DataError(f"{run}: {len(faults)} damaged files\n  " + "\n  ".join(faults))
     return {"checkpoints": len(rows), "newest_step": rows[-1].step, "whole": True}
 
 
@@ -139,8 +139,8 @@ def _tokenizer_of(settings: RunConfig | None, form: str) -> TextTokenizer | None
         return open_tokenizer(path)
     except DataError as error:
         if form in POOLED_AT_END:
-            raise DataError(f"{error}, or give data.text_tokenizer: {form} records its token ids") from None
-        print(f"note: config.json will name no token ids ({error})", file=sys.stderr)
+            raise DataError(f"{error}, or set data.text_tokenizer: {form} records its token ids") from None
+        print(f"note: config.json will have no token ids ({error})", file=sys.stderr)
         return None
 
 

@@ -222,8 +222,8 @@ class Engine:
             wrong = [key for key in ("names", *HYPER_PARAMETERS) if before.get(key) != after.get(key)]
             if wrong:
                 raise DataError(
-                    f"{where}: parameter group {name} differs in {', '.join(wrong)}; go on with the revision and the "
-                    "settings that saved it, or start another run from its weights with `initial`"
+                    f"{where}: parameter group {name} differs in {', '.join(wrong)}; resume with the revision and "
+                    "settings that saved it, or start a new run from its weights with `initial`"
                 )
         counts = [saved["groups"][group["name"]]["updates"] for group in self.groups]
         for number, tensor in self._optimized():
@@ -349,7 +349,7 @@ def refuse_scalars(module: nn.Module) -> None:
     """Raise ConfigError for a 0-dim parameter, which DeepSpeed cannot initialise at any stage."""
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0:
-            raise ConfigError(f"parameter {name} has shape (); DeepSpeed needs at least one dimension, make it (1,)")
+            raise ConfigError(f"parameter {name} has shape (); DeepSpeed needs at least one dimension, use (1,)")
 
 
 def warn_of_emulation(config: RunConfig, mesh: Mesh) -> None:
@@ -357,8 +357,8 @@ def warn_of_emulation(config: RunConfig, mesh: Mesh) -> None:
     slow = mesh.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if config.train.precision == "bf16" and slow and mesh.rank == 0:
         print(
-            "train.precision=bf16: this processor has no such arithmetic and emulates it, some forty times slower than "
-            "float32; take train.precision=fp32 here",
+            "train.precision=bf16: this CPU emulates bf16, about forty times slower than "
+            "float32; use train.precision=fp32 here",
             file=sys.stderr,
             flush=True,
         )

@@ -63,12 +63,12 @@ def reading(stream: Source, inputs: Callable[[list[Sample]], Any], folder: Path)
         yield usable
     if usable.replaced:
         path = folder / BAD_SAMPLES / "evaluation.jsonl"
-        told = f"{len(usable.replaced)} samples of {stream.dataset} cannot be used, others stood in for them"
+        told = f"{len(usable.replaced)} samples of {stream.dataset} cannot be used and were replaced by others"
         try:
             Ledger(path).note(usable.replaced, 0)
             print(f"{told}: {path}", file=sys.stderr)
         except OSError as error:  # the metrics do not depend on the list
-            print(f"{told}, which could not be listed ({error})", file=sys.stderr)
+            print(f"{told}; the list could not be written ({error})", file=sys.stderr)
 
 
 def batches(usable: Usable) -> Iterator[dict[str, Tensor]]:

@@ -58,7 +58,7 @@ class Ranker:
         self.model, config, _ = load_trained(run)
         if not isinstance(config.task, PairsConfig):
             raise ConfigError(
-                f"{run} trained a {config.model.kind}, which compares no images with text; name a clip's run"
+                f"{run} trained a {config.model.kind}, which does not score images against text; use the run of a clip"
             )
         check_files(run, config)
         self.inputs = ContrastiveInputs(config, stream, open_tokenizer(str(config.data.text_tokenizer)))

@@ -49,6 +49,6 @@ def _distinct_groups(usable: Usable, groups: int = 4) -> list[list[Sample]]:
     whole = [group for group in found if len(group) == CANDIDATES]
     if not whole:
         raise ConfigError(
-            f"{usable.stream.dataset} has no {CANDIDATES} samples with distinct captions; name a larger data.evaluation"
+            f"{usable.stream.dataset} has no {CANDIDATES} samples with distinct captions; use a larger data.evaluation"
         )
     return whole

@@ -90,8 +90,8 @@ class Usable:
             self.replaced.append(Replaced(position, epoch, sample_id, candidate, reason))
             return sample
         raise DataError(
-            f"position {position}: sample {sample_id} cannot be used ({reason}), nor can {TRIES} others drawn in its "
-            "place; the dataset does not fit this task, see `tessera data verify`"
+            f"position {position}: sample {sample_id} cannot be used ({reason}), nor can {TRIES} "
+            "replacements; the dataset does not fit this task, see `tessera data verify`"
         )
 
 

@@ -157,8 +157,8 @@ def _worker_death_told() -> Iterator[None]:
         yield
     except BrokenProcessPool as fault:
         raise NodeFault(
-            f"a data worker died ({fault}); the same command goes on from the last checkpoint and looks for an image "
-            "that kills its decoder; set fewer data.workers where memory ran out"
+            f"a data worker died ({fault}); the same command resumes from the last checkpoint and looks for an image "
+            "that crashes its decoder; lower data.workers if memory ran out"
         ) from None
 
 

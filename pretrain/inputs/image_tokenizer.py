@@ -29,7 +29,9 @@ def load_tokenizer(directory: str | Path, precision: Precision = "fp32", device:
     """Load the tokenizer from an exported folder. Raises DataError if there is none, ConfigError if it is no VQGAN."""
     model, config = load_model(directory)
     if not isinstance(model, Vqgan) or not isinstance(config, VqganConfig):
-        raise ConfigError(f"{directory} holds a {config.kind}, an image tokenizer is a vqgan; export one and name it")
+        raise ConfigError(
+            f"{directory} holds a {config.kind}, an image tokenizer must be a vqgan; export one and use its folder"
+        )
     return VqganTokenizer(model, precision, device)
 
 

@@ -70,7 +70,7 @@ class Screened:
             self.known.add(number)
             self.found.append({"image": number, "key": sample.key, "reason": why})
         if number in self.known:
-            raise BadSample(f"sample {sample.key!r}: its image ends the process that decodes it")
+            raise BadSample(f"sample {sample.key!r}: its image crashes the decoder")
 
 
 def _death(decoder: SandboxDecoder, image: bytes) -> str:
@@ -123,8 +123,8 @@ def remember(run: Path, found: Iterable[dict[str, Any]]) -> None:
     """Append the records to RUN/lethal_images.jsonl, and print each."""
     for line in found:
         append_line(run / LETHAL_IMAGES, line)
-        told = f"sample {line['key']!r} ends the process that decodes its image ({line['reason']})"
-        print(f"{told}; another stands in for it from now on", flush=True)
+        told = f"sample {line['key']!r} crashes the image decoder ({line['reason']})"
+        print(f"{told}; it is replaced from now on", flush=True)
 
 
 def remembered(run: Path) -> set[int]:

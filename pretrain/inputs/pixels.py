@@ -63,7 +63,7 @@ def pixels(
         return resize(np.ascontiguousarray(drawn[:, ::step]), "stretch", image_size)
     except Exception as error:
         raise BadSample(
-            f"sample {sample.key!r}: the image does not decode ({error}); run `tessera data verify` on the dataset"
+            f"sample {sample.key!r}: the image cannot be decoded ({error}); run `tessera data verify` on the dataset"
         ) from error
 
 

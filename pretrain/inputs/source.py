@@ -48,12 +48,12 @@ def _check_fit(tokenizer: TextTokenizer, text: TextRead, config: RunConfig) -> N
     path, task = config.data.text_tokenizer, config.task
     if lacking := [name for name in task.specials if getattr(tokenizer, name) == ABSENT]:
         raise ConfigError(
-            f"the text tokenizer {path} has no {' and no '.join(lacking)} token, which {task.kind!r} needs; name "
+            f"the text tokenizer {path} has no {' and no '.join(lacking)} token, which {task.kind!r} needs; use "
             "another data.text_tokenizer"
         )
     if tokenizer.size > text.vocab_size:
         raise ConfigError(
-            f"the text tokenizer {path} has {tokenizer.size} pieces, the model room for {text.vocab_size}; raise "
+            f"the text tokenizer {path} has {tokenizer.size} pieces, the model has {text.vocab_size}; raise "
             f"model.{text.vocab_field} or train a smaller tokenizer"
         )
 
@@ -67,7 +67,7 @@ def codes_id(config: RunConfig, reads: CodesRead, dataset: str | None = None) ->
     made = load_config(folder).makes
     if made is not None and made != reads:
         raise ConfigError(
-            f"{folder} makes {made.count} codes of {made.codebook}, the model reads {reads.count} of {reads.codebook}; "
+            f"{folder} has {made.count} codes of {made.codebook}, the model reads {reads.count} of {reads.codebook}; "
             f"set model.{reads.count_field} and model.{reads.codebook_field}"
         )
     read = [dataset] if dataset else [data.dataset, *(source.path for source in data.datasets)]

@@ -72,7 +72,7 @@ def save_weights(folder: Path, state_dict: Mapping[str, Tensor]) -> None:
     try:
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk raises this, not OSError
-        raise DataError(f"{WEIGHTS_FILE} cannot be written ({error}); make room, then export again") from None
+        raise DataError(f"{WEIGHTS_FILE} cannot be written ({error}); free space, then export again") from None
 
 
 def load_model(directory: str | Path) -> tuple[nn.Module, ModelConfig]:
@@ -83,9 +83,7 @@ def load_model(directory: str | Path) -> tuple[nn.Module, ModelConfig]:
     folder = Path(directory)
     config = load_config(folder)
     if not (folder / WEIGHTS_FILE).exists() and "train" in json.loads((folder / CONFIG_FILE).read_bytes()):
-        raise ConfigError(
-            f"{folder} is a run, not an exported model; give what `tessera checkpoint export` makes of it"
-        )
+        raise ConfigError(f"{folder} is a run, not an exported model; export it with `tessera checkpoint export`")
     with torch.device("meta"):
         model = MODELS[config.kind](config)
     try:
@@ -106,7 +104,7 @@ def load_config(directory: str | Path) -> ModelConfig:
         return pydantic.TypeAdapter(ModelConfig).validate_python(saved_model(tree["model"]))
     except FileNotFoundError:
         hint = foreign_model(directory)
-        raise DataError(f"{path} does not exist; give a folder that `tessera checkpoint export` wrote{hint}") from None
+        raise DataError(f"{path} does not exist; use a folder that `tessera checkpoint export` wrote{hint}") from None
     except (ValueError, RecursionError, KeyError, TypeError) as error:  # pydantic's error is a ValueError
         hint = foreign_model(directory)
         raise DataError(f"{path} does not describe a model ({error}); export the model again{hint}") from None

@@ -89,9 +89,9 @@ def _tree(path: Path, hub: HubConfig) -> dict[str, Any]:
             tree.pop(f"{name}_dict", None)
         return _filled(tree, hub.defaults)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); give a folder that save_pretrained wrote") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); use a folder that save_pretrained wrote") from None
     except (ValueError, RecursionError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no configuration of transformers ({error})") from None
+        raise DataError(f"{path} is not a transformers configuration ({error})") from None
 
 
 def _filled(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,9 +135,9 @@ def _check(path: Path, tree: Mapping[str, Any], wanted: Mapping[str, Any], no_ef
             should = expected.get(key, NEUTRAL.get(name))
             faults += [f"{key}={value!r}, ours has {should!r}"] if value != should else []
         elif not (value is None or (name == "tie_word_embeddings" and "vision_config" in tree)):
-            faults.append(f"{key}={value!r}, which ours does not know")
+            faults.append(f"{key}={value!r}is not supported")
     if faults:
-        raise DataError(f"{path} describes another model than ours can be:\n  " + "\n  ".join(faults))
+        raise DataError(f"{path} describes a model that tessera does not support:\n  " + "\n  ".join(faults))
 
 
 def _weights(path: Path) -> State:

@@ -42,7 +42,7 @@ def export_state(layout: str, config: Any, state: Mapping[str, Tensor]) -> State
 def _layout_of(layout: str, config: Any) -> PublicLayout:
     """Return the layout. Raises DataError for an unknown name, ConfigError for a layout of another family."""
     if layout not in LAYOUTS:
-        raise DataError(f"layout {layout!r} is not known; use one of {', '.join(sorted(LAYOUTS))}")
+        raise DataError(f"layout {layout!r} is unknown; use one of {', '.join(sorted(LAYOUTS))}")
     if LAYOUTS[layout].kind != config.kind:
         fitting = ", ".join(sorted(name for name, known in LAYOUTS.items() if known.kind == config.kind))
         raise ConfigError(
@@ -69,7 +69,7 @@ def _check_settings(layout: str, config: Any, wanted: Mapping[str, Any]) -> None
         if has != value:
             raise DataError(
                 f"programs of layout {layout!r} have {name}={value}, the configuration has {name}={has}: the same "
-                "weights compute something else there; use --format tessera, or train with that value"
+                "weights compute different results there; use --format tessera, or train with that value"
             )
 
 
@@ -78,7 +78,7 @@ def _refuse(layout: str, missing: set[str], unknown: set[str]) -> None:
     if found:
         raise DataError(
             f"the weights are not a {layout} of this configuration ({'; '.join(found)}); "
-            "check its layers, widths and vocabulary, or name another layout"
+            "check its layers, widths and vocabulary, or use another layout"
         )
 
 

@@ -78,7 +78,9 @@ def import_rule(rule: Rule, state: Mapping[str, Tensor]) -> Tensor:
         return first.reshape(1)
     for name in rule.theirs[1:]:
         if name in state and not torch.equal(state[name], first):
-            raise DataError(f"{name} differs from {rule.theirs[0]}; here they are one tensor, import tied weights only")
+            raise DataError(
+                f"{name} differs from {rule.theirs[0]}; tessera shares one tensor, import tied weights only"
+            )
     return first.clone()
 
 

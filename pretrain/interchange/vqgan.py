@@ -18,8 +18,8 @@ def _taming_vqgan(config: VqganConfig) -> list[Rule]:
     if set(config.group_counts()) != {32}:
         raise DataError(
             f"programs of layout 'taming-vqgan' have 32 groups in every GroupNorm, the configuration has "
-            f"norm_groups={config.norm_groups} over {config.channels} channels: the same weights compute something "
-            "else; use --format tessera, or train with norm_groups=32"
+            f"norm_groups={config.norm_groups} over {config.channels} channels: the same weights compute different "
+            "results; use --format tessera, or train with norm_groups=32"
         )
     with torch.device("meta"):
         return [Rule(name, (name,)) for name in Vqgan(config).state_dict()]

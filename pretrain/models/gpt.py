@@ -126,7 +126,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, uniforms: Tensor) -> 
 def _empty_rows(text: Tensor, empty: Tensor | None) -> Tensor:
     """Return the empty caption [T] once for each row of `text` [B, T]. Raises ValueError if there is none."""
     if empty is None:
-        raise ValueError("guidance other than 1 compares with the empty caption; give `empty`")
+        raise ValueError("guidance other than 1 needs the ids of the empty caption; pass `empty`")
     return empty.expand_as(text)
 
 

@@ -57,7 +57,7 @@ class Dropout(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         if not 0 <= rate < 1:
-            raise ValueError(f"dropout={rate}: a probability, 0 or more and below 1")
+            raise ValueError(f"dropout={rate}: must be at least 0 and below 1")
         self.rate = rate
         self.site = 0
 

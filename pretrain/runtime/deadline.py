@@ -69,7 +69,7 @@ def warning(lead: float, step_s: float, save_bytes: int, speed: float) -> str:
     save_s = MARGIN * save_bytes / speed
     if step_s + save_s <= lead:
         return ""
-    known = f"a step takes {step_s:.3g} s" if step_s else "a step's time is not known yet"
+    known = f"a step takes {step_s:.3g} s" if step_s else "a step's time is unknown yet"
     return (
         f"warning: {lead:g} s lead, a save needs about {save_s:.3g} s ({save_bytes / 1e6:.3g} MB a rank at "
         f"{speed / 1e6:.3g} MB/s, times {MARGIN:g}) and {known}: a stop signal would be followed by a kill before the "

@@ -62,7 +62,7 @@ class Guards:
         self.in_a_row += 1
         if self.in_a_row > self.config.patience_steps:
             self.action = "stop"
-            self.reason += f", {self.in_a_row} steps in a row were refused"
+            self.reason += f", {self.in_a_row} steps in a row were rejected"
 
     def _judge(self, loss: float, norm: float, role: str) -> tuple[Action, str]:
         values = {"loss": loss, "gradient norm": norm}
@@ -83,7 +83,7 @@ class Guards:
         """Raise TrainingFault if the last decision was to stop, before anything of that step is saved."""
         if self.action == "stop":
             raise TrainingFault(
-                f"step {step}: {self.reason}; the update was not made. Go on from the last checkpoint with "
+                f"step {step}: {self.reason}; the update was not applied. Resume from the last checkpoint with "
                 "guards.non_finite=skip or guards.spike=skip (or roll_back), or start again with a lower optim.lr"
             )
 

@@ -242,7 +242,7 @@ def _check_resolves(place: RankPlace, seconds: float) -> None:
     if not resolved.wait(seconds):
         raise NodeFault(
             f"rank {place.rank}: the address of rank 0, {place.host!r}, does not resolve on {socket.gethostname()} "
-            f"within {seconds:g} s ({why[0]}); mend --master-addr (MASTER_ADDR), or the name service of this node"
+            f"within {seconds:g} s ({why[0]}); correct --master-addr (MASTER_ADDR), or name resolution on this node"
         )
 
 
@@ -263,7 +263,7 @@ def _attempt_store(place: RankPlace, join_s: float) -> dist.Store:
     rendezvous is over there, waits for the next one.
     """
     is_server = place.rank == 0 and not place.agent
-    until, why = time.monotonic() + join_s, "it holds an attempt that does not end, or a process of this rank"
+    until, why = time.monotonic() + join_s, "it serves an attempt that does not end, or a process of this rank"
     while time.monotonic() < until:
         left = datetime.timedelta(seconds=max(1.0, until - time.monotonic()))
         try:
@@ -318,8 +318,8 @@ def _meet(store: dist.Store, place: RankPlace, join_s: float) -> bool:
     if missing:
         names = ", ".join(map(str, missing[:NAMED])) + (" ..." if len(missing) > NAMED else "")
         raise NodeFault(
-            f"{len(missing)} of {place.world} ranks did not come to {place.host}:{place.port} within {join_s:g} s: "
-            f"rank {names}; look at their nodes and at the network between",
+            f"{len(missing)} of {place.world} ranks did not join {place.host}:{place.port} within {join_s:g} s: "
+            f"rank {names}; check their nodes and the network",
             blamed=tuple(missing),
         )
     return missing is not None

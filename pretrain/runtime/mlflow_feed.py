@@ -46,17 +46,17 @@ RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
 REMEDIES = {
     "code 401|UNAUTHENTICATED": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
-    "code 403|PERMISSION_DENIED": "give this user the right to write to the experiment",
-    "code 404": "tracking.uri must be the address under which the MLflow server shows its page",
-    "valid JSON|code 3[0-9][0-9]": "something else answers there, such as a login page; correct tracking.uri",
-    "database is locked": "end the program that holds the database, or track with an MLflow server",
+    "code 403|PERMISSION_DENIED": "grant this user write access to the experiment",
+    "code 404": "tracking.uri must be the address of the MLflow server",
+    "valid JSON|code 3[0-9][0-9]": "another service answers, such as a login page; correct tracking.uri",
+    "database is locked": "end the program that locks the database, or track with an MLflow server",
     "no such (table|column)|not a database|malformed|Can't locate revision|out-of-date": (
-        "the database is damaged, half made or of another MLflow; move it away, or try `mlflow db upgrade`"
+        "the database is damaged, incomplete or of another MLflow version; move it, or try `mlflow db upgrade`"
     ),
-    "unable to open|readonly database|disk is full": "tracking.uri must name a file that can be written",
-    "No module named": "install the driver of this database",
+    "unable to open|readonly database|disk is full": "tracking.uri must be a writable file",
+    "No module named": "install the database's driver",
     "RESOURCE_DOES_NOT_EXIST|not found|active state|No Run with id": (
-        "the MLflow run or experiment was deleted; restore it, or remove RUN/mlflow.json to begin another"
+        "the MLflow run or experiment was deleted; restore it, or remove RUN/mlflow.json to start a new one"
     ),
 }
 """Regular expression found in an MLflow error -> remedy."""
@@ -132,13 +132,13 @@ class MlflowFeed(threading.Thread):
 
     def _answered(self) -> None:
         if self.fault:
-            print(f"{self.at} answers again and has everything", flush=True)
+            print(f"{self.at} answers again and has all records", flush=True)
         self.fault = ""
 
     def _failed(self, why: str) -> None:
         """Print a message when an outage begins, but not for each retry."""
         if not self.fault and not self._ending.is_set():
-            print(f"{self.at} takes nothing: {why}. Training goes on; what is written is sent later", flush=True)
+            print(f"{self.at} stores nothing: {why}. Training continues; records are sent later", flush=True)
         self.fault = why
 
     def close(self, status: str) -> None:
@@ -148,7 +148,7 @@ class MlflowFeed(threading.Thread):
         self.join(CLOSE_TIMEOUT_S)
         if self.fault or self.is_alive():
             why = self.fault or f"no answer within {CLOSE_TIMEOUT_S:g} s"
-            print(f"{self.at} did not take everything ({why}); it is in {self.folder}", flush=True)
+            print(f"{self.at} did not store everything ({why}); the records are in {self.folder}", flush=True)
 
 
 def send(
@@ -361,7 +361,7 @@ def _read_record(run: Path) -> dict[str, Any]:
     path = run / RECORD
     if not path.is_file():
         return {}
-    record: dict[str, Any] = gate.parse(_Record, path.read_bytes(), str(path), "remove the file to begin another")
+    record: dict[str, Any] = gate.parse(_Record, path.read_bytes(), str(path), "remove the file to start a new one")
     return record
 
 

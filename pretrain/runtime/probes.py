@@ -126,17 +126,17 @@ def _try_storage(root: str, rank: int) -> float:
     try:
         content = os.urandom(PROBE_BYTES)
         if not place.put_if_absent("probe", content):
-            raise DataError(f"{place.root}/probe: a name that is free was refused; see to the storage")
+            raise DataError(f"{place.root}/probe: a new name was refused; check the storage")
         if place.get("probe") != content:
-            raise DataError(f"{place.root}/probe: other bytes came back than were written; see to the storage")
+            raise DataError(f"{place.root}/probe: read back other bytes than were written; check the storage")
         if place.put_if_absent("probe", content[::-1]) or place.get("probe") != content:
             raise DataError(
-                f"{root}: overwrites where it was told to create only; two attempts could commit one checkpoint: use "
-                "a file system with hard links, or a server that knows If-None-Match"
+                f"{root}: exclusive creation overwrites; two attempts could commit one checkpoint: use "
+                "a file system with hard links, or a server with If-None-Match"
             )
         place.remove("probe")
         if place.exists("probe"):
-            raise DataError(f"{place.root}/probe: still there after it was removed; give this user the right to delete")
+            raise DataError(f"{place.root}/probe: still exists after its removal; grant this user delete access")
     finally:
         with contextlib.suppress(OSError, DataError):  # what cannot be removed could not be written
             place.remove_all()
@@ -160,12 +160,12 @@ def disk(config: RunConfig, mesh: Mesh) -> Values:
     total, _, free = shutil.disk_usage(there)
     if not total:
         raise DataError(
-            f"{root}: {there} keeps no files, it is the kernel's own; name another path as run or train.checkpoints"
+            f"{root}: {there} is a kernel file system and keeps no files; set run or train.checkpoints to another path"
         )
     if free < needed:
         raise DataError(
-            f"{root}: {free / 1e9:.3g} GB free, {config.train.keep_checkpoints + 1} checkpoints take "
-            f"{needed / 1e9:.3g} GB; make room, or set train.keep_checkpoints or train.checkpoints"
+            f"{root}: {free / 1e9:.3g} GB free, {config.train.keep_checkpoints + 1} checkpoints need "
+            f"{needed / 1e9:.3g} GB; free space, or set train.keep_checkpoints or train.checkpoints"
         )
     return {"needed": needed, "free": free}
 
@@ -187,11 +187,13 @@ def read_health(line: str) -> Values:
     """Parse one line of nvidia-smi with the values of SMI_FIELDS. Raises NodeFault as `health` does."""
     driver, errors, throttles, temperature = (field.strip() for field in line.strip().split(","))
     if errors.isdigit() and int(errors):
-        raise NodeFault(f"{errors} uncorrected memory errors since the driver was loaded; take the GPU out of use")
+        raise NodeFault(f"{errors} uncorrected memory errors since the driver was loaded; remove the GPU from service")
     active = int(throttles, 16) if throttles.startswith("0x") else 0
     held = [why for bit, why in HARMFUL_THROTTLES.items() if active & bit]
     if held:
-        raise NodeFault(f"the GPU's clock is held down at {temperature} degrees: {', '.join(held)}; see to its cooling")
+        raise NodeFault(
+            f"the GPU's clock is throttled at {temperature} degrees C: {', '.join(held)}; check its cooling"
+        )
     return {"driver": driver, "ecc": errors if errors.isdigit() else NOT_VISIBLE, "temperature": temperature}
 
 

@@ -73,7 +73,7 @@ class StopSignals:
 
 def leave_at_once() -> None:
     """Exit the process immediately, whatever its threads are doing; committed checkpoints stay."""
-    print("asked to stop a second time: leaving without a save", file=sys.stderr, flush=True)
+    print("second stop signal: exiting without a save", file=sys.stderr, flush=True)
     os._exit(INSISTED_EXIT)
 
 

@@ -52,7 +52,7 @@ class Sign:
 
     @property
     def where(self) -> str:
-        return f"in phase {self.phase!r} at {self.at} since {self.stuck_s:.0f} s"
+        return f"in phase {self.phase!r} at {self.at} for {self.stuck_s:.0f} s"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def judge(signs: Mapping[int, Sign], silent_s: Mapping[int, float], timeout_s: f
         words = "; ".join(f"{_name(rank, signs[rank])} is {signs[rank].where}" for rank in elsewhere)
         return Verdict(elsewhere, f"{words}; {len(signs) - len(elsewhere)} of {len(signs)} ranks wait in a collective")
     first = waiting[0]
-    return Verdict((), f"all ranks wait in collectives, rank {first} {signs[first].where}; is the network up?")
+    return Verdict((), f"all ranks wait in collectives, rank {first} {signs[first].where}; check the network")
 
 
 def _name(rank: int, sign: Sign) -> str:
@@ -86,7 +86,7 @@ def _name(rank: int, sign: Sign) -> str:
 
 def _silence(rank: int, sign: Sign, silent_s: float) -> str:
     state = process_state(sign.pid) if sign.host == socket.gethostname() else ""
-    return f"{_name(rank, sign)} has given no sign of life for {silent_s:.0f} s{state and f', its state is {state}'}"
+    return f"{_name(rank, sign)} has sent no heartbeat for {silent_s:.0f} s{state and f', its state is {state}'}"
 
 
 def process_state(pid: int) -> str:

@@ -31,7 +31,7 @@ class PairsConfig(TaskSettings):
     def check(self, model: ModelSettings, global_batch: int) -> None:
         """Require a second pair to contrast with."""
         if global_batch < 2:
-            raise ValueError("train.global_batch=1 has no other pair to tell a pair from; use 2 or more")
+            raise ValueError("train.global_batch=1: a contrastive loss needs at least 2 pairs; use 2 or more")
 
 
 class ContrastiveConfig(PairsConfig):
@@ -62,7 +62,7 @@ class SigmoidConfig(PairsConfig):
         super().check(model, global_batch)
         assert isinstance(model, ClipConfig)
         if model.logit_bias is None:
-            raise ValueError("model.logit_bias is null, and 'sigmoid' trains a bias; leave it out, or use -10")
+            raise ValueError("model.logit_bias is null, but 'sigmoid' trains it; leave it out, or use -10")
 
 
 class MaskingConfig(TaskSettings):
@@ -101,9 +101,11 @@ class MlmNspConfig(MaskingConfig):
         """Require unpacked rows and two token types for sentence pairs."""
         assert isinstance(model, BertConfig)
         if self.nsp and self.packing:
-            raise ValueError("task.packing leaves no row of its own to a pair of sentences; set task.nsp=false")
+            raise ValueError("task.packing does not support pairs of sentences; set task.nsp=false")
         if self.nsp and model.type_vocab < 2:
-            raise ValueError("model.type_vocab=1 cannot tell two sentences apart; use 2, or task.nsp=false")
+            raise ValueError(
+                "model.type_vocab=1 has no second segment for a pair of sentences; use 2, or task.nsp=false"
+            )
 
 
 class RtdConfig(MaskingConfig):
@@ -165,12 +167,12 @@ class ReconstructionConfig(TaskSettings):
         assert isinstance(model, VqganConfig)
         if model.image_size < SMALLEST_SIDE:
             raise ValueError(
-                f"model.image_size={model.image_size} is too small to compare; use {SMALLEST_SIDE} or more"
+                f"model.image_size={model.image_size} is too small for the perceptual loss; use {SMALLEST_SIDE} or more"
             )
         for side in model.attention_at:
             if side != MIDDLE and side not in model.sides:
                 raise ValueError(
-                    f"model.attention_at={list(model.attention_at)}: no level has the side {side}; there are "
+                    f"model.attention_at={list(model.attention_at)}: no level has side {side}; use "
                     f"{', '.join(map(str, model.sides))}, and {MIDDLE} for the middle blocks alone"
                 )
         if self.discriminator_weight:
@@ -189,7 +191,7 @@ def _check_discriminator(model: VqganConfig) -> None:
             )
     if model.image_size // 2**layers < 3:
         raise ValueError(
-            f"model.discriminator_layers={layers} leave no patch of {model.image_size} pixels; use fewer, or "
+            f"model.discriminator_layers={layers} are too many for {model.image_size} pixels; use fewer, or "
             "task.discriminator_weight=0"
         )
 
@@ -238,9 +240,7 @@ def check_best(best: str, task: TaskSettings, steps: int) -> None:
     if name not in names:
         raise ValueError(
             f"train.keep_best={best!r}: {task.kind!r} yields no such metric; use one of {', '.join(names)}, "
-            "with min: or max: in front for another direction than usual"
+            "with min: or max: in front to choose the direction"
         )
     if direction is None:
-        raise ValueError(
-            f"train.keep_best={best!r}: neither less nor more of it is better by itself; say min:{name} or max:{name}"
-        )
+        raise ValueError(f"train.keep_best={best!r}: its better direction is undefined; use min:{name} or max:{name}")

@@ -103,13 +103,13 @@ class VqganConfig(ModelSettings):
         for width, groups in zip((self.channels, *self.widths), self.group_counts(), strict=True):
             if not groups or width % groups:
                 raise ValueError(
-                    f"norm_groups={self.norm_groups}: {width} channels are not divisible by {groups} groups; take "
+                    f"norm_groups={self.norm_groups}: {width} channels are not divisible by {groups} groups; use "
                     "channels that are a multiple of 32, or of 4 with norm_groups=width/4"
                 )
         if self.grid == 1 and self.group_counts()[-1] == self.widths[-1]:
             raise ValueError(
-                f"norm_groups={self.norm_groups}: {self.widths[-1]} channels of one code are groups of a single value, "
-                "which a norm makes 0; use fewer groups or a larger image"
+                f"norm_groups={self.norm_groups}: {self.widths[-1]} channels of one code form groups of one value, "
+                "which GroupNorm makes 0; use fewer groups or a larger image"
             )
         return self
 

@@ -77,7 +77,7 @@ class Task(nn.Module):
 
         rows: the results of `forward` for the micro-batches with the key "embed" in the batch.
         """
-        raise NotImplementedError(f"{type(self).__name__} compares the batch and has no slopes")
+        raise NotImplementedError(f"{type(self).__name__} uses the whole batch and has no slopes")
 
     def after_step(self, step: int) -> None:
         """Called after each step, on every rank in the same way. step: steps made."""

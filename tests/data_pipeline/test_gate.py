@@ -115,7 +115,7 @@ def test_a_kind_takes_any_text_that_its_rule_takes(name: str, value: str) -> Non
     assert takes(KINDS[name], value) == RULES[name](value)
 
 
-NAME_RULE = "without '/', '\\', control characters, or a dot in front"
+NAME_RULE = "without '/', '\\', control characters, or a leading dot"
 SAID = [
     ("Count", -1, "here: value=-1: Input should be greater than or equal to 0; do this"),
     ("Count", 2**48 + 1, "here: value=281474976710657: Input should be less than or equal to 281474976710656; do this"),

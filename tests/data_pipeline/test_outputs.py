@@ -111,7 +111,7 @@ def test_files_follow_the_umask_whoever_made_them(umask: int, tmp_path: Path) ->
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", 64) as disk:
         write_whole(disk / "file", b"first")
-        with pytest.raises(DataError, match=r"disk/file: No space left on device; make room"):
+        with pytest.raises(DataError, match=r"disk/file: No space left on device; free space"):
             write_whole(disk / "file", bytes(100_000))
         assert everything(disk) == ["file"] and (disk / "file").read_bytes() == b"first"
 
@@ -179,7 +179,7 @@ WRITES: dict[str, Callable[[str], object]] = {
 def test_an_output_that_cannot_be_made_is_told_as_a_wrong_path(below: str, write: str) -> None:
     with pytest.raises(DataError) as told:
         WRITES[write](f"{below}/x/y")
-    assert below in str(told.value) and "make room" not in str(told.value), told.value
+    assert below in str(told.value) and "free space" not in str(told.value), told.value
     assert (
         "use another path" in str(told.value) or "the right" in str(told.value) or "is not a folder" in str(told.value)
     )

@@ -109,7 +109,7 @@ class TestContract:
         storage.put_if_absent("a", b"0123")
         with pytest.raises(DataError, match="prefix/a: has fewer bytes"):
             storage.get_range("a", 4, 6)
-        with pytest.raises(DataError, match=r"prefix/a: bytes 2\.\.6 asked for, it has 4"):
+        with pytest.raises(DataError, match=r"prefix/a: requested bytes 2\.\.6 of 4"):
             storage.get_range("a", 2, 6)
 
     def test_wrong_credentials_are_told_from_a_missing_object(self, storage, monkeypatch):

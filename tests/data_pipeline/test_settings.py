@@ -110,7 +110,7 @@ def test_an_empty_value_is_empty(empty: Path) -> None:
 
 
 def test_a_path_that_must_be_there_is_not_empty(empty: Path) -> None:
-    with pytest.raises(ConfigError, match=r"place = '': empty; name a file"):
+    with pytest.raises(ConfigError, match=r"place = '': empty; set a file"):
         read(empty, "place=")
 
 

@@ -101,7 +101,7 @@ def test_the_version_is_told_without_torch() -> None:
         (["launch", "local", RECIPE, "--nodes", "2"], "--master-addr"),
         (["launch", "local", RECIPE, "--node-rank", "1"], "is outside of 0.."),
         (["launch", "slurm", RECIPE, "--procs-per-node", "16"], "more than gpus_per_node=8"),
-        (["status", "runs/nowhere"], "give the folder"),
+        (["status", "runs/nowhere"], "use the folder in `run:`"),
         (["stop", "runs/nowhere"], "no launcher of this run is running"),
         (["data", "bild"], "No such command"),
         (["train"], "Missing argument"),
@@ -171,8 +171,8 @@ def test_checkpoints_of_what_is_no_run_are_a_clear_error(
     verb, *rest = words
     assert call(monkeypatch, "checkpoint", verb, str(run), *rest) == 64
     said = capsys.readouterr().err
-    assert str(run) in said and "give the folder that a configuration names as `run:`" in said
-    assert ("is no run" if made else "is no folder") in said and run.exists() == made
+    assert str(run) in said and "use the folder in `run:` of a configuration" in said
+    assert ("is no run" if made else "is not a folder") in said and run.exists() == made
 
 
 @pytest.mark.parametrize("error", [ConfigError, DataError, NodeFault, Requeue])

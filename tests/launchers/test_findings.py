@@ -103,5 +103,5 @@ def test_a_driver_line_is_read_and_its_faults_are_named() -> None:
     assert read_health("580.95, [N/A], 0x0000000000000000, 41")["ecc"] == "not visible"
     with pytest.raises(NodeFault, match="3 uncorrected memory errors"):
         read_health("580.95, 3, 0x0, 41")
-    with pytest.raises(NodeFault, match="held down at 91 degrees: software thermal, hardware thermal"):
+    with pytest.raises(NodeFault, match="throttled at 91 degrees C: software thermal, hardware thermal"):
         read_health("580.95, 0, 0x0000000000000060, 91")

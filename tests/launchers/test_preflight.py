@@ -207,7 +207,7 @@ def test_a_rank_that_never_comes_is_named_at_the_deadline() -> None:
     ranks = [rank_of(rank, 3, port, "--timeout", "10") for rank in (0, 2)]
     outcome = [ended(process) for process in ranks]
     assert [code for code, _ in outcome] == [70, 70], outcome
-    assert "1 of 3 ranks did not come" in outcome[0][1] and "rank 1; look at their nodes" in outcome[0][1]
+    assert "1 of 3 ranks did not join" in outcome[0][1] and "rank 1; check their nodes" in outcome[0][1]
     assert time.monotonic() - began < 60
 
 
@@ -263,7 +263,7 @@ def look(config: Path, *overrides: str) -> None:
     [
         ("ro", "Read-only file system"),
         ("size=64k", "No space left on device"),
-        ("size=2m", "3 checkpoints take"),
+        ("size=2m", "3 checkpoints need"),
     ],
 )
 def test_storage_that_takes_nothing_or_too_little_is_said(
@@ -282,7 +282,7 @@ def test_a_dataset_that_is_cut_off_is_said(material: Material, config: Path, tmp
 
 
 def test_a_vocabulary_that_does_not_fit_the_model_is_64(config: Path) -> None:
-    with pytest.raises(ConfigError, match="200 pieces, the model room for 100"):
+    with pytest.raises(ConfigError, match="200 pieces, the model has 100"):
         look(config, "model.vocab_size=100")
 
 
@@ -324,5 +324,5 @@ def test_a_server_that_overwrites_what_should_only_be_created_is_said(
     with fault_proxy(gateway.port, lambda *_: CLEAN, drop=b"if-none-match") as proxy:
         for name, value in {**nobody, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(DataError, match="overwrites where it was told to create only"):
+        with pytest.raises(DataError, match="exclusive creation overwrites"):
             look(config, f"train.checkpoints={bucket}/c")

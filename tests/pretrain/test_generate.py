@@ -183,11 +183,11 @@ def test_nothing_is_overwritten_by_another_request(run):
         ("xx yyy", 3.0, 0.1, []),
         ("xx yyy", 3.0, 0.0, ["guidance=3 needs a model trained with task.caption_drop"]),
         ("xx yyy", 0.0, 0.0, ["guidance=0 needs a model trained with task.caption_drop"]),
-        ("xx yy x xx xxx", 1.0, 0.0, ["has 5 tokens and the model reads 4: it is cut to"]),
+        ("xx yy x xx xxx", 1.0, 0.0, ["has 5 tokens, above the model's 4: it is truncated to"]),
         ("", 1.0, 0.0, ["the prompt is empty"]),
         ("? ?", 1.0, 0.0, ["all of it is [UNK]"]),
-        ("xx ? yy", 1.0, 0.0, ["1 of the prompt's pieces are [UNK]; the model reads 'xx xx'"]),
-        ("? " * 9, 2.0, 0.0, ["all of it is [UNK]", "has 9 tokens and the model reads 4", "guidance=2 needs"]),
+        ("xx ? yy", 1.0, 0.0, ["1 pieces of the prompt are [UNK]; the model reads 'xx xx'"]),
+        ("? " * 9, 2.0, 0.0, ["all of it is [UNK]", "has 9 tokens, above the model's 4", "guidance=2 needs"]),
     ],
 )
 def test_what_a_request_cannot_do_is_said(prompt, guidance, caption_drop, said):
@@ -202,7 +202,7 @@ def test_of_a_real_vocabulary_signs_that_it_lacks_are_told_from_words(material):
         (note,) = generate.notes(unknown, vocabulary, 64, 1.0, 0.0)
         assert "all of it is [UNK]" in note
     (note,) = generate.notes("a red 鰲 circle", vocabulary, 64, 1.0, 0.0)
-    assert "1 of the prompt's pieces are [UNK]" in note and "'a red" in note
+    assert "1 pieces of the prompt are [UNK]" in note and "'a red" in note
 
 
 def test_it_is_said_on_stderr_and_stdout_has_paths_alone(run, capsys):

@@ -117,7 +117,7 @@ def test_every_rank_knows_what_any_of_them_found_and_replaces_it_alike(world: in
         replaced += feed.ledger.entries
     assert {entry.sample for entry in replaced} == lethal and not {entry.replacement for entry in replaced} & lethal
     assert {entry.position for entry in replaced} == {19, 26}
-    assert all("ends the process that decodes it" in entry.reason for entry in replaced)
+    assert all("crashes the decoder" in entry.reason for entry in replaced)
 
 
 def test_the_share_of_each_rank_covers_what_is_in_preparation_once() -> None:

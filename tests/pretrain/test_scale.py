@@ -73,7 +73,7 @@ def test_who_does_not_come_is_named_to_all() -> None:
         store.inner.set(f"here/{rank}", "")
     for rank in (0, 7):
         with pytest.raises(
-            NodeFault, match="2 of 4096 ranks did not come to node:1 within 0.05 s: rank 5, 4000;"
+            NodeFault, match="2 of 4096 ranks did not join node:1 within 0.05 s: rank 5, 4000;"
         ) as raised:
             _meet(store, place(rank), 0.05)
         assert raised.value.blamed == (5, 4000)

@@ -221,7 +221,7 @@ def test_a_clip_is_not_exported_without_the_tokenizer_that_says_where_texts_end(
 ) -> None:
     model = exported(wide_clip(Material(material.dataset, pieces), tmp_path / "run"), tmp_path / "clip")
     moved = pieces.rename(tmp_path / FILE)
-    with pytest.raises(DataError, match=f"{pieces}: no (.*), or give data.text_tokenizer: {form} records"):
+    with pytest.raises(DataError, match=f"{pieces}: no (.*), or set data.text_tokenizer: {form} records"):
         verbs.export(model, tmp_path / "out", form=form)
     assert not (tmp_path / "out").exists()
     assert verbs.export(model, tmp_path / "out", form=form, overrides=[f"data.text_tokenizer={moved}"]).is_dir()
@@ -238,7 +238,7 @@ def test_an_encoder_is_exported_without_its_tokenizer_and_names_no_token_ids(
     pieces.unlink()
     without = verbs.export(model, tmp_path / "b", form="transformers-electra")
     assert "pad_token_id" not in json.loads((without / "generator/config.json").read_text())
-    assert f"note: config.json will name no token ids ({pieces}: no " in capsys.readouterr().err
+    assert f"note: config.json will have no token ids ({pieces}: no " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -266,5 +266,5 @@ def test_a_tokenizer_without_a_token_that_the_task_needs_is_refused(
     if not said:
         assert open_data(config)[1] is not None
         return
-    with pytest.raises(ConfigError, match=f"{pieces} {said}; name another data.text_tokenizer"):
+    with pytest.raises(ConfigError, match=f"{pieces} {said}; use another data.text_tokenizer"):
         open_data(config)

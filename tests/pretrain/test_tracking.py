@@ -177,7 +177,7 @@ def test_a_run_and_its_continuation_are_one_run_at_the_server_with_everything_on
     code, output = interrupted(argv, run, 6, ask_to_stop)
     assert code == 75 and status(server, run) == "KILLED", output[-3000:]
     code, output = interrupted(argv, run, 20, lambda pid: wait_until(lambda: status(server, run) == "RUNNING"))
-    assert code == 0 and "did not take everything" not in output, output[-3000:]
+    assert code == 0 and "did not store everything" not in output, output[-3000:]
     assert status(server, run) == "FINISHED"
     assert written(run)["pictures"] == 4 and len(written(run)["loss"]) == 20
     assert arrived(server, run) == written(run)
@@ -224,8 +224,8 @@ def test_without_a_server_training_ends_well_and_everything_is_sent_later_once(
     path = described(material, run, nobody)
     code, output = interrupted(command("train", path), run, 20, lambda pid: None)
     assert code == 0, output[-3000:]
-    assert output.count(f"MLflow at {nobody} did not take everything") == 1 and TRACEBACK not in output
-    assert output.count(f"MLflow at {nobody} takes nothing") <= 1
+    assert output.count(f"MLflow at {nobody} did not store everything") == 1 and TRACEBACK not in output
+    assert output.count(f"MLflow at {nobody} stores nothing") <= 1
     config = load_settings(RunConfig, path, [f"tracking.uri={server}"])
     for _ in range(2):
         send(run, config)
@@ -341,7 +341,7 @@ WRONG_RECORDS = [{"run_id": "../../x"}, {"tag": "' OR '1"}, {"sent": {"metrics.j
 @pytest.mark.parametrize("held", ["[", "[]", *map(json.dumps, WRONG_RECORDS)])
 def test_a_wrong_record_of_what_was_sent_is_refused_with_its_remedy(held: str, tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text(held)
-    with pytest.raises(DataError, match=r"mlflow\.json.*remove the file to begin another"):
+    with pytest.raises(DataError, match=r"mlflow\.json.*remove the file to start a new one"):
         mlflow_feed._read_record(tmp_path)
     end_run(tmp_path, FAILED)  # which must not cost a launcher its exit code
 

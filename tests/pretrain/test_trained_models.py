@@ -161,7 +161,7 @@ def test_a_name_chooses_the_checkpoint(place: Place, tmp_path: Path) -> None:
     assert evaluate.main(exported)["step"] == STEPS[0]
     with pytest.raises(ConfigError, match="no checkpoint is named 'late'; there are early"):
         evaluate.main(place.run("clip"), label="late")
-    with pytest.raises(DataError, match="no whole checkpoint of step 8 named 'early'"):
+    with pytest.raises(DataError, match="no valid checkpoint of step 8 named 'early'"):
         evaluate.main(place.run("clip"), step=8, label="early")
     with pytest.raises(ConfigError, match="leave --step and --name out"):
         evaluate.main(place.export("clip"), step=4)
@@ -368,7 +368,7 @@ def test_a_number_of_the_configuration_that_the_weights_contradict_is_an_error_o
         (["--temperature", "nan"], "--temperature"),
         (["--guidance", "inf"], "--guidance"),
         (["--prompt", os.fsdecode(b"caf\xe9")], "is not UTF-8"),
-        (["--step", "5"], "no whole checkpoint of step 5"),
+        (["--step", "5"], "no valid checkpoint of step 5"),
         (["--name", "none"], "no checkpoint is named 'none'"),
         (["model.width=8"], "the weights in"),
     ],

@@ -122,7 +122,7 @@ def test_two_commands_that_build_the_same_at_once_both_end_well(repository, tmp_
 REFUSED = [
     # configuration, exit code, what is said
     ({"source": {"kind": "csv", "path": "HERE/x.csv", "image": "picture"}}, 64, "source.image='picture': not a column"),
-    ({"source": {"kind": "csv", "path": "HERE/x.csv"}, "filters": {"low": "scor > 1"}}, 64, "'scor' is no column"),
+    ({"source": {"kind": "csv", "path": "HERE/x.csv"}, "filters": {"low": "scor > 1"}}, 64, "'scor' is not a column"),
     ({"source": {"kind": "csv", "path": "HERE/gone.csv"}}, 74, "gone.csv: not there"),
     ({"source": {"kind": "parquet", "path": "HERE/x.csv"}}, 74, "not a valid parquet file"),
     ({"source": {"kind": "tars", "path": "HERE/cut.tar"}}, 74, "cut.tar: ends at byte"),

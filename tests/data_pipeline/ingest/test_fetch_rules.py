@@ -605,9 +605,7 @@ def test_a_proxy_may_be_named_without_its_scheme(said: str, proxy: str) -> None:
 
 @pytest.mark.parametrize("said", ["socks5://p:1080", "http://", "ftp://p", "http://[::1", "", "://", "http://p:99999"])
 def test_a_proxy_of_another_kind_is_refused(said: str) -> None:
-    with pytest.raises(
-        ConfigError, match="^http_proxy or https_proxy is .*; name one as http://HOST:PORT, or unset it$"
-    ):
+    with pytest.raises(ConfigError, match="^http_proxy or https_proxy is .*; set http://HOST:PORT, or unset it$"):
         module._proxy(said)
 
 

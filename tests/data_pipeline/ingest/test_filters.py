@@ -134,9 +134,9 @@ def test_what_is_no_plain_condition_is_refused_naming_it(text):
         ("open(1)", r"^filters\.mine: open\(\) is not there; there are abs, len, lower, max, min$"),
         (
             "width ** 2 > 1",
-            r"^filters\.mine='width \*\* 2 > 1': 'width \*\* 2' is not understood; .* and abs, len, lower, max, min$",
+            r"^filters\.mine='width \*\* 2 > 1': 'width \*\* 2' is not supported; .* and abs, len, lower, max, min$",
         ),
-        ("width >", r"^filters\.mine='width >': not a condition \(.*\); for example width >= 256$"),
+        ("width >", r"^filters\.mine='width >': not a condition \(.*\); write one such as width >= 256$"),
     ],
 )
 def test_a_refusal_says_what_there_is(text, message):

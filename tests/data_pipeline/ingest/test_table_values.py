@@ -184,7 +184,7 @@ def test_the_key_can_be_asked_for_whatever_its_column_is_named(build):
 
 
 def test_a_column_that_cannot_be_asked_for_is_told_with_its_other_name(build):
-    with pytest.raises(ConfigError, match="'text' is no column of the source that can be asked for.*as caption"):
+    with pytest.raises(ConfigError, match="'text' is not a column that filters can use.*named caption"):
         build("parquet", [{"image": "0.png", "text": "a"}], {"long": "len(text) > 3"}, captions=["text"])
 
 

@@ -203,7 +203,7 @@ def test_ten_crops_are_read_by_position_and_verified(small, encode_here):
 def test_other_crops_beside_those_that_are_there_are_refused(small, encode_here, tree_digests):
     encode_here(small)
     before = tree_digests(small)
-    with pytest.raises(DataError, match="codes of 1 crops an image, 10 are wanted; encode with --crops 1"):
+    with pytest.raises(DataError, match="has 1 crops per image, requested 10; encode with --crops 1"):
         encode_here(small, crops=10)
     with pytest.raises(ConfigError, match="crops=3: must be 1 or 10"):
         encode_here(small, crops=3)

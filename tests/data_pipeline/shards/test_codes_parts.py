@@ -227,7 +227,7 @@ def test_codes_that_are_not_there_name_those_that_are(tmp_path):
     encoded(folder)
     meta = json.loads((folder / meta_name(ID)).read_text())
     (folder / meta_name("b" * 12)).write_text(json.dumps({**meta, "tokenizer": "b" * 12}))
-    with pytest.raises(DataError, match=f"there are codes of ({ID}, {'b' * 12}|{'b' * 12}, {ID}); run"):
+    with pytest.raises(DataError, match=f"available are ({ID}, {'b' * 12}|{'b' * 12}, {ID}); run"):
         read_codes(folder, "c" * 12)
     rewritten(folder, dataset=SHA)
     fingerprint = open_dataset(folder)[1].fingerprint[:12]
@@ -367,7 +367,7 @@ def test_codes_of_another_shape_type_or_size_than_stated_are_refused(tmp_path, w
     folder = dataset(tmp_path, 2)
     with pytest.raises(
         DataError,
-        match=rf"^tokenizer {ID} gave {said}.* for 2 images; it states uint16 \(2, 16\) up to 255, export it again",
+        match=rf"^tokenizer {ID} gave {said}.* for 2 images; expected uint16 \(2, 16\) up to 255, export it again",
     ):
         encode_shard(str(folder), 0, Wrong())
     assert not list(folder.glob("*.vq-*"))

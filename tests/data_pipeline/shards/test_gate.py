@@ -261,7 +261,7 @@ def test_a_table_with_a_digest_that_is_none_is_refused(tmp_path):
     storage = open_storage(tmp_path)
     for value in ("../../../etc/passwd", SHA[:-1], SHA + "\n"):
         pq.write_table(pa.table({"row": [0, 1], "sha256": [None, value]}), tmp_path / "00000_fetch.parquet")
-        with pytest.raises(DataError, match="column sha256 holds what is no digest"):
+        with pytest.raises(DataError, match="column sha256 has invalid digests"):
             read_rows(storage, "00000_fetch.parquet")
     with pytest.raises(DataError, match="has no column|not a valid table"):
         read_rows(storage, "00000_fetch.parquet", ["row", "url"])

@@ -102,7 +102,7 @@ def test_canonical_json_keeps_letters_and_sorts_keys():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        (tree_of(ONE, version=0), "here: version 0, this program reads up to 3; use the one that built it"),
+        (tree_of(ONE, version=0), "here: version 0, supported are 1 to 3; use the tessera that built it"),
         (tree_of(ONE, version=4), "here: version 4, this program reads up to 3; use the one that built it"),
         (tree_of(ONE, samples=3), "here: says samples=3, its shards have 2; it is damaged"),
         (tree_of(ONE, samples=1), "here: says samples=1, its shards have 2; it is damaged"),
@@ -206,7 +206,7 @@ def test_the_account_of_a_shard_is_read_from_beside_it(tmp_path, more):
     (tmp_path / "0_stats.json").write_text(json.dumps(STATS_TREE | more))
     assert read_shard_stats(storage, "0.tar") == STATS_TREE | more
     (tmp_path / "1_stats.json").write_text(json.dumps(STATS_TREE))
-    with pytest.raises(DataError, match="1_stats.json: says name='0.tar'; it is another shard's, build the dataset"):
+    with pytest.raises(DataError, match="1_stats.json: name='0.tar' is another shard; build the dataset"):
         read_shard_stats(storage, "1.tar")
     (tmp_path / "1_stats.json").write_text(json.dumps({**STATS_TREE, "in": -1}))
     with pytest.raises(

@@ -192,7 +192,7 @@ READERS = {
     ],
 )
 def test_a_size_that_is_negative_beyond_the_file_or_no_number_is_refused_by_every_reader(read, size):
-    with pytest.raises(DataError, match="as the size of 'a.png'|claims"):
+    with pytest.raises(DataError, match="for 'a.png'|of .* bytes"):
         read(entry(size=size) + entry("b.png") + END)
 
 
@@ -253,10 +253,10 @@ def test_a_name_of_gigabytes_is_not_read(kind):
             self.at += size
             return data.ljust(size, b"n")
 
-    with pytest.raises(DataError, match="a name of 4294967296 bytes"):
+    with pytest.raises(DataError, match="name of 4294967296 bytes"):
         list(scan(Endless(), "x"))
     pieces = itertools.chain([entry("n", b"%011o\0" % (1 << 32), b"", kind)], itertools.repeat(bytes(BLOCK), 4))
-    with pytest.raises(DataError, match="a name of 4294967296 bytes"):
+    with pytest.raises(DataError, match="name of 4294967296 bytes"):
         list(samples_of(pieces, "x"))
 
 

@@ -246,7 +246,7 @@ def test_every_spelling_of_a_checksum_is_read(written, name):
 )
 def test_another_checksum_is_refused_unless_it_is_not_looked_at(written):
     block = block_of(written=written)
-    with pytest.raises(DataError, match="^here: no tar header at byte 1024; the file is damaged or no tar$"):
+    with pytest.raises(DataError, match="^here: no tar header at byte 1024; the file is damaged or not a tar$"):
         parse_header(block, "here", 1024)
     assert parse_header(block, "here", 1024, checked=False) == ("a.png", 3, b"0", "")
 
@@ -313,7 +313,7 @@ def test_a_header_is_read_field_by_field(fields, expected):
 )
 def test_a_size_that_is_none_is_named_with_its_place_and_the_name(size):
     shown = re.escape(repr(size.ljust(12, b"\0")))
-    with pytest.raises(DataError, match=f"^here: the header at byte 512 gives {shown} as the size of 'd/a.png'"):
+    with pytest.raises(DataError, match=f"^here: the header at byte 512 has size {shown} for 'd/a.png'"):
         parse_header(block_of(size=size, prefix=b"d"), "here", 512)
 
 
@@ -537,7 +537,7 @@ def test_a_wrong_pax_record_is_shown_from_its_beginning_up_to_forty_bytes():
 
 
 def test_of_a_global_header_the_first_name_is_told():
-    with pytest.raises(DataError, match="^x: a global PAX header gives 'path' to every entry"):
+    with pytest.raises(DataError, match="^x: a global PAX header sets 'path' for every entry"):
         READERS["scan"](pax((b"size", b"3"), (b"path", b"p"), kind=b"g") + entry() + END)
 
 
@@ -656,7 +656,7 @@ def test_a_scan_begins_at_a_position():
     data = entry("a.png") + entry("b.png") + END
     assert [(m.name, m.start, m.data) for m in scan(io.BytesIO(data), "x", 1024)] == [("b.png", 1024, 1536)]
     assert list(scan(io.BytesIO(data), "x", 2048)) == []
-    with pytest.raises(DataError, match="^x: no tar header at byte 512; the file is damaged or no tar"):
+    with pytest.raises(DataError, match="^x: no tar header at byte 512; the file is damaged or not a tar"):
         list(scan(io.BytesIO(data), "x", 512))
 
 

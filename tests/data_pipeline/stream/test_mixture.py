@@ -202,7 +202,7 @@ def test_a_mixture_has_a_weight_for_each_dataset(folders, streams, weights):
     if streams == weights:
         assert Mixture(*given).samples == 25 * MOST_SOURCES
         return
-    with pytest.raises(ConfigError, match=f"^{streams} datasets, {weights} weights; one each, 16 at most"):
+    with pytest.raises(ConfigError, match=f"^{streams} datasets, {weights} weights; give one each, at most 16"):
         Mixture(*given)
 
 

@@ -148,7 +148,7 @@ def test_a_manifest_lists_index_and_state_and_no_file_twice(left: list[int], tmp
 
 @pytest.mark.parametrize("version", [2, 4])
 def test_a_manifest_of_an_older_or_newer_format_is_refused_by_both_numbers(version: int, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"format {version}, this program reads 3; use the version of tessera that"):
+    with pytest.raises(DataError, match=f"format {version}, supported is 3; use the version of tessera that"):
         manifest_of(tmp_path, version=version)
 
 
@@ -212,7 +212,7 @@ def test_a_file_that_differs_from_its_entry_is_told_how(
     right, other = entry("a", b"123456789"), hashlib.sha256(b"123456789").hexdigest()
     assert file_fault(storage, right) == ""
     assert file_fault(storage, entry("b", b"")) == "b: missing"
-    assert file_fault(storage, right | {"bytes": 10}) == "a: 9 bytes, the manifest says 10"
+    assert file_fault(storage, right | {"bytes": 10}) == "a: 9 bytes, the manifest has 10"
     assert file_fault(storage, right | {"bytes": 8}) == "a: 9 bytes, the manifest says 8"
     assert file_fault(storage, entry("a", b"123456780")) == f"a: sha256 {other[:12]}, the manifest says another"
     assert file_fault(storage, right | {"sha256": "f" * 64}) == f"a: sha256 {other[:12]}, the manifest says another"
@@ -305,7 +305,9 @@ def test_an_attempt_is_overtaken_by_a_later_one_alone(tmp_path: Path) -> None:
     (tmp_path / "attempt-00002.json").write_text("{}")
     refuse_overtaken(tmp_path, 2)
     refuse_overtaken(tmp_path, 3)
-    with pytest.raises(Overtaken, match="attempt 2 has taken over the run from attempt 1, which ends here; to train"):
+    with pytest.raises(
+        Overtaken, match="attempt 2 has taken over the run from attempt 1, which stops; for a second run"
+    ):
         refuse_overtaken(tmp_path, 1)
 
 

@@ -157,7 +157,7 @@ def test_a_rank_that_never_reports_fails_the_save_at_the_deadline(
     part: Any = Part(model_of(4), 0, 2)
     ranks[0].save(part, 4, {})
     assert ranks[0]._save is not None and ranks[0]._save.ended(200)
-    with pytest.raises(DataError, match=r"rank 1: no word within 0 s"):
+    with pytest.raises(DataError, match=r"rank 1: no report within 0 s"):
         ranks[0].finish()
 
 
@@ -230,7 +230,7 @@ def test_a_disk_that_never_answers_holds_up_neither_the_next_save_nor_the_end(
     checkpoints.save(part, 4, {})
     checkpoints.save(part, 8, {})
     assert checkpoints._save is not None and checkpoints._save.ended(100)
-    with pytest.raises(DataError, match="the save before is still being written"):
+    with pytest.raises(DataError, match="the previous save is still being written"):
         checkpoints.finish()
     checkpoints.close()
     assert time.monotonic() - began < 100
@@ -289,7 +289,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     found = newest(tmp_path)
     assert found is not None and found.step == 8
     said = capsys.readouterr().out
-    assert f"step-00000012.attempt-0 is passed over: {file}" in said and word in said
+    assert f"step-00000012.attempt-0 is skipped: {file}" in said and word in said
     loaded = load_trained(tmp_path)[0].state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -335,7 +335,7 @@ def test_verify_names_every_file_that_is_off(damage: Callable[[Path], None], wor
     assert verbs.verify(tmp_path) == {"checkpoints": 2, "newest_step": 8, "whole": True}
     for index in (0, 1):
         damage(folder_of(tmp_path, index) / "r00001.safetensors")
-    with pytest.raises(DataError, match=f"2 files are off(.|\n)*0004.*/r00001.*{word}(.|\n)*0008.*/r00001"):
+    with pytest.raises(DataError, match=f"2 damaged files(.|\n)*0004.*/r00001.*{word}(.|\n)*0008.*/r00001"):
         verbs.verify(tmp_path)
 
 
@@ -374,13 +374,13 @@ def test_a_checkpoint_of_another_format_is_passed_over_with_both_numbers(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
     with pytest.raises(DataError, match="none of 1 checkpoints"):
         newest(tmp_path)
-    assert "format 1, this program reads 3" in capsys.readouterr().out
+    assert "format 1, supported is 3" in capsys.readouterr().out
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path: Path) -> None:
     write(tmp_path, 4)
     flip_a_bit(folder_of(tmp_path, 0) / "r00001.safetensors")
-    with pytest.raises(DataError, match="none of 1 checkpoints is whole; restore one"):
+    with pytest.raises(DataError, match="none of 1 checkpoints is valid; restore one"):
         newest(tmp_path)
 
 
@@ -396,7 +396,7 @@ def test_an_overtaken_attempt_is_a_matter_of_configuration(tmp_path: Path) -> No
 
     claim_attempt(tmp_path, 5, {})
     refuse_overtaken(tmp_path, 5)
-    with pytest.raises(ConfigError, match="attempt 5 has taken over .* give another `run`"):
+    with pytest.raises(ConfigError, match="attempt 5 has taken over .* set another `run`"):
         refuse_overtaken(tmp_path, 4)
 
 

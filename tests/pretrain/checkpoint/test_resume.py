@@ -104,13 +104,13 @@ def test_a_run_is_not_cut_to_fewer_steps_than_it_has_made(saved: Saved) -> None:
         if fits:
             assert resumed(saved, train__steps=steps)
         else:
-            with pytest.raises(ConfigError, match="train.steps=3: .* stands at step 4 already; give at least 4"):
+            with pytest.raises(ConfigError, match="train.steps=3: .* is at step 4 already; use at least 4"):
                 resumed(saved, train__steps=steps)
 
 
 @pytest.mark.parametrize("name", ["data.text_tokenizer", "data.image_tokenizer"])
 def test_what_was_replaced_is_refused_by_name(name: str, saved: Saved) -> None:
-    with pytest.raises(ConfigError, match=f"was trained with another {name}; name the one"):
+    with pytest.raises(ConfigError, match=f"was trained with another {name}; use the one"):
         resumed(saved, KNOWN | {name: "d" * 12})
 
 
@@ -125,7 +125,7 @@ def test_fingerprints_of_the_beginning_are_kept(saved: Saved) -> None:
 def test_weights_to_start_from_are_no_longer_read_by_a_run_that_began_without(saved: Saved) -> None:
     config = config_of(Path(saved.folder).parent.parent).model_copy(update={"initial": "elsewhere"})
     stream: Any = SimpleNamespace(check=lambda state: None)
-    with pytest.raises(ConfigError, match="initial=elsewhere: .* began without it"):
+    with pytest.raises(ConfigError, match="initial=elsewhere: .* belongs to a run without it"):
         check_resumed(saved, config, stream, mesh_of(), dict(KNOWN))
 
 

@@ -120,7 +120,7 @@ def test_a_name_that_would_be_a_path_is_refused(label: str, tmp_path: Path) -> N
 
 def test_a_step_that_is_not_there_cannot_be_named(tmp_path: Path) -> None:
     write(tmp_path, 4)
-    with pytest.raises(DataError, match="no whole checkpoint of step 5"):
+    with pytest.raises(DataError, match="no valid checkpoint of step 5"):
         verbs.name(tmp_path, "five", step=5)
 
 

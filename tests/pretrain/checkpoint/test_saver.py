@@ -98,10 +98,10 @@ def test_a_wait_that_is_over_its_deadline_or_abandoned_ends(clock: Clock) -> Non
 def test_a_word_is_waited_for_by_all_and_told_if_it_does_not_come(clock: Clock) -> None:
     store: Any = Words(clock, {"a": '{"result": [1]}'}, {"a": 130.0})
     assert saver._get(store, "a", 1, 60.0) == {"result": [1]} and max(clock.slept) == 0.25
-    with pytest.raises(DataError, match="no word within 3 s"):
+    with pytest.raises(DataError, match="no report within 3 s"):
         saver._get(store, "b", 1, 3.0)
     began = clock.now
-    with pytest.raises(DataError, match="no word within 60 s"):
+    with pytest.raises(DataError, match="no report within 60 s"):
         saver._get(store, "b", 20_000, 60.0)
     assert max(clock.slept) == 2.0 and 60.0 < clock.now - began <= 62.0  # 20,000 ranks ask 10,000 times a second
     ended = threading.Event()
@@ -165,7 +165,7 @@ def test_what_goes_wrong_on_a_rank_is_told_and_raised_where_it_is_heard(
 def test_what_goes_right_is_told_too_and_silence_is_an_error() -> None:
     assert saver._outcome(lambda: [1, {"a": None}]) == {"result": [1, {"a": None}]}
     assert saver._result({"result": None}) is None and saver._result({"result": [0]}) == [0]
-    with pytest.raises(DataError, match="no word in time"):
+    with pytest.raises(DataError, match="no report in time"):
         saver._result(None)
     for error in (Abandoned("ended"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
@@ -272,7 +272,7 @@ def test_a_save_whose_thread_dies_of_a_mistake_is_no_checkpoint(
     monkeypatch.setattr(type(checkpoints.mesh), "side_store", raising_with(TypeError("ours")))
     begin(checkpoints, 4)
     with pytest.raises(
-        DataError, match="was not committed: it ended without a word; the checkpoints before it are unt"
+        DataError, match="was not committed: it ended without a report; the checkpoints before it are unt"
     ):
         checkpoints.finish()
 
@@ -285,7 +285,7 @@ def test_a_save_that_does_not_end_in_time_is_an_error_of_storage(
     (checkpoints,) = ranks_of(tmp_path, 1)
     thread = begin(checkpoints, 4)
     monkeypatch.setattr(saver, "COMMIT_TIMEOUT_S", 0.01)
-    with pytest.raises(DataError, match="was not committed: it was not done within 0 s"):
+    with pytest.raises(DataError, match="was not committed: not finished within 0 s"):
         checkpoints.finish()
     monkeypatch.setattr(saver, "COMMIT_TIMEOUT_S", 60.0)
     release.set()
@@ -382,7 +382,7 @@ def test_a_rank_that_is_late_fails_the_save_and_those_in_time_are_heard(
     for rank in (0, 2):
         with pytest.raises(DataError, match=r"^[^:]*(was not|may not be) committed: "):
             ranks[rank].finish()
-    assert threads[1].failure == "rank 1: no word within 1 s" and threads[1].heard == [0, 2]
+    assert threads[1].failure == "rank 1: no report within 1 s" and threads[1].heard == [0, 2]
     assert committed(tmp_path) == []
 
 
@@ -475,7 +475,7 @@ def test_steps_between_the_regular_ones_are_passed_over_where_that_is_asked(tmp_
     assert checkpoints.newest() == found[1]
     for index in range(4):
         flip_a_bit(folder_of(tmp_path, index) / "r00001.safetensors")
-    with pytest.raises(DataError, match="checkpoints: none of 2 checkpoints is whole; restore one or empty the folder"):
+    with pytest.raises(DataError, match="checkpoints: none of 2 checkpoints is valid; restore one or empty the folder"):
         checkpoints.newest(4)
 
 
@@ -494,7 +494,7 @@ def test_every_fault_is_told_once_and_in_the_order_of_the_ranks(
     for thread in threads:
         thread.join(60)
     faults = "r00000.safetensors: missing; r00002.safetensors: missing; r00001.safetensors: missing"
-    assert capsys.readouterr().out == f"checkpoint step-00000004.attempt-0 is passed over: {faults}\n"
+    assert capsys.readouterr().out == f"checkpoint step-00000004.attempt-0 is skipped: {faults}\n"
     (folder / "MANIFEST.json").write_text("[]")
     (checkpoints,) = ranks_of(tmp_path / "checkpoints", 1)
     refused(checkpoints)
@@ -502,7 +502,7 @@ def test_every_fault_is_told_once_and_in_the_order_of_the_ranks(
 
 
 def refused(checkpoints: Checkpoints) -> None:
-    with pytest.raises(DataError, match="none of 1 checkpoints is whole"):
+    with pytest.raises(DataError, match="none of 1 checkpoints is valid"):
         checkpoints.newest()
 
 

@@ -108,7 +108,7 @@ def test_a_damaged_object_on_s3_is_passed_over(damage, bucket: str, capsys: pyte
     storage.replace("r00001.safetensors", damage(storage.get("r00001.safetensors")))
     newest = Checkpoints(root, mesh_of(), 0, Retention(2)).newest()
     assert newest is not None and newest.step == 4
-    assert "step-00000008.attempt-0 is passed over: r00001.safetensors" in capsys.readouterr().out
+    assert "step-00000008.attempt-0 is skipped: r00001.safetensors" in capsys.readouterr().out
 
 
 def test_an_overtaken_attempt_on_s3_cannot_commit(bucket: str) -> None:

@@ -41,7 +41,7 @@ def test_the_checkpoint_of_a_step_is_exported_where_that_is_asked(tmp_path: Path
     exported, _ = load_model(verbs.export(tmp_path / "run", tmp_path / "exported", step=4))
     assert same(exported, early)
     flip_a_bit(folder_of(tmp_path / "run", 0) / "r00000.safetensors")
-    with pytest.raises(DataError, match="no whole checkpoint of step 4"):
+    with pytest.raises(DataError, match="no valid checkpoint of step 4"):
         load_trained(tmp_path / "run", 4)
 
 
@@ -112,7 +112,7 @@ def test_an_export_onto_a_full_disk_leaves_nothing_and_spares_the_one_before(for
         verbs.export(tmp_path / "run", disk / "first")
         fill_up(disk, 40_000)
         before = contents(disk)
-        with pytest.raises(DataError, match="make room"):
+        with pytest.raises(DataError, match="free space"):
             verbs.export(tmp_path / "run", disk / "second", form=form)
         assert contents(disk) == before and not (disk / "second").exists()
 
@@ -215,7 +215,9 @@ def test_weights_that_compute_something_else_here_are_refused_by_name(
     changed = config.model_copy(update={field: value})
     other = MODELS["electra"](changed)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(ConfigError, match=rf"model\.{field}: {getattr(config, field)} there, {value} here"):
+    with pytest.raises(
+        ConfigError, match=rf"model\.{field}: {getattr(config, field)} in the source, {value} in this run"
+    ):
         start_from(other, place, changed)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 

@@ -110,5 +110,5 @@ def test_the_small_recipes_of_the_gpt_decay_every_matrix_and_say_so(recipe: str,
 
 def test_a_pattern_that_is_no_regular_expression_is_refused(repository: Path) -> None:
     tree = load_settings(RunConfig, repository / "configs" / "demo" / "gpt.yaml").model_dump(mode="json")
-    with pytest.raises(ConfigError, match=r"optim.no_decay.*'\*bias' is no regular expression"):
+    with pytest.raises(ConfigError, match=r"optim.no_decay.*'\*bias' is not a regular expression"):
         check_settings(RunConfig, tree | {"optim": tree["optim"] | {"no_decay": ["*bias"]}}, "test")

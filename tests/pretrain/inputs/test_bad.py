@@ -110,7 +110,7 @@ def test_above_the_rate_the_run_stops_with_the_list(tmp_path: Path) -> None:
 
 def test_a_dataset_without_a_usable_sample_is_refused_naming_the_fault(material: Material) -> None:
     feed = Feed(Stream(material.dataset, 3), refusing(set(range(200))), BATCH, (0, 1), 8, 2)
-    with pytest.raises(DataError, match="nor can 16 others drawn in its place"):
+    with pytest.raises(DataError, match="nor can 16 replacements"):
         next(feed.steps(0, 1))
 
 

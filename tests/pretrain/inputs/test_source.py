@@ -23,5 +23,5 @@ def test_a_text_tokenizer_beyond_the_model_is_refused_with_the_field_to_raise(
     stream, tokenizer = open_data(check_settings(RunConfig, tree, "test"))
     assert tokenizer is not None and (stream.samples, tokenizer.size) == (200, 200)
     section["vocab_size"] = 199
-    with pytest.raises(ConfigError, match=f"has 200 pieces, the model room for 199; raise {field} or train a smaller"):
+    with pytest.raises(ConfigError, match=f"has 200 pieces, the model has 199; raise {field} or train a smaller"):
         open_data(check_settings(RunConfig, tree, "test"))

@@ -58,7 +58,7 @@ def test_guidance_changes_codes_after_the_first():
 
 
 def test_guidance_needs_the_empty_caption():
-    with pytest.raises(ValueError, match="give `empty`"):
+    with pytest.raises(ValueError, match="pass `empty`"):
         model().sample(TEXT, guidance=2.0)
 
 

@@ -136,7 +136,7 @@ def test_the_clock_adds_up_what_has_ended(monkeypatch: pytest.MonkeyPatch) -> No
     [
         (300, 5.0, 1000, 100e6, ""),
         (120, 5.0, 14000, 100e6, "120 s lead, a save needs about 210 s .*a step takes 5 s.* to 215 s"),
-        (10, 0.0, 2000, 100e6, "a step's time is not known yet"),
+        (10, 0.0, 2000, 100e6, "a step's time is unknown yet"),
         (10, 20.0, 1, 100e6, "a step takes 20 s"),
         (float("inf"), 1e9, 10**9, 1.0, ""),
     ],

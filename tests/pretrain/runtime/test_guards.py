@@ -95,7 +95,7 @@ def test_too_many_refused_steps_in_a_row_stop_the_run() -> None:
         actions.append(judge.action)
     assert actions == ["skip", "skip", "skip", "stop"]
     with pytest.raises(
-        TrainingFault, match=r"step 7: loss nan, 4 steps in a row were refused.*guards\.non_finite=skip"
+        TrainingFault, match=r"step 7: loss nan, 4 steps in a row were rejected.*guards\.non_finite=skip"
     ):
         judge.refuse_to_go_on(7)
 
@@ -134,7 +134,7 @@ def test_ranks_that_do_not_judge_alike_end_the_run() -> None:
         return Run.agree(run, 0)
 
     assert not agreed(3, 3)
-    with pytest.raises(NodeFault, match="step 7: ranks refused 2 to 3 steps"):
+    with pytest.raises(NodeFault, match="step 7: ranks rejected 2 to 3 steps"):
         agreed(2, 3)
 
 
@@ -228,7 +228,7 @@ def test_only_a_stop_ends_the_run_and_says_what_to_do() -> None:
     with pytest.raises(TrainingFault) as caught:
         judge.refuse_to_go_on(3)
     assert str(caught.value) == (
-        "step 3: loss nan; the update was not made. Go on from the last checkpoint with guards.non_finite=skip or "
+        "step 3: loss nan; the update was not applied. Resume from the last checkpoint with guards.non_finite=skip or "
         "guards.spike=skip (or roll_back), or start again with a lower optim.lr"
     )
 

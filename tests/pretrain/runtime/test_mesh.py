@@ -95,7 +95,7 @@ def test_two_jobs_on_one_torchrun_store_do_not_meet(torchrun: int) -> None:
 def test_a_second_process_of_a_rank_is_refused() -> None:
     port = free_port()
     stores = [_attempt_store(place(rank, port), 20) for rank in (0, 1)]
-    with pytest.raises(NodeFault, match=f"rank 1 found no store at 127.0.0.1:{port}: it holds an attempt"):
+    with pytest.raises(NodeFault, match=f"rank 1 found no store at 127.0.0.1:{port}: it serves an attempt"):
         _attempt_store(place(1, port), 1)
     assert stores
 

@@ -22,19 +22,19 @@ from tests.pretrain.checkpoint.simulated import config_of
 @pytest.mark.parametrize(
     ("uri", "rule"),
     [
-        ("htp://127.0.0.1:5000", "MLflow knows no 'htp'"),
-        ("ftp://server/x", "MLflow knows no 'ftp'"),
+        ("htp://127.0.0.1:5000", "MLflow does not support 'htp'"),
+        ("ftp://server/x", "MLflow does not support 'ftp'"),
         ("sqlite://runs/mlflow.db", "three slashes"),
         ("sqlite:///", "three slashes"),
         ("sqlite:mlflow.db", "three slashes"),
-        ("http://", "a server has a host"),
-        ("http://:5000", "a server has a host"),
-        ("http:server:5000", "a server has a host"),
-        ("https:///runs", "a server has a host"),
-        ("http://[", "a server has a host"),
-        ("http://server:99999", "a server has a host"),
-        ("http://server:port", "a server has a host"),
-        ("   ", "only of spaces"),
+        ("http://", "the host is missing"),
+        ("http://:5000", "the host is missing"),
+        ("http:server:5000", "the host is missing"),
+        ("https:///runs", "the host is missing"),
+        ("http://[", "the host is missing"),
+        ("http://server:99999", "the host is missing"),
+        ("http://server:port", "the host is missing"),
+        ("   ", "only spaces"),
     ],
 )
 def test_an_address_that_mlflow_cannot_know_is_a_configuration_error(uri: str, rule: str) -> None:
@@ -117,10 +117,10 @@ def wait_until(condition: Callable[[], bool]) -> None:
     ("code", "body", "remedy"),
     [
         (401, b"no", "set MLFLOW_TRACKING_USERNAME"),
-        (403, b"no", "right to write"),
-        (404, b"no", "under which the MLflow server shows its page"),
-        (200, b"<html>log in</html>", "something else answers there"),
-        (302, b"", "something else answers there"),
+        (403, b"no", "write access"),
+        (404, b"no", "must be the address of the MLflow server"),
+        (200, b"<html>log in</html>", "another service answers"),
+        (302, b"", "another service answers"),
     ],
 )
 def test_a_server_that_refuses_is_named_once_with_what_helps(
@@ -138,7 +138,7 @@ def test_a_server_that_refuses_is_named_once_with_what_helps(
         wait_until(lambda: kind.asked >= 4)
         feed.close("FINISHED")
     told = capfd.readouterr()
-    assert told.out.count("takes nothing") == told.out.count("did not take everything") == 1
+    assert told.out.count("stores nothing") == told.out.count("did not store everything") == 1
     assert remedy in told.out and "secret" not in told.out and "Traceback" not in told.out + told.err
 
 
@@ -148,7 +148,7 @@ def test_a_database_that_is_half_made_is_named(table: str, tmp_path: Path, capfd
     with contextlib.closing(sqlite3.connect(tmp_path / "half.db")) as database:
         database.execute(f"CREATE TABLE {table} (a INT)")
         database.commit()
-    assert_told(f"sqlite:///{tmp_path}/half.db", "half made", tmp_path, capfd)
+    assert_told(f"sqlite:///{tmp_path}/half.db", "incomplete", tmp_path, capfd)
 
 
 def test_a_file_that_is_no_database_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +157,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path, capfd: pytest.Captu
 
 
 def test_a_folder_in_place_of_a_database_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert_told(f"sqlite:///{tmp_path}", "a file that can be written", tmp_path, capfd)
+    assert_told(f"sqlite:///{tmp_path}", "a writable file", tmp_path, capfd)
 
 
 def assert_told(uri: str, remedy: str, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +208,6 @@ def test_an_outage_is_said_at_its_beginning_and_at_its_end(
         wait_until(lambda: len(said) == 2)
     feed.close("FINISHED")
     begins, ends = said
-    assert "takes nothing: database is locked; end the program that holds" in begins and "answers again" in ends
+    assert "stores nothing: database is locked; end the program that holds" in begins and "answers again" in ends
     (run,) = MlflowClient(uri).search_runs([MlflowClient(uri).get_experiment_by_name("tessera").experiment_id])
     assert (run.info.status, run.data.metrics["loss"]) == ("FINISHED", 1.5)

@@ -29,16 +29,16 @@ NO_DATA = sign(12, waits=True, phase="wait")
 @pytest.mark.parametrize(
     ("signs", "silent_s", "blamed", "word"),
     [
-        ([WAITING, sign()], [0, 11], (1,), "no sign of life for 11 s"),
+        ([WAITING, sign()], [0, 11], (1,), "no heartbeat for 11 s"),
         ([sign(), sign()], [0, 9], None, ""),
         ([SHORTLY, SHORTLY], [0, 0], None, ""),
-        ([WAITING, sign()], [0, 7], (1,), "no sign of life"),  # stopped in mid-step, a moment after the other waits
+        ([WAITING, sign()], [0, 7], (1,), "no heartbeat"),  # stopped in mid-step, a moment after the other waits
         ([WAITING, COMPUTING], [0, 0], (1,), "1 of 2 ranks wait in a collective"),
         ([COMPUTING, COMPUTING], [0, 0], None, ""),  # slow is no hang
         ([COMPUTING], [0], None, ""),
         ([NO_DATA], [0], (0,), "phase 'wait'"),
         ([WAITING, NO_DATA, WAITING], [0, 0, 0], (1,), "2 of 3"),
-        ([WAITING, WAITING], [0, 0], (), "is the network up"),
+        ([WAITING, WAITING], [0, 0], (), "check the network"),
         ([WAITING, sign(), sign()], [0, 40, 50], (1, 2), "rank 2"),
     ],
 )
