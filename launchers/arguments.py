@@ -31,8 +31,8 @@ Changes = Annotated[
     typer.Option(
         "--change",
         metavar="key=value",
-        help="Resume from the newest checkpoint with another train.steps, optim.lr or schedule "
-        "(optim.schedule, warmup_steps, final_lr_fraction, power). Repeatable.",
+        help="Resume from the newest checkpoint with another train.steps, data.evaluation, or setting of optim (lr, "
+        "schedule, betas, eps, weight_decay, no_decay). Repeatable.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]

@@ -410,12 +410,23 @@ def micro_batch_of(train: TrainConfig, world_size: int) -> tuple[int, int]:
 
 # ------------------------------------------------------------------------------- what a run may change when it resumes
 
-CHANGEABLE = re.compile(r"train\.steps|optim\.(roles\.[^.]+\.)?(lr|schedule|warmup_steps|final_lr_fraction|power)")
-"""Settings that --change accepts: read at every step, and held in no tensor or counter."""
-CHANGEABLE_NAMES = (
-    "train.steps, optim.lr, optim.schedule, optim.warmup_steps, optim.final_lr_fraction, optim.power "
-    "(and those of optim.roles.NAME)"
+CHANGEABLE = (
+    "train.steps",
+    *(f"optim.{name}" for name in ScheduleConfig.model_fields),
+    "optim.betas",
+    "optim.eps",
+    "optim.weight_decay",
+    "optim.no_decay",
+    "data.evaluation",
 )
+"""Settings that --change accepts, with what is below them; those of `optim` also in `optim.roles.NAME`."""
+
+
+def changeable(key: str) -> str | None:
+    """Return the setting of CHANGEABLE, or the same one of a role, that a dotted key is or belongs to, else None."""
+    plain = re.sub(r"^optim\.roles\.[^.]+\.", "optim.", key)
+    row = next((row for row in CHANGEABLE if f"{plain}.".startswith(f"{row}.")), None)
+    return None if row is None else key[: len(key) - len(plain) + len(row)]
 
 
 def load_run(path: str | Path, overrides: Sequence[str], changes: Sequence[str] = ()) -> RunConfig:
@@ -433,12 +444,14 @@ def load_run(path: str | Path, overrides: Sequence[str], changes: Sequence[str] 
 
 
 def consented_keys(changes: Sequence[str]) -> frozenset[str]:
-    """Return the keys of `key=value` words. Raises ConfigError for a key that cannot change within a run."""
-    keys = [change.partition("=")[0] for change in changes]
-    for key in keys:
-        if not CHANGEABLE.fullmatch(key):
+    """Return the settings that `key=value` words change. Raises ConfigError for one that cannot change within a run."""
+    found = set()
+    for key in (change.partition("=")[0] for change in changes):
+        setting = changeable(key)
+        if setting is None:
             raise ConfigError(
-                f"--change {key}: a run may change {CHANGEABLE_NAMES}; for others start a new run, from this "
-                "one's weights with `initial`"
+                f"--change {key}: a run may change {', '.join(CHANGEABLE)} (those of optim also in optim.roles.NAME); "
+                "for others start a new run, from this one's weights with `initial`"
             )
-    return frozenset(keys)
+        found.add(setting)
+    return frozenset(found)

@@ -144,7 +144,9 @@ class Run:
         attempt = start_attempt(root, mesh, attempts_noted(Path(config.run)), values_of(config, changes))
         checkpoints = Checkpoints(root, mesh, attempt, Retention.of(config.train))
         saved = checkpoints.newest()
-        changed = {} if saved is None else check_resumed(saved, config, stream, mesh, known)
+        if saved is None:
+            refuse_early(changes)
+        changed = {} if saved is None else check_resumed(saved, config, stream, mesh, known, changes)
         if saved is None and config.initial:
             start_from_initial(config, task, mesh, known)
         inputs = screened(task.inputs(config, stream, tokenizer))
@@ -171,10 +173,15 @@ class Run:
 
     def resume(self, saved: Saved, changed: Changes) -> None:
         """Restore `saved`, already checked to belong to this run. changed: settings that change at this step."""
-        restore(saved, self.engine)
-        self.guards.load(saved.state["guards"])
         self.step, self.position = saved.step, saved.state["stream"]["position"]
         self.changes = saved.state.get("changes", []) + ([{"step": self.step, "settings": changed}] if changed else [])
+        self.restore(saved)
+        self.guards.load(saved.state["guards"])
+
+    def restore(self, saved: Saved) -> None:
+        """Restore the engine; settings of the optimizer that were changed at that step or later are not the saved."""
+        since = {key for change in self.changes if change["step"] >= saved.step for key in change["settings"]}
+        restore(saved, self.engine, regroup=any(key.startswith("optim.") for key in since))
 
     def refuse_lethal_images(self, killed: bool) -> None:
         """Give the inputs the known lethal images; search for new ones when the previous attempt was killed."""
@@ -267,7 +274,7 @@ class Run:
                 raise TrainingFault(
                     f"step {self.step}: {self.guards.reason}, and there is no checkpoint yet to roll back to"
                 )
-            restore(saved, self.engine)
+            self.restore(saved)
             self.guards.remember(saved.state["guards"])
 
     def agree(self, asked: int) -> bool:
@@ -337,6 +344,14 @@ def check_batch(config: RunConfig, world: int) -> tuple[int, int]:
         return micro_batch_of(config.train, world)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def refuse_early(changes: Iterable[str]) -> None:
+    """Raise ConfigError for a consent to changes in a run without a checkpoint, where there is nothing to change."""
+    for key in changes:
+        raise ConfigError(
+            f"--change {key}: the run has no checkpoint yet, so nothing changes; give {key}=VALUE without it"
+        )
 
 
 def build_task(config: RunConfig, mesh: Mesh) -> Task:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import json
 import re
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ import pydantic
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import flatten
-from pretrain.config import CHANGEABLE, RunConfig
+from pretrain.config import RunConfig, changeable
 from pretrain.schema.saved import saved_run
 
 FREE_TO_CHANGE = {
@@ -22,8 +23,8 @@ FREE_TO_CHANGE = {
     "guards": None,
     "tracking": None,
     "data": (
-        "dataset", "datasets", "reweigh", "shuffle", "text_tokenizer", "image_tokenizer", "evaluation",
-        "prefetch_steps", "workers", "max_bad_rate",
+        "dataset", "datasets", "reweigh", "shuffle", "text_tokenizer", "image_tokenizer", "prefetch_steps", "workers",
+        "max_bad_rate",
     ),
     "train": (
         "global_batch", "zero_stage", "micro_batch", "recompute", "checkpoint_every_steps", "keep_checkpoints",
@@ -89,10 +90,10 @@ Changes = dict[str, dict[str, Any]]
 def differences(saved: Mapping[str, Any], now: RunConfig) -> Changes:
     """Return the settings in which a saved identity differs from a configuration.
 
-    A field newer than the checkpoint is compared as its default value. `deepspeed` is not compared with older
-    checkpoints, which lack it (see `unchecked`).
+    A field newer than the checkpoint is compared as its default value. `deepspeed` and `data.evaluation` are not
+    compared with older checkpoints, which lack them (see `unchecked` for the former).
     """
-    before, after = flatten(_as_of_today(saved, now)), flatten(identity(now))
+    before, after = _flat(_as_of_today(saved, now)), _flat(identity(now))
     return {
         key: {"from": before.get(key), "to": after.get(key)}
         for key in sorted(before.keys() | after.keys())
@@ -126,6 +127,7 @@ def _completed(saved: Mapping[str, Any], now: RunConfig) -> dict[str, Any]:
     """Return a copy of the saved tree with the current values of the free settings."""
     whole = now.model_dump(mode="json")
     tree = {"deepspeed": whole["deepspeed"]} | {key: _copied(value) for key, value in saved_run(saved).items()}
+    tree["data"] = {"evaluation": whole["data"]["evaluation"]} | tree.get("data", {})
     for section, keys in FREE_TO_CHANGE.items():
         if keys is None:
             tree[section] = whole[section]
@@ -151,8 +153,17 @@ def _take_out(tree: dict[str, Any], place: Sequence[int | str]) -> dict[str, Any
 
 def values_of(config: RunConfig, keys: Iterable[str]) -> dict[str, Any]:
     """Return the values of dotted keys of the identity, for the claim of an attempt."""
-    settings = flatten(identity(config))
+    settings = _flat(identity(config))
     return {key: settings.get(key) for key in keys}
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten an identity to dotted keys; evaluation data, which may be several by name, are one setting."""
+    flat = flatten(tree)
+    if isinstance(data := tree.get("data"), Mapping) and isinstance(whole := data.get("evaluation"), Mapping):
+        flat = {key: value for key, value in flat.items() if not key.startswith("data.evaluation.")}
+        flat["data.evaluation"] = dict(whole)
+    return flat
 
 
 def check_identity(
@@ -168,7 +179,7 @@ def check_identity(
     if refused:
         lines = [f"{key}: {change['from']!r} saved, {change['to']!r} now" for key, change in refused.items()]
         remedy = "restore these values, or set another `run` folder"
-        if consent := [_option(key, change["to"]) for key, change in refused.items() if CHANGEABLE.fullmatch(key)]:
+        if consent := [_option(key, change["to"]) for key, change in refused.items() if changeable(key)]:
             remedy += f"; to resume with the new value add {' '.join(consent)}"
         raise ConfigError(f"{where} was made under another configuration; {remedy}\n  " + "\n  ".join(lines))
     return agreed
@@ -178,8 +189,35 @@ def _covered(key: str, found: Changes, consented: frozenset[str]) -> bool:
     """Return whether the change of `key` has consent, for itself or through the same change of the main optimizer."""
     main = re.sub(r"^optim\.roles\.[^.]+\.", "optim.", key)
     named = key in consented or (main in consented and found.get(main) == found[key])
-    return named and CHANGEABLE.fullmatch(key) is not None
+    return named and changeable(key) is not None
+
+
+def refuse_idle(asked: Iterable[str], changed: Changes, saved: Mapping[str, Any], now: RunConfig, where: str) -> None:
+    """Raise ConfigError if `--change` was given for a setting that stays as it was saved.
+
+    asked: the settings of `--change`; changed: those that change. A restart may repeat the change that the checkpoint
+    was made under, and an old checkpoint may not record the setting. saved: the checkpoint's state.
+    """
+    made: dict[str, Any] = {}
+    for change in saved.get("changes", []):
+        made |= {key: told.get("to") for key, told in change.get("settings", {}).items()}
+    before = _flat(saved_run(saved["identity"]))
+    for key, value in values_of(now, asked).items():
+        repeated = key in made and made[key] == value
+        unknown = key == "data.evaluation" and key not in before
+        if not (key in changed or repeated or unknown):
+            raise ConfigError(
+                f"--change {key}={_as_word(value)} changes nothing: {where} was made with this value; give another, or "
+                "leave --change out"
+            )
 
 
 def _option(key: str, value: Any) -> str:
-    return f"--change {shlex.quote(f'{key}={value}')}"
+    return f"--change {shlex.quote(f'{key}={_as_word(value)}')}"
+
+
+def _as_word(value: Any) -> str:
+    """Return a value as an override gives it."""
+    if isinstance(value, list | Mapping):
+        return json.dumps(value, ensure_ascii=False)
+    return "" if value is None else str(value)

@@ -7,15 +7,17 @@ import torch
 from data_pipeline.errors import DataError
 from pretrain.checkpoint.catalog import Saved
 from pretrain.checkpoint.layout import Slices
+from pretrain.engine.optim import regrouped
 
 if TYPE_CHECKING:
     from pretrain.engine.engine import Engine
 
 
 @torch.no_grad()
-def restore(saved: Saved, engine: "Engine") -> None:
+def restore(saved: Saved, engine: "Engine", regroup: bool = False) -> None:
     """Restore the engine's masters, moments, working copies, buffers and update counts.
 
+    regroup: the optimizer's settings were changed on purpose, so that groups may have other settings and members.
     At the world size that wrote the checkpoint, every rank restores its own buffers; at any other, those of rank 0.
     Raises DataError if the checkpoint belongs to another model.
     """
@@ -34,4 +36,7 @@ def restore(saved: Saved, engine: "Engine") -> None:
     rank = engine.mesh.rank if engine.mesh.world == saved.manifest["world"] else 0
     for name in slices.buffers:
         buffers[name].copy_(slices.buffer(name, rank))
-    engine.load_scalars(saved.state["optimizer"], saved.folder)
+    scalars = saved.state["optimizer"]
+    if regroup:
+        scalars = scalars | {"groups": regrouped(scalars["groups"], engine.scalars()["groups"])}
+    engine.load_scalars(scalars, saved.folder)

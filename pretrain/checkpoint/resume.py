@@ -1,5 +1,6 @@
 """Checks whether a run may resume from a checkpoint: settings, consented changes and fingerprints."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import ConfigError
@@ -15,7 +16,7 @@ from pretrain.checkpoint.fingerprints import (
     fingerprints_in,
     of_initial,
 )
-from pretrain.checkpoint.identity import Changes, check_identity, differences, unchecked, values_of
+from pretrain.checkpoint.identity import Changes, check_identity, differences, refuse_idle, unchecked, values_of
 from pretrain.checkpoint.saver import from_rank_0
 from pretrain.config import RunConfig
 
@@ -23,13 +24,17 @@ if TYPE_CHECKING:
     from pretrain.runtime.mesh import Mesh
 
 
-def check_resumed(saved: Saved, config: RunConfig, stream: Source, mesh: "Mesh", known: Fingerprints) -> Changes:
+def check_resumed(
+    saved: Saved, config: RunConfig, stream: Source, mesh: "Mesh", known: Fingerprints, asked: Iterable[str] = ()
+) -> Changes:
     """Compare a checkpoint with the run that resumes from it -> the consented changes of settings.
 
-    known: the fingerprints of the run; those that only the checkpoint has are added. Raises ConfigError if the
-    configuration, text tokenizer, image tokenizer or initial weights differ, DataError if the data differ.
+    known: the fingerprints of the run; those that only the checkpoint has are added. asked: the settings of this
+    attempt's `--change`. Raises ConfigError if the configuration, text tokenizer, image tokenizer or initial weights
+    differ, or if a change changes nothing; DataError if the data differ.
     """
     changed = _agreed_changes(saved, config)
+    refuse_idle(asked, changed, saved.state, config, saved.folder)
     _check_fingerprints(saved, config, mesh, known)
     stream.check(saved.state["stream"])
     return changed

@@ -1,6 +1,7 @@
 """AdamW parameter groups: by role, with and without weight decay."""
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,22 @@ def _group(role: str, decays: bool, named: list[tuple[str, nn.Parameter]], optim
         "betas": own.betas,
         "eps": own.eps,
     }
+
+
+def regrouped(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved groups under the settings and with the members of `now`, both as in `Engine.scalars`.
+
+    A group takes the update count of its members; one of new members is left out. Returns the groups as saved if they
+    had other members than settings can explain: those of different counts together, or more.
+    """
+    counts = {name: row["updates"] for row in saved.values() for name in row["names"]}
+    found = {key: {counts.get(name) for name in row["names"]} for key, row in now.items()}
+    if counts.keys() - {name for row in now.values() for name in row["names"]} or any(
+        len(c) > 1 for c in found.values()
+    ):
+        return dict(saved)
+    known = {key: count for key, [count] in found.items() if count is not None}
+    return {key: {**now[key], "updates": count} for key, count in known.items()}
 
 
 def build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

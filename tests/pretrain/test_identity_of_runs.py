@@ -200,6 +200,38 @@ def test_a_changed_rate_holds_from_its_step_on_whatever_strikes_the_run(copied: 
     refused(again(material, run, steps=12), "optim.lr: 0.0005 saved, 0.001 now")
 
 
+def test_settings_of_the_optimizer_change_on_purpose_with_its_state(copied: tuple[Material, Path]) -> None:
+    """Parameters move between the groups with their moments; a run cut in two after the change is bitwise the same."""
+    material, whole = copied
+    cut = whole.parent / "cut" / "run"
+    shutil.copytree(whole, cut)
+    words = ["optim.betas=[0.8, 0.99]", "optim.eps=1e-6", "optim.weight_decay=0.2", "optim.no_decay=[attention]"]
+    words += [f"data.evaluation={material.dataset}"]
+    changes = [part for word in words for part in ("--change", word)]
+    refused(again(material, whole, "--change", "optim.lr=1e-3"), "--change optim.lr=0.001 changes nothing")
+    done = again(material, whole, *changes, "--change", "train.steps=8")
+    assert done.returncode == 0 and "from step 4 on optim.eps=1e-06, it was 1e-08" in done.stdout, done.stdout[-3000:]
+    assert again(material, cut, *changes, "--change", "train.steps=6").returncode == 0
+    done = again(material, cut, *changes, "--change", "train.steps=8")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert loss_bits(cut) == loss_bits(whole)
+    assert_same_state(cut, whole)
+    assert_every_position_once(whole, 8, BATCH)
+    groups, state = final(whole).state["optimizer"]["groups"], final(whole).state
+    assert {(row["weight_decay"], *row["betas"], row["eps"], row["updates"]) for row in groups.values()} == {
+        (0.2, 0.8, 0.99, 1e-6, 8), (0.0, 0.8, 0.99, 1e-6, 8)
+    }  # fmt: skip
+    assert any("attention" in name and name.endswith("weight") for name in groups["no_decay"]["names"])
+    assert set(state["changes"][0]["settings"]) == {word.partition("=")[0] for word in words} | {"train.steps"}
+    assert state["identity"]["data"]["evaluation"] == str(material.dataset)
+    lines = [json.loads(line) for line in (whole / "attempts.jsonl").read_text().splitlines()]
+    assert lines[-1]["changes"] == state["changes"][0]["settings"]
+
+
+def test_a_change_of_a_run_that_has_not_begun_is_refused(base: tuple[Material, Path], tmp_path: Path) -> None:
+    refused(again(base[0], tmp_path / "run", "--change", "optim.lr=5e-4"), "the run has no checkpoint yet")
+
+
 def test_what_may_not_be_changed_is_refused_before_anything_starts(base: tuple[Material, Path], tmp_path: Path) -> None:
     material, _ = base
     run = tmp_path / "run"

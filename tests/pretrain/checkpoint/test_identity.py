@@ -1,14 +1,23 @@
 """Which settings bind a checkpoint, what counts where it says nothing, and what may be changed with consent."""
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.settings import check_settings
-from pretrain.checkpoint.identity import FREE_TO_CHANGE, check_identity, differences, identity, unchecked
-from pretrain.config import RunConfig, consented_keys
+from data_pipeline.settings import check_settings, override_settings
+from pretrain.checkpoint.identity import (
+    FREE_TO_CHANGE,
+    check_identity,
+    differences,
+    identity,
+    refuse_idle,
+    unchecked,
+)
+from pretrain.config import OptimConfig, RunConfig, consented_keys
 from tests.pretrain.checkpoint.simulated import config_of
 from tests.pretrain.commands import Material, vqgan
 
@@ -30,6 +39,7 @@ def with_value(config: RunConfig, section: str, key: str, value: Any) -> RunConf
         ("train", "checkpoints", "s3://elsewhere/x", False),
         ("train", "keep_best", "loss", False),
         ("data", "dataset", "elsewhere", False),
+        ("data", "evaluation", "elsewhere", True),
         ("tracking", "uri", "elsewhere", False),
     ],
 )
@@ -179,17 +189,44 @@ def test_a_checkpoint_that_says_nothing_of_deepspeed_is_taken_and_that_is_told(t
         ("optim", "warmup_steps", 5),
         ("optim", "final_lr_fraction", 0.1),
         ("optim", "power", 2.0),
+        ("optim", "decay_steps", 0.25),
+        ("optim", "decay_shape", "linear"),
+        ("optim", "cycles", 3),
+        ("optim", "cycle_growth", 2),
+        ("optim", "timescale_steps", 4),
+        ("optim", "eps", 1e-6),
+        ("optim", "weight_decay", 0.5),
+        ("data", "evaluation", "heldout"),
     ],
 )
-def test_length_rate_and_schedule_change_with_consent_and_the_refusal_names_the_way(
+def test_length_rate_schedule_optimizer_and_evaluation_change_with_consent_and_the_refusal_names_the_way(
     section: str, key: str, value: Any, tmp_path: Path
 ) -> None:
     before = config_of(tmp_path)
     after, name = with_value(before, section, key, value), f"{section}.{key}"
-    with pytest.raises(ConfigError, match=f"to go on with another value on purpose add --change {name}={value}"):
+    with pytest.raises(ConfigError, match=f"to resume with the new value add --change {name}={value}"):
         check_identity(identity(before), after, "there")
     agreed = check_identity(identity(before), after, "there", consented_keys([f"{name}={value}"]))
     assert agreed == {name: {"from": getattr(getattr(before, section), key), "to": value}}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("betas", (0.8, 0.99), "'optim.betas=[0.8, 0.99]'"),
+        ("no_decay", (r"^task\.head", "b"), r"""'optim.no_decay=["^task\\.head", "b"]'"""),
+        ("pieces", ((3, 0.5), (9, 0.1)), "'optim.pieces=[[3, 0.5], [9, 0.1]]'"),
+    ],
+)
+def test_the_refusal_gives_lists_as_an_override_reads_them(key: str, value: Any, word: str, tmp_path: Path) -> None:
+    before = config_of(tmp_path)
+    after = with_value(before, "optim", key, value)
+    with pytest.raises(ConfigError) as refusal:
+        check_identity(identity(before), after, "there")
+    assert f"add --change {word}\n" in str(refusal.value)
+    [told] = shlex.split(word)
+    assert getattr(override_settings(OptimConfig, {}, ["lr=1", told.removeprefix("optim.")], "test"), key) == value
+    assert list(check_identity(identity(before), after, "there", consented_keys([told]))) == [f"optim.{key}"]
 
 
 def test_consent_to_one_setting_is_none_to_another(tmp_path: Path) -> None:
@@ -202,11 +239,47 @@ def test_consent_to_one_setting_is_none_to_another(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["model.layers=3", "optim.weight_decay=0", "optim.betas=[0,0]", "seed=1", "train.stepz=3", "optim.roles.lr=1"],
+    [
+        "model.layers=3", "seed=1", "train.stepz=3", "optim.roles.lr=1", "train.precision=fp32", "data.dataset=d",
+        "data.evaluations=d", "optim=1", "optim.roles={}", "task.kind=mlm", "",
+    ],
 )  # fmt: skip
 def test_what_cannot_be_changed_is_refused_with_what_can(change: str) -> None:
     with pytest.raises(ConfigError, match=r"a run may change train.steps, optim.lr"):
         consented_keys([change])
+
+
+def test_consent_to_evaluation_data_covers_those_of_every_name(tmp_path: Path) -> None:
+    assert consented_keys(["data.evaluation.a=x", "optim.roles.judge.betas=[0,0]"]) == {
+        "data.evaluation",
+        "optim.roles.judge.betas",
+    }
+    before, after = config_of(tmp_path), with_value(config_of(tmp_path), "data", "evaluation", "heldout")
+    old = without(identity(before), ("data", "evaluation"))
+    assert differences(old, after) == {}, "an older checkpoint does not say"
+    named = identity(before)
+    named["data"]["evaluation"] = {"a": "x", "b": "y"}
+    assert set(differences(named, after)) >= {"data.evaluation"}
+    assert not any(key.startswith("data.evaluation.") for key in differences(named, after))
+
+
+def idle(asked: str, now: RunConfig, *made: dict[str, Any], before: RunConfig) -> None:
+    keys = consented_keys([asked])
+    state = {"identity": identity(before), "changes": [{"step": 1, "settings": settings} for settings in made]}
+    refuse_idle(keys, check_identity(state["identity"], now, "there", keys), state, now, "there")
+
+
+def test_consent_to_a_change_that_is_none_is_refused_unless_a_restart_repeats_it(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    for asked in ("optim.lr=0.001", "train.steps=24", "data.evaluation=", "optim.betas=[0.9, 0.95]"):
+        with pytest.raises(ConfigError, match=f"--change {re.escape(asked)} changes nothing: there was made with this"):
+            idle(asked, config, before=config)
+    there, back = {"optim.lr": {"from": 0.5, "to": 1e-3}}, {"optim.lr": {"from": 1e-3, "to": 0.5}}
+    idle("optim.lr=1e-3", config, there, before=config)
+    idle("optim.lr=1e-3", config, back, there, before=config)
+    with pytest.raises(ConfigError, match="changes nothing"):
+        idle("optim.lr=1e-3", config, there, back, before=config)
+    idle("optim.lr=0.5", with_value(config, "optim", "lr", 0.5), before=config)
 
 
 def test_a_role_that_follows_the_main_optimizer_follows_its_change_too(tmp_path: Path) -> None:

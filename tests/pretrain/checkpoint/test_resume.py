@@ -92,9 +92,9 @@ def test_a_claim_that_says_something_else_is_no_consent(nonsense: Any, saved: Sa
 
 
 def test_consent_does_not_reach_what_cannot_be_changed(saved: Saved) -> None:
-    claim(saved, 2, optim__weight_decay=0.5)
-    with pytest.raises(ConfigError, match="optim.weight_decay: 0.01 saved, 0.5 now") as refusal:
-        resumed(saved, optim__weight_decay=0.5)
+    claim(saved, 2, model__layers=3)
+    with pytest.raises(ConfigError, match="model.layers: . saved, 3 now") as refusal:
+        resumed(saved, model__layers=3)
     assert "--change" not in str(refusal.value)
 
 
