@@ -24,6 +24,7 @@ SECONDS = {
     "tests/end_to_end/test_real_data.py": 130,
     "tests/pretrain/test_training.py": 100,
     "tests/launchers/test_demo.py": 95,
+    "tests/pretrain/test_families.py": 80,
     "tests/pretrain/test_tracking.py": 50,
     "tests/data_pipeline/ingest/test_run.py": 40,
     "tests/pretrain/test_identity_of_runs.py": 40,

@@ -1,6 +1,9 @@
 """Small data, made once."""
 
 import contextlib
+import io
+import itertools
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +12,11 @@ import pytest
 from data_pipeline.config import BuildConfig
 from data_pipeline.ingest import run
 from data_pipeline.settings import check_settings
+from data_pipeline.shards.codes import encode_dataset, encode_shard
+from data_pipeline.shards.verify import index
 from data_pipeline.text.config import VocabConfig
 from data_pipeline.text.training import train_vocabulary
-from tests.pretrain.commands import Material
+from tests.families import FAMILIES, Material
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +44,35 @@ def material(tmp_path_factory: pytest.TempPathFactory, build_scenes: Callable[[P
         dataset=str(dataset), output=str(folder / "vocab"), size=200, kind="bpe", character_coverage=1.0
     )
     return Material(dataset, Path(train_vocabulary(vocabulary)))
+
+
+CLASSES = 10
+
+
+@pytest.fixture(scope="session")
+def complete(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Material:
+    """The same scenes with all that a model may read: a class each, and codes by a tokenizer that was not trained."""
+    from pretrain.inputs.image_tokenizer import load_tokenizer
+    from pretrain.interchange.folder import export_model
+    from tests.families import task_of
+
+    folder = tmp_path_factory.mktemp("complete")
+    config = FAMILIES["vqgan"].config()
+    images = export_model(folder / "images", config.model, task_of(config).model.state_dict())
+    dataset = folder / "scenes"
+    dataset.mkdir()
+    numbers = itertools.count()
+    for path in sorted(material.dataset.glob("*.tar")):
+        with tarfile.open(path) as scenes, tarfile.open(dataset / path.name, "w") as labelled:
+            for key, members in itertools.groupby(scenes, lambda member: member.name.partition(".")[0]):
+                for member in members:
+                    labelled.addfile(member, scenes.extractfile(member))
+                label = tarfile.TarInfo(f"{key}.cls")
+                label.size = 1
+                labelled.addfile(label, io.BytesIO(b"%d" % (next(numbers) % CLASSES)))
+    index([str(dataset)], 1)
+    tokenizer = load_tokenizer(images)
+    for shard in range(len(list(dataset.glob("*.tar")))):
+        encode_shard(str(dataset), shard, tokenizer)
+    encode_dataset(dataset, lambda _: tokenizer, images, progress=False)
+    return Material(dataset, material.vocabulary, images)

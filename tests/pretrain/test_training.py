@@ -79,7 +79,7 @@ def uninterrupted(material: Material, tmp_path_factory: pytest.TempPathFactory) 
 
 REDUCTION = 2e-6
 """What other orders of summation in fp32 may do to a loss; 1.5e-7 was measured over worlds 1 to 4 and stages 0 to 3."""
-SPLITS = [(1, 0), (3, 2), (4, 1)]
+SPLITS = [(1, 0), (4, 1)]
 if os.environ.get("TESSERA_MATRIX"):  # by hand: five minutes
     SPLITS = [(world, stage) for world in (1, 2, 3, 4) for stage in (0, 1, 2, 3)]
 

@@ -5,6 +5,7 @@ import pytest
 from data_pipeline.settings import load_settings
 from launchers.plan.make import make_plan
 from pretrain.config import RunConfig
+from tests.families import FAMILIES
 from tests.launchers.plan import measured
 from tests.launchers.plan.engine_runs import RUNS, between, in_backward, on_ranks
 from tests.launchers.plan.recipes import desk, figures_of, recipes
@@ -38,6 +39,13 @@ def test_flops_are_those_that_torch_counts(words: tuple[str, ...]) -> None:
     figures = figures_of(config, 3)
     assert figures.flops == both
     assert figures.forward <= forward  # the loss of CLIP is not the model's
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_flops_of_every_family_are_those_that_torch_counts(name: str, recompute: bool) -> None:
+    config = FAMILIES[name].config(recompute=recompute)
+    assert figures_of(config, 3).flops == measured.flops(config, 3)[1]
 
 
 @pytest.mark.slow
