@@ -194,7 +194,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     manifest = Manifest(tuple(tree["shards"]), tree["version"])
     if not VERSION <= manifest.version <= NEWEST:
         raise DataError(
-            f"{where}: version {manifest.version}, supported are 1 to {NEWEST}; use the tessera that built it"
+            f"{where}: version {manifest.version}, supported are {VERSION} to {NEWEST}; use the tessera that built it"
         )
     if tree["samples"] != manifest.samples:
         raise DataError(f"{where}: samples={tree['samples']}, but its shards have {manifest.samples}; {_DAMAGED}")

@@ -124,7 +124,7 @@ SAID = [
     ("FileName", "n" * 256, f"here: value='{'n' * 79}: Value error, a file name has at most 255 bytes; do this"),
     ("TarName", "x", f"here: value='x': NAME.tar {NAME_RULE}; do this"),
     ("Sha256", "A" * 64, f"here: value='{'A' * 64}': a sha256 is 64 lower-case hex digits, in lower case; do this"),
-    ("TokenizerId", "x", "here: value='x': an id is 12 hex digits, in lower case; do this"),
+    ("TokenizerId", "x", "here: value='x': an id is 12 lower-case hex digits; do this"),
     ("ParameterName", "a b", "here: value='a b': String should match pattern '" + "PATTERN" + "'; do this"),
     ("Sha256", None, "here: value=None: Input should be a valid string; do this"),
     ("Sha256", {"a": 1}, "here: value: Input should be a valid string; do this"),

@@ -181,6 +181,8 @@ def test_an_output_that_cannot_be_made_is_told_as_a_wrong_path(below: str, write
         WRITES[write](f"{below}/x/y")
     assert below in str(told.value) and "free space" not in str(told.value), told.value
     assert (
-        "use another path" in str(told.value) or "the right" in str(told.value) or "is not a folder" in str(told.value)
+        "use another path" in str(told.value)
+        or "grant this user" in str(told.value)
+        or "is not a folder" in str(told.value)
     )
     assert "build the dataset" not in str(told.value)

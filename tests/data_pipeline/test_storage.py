@@ -45,13 +45,13 @@ def test_of_many_writers_one_wins(storage):
 
 @pytest.mark.parametrize("ask", [lambda s: s.get("x"), lambda s: s.stat("x"), lambda s: s.get_range("x", 0, 1)])
 def test_a_missing_object_is_named(storage, ask):
-    with pytest.raises(DataError, match="folder/x: not there"):
+    with pytest.raises(DataError, match="folder/x: not found"):
         ask(storage)
 
 
 def test_a_range_beyond_the_end_is_refused(storage):
     storage.put_if_absent("a", b"0123")
-    with pytest.raises(DataError, match=r"bytes 2\.\.6 asked for, 2 there"):
+    with pytest.raises(DataError, match=r"requested bytes 2\.\.6, got 2"):
         storage.get_range("a", 2, 6)
 
 

@@ -172,7 +172,7 @@ def test_checkpoints_of_what_is_no_run_are_a_clear_error(
     assert call(monkeypatch, "checkpoint", verb, str(run), *rest) == 64
     said = capsys.readouterr().err
     assert str(run) in said and "use the folder in `run:` of a configuration" in said
-    assert ("is no run" if made else "is not a folder") in said and run.exists() == made
+    assert ("is not a run" if made else "is not a folder") in said and run.exists() == made
 
 
 @pytest.mark.parametrize("error", [ConfigError, DataError, NodeFault, Requeue])

@@ -89,7 +89,7 @@ def test_a_sample_that_does_not_decode_is_replaced_and_entered_in_the_ledger(
     lines = (tmp_path / "run/bad_samples/rank-00000.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
     assert len(entries) == 160 // 50 and len({entry["sample"] for entry in entries}) == 1
-    assert all("does not decode" in entry["reason"] for entry in entries)
+    assert all("cannot be decoded" in entry["reason"] for entry in entries)
     tree["data"]["max_bad_rate"], tree["run"] = 0.0, str(tmp_path / "strict")
     tree["train"]["steps"] = 90  # the ninth time is once too often
     strict = tessera("train", recipe(tree, tmp_path / "strict.yaml"))

@@ -65,7 +65,7 @@ def test_a_damaged_gz_is_an_error_of_data(tmp_path, build_here, kind, damage):
     path = tmp_path / f"x.{'json' if kind == 'coco' else kind}.gz"
     path.write_bytes(DAMAGE[damage](gzip.compress(LINES[kind].encode())))
     refused(
-        build_here, tmp_path, r"x\.\w+\.gz: cut off or damaged \(.*\); download it again", kind=kind, path=str(path)
+        build_here, tmp_path, r"x\.\w+\.gz: truncated or damaged \(.*\); download it again", kind=kind, path=str(path)
     )
 
 
@@ -76,7 +76,7 @@ def test_a_gz_that_was_cut_after_the_plan_is_an_error_of_data(tmp_path, make_con
     config = make_config(source={"kind": kind, "path": str(path)}, output="unused").source
     layout = open_source(config).layout
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(DataError, match="cut off or damaged"):
+    with pytest.raises(DataError, match="truncated or damaged"):
         list(open_source(config, layout).rows(0, 5000))
 
 
@@ -287,7 +287,9 @@ def test_a_coco_image_and_a_tar_with_such_names_are_rows_and_a_file_is_refused_b
 
     (tmp_path / "folder").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path / "folder") + b"/caf\xe9.png")).write_bytes(png())
-    refused(build_here, tmp_path, r"caf\\udce9.png: the name is no UTF-8", kind="folder", path=f"{tmp_path}/folder")
+    refused(
+        build_here, tmp_path, r"caf\\udce9.png: 1 file names are not UTF-8", kind="folder", path=f"{tmp_path}/folder"
+    )
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])

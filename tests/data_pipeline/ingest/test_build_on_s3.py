@@ -152,7 +152,7 @@ def test_a_second_writer_of_other_bytes_is_refused_and_overwrites_nothing(built,
     for name in ("manifest.json", "00001_stats.json"):
         storage.remove(name)
     storage.replace("00001.tar", b"other")
-    with pytest.raises(DataError, match="00001.tar: there with sha256 .* nothing was overwritten"):
+    with pytest.raises(DataError, match="00001.tar: exists with sha256 .* nothing was overwritten"):
         build_here(**tree, output=built)
     assert storage.get("00001.tar") == b"other" and not storage.exists("manifest.json")
 

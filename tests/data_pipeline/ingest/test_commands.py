@@ -123,7 +123,7 @@ REFUSED = [
     # configuration, exit code, what is said
     ({"source": {"kind": "csv", "path": "HERE/x.csv", "image": "picture"}}, 64, "source.image='picture': not a column"),
     ({"source": {"kind": "csv", "path": "HERE/x.csv"}, "filters": {"low": "scor > 1"}}, 64, "'scor' is not a column"),
-    ({"source": {"kind": "csv", "path": "HERE/gone.csv"}}, 74, "gone.csv: not there"),
+    ({"source": {"kind": "csv", "path": "HERE/gone.csv"}}, 74, "gone.csv: not found"),
     ({"source": {"kind": "parquet", "path": "HERE/x.csv"}}, 74, "not a valid parquet file"),
     ({"source": {"kind": "tars", "path": "HERE/cut.tar"}}, 74, "cut.tar: ends at byte"),
     ({"source": {"kind": "folder", "path": "HERE/bad"}}, 74, "all 2 rows were rejected (empty_file 1, not_an_image 1)"),
@@ -133,7 +133,7 @@ REFUSED = [
     (
         {"source": {"kind": "scenes", "count": 1}, "output": "s3://no-such-bucket/out"},
         74,
-        "no-such-bucket/out/build.json: there is no such",
+        "no-such-bucket/out/build.json: no such",
     ),
 ]
 

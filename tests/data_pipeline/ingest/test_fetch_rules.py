@@ -139,7 +139,7 @@ def test_what_is_no_ip_address_is_none_and_is_refused(address: str) -> None:
     for judge in (is_allowed, is_named):
         with pytest.raises(ValueError, match="IPv4 or IPv6"):
             judge(address, FetchRules())
-    with pytest.raises(PrivateAddress, match="^the host is on a private network; fetch.allow_networks names those"):
+    with pytest.raises(PrivateAddress, match="^the host is on a private network; add it to fetch.allow_networks"):
         refuse_private(["8.8.8.8", address], "the host", FetchRules())
 
 

@@ -458,7 +458,7 @@ def test_duplicates_among_rows_tried_again_are_found_whatever_the_order_of_their
     again = retry(make_config(**tree), progress=False)
     assert (again["in"], again["out"], again["rejected"]) == (8, 6, {"duplicate_image": 2})
     found = {key: row["detail"] for key, row in rejects(tmp_path / "out").items()}
-    assert found == {"1": "same bytes as row 2", "a/0": "the bytes of row 6"}
+    assert found == {"1": "same bytes as row 2", "a/0": "same bytes as row 6"}
 
 
 # ----------------------------------------------------------------------------- the same build, begun twice
@@ -572,6 +572,6 @@ def test_a_node_without_the_folder_of_the_command_is_refused_where_paths_are_rel
     if output == "OUT":
         assert shard.build_shard(plan, 0)["out"] == 3
     else:
-        with pytest.raises(DataError, match="elsewhere: No such file.* where out begins; give absolute paths"):
+        with pytest.raises(DataError, match="elsewhere: No such file.* base of out; use absolute paths"):
             shard.build_shard(plan, 0)
         assert not (tmp_path / "out").exists()

@@ -128,7 +128,7 @@ def test_a_server_that_refuses_head_is_asked_for_the_first_byte(site, rows, head
     assert storage.stat("empty.csv")[0] == 0
     assert read_input(f"{site.address}/a.png") == (site.folder / "a.png").read_bytes()
     assert len(rows(kind="jsonl", path=f"{site.address}/m.jsonl")) == 2000
-    with pytest.raises(NotFound, match="not there"):
+    with pytest.raises(NotFound, match="not found"):
         storage.stat("gone.jsonl")
 
 
@@ -142,7 +142,7 @@ def test_a_size_that_a_server_does_not_say_is_unknown(site, rows, total):
     if total:  # without the header nobody knows which bytes came
         assert storage.get_range("m.jsonl", 5, 9) == content[5:9]
         assert open_input(f"{site.address}/m.jsonl").read() == content
-    with pytest.raises(DataError, match="m.jsonl: the server does not say its size"):
+    with pytest.raises(DataError, match="m.jsonl: the server does not send its size"):
         open_input(f"{site.address}/m.jsonl").seek(0, 2)
 
 
@@ -212,7 +212,7 @@ def test_a_page_for_what_is_not_there_is_nothing(site, rows, head, page):
     site.page, site.head = page, head
     storage = open_storage(site.address)
     assert not storage.exists("0.parquet") and storage.exists("0.tar")
-    with pytest.raises(NotFound, match="not there"):
+    with pytest.raises(NotFound, match="not found"):
         storage.stat("gone.tar")
     with pytest.raises(FileNotFoundError):
         read_input(f"{site.address}/gone.png")

@@ -322,9 +322,9 @@ def test_a_column_that_is_not_there_is_refused_naming_those_that_are(table, kind
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"kind": "folder", "path": "/nowhere"}, "/nowhere: not there"),
-        ({"kind": "csv", "path": "/nowhere.csv"}, "/nowhere.csv: not there"),
-        ({"kind": "tars", "path": "/nowhere/{0..1}.tar"}, "/nowhere/0.tar: not there"),
+        ({"kind": "folder", "path": "/nowhere"}, "/nowhere: not found"),
+        ({"kind": "csv", "path": "/nowhere.csv"}, "/nowhere.csv: not found"),
+        ({"kind": "tars", "path": "/nowhere/{0..1}.tar"}, "/nowhere/0.tar: not found"),
         ({"kind": "folder", "path": "EMPTY"}, "no images"),
         ({"kind": "tars", "path": "EMPTY"}, "no samples"),
         ({"kind": "csv", "path": "EMPTY"}, "a folder; name the csv file"),

@@ -243,7 +243,7 @@ def test_tables_with_a_byte_order_mark_are_told_by_it(kind, codec, tmp_path, bui
 
 
 def test_column_names_that_cannot_be_read_are_refused_with_the_remedy(tmp_path, build_here, images):
-    with pytest.raises(DataError, match="x.csv: the line of column names.*0xe9 at 7 is not UTF-8.*source.encoding"):
+    with pytest.raises(DataError, match="x.csv: cannot read the header line.*0xe9 at 7 is not UTF-8.*source.encoding"):
         built(tmp_path, build_here, "csv", "image,légende\n0.png,a\n".encode("latin-1"))
 
 

@@ -68,7 +68,7 @@ def test_a_version_is_read_over_http(grown, tmp_path, serve, monkeypatch):
 
 
 def test_a_version_that_is_not_kept_is_refused_with_those_that_are(grown, tmp_path):
-    with pytest.raises(DataError, match="no version 0123456789ab; there are") as caught:
+    with pytest.raises(DataError, match="no version 0123456789ab; available are") as caught:
         Stream(f"{tmp_path}/out@0123456789ab", seed=0)
     assert all(fingerprint[:12] in str(caught.value) for fingerprint, _, _ in grown)
 

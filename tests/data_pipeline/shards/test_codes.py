@@ -205,7 +205,7 @@ def test_other_crops_beside_those_that_are_there_are_refused(small, encode_here,
     before = tree_digests(small)
     with pytest.raises(DataError, match="has 1 crops per image, requested 10; encode with --crops 1"):
         encode_here(small, crops=10)
-    with pytest.raises(ConfigError, match="crops=3: must be 1 or 10"):
+    with pytest.raises(ConfigError, match="crops=3: use 1 or 10"):
         encode_here(small, crops=3)
     assert tree_digests(small) == before
 
@@ -347,5 +347,5 @@ def test_an_image_that_kills_the_encoder_is_named(small, encode_here, monkeypatc
     path = os.environ.get("PYTHONPATH", "")
     monkeypatch.setenv("PYTHONPATH", f"{repository / 'tests/pretrain/lethal'}{os.pathsep}{path}")
     local = type("Local", (Means,), {"__module__": "__main__"})  # travels by value to workers
-    with pytest.raises(DataError, match="00001.tar 000000012.png: ends the process that decodes it .*SIGABRT"):
+    with pytest.raises(DataError, match="00001.tar 000000012.png: crashes the decoder .*SIGABRT"):
         encode_dataset(small, lambda directory: local(), tmp_path, workers=1, progress=False)

@@ -232,7 +232,8 @@ def test_codes_that_are_not_there_name_those_that_are(tmp_path):
     rewritten(folder, dataset=SHA)
     fingerprint = open_dataset(folder)[1].fingerprint[:12]
     with pytest.raises(
-        DataError, match=f"^{root}/codes.vq-{ID}.json: codes of dataset 0123456789ab, this one is {fingerprint}; run"
+        DataError,
+        match=f"^{root}/codes.vq-{ID}.json: codes of dataset 0123456789ab, this dataset is {fingerprint}; run",
     ):
         read_codes(folder, ID)
 
@@ -241,7 +242,7 @@ def test_codes_of_other_files_or_of_another_tokenizer_are_refused(tmp_path):
     folder = dataset(tmp_path, 2, 1)
     shards = encoded(folder)["shards"]
     storage, manifest = open_dataset(folder)
-    message = f"codes.vq-{ID}.json: must list one NAME than one NAME.vq-{ID}.bin for each of 2 shards; remove the codes"
+    message = f"codes.vq-{ID}.json: must list one NAME.vq-{ID}.bin for each of 2 shards; remove the codes"
     for values in (
         {"shards": shards[::-1]},
         {"shards": shards[:1]},
@@ -404,7 +405,7 @@ def test_a_tokenizer_has_twelve_digits_and_at_most_65536_codes(tmp_path, values,
 
 @pytest.mark.parametrize("crops", [0, 2, 9, 11])
 def test_an_image_is_encoded_in_one_crop_or_in_ten(tmp_path, crops):
-    with pytest.raises(ConfigError, match=f"^crops={crops}: must be 1 or 10"):
+    with pytest.raises(ConfigError, match=f"^crops={crops}: use 1 or 10"):
         encode_dataset(dataset(tmp_path, 1), lambda directory: Means(), "dir", crops=crops)
 
 
@@ -448,7 +449,7 @@ def test_a_sample_that_has_no_image_or_one_that_does_not_decode_is_named(tmp_pat
     folder = dataset(tmp_path / "bad", 2, files=[("png", b"no image")])
     with pytest.raises(
         DataError,
-        match=f"^{re.escape(str(folder))}/00000.tar 001.png: does not decode \\(.+\\); see `tessera data verify`",
+        match=f"^{re.escape(str(folder))}/00000.tar 001.png: cannot be decoded \\(.+\\); see `tessera data verify`",
     ) as raised:
         encode_rows(*rows_of(folder), [1], Means())
     assert raised.value.__suppress_context__
@@ -607,8 +608,7 @@ def test_only_an_image_that_ends_its_decoder_is_to_blame(tmp_path, monkeypatch, 
     if blamed:
         with pytest.raises(
             DataError,
-            match=f"^{re.escape(str(folder))}/00001.tar 002.png: ends the process that decodes it "
-            f"\\({reason}: why\\); leave it out",
+            match=f"^{re.escape(str(folder))}/00001.tar 002.png: crashes the decoder \\({reason}: why\\); leave it out",
         ):
             blame_image(job, 1)
     else:

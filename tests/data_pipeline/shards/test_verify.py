@@ -29,7 +29,7 @@ def edit(name, key, value):
 FAULTS = [
     ("a flipped bit", lambda root: flip(root / "00001.tar"), "00001.tar: sha256"),
     ("a cut shard", lambda root: (root / "00000.tar").write_bytes((root / "00000.tar").read_bytes()[:-1024]), "bytes"),
-    ("a lost shard", lambda root: (root / "00002.tar").unlink(), "00002.tar: not there"),
+    ("a lost shard", lambda root: (root / "00002.tar").unlink(), "00002.tar: not found"),
     (
         "another index",
         lambda root: (root / "00000.tar.idx").write_bytes((root / "00002.tar.idx").read_bytes()),
@@ -37,7 +37,7 @@ FAULTS = [
     ),
     ("a damaged index", lambda root: (root / "00000.tar.idx").write_bytes(b"no"), "not an index"),
     ("lost rows", edit("stats.json", "in", 26), "in 26"),
-    ("lost statistics", lambda root: (root / "00001_stats.json").unlink(), "00001_stats.json: not there"),
+    ("lost statistics", lambda root: (root / "00001_stats.json").unlink(), "00001_stats.json: not found"),
     ("wrong total", edit("manifest.json", "samples", 7), "samples=7.*download or build the dataset again"),
     ("another version", edit("manifest.json", "version", 9), "version 9"),
     ("no manifest", lambda root: (root / "manifest.json").unlink(), "tessera data build"),

@@ -60,7 +60,7 @@ def test_a_tar_cut_between_its_files_is_found_even_with_closing_blocks(dataset):
     path.write_bytes(path.read_bytes()[: last.stop] + bytes(2 * BLOCK))
     with tarfile.open(path) as tar:
         assert len(tar.getmembers()) == 16, "tarfile, and whoever reads as it does, sees nothing"
-    with pytest.raises(DataError, match=r"00000\.tar: \d+ bytes, the manifest has \d+; the file was cut off"):
+    with pytest.raises(DataError, match=r"00000\.tar: \d+ bytes, the manifest has \d+; .* was truncated"):
         Stream(dataset, seed=0).fetch(0)
 
 
@@ -89,7 +89,7 @@ def test_the_index_of_another_tar_is_found_whatever_its_size(dataset, tmp_path):
     shutil.copy(other / "00000.tar.idx", dataset)
     with pytest.raises(DataError, match="sample 0, .* another tar or another index"):
         Stream(dataset, seed=0).fetch(0)
-    with pytest.raises(DataError, match=r"00000\.tar\.idx: the index of another tar"):
+    with pytest.raises(DataError, match=r"00000\.tar\.idx: index of another tar"):
         verify(dataset)
 
 

@@ -158,7 +158,7 @@ def test_what_is_missing_or_no_object_cannot_be_read(tmp_path: Path) -> None:
         (tmp_path / "x.json").write_bytes(held)
         with pytest.raises(DataError, match=f"x.json cannot be read: .*{word}"):
             read_json(storage, "x.json")
-    with pytest.raises(DataError, match=r"y.json: not there"):
+    with pytest.raises(DataError, match=r"y.json: not found"):
         read_json(storage, "y.json")
     (tmp_path / "x.json").write_text('{"a": [1]}')
     assert read_json(storage, "x.json") == {"a": [1]}
@@ -213,7 +213,7 @@ def test_a_file_that_differs_from_its_entry_is_told_how(
     assert file_fault(storage, right) == ""
     assert file_fault(storage, entry("b", b"")) == "b: missing"
     assert file_fault(storage, right | {"bytes": 10}) == "a: 9 bytes, the manifest has 10"
-    assert file_fault(storage, right | {"bytes": 8}) == "a: 9 bytes, the manifest says 8"
+    assert file_fault(storage, right | {"bytes": 8}) == "a: 9 bytes, the manifest has 8"
     assert file_fault(storage, entry("a", b"123456780")) == f"a: sha256 {other[:12]}, the manifest says another"
     assert file_fault(storage, right | {"sha256": "f" * 64}) == f"a: sha256 {other[:12]}, the manifest says another"
 

@@ -200,7 +200,7 @@ def test_a_run_of_before_is_used_and_it_is_said_what_could_not_be_checked(
     assert evaluate.main(run)
     told = capsys.readouterr()
     assert (
-        "has no fingerprints, it was written before they were kept: whether data.text_tokenizer" in told.err
+        "has no fingerprints, as an older version wrote it: data.text_tokenizer" in told.err
         and "fingerprints" not in told.out
     )
 

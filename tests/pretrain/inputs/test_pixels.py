@@ -129,7 +129,7 @@ def test_jpeg_and_png_are_decoded_alike():
 
 
 def test_an_image_that_does_not_decode_is_named():
-    with pytest.raises(DataError, match="'key-4'.*does not decode"):
+    with pytest.raises(DataError, match="'key-4'.*cannot be decoded"):
         pixels(sample(b"no image at all", 4), 32)
 
 

@@ -208,6 +208,6 @@ def test_an_outage_is_said_at_its_beginning_and_at_its_end(
         wait_until(lambda: len(said) == 2)
     feed.close("FINISHED")
     begins, ends = said
-    assert "stores nothing: database is locked; end the program that holds" in begins and "answers again" in ends
+    assert "stores nothing: database is locked; end the program that locks" in begins and "answers again" in ends
     (run,) = MlflowClient(uri).search_runs([MlflowClient(uri).get_experiment_by_name("tessera").experiment_id])
     assert (run.info.status, run.data.metrics["loss"]) == ("FINISHED", 1.5)

@@ -173,7 +173,7 @@ def test_what_is_no_configuration_is_left_for_the_schema_to_refuse(nonsense: Any
     ],
 )
 def test_a_name_of_before_is_refused_with_the_present_one(override: str, now: str) -> None:
-    with pytest.raises(ConfigError, match=f"is called {now} now"):
+    with pytest.raises(ConfigError, match=f"renamed to {now}"):
         load_settings(RunConfig, "configs/small/bert.yaml", [override])
 
 
@@ -190,5 +190,5 @@ def test_the_configuration_that_an_earlier_version_saved_is_read_wherever_a_conf
         (tmp_path / name).write_text(json.dumps(tree | {"fingerprints": {"data.vocabulary": "a" * 64}}))
     assert load_run(tmp_path / "config.json", []) == now
     assert load_run(tmp_path / "config.json", ["data.text_tokenizer=v"]).data.text_tokenizer == "v"
-    with pytest.raises(ConfigError, match="objective: is called task now"):
+    with pytest.raises(ConfigError, match="objective: renamed to task"):
         load_run(tmp_path / "mine.json", [])
