@@ -40,7 +40,7 @@ def test_every_recipe_has_a_plan_with_memory_of_memory_and_an_error(recipe: str)
     best = advise(plan.config, plan.cluster, plan) if "/small/" in recipe else plan
     out = io.StringIO()
     show(plan, best, Console(file=out, width=160))
-    assert " of 78.50 GiB, off by " in out.getvalue()
+    assert " of 78.50 GiB, error at most " in out.getvalue()
     assert "Advice: " in out.getvalue() and "first limit" in out.getvalue()
     slow, usual, fast = (pace.step for pace in plan.paces)
     assert slow > usual > fast > 0
