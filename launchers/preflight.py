@@ -24,7 +24,7 @@ from rich.console import Console
 from data_pipeline.errors import ConfigError, NodeFault, TesseraError
 from launchers import findings
 from launchers.local import ExitPatience, Group, attend, check_rendezvous, free_port
-from launchers.spec import LocalCluster, load_cluster
+from launchers.spec import LocalCluster, check_names, load_cluster
 from pretrain.config import RunConfig, check_initial, load_run, micro_batch_of
 from pretrain.runtime.signals import StopSignals
 
@@ -56,6 +56,7 @@ def read_config(asked: Asked) -> RunConfig | None:
         return None
     config = load_run(asked.config, asked.overrides)
     check_initial(config)
+    check_names(config)
     return config
 
 

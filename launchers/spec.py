@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -19,7 +20,7 @@ from data_pipeline.settings import Location, Settings, check_settings, digest, l
 from data_pipeline.text.config import VocabConfig
 from launchers.quoting import command_line
 from launchers.watch import refuse_other_folder
-from pretrain.config import has_begun, load_run, micro_batch_of
+from pretrain.config import RunConfig, has_begun, load_run, micro_batch_of
 from pretrain.runtime.deadline import LEAD_VARIABLE, refusal
 
 CLUSTER_DIR = Path("configs/cluster")
@@ -326,8 +327,20 @@ def task_of(target: str | Path) -> Task:
     return found
 
 
+def check_names(config: RunConfig) -> None:
+    """Raise ConfigError if `optim.freeze` or `optim.layer_decay` do not fit the parameters. Imports torch only then.
+
+    A machine that only submits may lack torch; the run itself refuses them before its first step.
+    """
+    if (config.optim.freeze or config.optim.layer_decay < 1) and find_spec("torch"):
+        from pretrain.engine.optim import check_parameters
+
+        check_parameters(config)
+
+
 def _train(spec: RunSpec, target: str, arguments: Sequence[str]) -> RunSpec:
     config = load_run(target, *split_changes(arguments))
+    check_names(config)
     refuse_other_folder(config.run)
     try:
         micro_batch_of(config.train, spec.world_size)

@@ -158,6 +158,18 @@ class TrainConfig(Settings):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _is_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression ({error}); escape literal characters") from None
+    return pattern
+
+
+Pattern = Annotated[str, pydantic.AfterValidator(_is_pattern)]
+"""A regular expression, for `re.search` in parameter names."""
+
+
 class AdamWConfig(ScheduleConfig):
     """AdamW with decay and no-decay groups, and the schedule of its learning rate.
 
@@ -168,27 +180,41 @@ class AdamWConfig(ScheduleConfig):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
-    no_decay: tuple[str, ...] = ()
+    no_decay: tuple[Pattern, ...] = ()
 
-    @pydantic.field_validator("no_decay")
+
+class FreezeConfig(Settings):
+    """Parameters that do not train: those whose name matches `pattern` (`re.search`), until `until_step` steps are made
+    or, without it, throughout the run.
+    """
+
+    pattern: Pattern
+    until_step: PositiveInt | None = None
+
+    @pydantic.model_validator(mode="before")
     @classmethod
-    def _are_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                message = f"{pattern!r} is not a regular expression ({error}); escape literal characters"
-                raise ValueError(message) from None
-        return patterns
+    def _only_a_pattern(cls, tree: Any) -> Any:
+        return {"pattern": tree} if isinstance(tree, str) else tree
+
+    @pydantic.field_validator("pattern")
+    @classmethod
+    def _spares_something(cls, pattern: str) -> str:
+        if re.search(pattern, "") and re.search(pattern, "a parameter"):
+            raise ValueError(f"{pattern!r} matches every name, so nothing would train; name what is to stand still")
+        return pattern
 
 
 class OptimConfig(AdamWConfig):
     """The model's optimizer. `roles`: further optimizers by name; each lists only what differs from the model's.
 
-    A reconstruction has the role "discriminator".
+    A reconstruction has the role "discriminator". `freeze`: patterns of parameter names, of all roles, that do not
+    train; an entry is a pattern or {pattern, until_step}. `layer_decay`: the rate of a block is multiplied by it
+    once for every block above, and once for the head.
     """
 
     roles: dict[str, AdamWConfig] = {}
+    freeze: tuple[FreezeConfig, ...] = ()
+    layer_decay: PositiveFloat = Field(1.0, le=1.0)
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -196,9 +222,9 @@ class OptimConfig(AdamWConfig):
         """Fill a role's missing settings from the model's."""
         if not isinstance(tree, dict) or not isinstance(tree.get("roles"), dict):
             return tree
-        own = {key: value for key, value in tree.items() if key != "roles"}
+        own = {key: value for key, value in tree.items() if key in AdamWConfig.model_fields}
         roles = {name: own | given if isinstance(given, dict) else given for name, given in tree["roles"].items()}
-        return own | {"roles": roles}
+        return tree | {"roles": roles}
 
     def of(self, role: str) -> AdamWConfig:
         """Return the settings of a role's optimizer."""
@@ -391,6 +417,12 @@ def _check_optimizers(config: RunConfig) -> None:
             )
     for name, own in [("optim", config.optim), *((f"optim.roles.{role}", o) for role, o in config.optim.roles.items())]:
         check_schedule(name, own, config.train.steps)
+    for frozen in config.optim.freeze:
+        if frozen.until_step is not None and frozen.until_step >= config.train.steps:
+            raise ValueError(
+                f"optim.freeze: {frozen.pattern!r} until_step={frozen.until_step} must be below "
+                f"train.steps={config.train.steps}; leave until_step out to freeze it throughout"
+            )
 
 
 def micro_batch_of(train: TrainConfig, world_size: int) -> tuple[int, int]:

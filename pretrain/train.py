@@ -30,6 +30,7 @@ from pretrain.checkpoint.resume import check_resumed
 from pretrain.checkpoint.saver import Checkpoints, from_rank_0, start_attempt
 from pretrain.config import FINGERPRINTS, RunConfig, micro_batch_of
 from pretrain.engine.engine import Engine
+from pretrain.engine.optim import check_names, unfreezing_steps
 from pretrain.engine.schedule import learning_rate
 from pretrain.inputs.bad import FOLDER, Ledger
 from pretrain.inputs.feed import Batch, Feed
@@ -77,6 +78,7 @@ def train(run: "Run", stop: StopSignals) -> None:
     config, engine = run.config, run.engine
     for positions, batches in run.feed.steps(run.step, config.train.steps, run.position):
         run.clock.enter("step")
+        run.unfreeze()
         means: dict[str, float] = {}
         for turn in run.turns():
             losses: list[dict[str, Tensor]] = []
@@ -155,7 +157,7 @@ class Run:
         ledgers = Ledger(bad / f"rank-{mesh.rank:05d}.jsonl", config.data.max_bad_rate), Ledger(bad / "preview.jsonl")
         ahead, workers = config.data.prefetch_steps, config.data.workers
         feed = Feed(stream, inputs, config.train.global_batch, shard, micro_batch, ahead, workers, *ledgers)
-        engine = Engine(task, config, mesh, micro_batch, accumulation)
+        engine = Engine(task, config, mesh, micro_batch, accumulation, saved.step if saved else 0)
         clock, guards = PhaseClock(), Guards(config.guards)
         watchdog = Watchdog(mesh, Path(config.run), attempt, clock, config.train.collective_timeout_s)
         run = cls(config, mesh, stream, feed, task, engine, checkpoints, guards, clock, watchdog, known=known)
@@ -226,6 +228,12 @@ class Run:
             "versions": versions(),
         }
         self.checkpoints.save(self.engine, self.step, state)
+
+    def unfreeze(self) -> None:
+        """Rebuild the engine at a step in which frozen parameters begin to train, as a resume at this step would."""
+        if self.step > self.engine.step and self.step in unfreezing_steps(self.config.optim):
+            self.task = build_task(self.config, self.mesh)
+            self.engine = self.engine.rebuilt(self.task, self.step)
 
     def turns(self) -> Iterator[Turn]:
         """Yield this step's optimizer turns, in order. Most tasks have one optimizer and one turn."""
@@ -355,14 +363,19 @@ def refuse_early(changes: Iterable[str]) -> None:
 
 
 def build_task(config: RunConfig, mesh: Mesh) -> Task:
-    """Build the model and its task with initial weights drawn from the seed, the same on every rank."""
+    """Build the model and its task with initial weights drawn from the seed, the same on every rank.
+
+    Raises ConfigError if `optim.freeze` or `optim.layer_decay` do not fit its parameters.
+    """
     torch.manual_seed(config.seed)
     model = MODELS[config.model.kind](config.model)
     name_noise(model)
     if config.train.recompute:
         recompute(model)
     collectives = Collectives(gather=mesh.gather, sum=mesh.sum, world=mesh.world)
-    return TASKS[config.task.kind](model, config.task, collectives).train()
+    task = TASKS[config.task.kind](model, config.task, collectives).train()
+    check_names(task, config.optim)
+    return task
 
 
 def attempts_noted(run: Path) -> int:

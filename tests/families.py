@@ -100,8 +100,16 @@ class Family:
         return check_settings(RunConfig, tree, "tests/families.py")
 
     def dropping(self, rate: float) -> Tree:
-        """The change of the model to this rate of dropout; none where it has no dropout."""
-        return {"dropout": rate} if "dropout" in type(self.config().model).model_fields else {}
+        """The change of the model to this rate of dropout and of drop path, over two blocks; none where it has none."""
+        fields = type(self.config().model).model_fields
+        return ({"dropout": rate} if "dropout" in fields else {}) | _dropping_paths(self.model, rate)
+
+
+def _dropping_paths(model: Tree, rate: float) -> Tree:
+    """The change of each stack of blocks, the model's own or those of its towers."""
+    if "layers" in model:
+        return {"layers": 2, "drop_path": rate}
+    return {part: tower | _dropping_paths(tower, rate) for part, tower in model.items() if isinstance(tower, dict)}
 
 
 FAMILIES: dict[str, Family] = {

@@ -8,10 +8,13 @@ FP32 = 4
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One parameter. low: of a plain linear or convolution, which DeepSpeed communicates in autocast's dtype."""
+    """One parameter. low: of a plain linear or convolution, which DeepSpeed communicates in autocast's dtype; trains:
+    False if it is frozen throughout the run.
+    """
 
     numel: int
     low: bool = False
+    trains: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,11 @@ class Traced:
     @property
     def parameters(self) -> int:
         return sum(weight.numel for weight in self.weights)
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are not frozen in the end."""
+        return sum(weight.numel for weight in self.weights if weight.trains)
 
     def at(self, rows: int, other: "Traced") -> "Traced":
         """Interpolate a step in micro-batches of `rows` between this one and another of the same batch.

@@ -89,7 +89,8 @@ def make_plan(config: RunConfig, cluster: Cluster, traced: Traced | None = None)
     settings = settings_of(config, size, cluster.world, micro, accumulation, overlap=cluster.device.on_gpu)
     memory = memory_of(traced, settings, cluster.world, accumulation)
     transfers = transfers_of(traced, settings, accumulation)
-    work = Work.of(traced, accumulation, size / cluster.world if config.train.zero_stage else float(size))
+    updated = traced.trained / (cluster.world if config.train.zero_stage else 1)
+    work = Work.of(traced, accumulation, updated)
     pace = paces(work, transfers, cluster, config.train.precision)
     return RunPlan(config, cluster, micro, accumulation, traced, memory, tuple(transfers), pace)
 
@@ -208,6 +209,8 @@ def as_json(plan: RunPlan, best: RunPlan | None) -> dict[str, Any]:
         "run": plan.config.run,
         "model": plan.config.model.kind,
         "parameters": plan.parameters,
+        "trained_parameters": plan.traced.trained,
+        "frozen_parameters": plan.parameters - plan.traced.trained,
         "cluster": {"device": device.name, "nodes": plan.cluster.nodes, "per_node": plan.cluster.per_node}
         | {"peak_flops": device.peaks[train.precision], "network_bytes_per_s": plan.cluster.network},
         "setting": setting(plan) | {"precision": train.precision, "global_batch": train.global_batch},

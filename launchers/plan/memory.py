@@ -45,8 +45,8 @@ def memory_of(traced: Traced, settings: dict[str, Any], world: int, accumulation
 
     Its peak is near the end of a forward, or at the update, when activations are freed and gradients are flattened.
     """
-    size, zero = traced.parameters, settings["zero_optimization"]
-    held = [*states(size, world, zero["stage"], accumulation), *working_set(traced, zero)]
+    size, zero = traced.trained, settings["zero_optimization"]
+    held = [*states(size, world, zero["stage"], accumulation, traced.parameters - size), *working_set(traced, zero)]
     flat = flattened(size, world, zero["stage"])
     held += max(activations(traced, zero), flat, key=lambda items: sum(item.bytes for item in items))
     if traced.on_gpu:
@@ -55,16 +55,17 @@ def memory_of(traced: Traced, settings: dict[str, Any], world: int, accumulation
     return Memory(tuple(item for item in held if item.bytes))
 
 
-def states(size: int, world: int, stage: int, accumulation: int) -> list[Item]:
-    """Return weights, gradients and optimizer states. Weights are float32 at every precision: autocast casts copies.
+def states(size: int, world: int, stage: int, accumulation: int, frozen: int = 0) -> list[Item]:
+    """Return weights, gradients and optimizer states of `size` parameters that train, and weights of `frozen` others.
 
-    Stages 1 to 3 keep master weights beside the working weights, a duplicate as both are float32. Stage 1 reduces
-    gradients once per step, so accumulated gradients are not sharded.
+    Weights are float32 at every precision: autocast casts copies. Stages 1 to 3 keep master weights beside the working
+    weights, a duplicate as both are float32. Stage 1 reduces gradients once per step, so accumulated gradients are not
+    sharded.
     """
     part = size / world
     whole_gradients = stage == 0 or (stage == 1 and accumulation > 1)
     sizes = {
-        "weights": FP32 * (part if stage == 3 else size),
+        "weights": FP32 * ((size + frozen) / world if stage == 3 else size + frozen),
         "master weights": FP32 * part if stage else 0.0,
         "Adam's moments": 2 * FP32 * (part if stage else size),
         "gradients": FP32 * (size if whole_gradients else part),

@@ -25,6 +25,8 @@ def _table(plan: RunPlan, best: RunPlan | None) -> Table:
     for _ in range(2):
         table.add_column(overflow="fold")  # wrap on a narrow terminal, cut nothing
     table.add_row("model", f"{plan.config.model.kind}, {plan.parameters:,} parameters, {train.precision}")
+    if frozen := plan.parameters - plan.traced.trained:
+        table.add_row("", f"{plan.traced.trained:,} of them train, {frozen:,} are frozen")
     split = f"{train.global_batch} = {cluster.world} ranks x {plan.micro} x {plan.accumulation} accumulated"
     table.add_row("batch", f"{split}, ZeRO stage {train.zero_stage}")
     table.add_section()
@@ -100,6 +102,8 @@ def not_counted(plan: RunPlan) -> list[str]:
     lines = []
     if getattr(plan.config.task, "packing", False):
         lines.append("Counted with one row per sample; packing needs fewer rows, depending on the captions.")
+    if waiting := [one.until_step for one in plan.config.optim.freeze if one.until_step]:
+        lines.append(f"Counted as from step {max(waiting)} on; before, less trains.")
     if plan.traced.later:
         lines.append(f"Counted at the start of the run; later the {' and the '.join(plan.traced.later)} computes too.")
     return lines

@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from data_pipeline.errors import ConfigError
 from launchers.plan.device import META, PlannedDevice
 from launchers.plan.figures import FP32, Figures, Traced, Weight
 from pretrain.config import RunConfig
+from pretrain.engine.optim import NO_GRADIENT, check_names, freeze
 from pretrain.inputs.shapes import batch_shapes
 from pretrain.models import MODELS
 from pretrain.models.layers import Block, recompute
@@ -75,6 +77,9 @@ class TracedTask:
                 for block in (module for module in model.modules() if isinstance(module, Block)):
                     self.device.stay_in(block)
             self.module = TASKS[config.task.kind](model, config.task, collectives).train()
+        check_names(self.module, config.optim)
+        freeze(self.module, config.optim, config.train.steps - 1)
+        self.trained = {id(parameter) for parameter in self.module.parameters() if parameter.requires_grad}
 
     def weights(self) -> tuple[Weight, ...]:
         """Return every parameter."""
@@ -84,16 +89,19 @@ class TracedTask:
             if module.__class__ in LOW_PRECISION_MODULES
             for parameter in module.parameters(recurse=False)
         }
-        return tuple(Weight(parameter.numel(), id(parameter) in low) for parameter in self.module.parameters())
+        return tuple(
+            Weight(parameter.numel(), id(parameter) in low, id(parameter) in self.trained)
+            for parameter in self.module.parameters()
+        )
 
     def turns(self, step: int) -> tuple[str, ...]:
         """Return the optimizer roles that take a turn in this step, in order."""
         return self.module.turns(step)
 
     def learn(self, role: str) -> None:
-        """Require gradients of this role's parameters only, from now on."""
+        """Require gradients of this role's parameters only, from now on, except for those that are frozen."""
         for name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(self.module.role_of(name) == role)
+            parameter.requires_grad_(id(parameter) in self.trained and self.module.role_of(name) == role)
             parameter.grad = None
 
     def batch(self, rows: int, role: str) -> Batch:
@@ -106,6 +114,8 @@ class TracedTask:
         """Trace the forward and backward of one micro-batch."""
         with self._recorded(batch) as recorder:
             loss = self._forward(batch)["loss"]
+            if not loss.requires_grad:
+                raise ConfigError(NO_GRADIENT)
             recorder.turn_back()
             loss.backward()
             gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]

@@ -31,8 +31,8 @@ def transfers_of(traced: Traced, settings: dict[str, Any], accumulation: int) ->
     """Return the transfers of a step, except for a few hundred bytes of metrics and agreements between ranks."""
     weights, low = traced.weights, traced.low
     zero = settings["zero_optimization"]
-    stage, size = zero["stage"], traced.parameters
-    reduced = sum(weight.numel * (low if weight.low else FP32) for weight in weights)
+    stage, size = zero["stage"], traced.trained
+    reduced = sum(weight.numel * (low if weight.low else FP32) for weight in weights if weight.trains)
     if stage == 0:
         found = [Transfer("gradients", "all_reduce", size * FP32, 1)]
     elif stage < 3:
@@ -48,10 +48,11 @@ def transfers_of(traced: Traced, settings: dict[str, Any], accumulation: int) ->
 def _gathers(weights: tuple[Weight, ...], zero: dict[str, Any], low: int, accumulation: int) -> list[Transfer]:
     """Return stage 3's gathers: small weights once per step, others in every forward and, if released, every backward.
 
-    A recomputed block runs its backward right after, before its weights are released, and adds nothing.
+    Small weights that are frozen stay as they are. A recomputed block runs its backward right after, before its weights
+    are released, and adds nothing.
     """
     threshold = zero["stage3_param_persistence_threshold"]
-    kept = sum(w.numel * (low if w.low else FP32) for w in weights if w.numel <= threshold)
+    kept = sum(w.numel * (low if w.low else FP32) for w in weights if w.numel <= threshold and w.trains)
     rest = [w for w in weights if w.numel > threshold]
     found = [Transfer("kept weights", "all_gather", kept, 1)]
     if rest:

@@ -14,7 +14,7 @@ import pydantic
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import flatten
-from pretrain.config import RunConfig, changeable
+from pretrain.config import AdamWConfig, RunConfig, changeable
 from pretrain.schema.saved import saved_run
 
 FREE_TO_CHANGE = {
@@ -56,7 +56,9 @@ def identity(config: RunConfig) -> dict[str, Any]:
         else:
             tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
     roles = {role: config.optim.of(role) for role in config.task.roles[1:]}
-    tree["optim"]["roles"] = {role: own.model_dump(mode="json", exclude={"roles"}) for role, own in roles.items()}
+    tree["optim"]["roles"] = {
+        role: own.model_dump(mode="json", include=set(AdamWConfig.model_fields)) for role, own in roles.items()
+    }
     tree["deepspeed"] = {"extra": _deciding(tree["deepspeed"]["extra"])}
     return tree
 

@@ -19,7 +19,7 @@ def restore(saved: Saved, engine: "Engine", regroup: bool = False) -> None:
 
     regroup: the optimizer's settings were changed on purpose, so that groups may have other settings and members.
     At the world size that wrote the checkpoint, every rank restores its own buffers; at any other, those of rank 0.
-    Raises DataError if the checkpoint belongs to another model.
+    What was still frozen then begins with moments of zero. Raises DataError if the checkpoint belongs to another model.
     """
     slices = Slices(saved.folder)
     unknown = sorted(set(engine.names.values()) ^ set(slices.shapes))
@@ -30,7 +30,12 @@ def restore(saved: Saved, engine: "Engine", regroup: bool = False) -> None:
         if slices.shapes[owned.name] != owned.shape:
             was = list(slices.shapes[owned.name])
             raise DataError(f"{saved.folder}: {owned.name} has shape {was}, this model {list(owned.shape)}")
-    slices.fill((kind, owned.name, owned.lo, view) for owned in parts for kind, view in owned.tensors.items())
+    fresh = engine.stateless(saved.state["optimizer"])
+    wanted = [(kind, owned.name, owned.lo, view) for owned in parts for kind, view in owned.tensors.items()]
+    slices.fill(one for one in wanted if one[0] == "param" or one[1] not in fresh)
+    for kind, name, _, view in wanted:
+        if kind != "param" and name in fresh:
+            view.zero_()
     engine.refresh()
     buffers = dict(engine.deepspeed.module.named_buffers())
     rank = engine.mesh.rank if engine.mesh.world == saved.manifest["world"] else 0

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, DataError, NodeFault
 from pretrain.config import RunConfig
-from pretrain.engine.optim import build_optimizer, parameter_groups
+from pretrain.engine.optim import NO_GRADIENT, build_optimizer, freeze, parameter_groups
 from pretrain.engine.sharding import settings_of
 from pretrain.models.noise import noise_of
 from pretrain.runtime.mesh import Mesh
@@ -61,9 +61,15 @@ class Engine:
     Calls in a step: for each turn take_turn, forward and backward (per micro-batch), update; then settle once.
     """
 
-    def __init__(self, task: "Task", config: RunConfig, mesh: Mesh, micro_batch: int, accumulation: int) -> None:
+    def __init__(
+        self, task: "Task", config: RunConfig, mesh: Mesh, micro_batch: int, accumulation: int, step: int = 0
+    ) -> None:
+        """step: steps made; parameters that `optim.freeze` freezes in the next one get no optimizer state."""
         refuse_scalars(task)
+        freeze(task, config.optim, step)
         self.mesh = mesh
+        self.step = step
+        self._made_of = (config, mesh, micro_batch, accumulation)
         self.stage = config.train.zero_stage
         self.role = MAIN
         self._replaced: list[tuple[Tensor, Tensor]] = []
@@ -74,7 +80,7 @@ class Engine:
         self.names: dict[Any, str] = {parameter: name for name, parameter in task.named_parameters()}
         self.trace = ModuleTrace(task)
         deepspeed = _quiet_deepspeed()
-        groups = self.groups = parameter_groups(task, config.optim)
+        groups = self.groups = parameter_groups(task, config.optim, step)
         self.roles = task.roles
         settings = deepspeed_settings(config, task, mesh.world, micro_batch, accumulation)
         warn_of_emulation(config, mesh)
@@ -83,6 +89,7 @@ class Engine:
             model=task, optimizer=build_optimizer(groups), config=settings, dist_init_required=False
         )
         self.resident = _take_resident(self.deepspeed.optimizer) if self.stage == 3 else []
+        self.changing = [parameter for parameter in self.resident if parameter.requires_grad]
         self._guard_optimizer()
 
     def take_turn(self, role: str, keep: bool = False) -> None:
@@ -103,7 +110,12 @@ class Engine:
             self.trace.on = False
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of the mean over micro-batches."""
+        """Accumulate the gradient of the mean over micro-batches.
+
+        Raises ConfigError if the loss depends on no parameter that trains, which `optim.freeze` can cause.
+        """
+        if not loss.requires_grad:
+            raise ConfigError(NO_GRADIENT)
         self.deepspeed.backward(loss)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
@@ -120,13 +132,13 @@ class Engine:
         self._norm = float(torch.nn.utils.get_total_norm(grads)) if self.stage == 0 else None
         for group in self._base_optimizer().param_groups:
             if group["role"] == self.role:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
         self.deepspeed.step()
         if self.stage == 3:
             # DeepSpeed never clears these partitions: a parameter without a gradient in the first micro-step of the
             # next step would be updated with this step's gradient again.
             self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
-            self._gather_resident()
+            _gather(self.changing)
         self._learn(self.roles)
         self._accepted()  # on an overflow DeepSpeed skips the optimizer, where this is otherwise called
         return self._global_norm()
@@ -156,11 +168,6 @@ class Engine:
         for number, tensor in self._optimized():
             if self.groups[number]["role"] == role:
                 yield self._base_optimizer().state[tensor]["step"]
-
-    def _gather_resident(self) -> None:
-        """Gather the parameters that stage 3 keeps between steps in one collective; DeepSpeed uses one for each."""
-        if self.resident:
-            self.resident[0].all_gather_coalesced(self.resident).wait()
 
     def _global_norm(self) -> float:
         return float(self.deepspeed.optimizer._global_grad_norm or 0.0) if self._norm is None else self._norm
@@ -216,8 +223,8 @@ class Engine:
 
         Restore tensors first: the state that holds the counts must exist.
         """
-        now = self.scalars()["groups"]
-        for name in sorted(saved["groups"].keys() | now.keys()):
+        now, fresh = self.scalars()["groups"], self._begun_since(saved)
+        for name in sorted((saved["groups"].keys() | now.keys()) - fresh):
             before, after = saved["groups"].get(name, {}), now.get(name, {})
             wrong = [key for key in ("names", *HYPER_PARAMETERS) if before.get(key) != after.get(key)]
             if wrong:
@@ -225,13 +232,23 @@ class Engine:
                     f"{where}: parameter group {name} differs in {', '.join(wrong)}; resume with the revision and "
                     "settings that saved it, or start a new run from its weights with `initial`"
                 )
-        counts = [saved["groups"][group["name"]]["updates"] for group in self.groups]
+        counts = [0 if group["name"] in fresh else saved["groups"][group["name"]]["updates"] for group in self.groups]
         for number, tensor in self._optimized():
             self._base_optimizer().state[tensor]["step"].fill_(counts[number])
         scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
         for key, value in saved["loss_scale"].items():
             if hasattr(scaler, key):
                 setattr(scaler, key, value)
+
+    def _begun_since(self, saved: dict[str, Any]) -> set[str]:
+        """Return the groups that were still frozen when the result of `scalars()` was saved."""
+        fresh = self.stateless(saved)
+        return {group["name"] for group in self.groups if fresh.issuperset(group["names"])}
+
+    def stateless(self, saved: dict[str, Any]) -> set[str]:
+        """Return the names of the parameters that were still frozen then: their optimizer state begins at zero."""
+        waited = {name for group in self.groups if group["first_step"] for name in group["names"]}
+        return waited.difference(*(group["names"] for group in saved["groups"].values()))
 
     def _loss_scale(self) -> dict[str, Any]:
         """Return the mutable state of DeepSpeed's loss scaler; empty if there is none (stage 0)."""
@@ -247,9 +264,61 @@ class Engine:
                     parameter.ds_tensor.data.view(-1)[: owned.hi - owned.lo].copy_(owned.tensors["param"])
             if self.resident:
                 self.resident[0].partition(self.resident)
-                self._gather_resident()
+                _gather(self.resident)
         elif self.stage in (1, 2):
             self.deepspeed.optimizer.update_lp_params()
+
+    def rebuilt(self, task: "Task", step: int) -> "Engine":
+        """Return an engine of what trains after `step` steps, with this one's state; this one cannot be used any more.
+
+        task: a new one of the same kind; its weights are replaced. The engine equals one that resumes from a checkpoint
+        of this step. Collective: all ranks must call it.
+        """
+        scalars, parts = self.scalars(), self._parts()
+        buffers = {name: buffer.clone() for name, buffer in self.deepspeed.module.named_buffers()}
+        self.deepspeed.destroy()
+        new = Engine(task, *self._made_of, step)
+        new._take_over(parts, scalars)
+        for name, buffer in new.deepspeed.module.named_buffers():
+            buffer.copy_(buffers[name])
+        new.load_scalars(scalars, f"step {step}")
+        return new
+
+    def _parts(self) -> dict[str, Owned]:
+        """Return host copies of what this rank keeps; of replicated tensors only those of rank 0, above stage 0."""
+        spare = self.stage > 0 and self.mesh.rank > 0
+        return {
+            owned.name: dataclasses.replace(
+                owned, tensors={k: t.to("cpu", copy=True) for k, t in owned.tensors.items()}
+            )
+            for owned in self.owned()
+            if not (owned.replicated and spare)
+        }
+
+    @torch.no_grad()
+    def _take_over(self, parts: dict[str, Owned], scalars: dict[str, Any]) -> None:
+        """Copy an engine's `_parts` into this one. Only stages 1 and 2 cut the tensors elsewhere, for other groups."""
+        moving = self.stage in (1, 2)
+        held = {name for group in scalars["groups"].values() for name in group["names"]}
+        here = {owned.name: owned for owned in self.owned()}
+        for parameter, name in self.names.items():
+            mine, old = here.get(name), parts.get(name)
+            for kind in ("param", *(MOMENTS if name in held else ())):
+                was = self._moved(old, kind, parameter) if moving else old.tensors[kind] if old else None
+                if mine is not None and was is not None:
+                    lo = mine.lo if moving else 0
+                    mine.tensors[kind].copy_(was[lo : lo + mine.hi - mine.lo])
+            if mine is not None and name not in held:
+                for kind in mine.tensors.keys() - {"param"}:
+                    mine.tensors[kind].zero_()
+        self.refresh()
+
+    def _moved(self, old: Owned | None, kind: str, parameter: nn.Parameter) -> Tensor:
+        """Return the whole tensor [numel] from the parts of all ranks. Sums bits as integers: nothing rounds."""
+        whole = torch.zeros(parameter.numel(), device=self.mesh.device)
+        if old is not None:
+            whole[old.lo : old.hi] = old.tensors[kind]
+        return self.mesh.sum(whole.view(torch.int32)).view(torch.float32)
 
     def _owned_of(self, name: str, parameter: Any) -> Iterator[Owned]:
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -337,6 +406,12 @@ class ModuleTrace:
                     f"rank {mesh.rank} ran other modules than its peers in this step, so sharded weights were mixed; "
                     "every rank must call the same modules in the same order, with inputs times 0 where it has none"
                 )
+
+
+def _gather(parameters: list[Any]) -> None:
+    """Gather parameters that stage 3 keeps between steps in one collective; DeepSpeed uses one for each."""
+    if parameters:
+        parameters[0].all_gather_coalesced(parameters).wait()
 
 
 def _take_resident(optimizer: Any) -> list[Any]:

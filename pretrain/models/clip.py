@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.models.layers import PreNormBlock
+from pretrain.models.noise import path_rates
 
 if TYPE_CHECKING:
     from pretrain.schema.clip import ClipConfig, TextTower, VisionTower
@@ -48,7 +49,8 @@ class ClipVision(nn.Module):
         self.positions = nn.Parameter(torch.empty(patches + 1, config.width))
         self.norm_pre = nn.LayerNorm(config.width, eps)
         self.blocks = nn.ModuleList(
-            PreNormBlock(config.width, config.heads, activation, eps) for _ in range(config.layers)
+            PreNormBlock(config.width, config.heads, activation, eps, drop_path=rate)
+            for rate in path_rates(config.drop_path, config.layers)
         )
         self.norm_post = nn.LayerNorm(config.width, eps)
         self.project = nn.Linear(config.width, embed_dim, bias=False)
@@ -74,7 +76,8 @@ class ClipText(nn.Module):
         self.word = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Parameter(torch.empty(config.context, config.width))
         self.blocks = nn.ModuleList(
-            PreNormBlock(config.width, config.heads, activation, eps) for _ in range(config.layers)
+            PreNormBlock(config.width, config.heads, activation, eps, drop_path=rate)
+            for rate in path_rates(config.drop_path, config.layers)
         )
         self.norm = nn.LayerNorm(config.width, eps)
         self.project = nn.Linear(config.width, embed_dim, bias=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.layers import ACTIVATIONS, Block, attend
-from pretrain.models.noise import Dropout
+from pretrain.models.noise import Dropout, DropPath, path_rates
 
 if TYPE_CHECKING:
     from pretrain.schema.gpt import GptConfig
@@ -184,11 +184,14 @@ class GptBlock(Block):
         self.fall = nn.Linear(4 * config.width, config.width)
         self.activation = ACTIVATIONS[config.activation]
         self.drop = Dropout(config.dropout)
+        rate = path_rates(config.drop_path, config.layers)[layer]
+        self.path1 = DropPath(rate)
+        self.path2 = DropPath(rate)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         """[B, n, D] -> [B, n, D]."""
-        x = x + self.attention(self.norm1(x), cache)
-        return x + self.drop(self.fall(self.activation(self.rise(self.norm2(x)))))
+        x = x + self.path1(self.attention(self.norm1(x), cache))
+        return x + self.path2(self.drop(self.fall(self.activation(self.rise(self.norm2(x))))))
 
 
 def _init(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.models.noise import Dropout, Noise, noise_again
+from pretrain.models.noise import Dropout, DropPath, Noise, noise_again, path_rates
 
 if TYPE_CHECKING:
     from pretrain.schema.encoders import EncoderConfig
@@ -124,7 +124,13 @@ class PreNormBlock(Block):
     """x + dropout(f(norm(x))), for attention and for the MLP (CLIP, ViT); attention weights are never dropped."""
 
     def __init__(
-        self, width: int, heads: int, activation: str = "gelu", eps: float = 1e-5, dropout: float = 0.0
+        self,
+        width: int,
+        heads: int,
+        activation: str = "gelu",
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
@@ -133,17 +139,27 @@ class PreNormBlock(Block):
         self.mlp = Mlp(width, activation)
         self.dropout1 = Dropout(dropout)
         self.dropout2 = Dropout(dropout)
+        self.path1 = DropPath(drop_path)
+        self.path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        x = x + self.dropout1(self.attention(self.norm1(x), causal=causal))
-        return x + self.dropout2(self.mlp(self.norm2(x)))
+        x = x + self.path1(self.dropout1(self.attention(self.norm1(x), causal=causal)))
+        return x + self.path2(self.dropout2(self.mlp(self.norm2(x))))
 
 
 class PostNormBlock(Block):
     """norm(x + f(x)), for attention and for the MLP (BERT)."""
 
-    def __init__(self, width: int, heads: int, dropout: float, activation: str = "gelu", eps: float = 1e-12) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dropout: float,
+        activation: str = "gelu",
+        eps: float = 1e-12,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.attention = Attention(width, heads, dropout)
         self.norm1 = nn.LayerNorm(width, eps)
@@ -151,11 +167,13 @@ class PostNormBlock(Block):
         self.norm2 = nn.LayerNorm(width, eps)
         self.dropout1 = Dropout(dropout)
         self.dropout2 = Dropout(dropout)
+        self.path1 = DropPath(drop_path)
+        self.path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
         """x: [B, S, D], key_mask: bool [B, S] -> [B, S, D]."""
-        x = self.norm1(x + self.dropout1(self.attention(x, key_mask)))
-        return self.norm2(x + self.dropout2(self.mlp(x)))
+        x = self.norm1(x + self.path1(self.dropout1(self.attention(x, key_mask))))
+        return self.norm2(x + self.path2(self.dropout2(self.mlp(x))))
 
 
 # ------------------------------------------------------------------------------- text encoders (BERT, ELECTRA)
@@ -211,15 +229,17 @@ class TextEncoder(nn.Module):
         dropout: float,
         activation: str = "gelu",
         eps: float = 1e-12,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.project = nn.Linear(embedding_width, width) if embedding_width != width else nn.Identity()
-        self.blocks = nn.ModuleList(PostNormBlock(width, heads, dropout, activation, eps) for _ in range(layers))
+        rates = path_rates(drop_path, layers)
+        self.blocks = nn.ModuleList(PostNormBlock(width, heads, dropout, activation, eps, rate) for rate in rates)
 
     @classmethod
     def of(cls, config: EncoderConfig, width: int, heads: int) -> TextEncoder:
         """Build the encoder of a configuration with this width and number of heads."""
-        own = (config.layers, heads, config.dropout, config.activation, config.norm_eps)
+        own = (config.layers, heads, config.dropout, config.activation, config.norm_eps, config.drop_path)
         return cls(config.embedding_width, width, *own)
 
     def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:

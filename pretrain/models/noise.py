@@ -101,6 +101,27 @@ class Dropout(nn.Module):
         return x * kept / (1 - self.rate)
 
 
+class DropPath(Dropout):
+    """Stochastic depth: zero a sample's whole branch with probability `rate`, else scale it by 1 / (1 - rate).
+
+    Huang et al. 2016, arXiv:1603.09382; in training only. In a row of several samples, each is dropped by itself.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        if not self.active:
+            return x
+        keys = self.noise(x).keys[:, : x.shape[1], None]
+        mixed = _mix(keys + _mix(torch.full_like(keys, self.site << 20)))
+        high, low = (mixed >> 32).int(), (mixed << 32 >> 32).int()
+        return self._dropped(x, _hash(high, low, torch.zeros_like(low)))
+
+
+def path_rates(rate: float, layers: int) -> list[float]:
+    """Return the rate of each block, rising evenly from 0 in the first to `rate` in the last."""
+    return [rate * layer / max(1, layers - 1) for layer in range(layers)]
+
+
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's step and finaliser (Steele, Lea, Flood 2014), int64: products wrap, shifts are logical."""
     x = x + -0x61C8864680B583EB

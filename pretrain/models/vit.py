@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.layers import PreNormBlock
-from pretrain.models.noise import Dropout
+from pretrain.models.noise import Dropout, path_rates
 
 if TYPE_CHECKING:
     from pretrain.schema.vit import VitConfig
@@ -34,7 +34,8 @@ class Vit(nn.Module):
         self.positions = nn.Parameter(torch.empty(patches + 1, width))
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            PreNormBlock(width, config.heads, config.activation, eps, config.dropout) for _ in range(config.layers)
+            PreNormBlock(width, config.heads, config.activation, eps, config.dropout, rate)
+            for rate in path_rates(config.drop_path, config.layers)
         )
         self.norm = nn.LayerNorm(width, eps)
         self.head = nn.Linear(width, config.classes)

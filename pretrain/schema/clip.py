@@ -6,7 +6,15 @@ import pydantic
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from data_pipeline.settings import Settings
-from pretrain.schema.common import ModelSettings, PixelsRead, Reads, TextRead, check_heads, check_patches
+from pretrain.schema.common import (
+    DropPathRate,
+    ModelSettings,
+    PixelsRead,
+    Reads,
+    TextRead,
+    check_heads,
+    check_patches,
+)
 
 
 class VisionTower(Settings):
@@ -17,6 +25,7 @@ class VisionTower(Settings):
     width: PositiveInt = 768
     layers: PositiveInt = 12
     heads: PositiveInt = 12
+    drop_path: DropPathRate = 0.0
 
     @pydantic.model_validator(mode="after")
     def _shapes_fit(self) -> "VisionTower":
@@ -33,6 +42,7 @@ class TextTower(Settings):
     width: PositiveInt = 512
     layers: PositiveInt = 12
     heads: PositiveInt = 8
+    drop_path: DropPathRate = 0.0
 
     @pydantic.model_validator(mode="after")
     def _shapes_fit(self) -> "TextTower":
@@ -55,6 +65,11 @@ class ClipConfig(ModelSettings):
     norm_eps: PositiveFloat = 1e-5
     logit_scale: PositiveFloat = Field(1 / 0.07, le=100.0)
     logit_bias: float | None = Field(None, allow_inf_nan=False)
+
+    @property
+    def drop_paths(self) -> bool:
+        """Whether either tower does."""
+        return max(self.vision.drop_path, self.text.drop_path) > 0
 
     @property
     def reads(self) -> Reads:

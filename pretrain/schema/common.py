@@ -3,12 +3,16 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from data_pipeline.settings import Settings
 
 MAIN = "main"
 """Role of all parameters that no other optimizer of the task owns."""
+DropPathRate = Annotated[float, Field(ge=0, lt=1)]
+"""Probability that a sample skips the attention or the MLP of the last block; it rises evenly from 0 in the first."""
 Activation = Literal["gelu", "gelu_new", "relu"]
 """gelu is exact; gelu_new is its tanh approximation, as in GPT-2 and Google's BERT."""
 Direction = Literal["min", "max"]
@@ -71,6 +75,11 @@ class ModelSettings(Settings):
     def reads(self) -> Reads:
         """What the model reads of a sample."""
         raise NotImplementedError
+
+    @property
+    def drop_paths(self) -> bool:
+        """Whether training drops paths, for which a batch needs each sample's noise."""
+        return False
 
     @property
     def makes(self) -> CodesRead | None:

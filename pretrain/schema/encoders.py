@@ -5,7 +5,7 @@ from typing import Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from pretrain.schema.common import Activation, ModelSettings, Reads, TextRead, check_heads
+from pretrain.schema.common import Activation, DropPathRate, ModelSettings, Reads, TextRead, check_heads
 
 
 class EncoderConfig(ModelSettings):
@@ -21,6 +21,7 @@ class EncoderConfig(ModelSettings):
     activation: Activation = "gelu"
     norm_eps: PositiveFloat = 1e-12
     dropout: NonNegativeFloat = Field(0.1, lt=1.0)
+    drop_path: DropPathRate = 0.0
 
     @pydantic.model_validator(mode="after")
     def _shapes_fit(self) -> "EncoderConfig":

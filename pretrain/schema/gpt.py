@@ -5,7 +5,7 @@ from typing import Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from pretrain.schema.common import Activation, CodesRead, ModelSettings, Reads, TextRead, check_heads
+from pretrain.schema.common import Activation, CodesRead, DropPathRate, ModelSettings, Reads, TextRead, check_heads
 
 
 class GptConfig(ModelSettings):
@@ -22,6 +22,7 @@ class GptConfig(ModelSettings):
     activation: Activation = "gelu"
     norm_eps: PositiveFloat = 1e-5
     dropout: NonNegativeFloat = Field(0.0, lt=1.0)
+    drop_path: DropPathRate = 0.0
 
     @pydantic.model_validator(mode="after")
     def _shapes_fit(self) -> "GptConfig":

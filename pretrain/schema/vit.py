@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pretrain.schema.common import (
     STEP,
     Activation,
+    DropPathRate,
     ModelSettings,
     PixelsRead,
     Reads,
@@ -30,6 +31,7 @@ class VitConfig(ModelSettings):
     activation: Activation = "gelu"
     norm_eps: PositiveFloat = 1e-12
     dropout: NonNegativeFloat = Field(0.0, lt=1.0)
+    drop_path: DropPathRate = 0.0
 
     @pydantic.model_validator(mode="after")
     def _shapes_fit(self) -> "VitConfig":

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from data_pipeline.schema import Sample
 from pretrain.inputs.packing import pad
 from pretrain.inputs.pixels import drawn_pixels, normalise
-from pretrain.inputs.text import caption_of
+from pretrain.inputs.text import caption_of, noise_key
 from pretrain.tasks.task import Batch, Task
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 
 class ContrastiveInputs:
-    """Samples -> {"pixels": float32 [b, 3, H, W], "tokens": int64 [b, S], "eot": int64 [b], index of [SEP]}."""
+    """Samples -> {"pixels": float32 [b, 3, H, W], "tokens": int64 [b, S], "eot": int64 [b], index of [SEP]}.
+
+    If the model drops paths, also "noise" int64 [b, 1], each sample's key.
+    """
 
     def __init__(self, config: RunConfig, stream: Source, tokenizer: TextTokenizer | None) -> None:
         reads = config.model.reads
@@ -40,12 +43,14 @@ class ContrastiveInputs:
         self.data = config.data
         self.seed = config.seed
         self.tokenizer = tokenizer
+        self.noise = config.model.drop_paths
 
     def __call__(self, samples: list[Sample]) -> Batch:
         """Return the batch, in the samples' order."""
         images = drawn_pixels(samples, self.image_size, self.data, self.seed)
         texts = [self.text(caption_of(sample, self.seed)) for sample in samples]
-        return {
+        noise = {"noise": torch.tensor([[noise_key(sample, self.seed)] for sample in samples])} if self.noise else {}
+        return noise | {
             "pixels": normalise(images),
             "tokens": torch.from_numpy(np.stack([tokens for tokens, _ in texts])),
             "eot": torch.tensor([eot for _, eot in texts]),

@@ -111,6 +111,12 @@ class Reconstruction(Task):
         """Return the model's role and, from discriminator_start_step on, the discriminator's."""
         return self.roles if self._plays(step) else self.roles[:1]
 
+    def must_train(self) -> dict[str, int]:
+        """Return the decoder's last layer, whose gradients balance the adversarial loss from its first step on."""
+        if self.discriminator is None:
+            return {}
+        return {"model.decoder.conv_out.weight": self.config.discriminator_start_step}
+
     def _plays(self, step: int) -> bool:
         return self.discriminator is not None and step >= self.config.discriminator_start_step
 
@@ -226,9 +232,9 @@ class Reconstruction(Task):
         A latent's probability is proportional to its squared distance from the codebook (k-means++, Arthur &
         Vassilvitskii 2007). With uniform probability most replacements would be plain background, and dozens of codes
         would mean the same. The draw is seeded by `step` and every rank sees the same pool, so all ranks write the same
-        rows. Edits the codebook in place, so every rank must hold all of it (ZeRO stage 0).
+        rows. Edits the codebook in place, so every rank must hold all of it (ZeRO stage 0). A frozen one stays.
         """
-        if not self.config.revive_after_steps:
+        if not self.config.revive_after_steps or not self.model.quantize.embedding.weight.requires_grad:
             return
         dead = (step - self.last_used >= self.config.revive_after_steps).nonzero()[:, 0]
         if not len(dead):

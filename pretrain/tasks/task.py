@@ -65,6 +65,10 @@ class Task(nn.Module):
         """
         return (MAIN,)
 
+    def must_train(self) -> dict[str, int]:
+        """Return the parameters whose gradient the loss itself needs, and from which step on: none may be frozen."""
+        return {}
+
     def counts(self, batch: Batch) -> Batch:
         """Return the divisors of this micro-batch's sums, each [].
 

@@ -1,20 +1,23 @@
 """Learning rates against tables, torch's schedulers and transformers' formulas written as loops; groups by name."""
 
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
+from data_pipeline.errors import ConfigError
 from data_pipeline.settings import check_settings
 from pretrain.config import OptimConfig
-from pretrain.engine.optim import build_optimizer, parameter_groups
+from pretrain.engine.optim import build_optimizer, check_names, parameter_groups
 from pretrain.engine.schedule import learning_rate
 from pretrain.models import MODELS
 from pretrain.schema.encoders import ElectraConfig
 from pretrain.schema.tasks import RtdConfig
 from pretrain.tasks import TASKS
 from pretrain.tasks.collectives import ONE_DEVICE
+from tests.families import PAIRS, task_of
 from tests.pretrain.plain import Plain
 
 
@@ -154,3 +157,63 @@ def test_the_optimizer_moves_weights_as_the_formula_of_adamw_does() -> None:
         grad = parameter.grad.double()
         moved = before - 0.1 * (grad / (grad.abs() + 1e-3)) - 0.1 * decay * before
         torch.testing.assert_close(parameter.detach().double(), moved, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- layer-wise decay of the rate
+
+MAE_BASE = (
+    0.023757264018058777, 0.03167635202407837, 0.04223513603210449, 0.056313514709472656, 0.07508468627929688,
+    0.1001129150390625, 0.13348388671875, 0.177978515625, 0.2373046875, 0.31640625, 0.421875, 0.5625, 0.75, 1.0,
+)  # fmt: skip
+"""Multipliers of patch embedding, blocks 0 to 11 and head of ViT-B with a decay of 0.75, as mmselfsup's recipe of MAE
+lists them (configs/benchmarks/classification/imagenet/vit-b-16-b1024-coslr-100e_in1k.py)."""
+
+
+def rates_of(name: str, model: dict[str, object], decay: float) -> dict[str, float]:
+    """The rate of every parameter, by the groups of the optimizer."""
+    task = task_of(PAIRS[name].config(model))
+    groups = parameter_groups(task, optim(layer_decay=decay))
+    rates = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert rates.keys() == {name for name, _ in task.named_parameters()}
+    assert len({group["name"] for group in groups}) == len(groups)
+    return rates
+
+
+def test_rates_by_layer_are_those_published_for_mae() -> None:
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 12, "heads": 2}
+    rates = rates_of("clip", {"vision": vision}, 0.75)
+    expected = {f"blocks.{layer}.": MAE_BASE[layer + 1] for layer in range(12)}
+    expected |= dict.fromkeys(("patch.", "class_token", "positions", "norm_pre."), MAE_BASE[0])
+    expected |= dict.fromkeys(("norm_post.", "project."), MAE_BASE[-1])
+    for name, rate in rates.items():
+        if name.startswith("model.vision."):
+            own = [rate for start, rate in expected.items() if name.startswith(f"model.vision.{start}")]
+            assert [rate] == pytest.approx(own, rel=1e-12), name
+    assert rates["model.logit_scale"] == 1.0
+
+
+LOWEST = re.compile(
+    r"model\.(embed\.|embeddings\.|(generator|discriminator)\.project\.|text\.(word|positions)|"
+    r"(vision\.)?(patch|class_token|positions|norm_pre))"
+)
+"""What lies below the blocks of a tower: embeddings, and what brings them to its width."""
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_embeddings_lie_below_the_first_block_and_heads_above_the_last(name: str) -> None:
+    family = PAIRS[name]
+    if family.model["kind"] == "vqgan":
+        with pytest.raises(ConfigError, match=r"optim.layer_decay=0.5: this model has no numbered blocks"):
+            check_names(task_of(family.config()), optim(layer_decay=0.5))
+        return
+    layers = 2
+    for at, rate in rates_of(name, family.dropping(0.0), 0.5).items():
+        block = re.search(r"blocks\.(\d)\.", at)
+        expected = 0.5 ** (layers - int(block[1])) if block else 0.5 ** (layers + 1) if LOWEST.match(at) else 1.0
+        assert rate == expected, at
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.5, 1.5, math.nan])
+def test_a_decay_by_layer_is_above_0_and_at_most_1(decay: float) -> None:
+    with pytest.raises(ConfigError, match="layer_decay"):
+        optim(layer_decay=decay)

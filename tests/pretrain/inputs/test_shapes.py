@@ -10,9 +10,11 @@ from pretrain.tasks import TASKS
 from tests.families import FAMILIES, Letters, Samples, batch_of
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.2])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_full_batch_has_the_computed_shapes_and_dtypes(name: str) -> None:
-    config = FAMILIES[name].config(global_batch=4)
+def test_a_full_batch_has_the_computed_shapes_and_dtypes(name: str, rate: float) -> None:
+    """rate: of dropout and drop path, whose noise is a part of the batch."""
+    config = FAMILIES[name].config(FAMILIES[name].dropping(rate), global_batch=4)
     made = batch_of(config, 4, full=True)
     task = TASKS[config.task.kind]
     shapes = batch_shapes(config, task.keys, 4, task.shapes)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.models.layers import TextEncoder, attend, own_segment
-from pretrain.models.noise import Dropout, name_noise, noise_of
+from pretrain.models.noise import Dropout, DropPath, name_noise, noise_of, path_rates
 
 RATE = 0.3
 
@@ -88,6 +88,27 @@ def test_without_keys_torch_s_generator_decides() -> None:
     assert not torch.equal(first[0], first[1])
 
 
+# ----------------------------------------------------------------------------------------------- drop path
+
+
+def test_a_path_is_dropped_for_a_whole_sample_or_scaled() -> None:
+    layer, keys, x = DropPath(RATE).train(), torch.arange(4000)[:, None], torch.randn(4000, 3, 2)
+    layer.site = 7
+    with noise_of(keys):
+        y = layer(x)
+        assert torch.equal(layer.eval()(x), x)
+    least = round(RATE * 2**32)
+    kept = torch.tensor([(hashed(key, 0, 7, 0) + 2**31) % 2**32 >= least for key in range(4000)])
+    assert torch.equal(y, torch.where(kept[:, None, None], x / (1 - RATE), 0))
+    assert abs(kept.double().mean().item() - (1 - RATE)) < 4 * math.sqrt(RATE * (1 - RATE) / 4000)
+
+
+def test_rates_of_paths_rise_evenly_to_the_last_block_as_timm_s_do() -> None:
+    for layers in (2, 5, 12):
+        assert path_rates(RATE, layers) == pytest.approx(torch.linspace(0, RATE, layers).tolist())
+    assert path_rates(RATE, 1) == [0.0]
+
+
 # ------------------------------------------------------------------------------------------------ attention
 
 
@@ -125,7 +146,7 @@ def test_with_next_to_nothing_dropped_it_is_torch_s_attention_with_its_gradients
 
 def encoder() -> TextEncoder:
     torch.manual_seed(0)
-    model = TextEncoder(16, 16, layers=2, heads=2, dropout=RATE).train()
+    model = TextEncoder(16, 16, layers=2, heads=2, dropout=RATE, drop_path=RATE).train()
     name_noise(model)
     return model
 
