@@ -522,7 +522,7 @@ def test_a_store_that_is_gone_is_a_fault_of_its_process_and_the_save_may_be_comm
     monkeypatch.setattr(saver, "_get", raising_with(RuntimeError("Connection reset")))
     begin(ranks[1], 4)
     match = (
-        r"may not be committed: rank 0, whose process holds the store, is gone \(Connection reset\); the checkpoints"
+        r"may not be committed: rank 0, whose process holds the store, is lost \(Connection reset\); the checkpoints"
     )
     with pytest.raises(NodeFault, match=match):
         ranks[1].finish()
