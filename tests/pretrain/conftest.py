@@ -1,9 +1,7 @@
 """Small data, made once."""
 
 import contextlib
-import io
-import itertools
-import tarfile
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from data_pipeline.config import BuildConfig
 from data_pipeline.ingest import run
 from data_pipeline.settings import check_settings
 from data_pipeline.shards.codes import encode_dataset, encode_shard
-from data_pipeline.shards.verify import index
 from data_pipeline.text.config import VocabConfig
 from data_pipeline.text.training import train_vocabulary
 from tests.families import FAMILIES, Material
@@ -46,12 +43,9 @@ def material(tmp_path_factory: pytest.TempPathFactory, build_scenes: Callable[[P
     return Material(dataset, Path(train_vocabulary(vocabulary)))
 
 
-CLASSES = 10
-
-
 @pytest.fixture(scope="session")
 def complete(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Material:
-    """The same scenes with all that a model may read: a class each, and codes by a tokenizer that was not trained."""
+    """The same scenes with codes of an image tokenizer that was not trained."""
     from pretrain.inputs.image_tokenizer import load_tokenizer
     from pretrain.interchange.folder import export_model
     from tests.families import task_of
@@ -60,17 +54,7 @@ def complete(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Ma
     config = FAMILIES["vqgan"].config()
     images = export_model(folder / "images", config.model, task_of(config).model.state_dict())
     dataset = folder / "scenes"
-    dataset.mkdir()
-    numbers = itertools.count()
-    for path in sorted(material.dataset.glob("*.tar")):
-        with tarfile.open(path) as scenes, tarfile.open(dataset / path.name, "w") as labelled:
-            for key, members in itertools.groupby(scenes, lambda member: member.name.partition(".")[0]):
-                for member in members:
-                    labelled.addfile(member, scenes.extractfile(member))
-                label = tarfile.TarInfo(f"{key}.cls")
-                label.size = 1
-                labelled.addfile(label, io.BytesIO(b"%d" % (next(numbers) % CLASSES)))
-    index([str(dataset)], 1)
+    shutil.copytree(material.dataset, dataset)
     tokenizer = load_tokenizer(images)
     for shard in range(len(list(dataset.glob("*.tar")))):
         encode_shard(str(dataset), shard, tokenizer)
