@@ -136,10 +136,13 @@ class TrainConfig(Settings):
     those whose step is a multiple of `keep_every_steps`; the one with the best mean of the metric `keep_best` since the
     previous save (lowest loss, highest accuracy; "min:NAME" and "max:NAME" set the direction); and named ones.
     `checkpoints`: a folder or s3:// prefix for checkpoints, instead of the run's folder.
+    `batch_warmup`: [[steps, batch], ...]: so many first steps have this smaller batch; after them it is `global_batch`.
     """
 
+    added = frozenset({"batch_warmup"})
     steps: PositiveInt
     global_batch: PositiveInt
+    batch_warmup: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
     micro_batch: PositiveInt | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 3
@@ -153,6 +156,30 @@ class TrainConfig(Settings):
     log_every_steps: PositiveInt = 10
     sample_every_steps: NonNegativeInt = 0
     collective_timeout_s: PositiveInt = Field(120, le=7 * 86400)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """All sizes of a global batch, in their order."""
+        return (*(batch for _, batch in self.batch_warmup), self.global_batch)
+
+    @property
+    def warmup(self) -> int:
+        """The number of steps of `batch_warmup`."""
+        return sum(steps for steps, _ in self.batch_warmup)
+
+    @property
+    def samples(self) -> int:
+        """The number of samples that all steps consume."""
+        warmup = sum(steps * batch for steps, batch in self.batch_warmup)
+        return warmup + (self.steps - self.warmup) * self.global_batch
+
+    def batch_at(self, step: int) -> int:
+        """Return the global batch of the step from `step` to `step + 1`."""
+        for steps, batch in self.batch_warmup:
+            if step < steps:
+                return batch
+            step -= steps
+        return self.global_batch
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -374,7 +401,8 @@ def check_sections(config: RunConfig) -> None:
     check_best(config.train.keep_best, task, config.train.steps)
     if reads.text:
         _check_text(reads.text, task)
-    task.check(model, config.train.global_batch)
+    _check_batches(config.train)
+    task.check(model, min(config.train.batches))
     _check_optimizers(config)
 
 
@@ -407,6 +435,19 @@ def _check_text(text: TextRead, task: TaskSettings) -> None:
         )
 
 
+def _check_batches(train: TrainConfig) -> None:
+    """Check that the batches of the warm-up grow to the global batch, and end before the run."""
+    if sorted(set(train.batches)) != [*train.batches]:
+        raise ValueError(
+            f"train.batch_warmup: the batches are {', '.join(map(str, train.batches))} with train.global_batch last; "
+            "each must be above the previous one"
+        )
+    if train.warmup >= train.steps:
+        raise ValueError(
+            f"train.batch_warmup takes {train.warmup} steps, which must be below train.steps={train.steps}; use fewer"
+        )
+
+
 def _check_optimizers(config: RunConfig) -> None:
     known = config.task.roles[1:]
     for role in config.optim.roles:
@@ -426,17 +467,22 @@ def _check_optimizers(config: RunConfig) -> None:
 
 
 def micro_batch_of(train: TrainConfig, world_size: int) -> tuple[int, int]:
-    """Return (micro-batch per rank, accumulation steps). Raises ValueError when the global batch does not divide."""
-    per_rank, rest = divmod(train.global_batch, world_size)
+    """Return (micro-batch per rank, accumulation steps) of a step with the whole global batch.
+
+    Without `micro_batch`, a step of any size is one micro-batch. Raises ValueError when a batch does not divide.
+    """
+    unit = world_size * (train.micro_batch or 1)
+    for batch in reversed(train.batches):
+        if batch % unit:
+            name = "global_batch=" if batch == train.global_batch else "batch_warmup: batch "
+            low = batch // unit * unit
+            usable = f"{low} or {low + unit}" if low else str(unit)
+            raise ValueError(
+                f"{name}{batch} is not divisible by {world_size} ranks x micro_batch {train.micro_batch or 1} = "
+                f"{unit}; use {usable}"
+            )
+    per_rank = train.global_batch // world_size
     micro = train.micro_batch or per_rank
-    if rest or per_rank % micro:
-        unit = world_size * (train.micro_batch or 1)
-        low = train.global_batch // unit * unit
-        usable = f"{low} or {low + unit}" if low else str(unit)
-        raise ValueError(
-            f"global_batch={train.global_batch} is not divisible by {world_size} ranks x micro_batch "
-            f"{train.micro_batch or 1} = {unit}; use {usable}"
-        )
     return micro, per_rank // micro
 
 

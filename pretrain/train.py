@@ -79,6 +79,7 @@ def train(run: "Run", stop: StopSignals) -> None:
     for positions, batches in run.feed.steps(run.step, config.train.steps, run.position):
         run.clock.enter("step")
         run.unfreeze()
+        run.engine.accumulate(len(batches))
         means: dict[str, float] = {}
         for turn in run.turns():
             losses: list[dict[str, Tensor]] = []
@@ -156,7 +157,8 @@ class Run:
         bad = Path(config.run) / FOLDER
         ledgers = Ledger(bad / f"rank-{mesh.rank:05d}.jsonl", config.data.max_bad_rate), Ledger(bad / "preview.jsonl")
         ahead, workers = config.data.prefetch_steps, config.data.workers
-        feed = Feed(stream, inputs, config.train.global_batch, shard, micro_batch, ahead, workers, *ledgers)
+        sizes = config.train.global_batch, shard, micro_batch
+        feed = Feed(stream, inputs, *sizes, ahead, workers, *ledgers, config.train.batch_at)
         engine = Engine(task, config, mesh, micro_batch, accumulation, saved.step if saved else 0)
         clock, guards = PhaseClock(), Guards(config.guards)
         watchdog = Watchdog(mesh, Path(config.run), attempt, clock, config.train.collective_timeout_s)
@@ -253,7 +255,7 @@ class Run:
     def after_updates(self) -> None:
         """Finish a step after its turns: undo a refused step, run the task's `after_step`, draw the preview."""
         self.engine.settle(self.guards.action == "accept")
-        self.step, self.position = self.step + 1, self.position + self.config.train.global_batch
+        self.step, self.position = self.step + 1, self.position + self.config.train.batch_at(self.step)
         self.task.after_step(self.step)
         every = self.config.train.sample_every_steps
         if self.writer and every and self.step % every == 0:

@@ -64,13 +64,14 @@ def tensor_digests(run: Path) -> dict[str, str]:
 
 def every_position_once(campaign: Campaign) -> Iterator[str]:
     """The steps that count consume every position of the stream exactly once, in order."""
-    at, batch = 0, campaign.config.train.global_batch
+    at, train = 0, campaign.config.train
     for step, row in sorted(last_rows(campaign.struck).items()):
+        batch = train.batch_at(step - 1)
         if row["positions"] != [at, at + batch]:
             yield f"step {step} consumed positions {row['positions']}, expected [{at}, {at + batch}]"
         at = row["positions"][1]
-    if at != campaign.config.train.steps * batch:
-        yield f"{at} positions consumed, {campaign.config.train.steps * batch} expected"
+    if at != train.samples:
+        yield f"{at} positions consumed, {train.samples} expected"
 
 
 def every_sample_once(campaign: Campaign) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from typing import Any
 
 from data_pipeline.errors import ConfigError
@@ -68,8 +69,9 @@ class RunPlan:
 
     @property
     def days(self) -> tuple[float, float, float]:
-        """Days to the end of the run, at the three paces."""
-        low, usual, high = (self.config.train.steps * pace.step / DAY_S for pace in self.paces)
+        """Days to the end of the run, at the three paces; a smaller batch of `batch_warmup` counts by its samples."""
+        whole_steps = self.config.train.samples / self.config.train.global_batch
+        low, usual, high = (whole_steps * pace.step / DAY_S for pace in self.paces)
         return low, usual, high
 
     @property
@@ -142,7 +144,7 @@ def _choice(plan: RunPlan) -> tuple[int, int]:
 
 def candidates(config: RunConfig, cluster: Cluster, recompute: bool, known: Traced | None = None) -> list[RunPlan]:
     """Return plans for every stage that the task supports and every micro-batch that divides a rank's batch."""
-    per_rank = config.train.global_batch // cluster.world
+    per_rank = math.gcd(*config.train.batches) // cluster.world
     sizes = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
     train = config.train.model_copy(update={"recompute": recompute})
     traces = _traces(config.model_copy(update={"train": train}), cluster, sizes, known)

@@ -104,6 +104,11 @@ def not_counted(plan: RunPlan) -> list[str]:
         lines.append("Counted with one row per sample; packing needs fewer rows, depending on the captions.")
     if waiting := [one.until_step for one in plan.config.optim.freeze if one.until_step]:
         lines.append(f"Counted as from step {max(waiting)} on; before, less trains.")
+    if plan.config.train.batch_warmup:
+        sizes = ", ".join(map(str, plan.config.train.batches[:-1]))
+        lines.append(
+            f"Counted with the whole batch; the first {plan.config.train.warmup} steps have batches of {sizes}."
+        )
     if plan.traced.later:
         lines.append(f"Counted at the start of the run; later the {' and the '.join(plan.traced.later)} computes too.")
     return lines

@@ -58,7 +58,7 @@ class Owned:
 class Engine:
     """A task wrapped in DeepSpeed.
 
-    Calls in a step: for each turn take_turn, forward and backward (per micro-batch), update; then settle once.
+    Calls in a step: accumulate; for each turn take_turn, forward and backward (per micro-batch), update; then settle.
     """
 
     def __init__(
@@ -91,6 +91,15 @@ class Engine:
         self.resident = _take_resident(self.deepspeed.optimizer) if self.stage == 3 else []
         self.changing = [parameter for parameter in self.resident if parameter.requires_grad]
         self._guard_optimizer()
+
+    def accumulate(self, batches: int) -> None:
+        """Average the gradient of a turn over so many micro-batches, at a step whose batch has another size."""
+        settings = self.deepspeed._config
+        if settings.gradient_accumulation_steps != batches:
+            settings.gradient_accumulation_steps = batches
+            self.deepspeed.micro_steps = 0  # DeepSpeed finds the last micro-batch by counting all so far
+            if self.stage > 0:
+                self.deepspeed.optimizer.gradient_accumulation_steps = batches
 
     def take_turn(self, role: str, keep: bool = False) -> None:
         """Train only the parameters of `role` until the next `update`. keep: allow `settle` to undo that update."""

@@ -48,17 +48,16 @@ class PreparedStep:
 
 @dataclasses.dataclass(frozen=True)
 class Preparer:
-    """Position -> this rank's micro-batches of the global batch that begins there. Stateless."""
+    """Position and size -> this rank's micro-batches of the global batch that begins there. Stateless."""
 
     stream: Source
     inputs: Inputs
-    global_batch: int
     shard: tuple[int, int]
     micro_batch: int
 
-    def at(self, position: int) -> PreparedStep:
-        """Prepare the step [position, position + G)."""
-        positions = np.arange(position, position + self.global_batch, dtype=np.int64)
+    def at(self, position: int, size: int) -> PreparedStep:
+        """Prepare the step [position, position + size)."""
+        positions = np.arange(position, position + size, dtype=np.int64)
         mine = share(positions, self.stream.lanes(positions), self.shard)
         usable = Usable(self.stream, self.inputs)
         samples = usable.take(mine)
@@ -70,7 +69,7 @@ class Feed:
     """Prepares steps ahead and yields (positions [start, stop) of the whole step, this rank's micro-batches).
 
     workers: number of processes that prepare steps; 0 uses a thread. ledger, previews: records of the samples replaced
-    in steps and in previews.
+    in steps and in previews. batch_at: step -> number of its samples, at most `global_batch`; by default that.
     """
 
     def __init__(
@@ -84,9 +83,11 @@ class Feed:
         workers: int = 0,
         ledger: Ledger | None = None,
         previews: Ledger | None = None,
+        batch_at: Callable[[int], int] | None = None,
     ) -> None:
-        self.preparer = Preparer(stream, inputs, global_batch, shard, micro_batch)
+        self.preparer = Preparer(stream, inputs, shard, micro_batch)
         self.global_batch = global_batch
+        self.batch_at = batch_at or (lambda _step: global_batch)
         self.ahead = max(prefetch_steps, workers)
         self.workers = workers
         self.ledger = ledger or Ledger(None, 0.0)
@@ -101,19 +102,20 @@ class Feed:
 
         Raises DataError when too many samples cannot be used, NodeFault when a worker dies.
         """
-        position = start * self.global_batch if position is None else position
+        end = start * self.global_batch if position is None else position
         with self._pool() as pool, _worker_death_told():
-            ahead: collections.deque[Future[PreparedStep]] = collections.deque()
+            ahead: collections.deque[tuple[int, int, Future[PreparedStep]]] = collections.deque()
             try:
                 for step in range(start, stop):
                     while len(ahead) <= self.ahead and step + len(ahead) < stop:
-                        ahead.append(self._submit(pool, position + len(ahead) * self.global_batch))
-                    prepared = self._wait(ahead.popleft())
-                    self.ledger.note(prepared.replaced, self.global_batch // self.preparer.shard[1])
-                    yield (position, position + self.global_batch), prepared.batches
-                    position += self.global_batch
+                        first, end = end, end + self.batch_at(step + len(ahead))
+                        ahead.append((first, end, self._submit(pool, first, end - first)))
+                    first, last, future = ahead.popleft()
+                    prepared = self._wait(future)
+                    self.ledger.note(prepared.replaced, (last - first) // self.preparer.shard[1])
+                    yield (first, last), prepared.batches
             finally:
-                for future in ahead:
+                for _, _, future in ahead:
                     future.cancel()
 
     def prepared_by(self, position: int, least: int) -> np.ndarray:
@@ -139,9 +141,9 @@ class Feed:
         finally:
             self.waited_s += time.monotonic() - began
 
-    def _submit(self, pool: Executor, position: int) -> Future[PreparedStep]:
+    def _submit(self, pool: Executor, position: int, size: int) -> Future[PreparedStep]:
         with stop_signals_held():  # the first submit starts the workers
-            return pool.submit(_prepare_here if self.workers else self.preparer.at, position)
+            return pool.submit(_prepare_here if self.workers else self.preparer.at, position, size)
 
     def _pool(self) -> contextlib.AbstractContextManager[Executor]:
         if not self.workers:
@@ -184,10 +186,10 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _prepare_here(position: int) -> PreparedStep:
+def _prepare_here(position: int, size: int) -> PreparedStep:
     """Prepare a step in a worker. Tensors are piped as arrays, because /dev/shm is small in containers."""
     assert _preparer is not None
-    prepared = _preparer.at(position)
+    prepared = _preparer.at(position, size)
     arrays = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in prepared.batches]
     return PreparedStep(arrays, prepared.replaced)  # type: ignore[arg-type]
 

@@ -92,6 +92,39 @@ def sharded(mesh: Mesh, stage: int, accumulation: int, precision: str) -> list[f
     return losses
 
 
+COUNTS = (1, 1, 2, 3, 3, 1, 2)
+"""Micro-batches of a rank in each step of `growing`."""
+
+
+def growing(mesh: Mesh, stage: int) -> dict[str, Any]:
+    """Losses of steps of other sizes, of the engine and of torch alone; a batch of `count` times the micro-batch."""
+    micro = BATCH // mesh.world
+    engine = Engine(Towers(), config(zero_stage=stage), mesh, micro, max(COUNTS))
+    module, found, plain = Towers(), [], []
+    decay, spared = [module.a.weight, module.b.weight], [module.a.bias, module.b.bias, module.spared.weight]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-4)
+    for step, count in enumerate(COUNTS):
+        whole, tower = torch.cat([global_batch(100 * step + part) for part in range(count)]), torch.tensor(step % 2)
+        engine.accumulate(count)
+        values = []
+        for x in whole.chunk(mesh.world)[mesh.rank].chunk(count):
+            loss = engine.forward({"x": x, "tower": tower})["loss"]
+            engine.backward(loss)
+            values.append(float(loss.detach()))
+        engine.update(LR)
+        found.append(mesh.mean([sum(values) / count])[0])
+        optimizer.zero_grad(set_to_none=False)
+        loss = module({"x": whole, "tower": tower})["loss"]
+        loss.backward()
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        optimizer.step()
+        plain.append(float(loss))
+    return {"losses": found, "plain": plain}
+
+
 def stale(mesh: Mesh, stage: int) -> dict[str, float]:
     """How far tower a moves (by SGD-like AdamW moments: its gradient) in a step that does not use it."""
     engine = Engine(Towers(), config(zero_stage=stage), mesh, BATCH // mesh.world, 1)
@@ -185,6 +218,7 @@ def main() -> None:
             kind: lambda kind=kind: {"losses": sharded(mesh, stage, accumulation, kind), "plain": plain(kind)}
             for kind in ("fp32", "bf16")
         },
+        "growing": lambda: {str(stage): growing(mesh, stage) for stage in range(4)},
         "start": lambda: start(mesh),
         "stale": lambda: stale(mesh, stage),
         "costs": lambda: costs(mesh),

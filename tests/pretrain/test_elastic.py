@@ -85,9 +85,9 @@ def identities(samples: list[Sample]) -> dict[str, torch.Tensor]:
     return {"samples": torch.tensor([(s.position, s.id, s.epoch) for s in samples])}
 
 
-def prepare(preparer: Preparer, position: int) -> PreparedStep:
+def prepare(preparer: Preparer, position: int, size: int) -> PreparedStep:
     """What a worker process of the shared pool does."""
-    return preparer.at(position)
+    return preparer.at(position, size)
 
 
 class Lent(Feed):
@@ -98,8 +98,12 @@ class Lent(Feed):
     def _pool(self) -> contextlib.AbstractContextManager[Executor]:
         return contextlib.nullcontext(self.pool) if self.workers else super()._pool()
 
-    def _submit(self, pool: Executor, position: int) -> "Future[PreparedStep]":
-        return pool.submit(prepare, self.preparer, position) if self.workers else super()._submit(pool, position)
+    def _submit(self, pool: Executor, position: int, size: int) -> "Future[PreparedStep]":
+        return (
+            pool.submit(prepare, self.preparer, position, size)
+            if self.workers
+            else super()._submit(pool, position, size)
+        )
 
     def _wait(self, future: "Future[PreparedStep]") -> PreparedStep:
         return future.result(250)

@@ -39,7 +39,7 @@ def by_loop(stream: Stream) -> list[list[tuple[int, str]]]:
 
 
 def batch_at(feed: Feed, step: int) -> list[Any]:
-    return feed.preparer.at(step * GLOBAL_BATCH).batches
+    return feed.preparer.at(step * GLOBAL_BATCH, GLOBAL_BATCH).batches
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
