@@ -239,6 +239,7 @@ class OptimConfig(AdamWConfig):
     once for every block above, and once for the head.
     """
 
+    added = AdamWConfig.added | {"freeze", "layer_decay"}
     roles: dict[str, AdamWConfig] = {}
     freeze: tuple[FreezeConfig, ...] = ()
     layer_decay: PositiveFloat = Field(1.0, le=1.0)

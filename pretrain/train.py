@@ -75,7 +75,7 @@ def main(config: RunConfig, changes: Iterable[str] = ()) -> None:
 
 def train(run: "Run", stop: StopSignals) -> None:
     """Run the training loop from `run.step` to the last step."""
-    config, engine = run.config, run.engine
+    config = run.config
     for positions, batches in run.feed.steps(run.step, config.train.steps, run.position):
         run.clock.enter("step")
         run.unfreeze()
@@ -84,8 +84,8 @@ def train(run: "Run", stop: StopSignals) -> None:
         for turn in run.turns():
             losses: list[dict[str, Tensor]] = []
             for batch in run.with_whole_step(batches, turn):
-                losses.append(engine.forward(batch | {"step": torch.tensor(run.step), "turn": turn.number}))
-                engine.backward(losses[-1]["loss"])
+                losses.append(run.engine.forward(batch | {"step": torch.tensor(run.step), "turn": turn.number}))
+                run.engine.backward(losses[-1]["loss"])
             means |= run.update(turn, run.mean_over_batches_and_ranks(losses))
         run.after_updates()
         run.log(positions, means)

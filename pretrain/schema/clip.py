@@ -20,6 +20,7 @@ from pretrain.schema.common import (
 class VisionTower(Settings):
     """CLIP's ViT: patches -> one embedding."""
 
+    added = frozenset({"drop_path"})
     image_size: PositiveInt = 224
     patch_size: PositiveInt = 32
     width: PositiveInt = 768
@@ -37,6 +38,7 @@ class VisionTower(Settings):
 class TextTower(Settings):
     """CLIP's causal text transformer, pooled at the end-of-text token."""
 
+    added = frozenset({"drop_path"})
     vocab_size: PositiveInt = 49408
     context: PositiveInt = 77
     width: PositiveInt = 512

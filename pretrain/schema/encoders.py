@@ -11,6 +11,7 @@ from pretrain.schema.common import Activation, DropPathRate, ModelSettings, Read
 class EncoderConfig(ModelSettings):
     """The bidirectional encoder that BERT and ELECTRA share."""
 
+    added = frozenset({"drop_path"})
     vocab_size: PositiveInt = 30522
     context: PositiveInt = 512
     layers: PositiveInt = 12

@@ -11,6 +11,7 @@ from pretrain.schema.common import Activation, CodesRead, DropPathRate, ModelSet
 class GptConfig(ModelSettings):
     """Autoregressive text-to-image transformer over text tokens and image codes (EasyNLP's pai-painter)."""
 
+    added = frozenset({"drop_path"})
     kind: Literal["gpt"] = "gpt"
     text_vocab: PositiveInt = 21128
     image_vocab: PositiveInt = 16384

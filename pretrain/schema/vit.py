@@ -21,6 +21,7 @@ from pretrain.schema.common import (
 class VitConfig(ModelSettings):
     """ViT with a class token, Dosovitskiy et al. 2020, arXiv:2010.11929; the defaults are B/16 for ImageNet."""
 
+    added = frozenset({"drop_path"})
     kind: Literal["vit"] = "vit"
     image_size: PositiveInt = 224
     patch_size: PositiveInt = 16
