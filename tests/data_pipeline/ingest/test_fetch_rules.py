@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 from yarl import URL
 
+from data_pipeline.addresses import is_public, number_of
 from data_pipeline.config import FetchRules
 from data_pipeline.errors import ConfigError
 from data_pipeline.ingest import fetch as module
@@ -684,3 +685,12 @@ def test_an_outcome_says_nothing_that_did_not_happen() -> None:
         Outcome().reason = "other"  # type: ignore[misc]
     error = FetchError("r")
     assert (str(error), error.detail, error.status, error.transient, error.wait_s) == ("r: ", "", 0, False, 0.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["::", "::ffff:", "::ffff:0:", "64:ff9b::"]), st.integers(2**16, 2**32 - 1))
+def test_an_embedded_address_is_that_address_to_its_last_bit(prefix: str, number: int) -> None:
+    inner = ipaddress.IPv4Address(number)
+    assert number_of(f"{prefix}{inner}") == inner and number_of(f"{prefix}{inner}%eth0") == inner
+    assert is_public(f"{prefix}{inner}", [ipaddress.ip_network(inner)])
+    assert is_public(f"{prefix}{inner}") == is_public(str(inner))
