@@ -260,7 +260,8 @@ def _read_value(text: str, kinds: Sequence[Any]) -> Any:
     numeric = any(kind in (int, float, Any) or (get_origin(kind) is Literal and not _is_text(kind)) for kind in kinds)
     if numeric and (number := _number(text)) is not None:
         return number
-    if any(map(_is_text, kinds)):
+    mapping = text.lstrip().startswith("{") and any(get_origin(kind) is dict for kind in kinds)
+    if any(map(_is_text, kinds)) and not mapping:
         return None if not text and type(None) in kinds else text
     if numeric and Any not in kinds and "_" in text and _number(text.replace("_", "")) is not None:
         raise _Grouped  # pydantic would accept it

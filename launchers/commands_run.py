@@ -83,9 +83,13 @@ def evaluate(
     candidates: Annotated[int, typer.Option(min=1, help="Images per prompt to pick from.")] = 8,
     step: Step = None,
     name: Name = None,
+    every: Annotated[bool, typer.Option("--all", help="Evaluate every checkpoint, in the order of steps.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Evaluate a run's newest checkpoint on held-out data; print the metrics and write RUN/evaluation.json."""
+    """Evaluate a run's newest checkpoint on held-out data; print the metrics and write RUN/evaluation.json.
+
+    RUN/evaluation.jsonl keeps one line for each checkpoint and data that were evaluated.
+    """
     printed: list[bool] = []
 
     def say(told: dict[str, Any]) -> None:
@@ -99,7 +103,7 @@ def evaluate(
     with interruptible(written):
         from pretrain.evaluate import main
 
-        main(run, rerank, candidates, step, name, overrides or [], say)
+        main(run, rerank, candidates, step, name, overrides or [], say, every)
 
 
 def status(run: Run, json: AsJson = False) -> None:

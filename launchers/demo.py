@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers.watch import METRICS, read_record
-from pretrain.runtime.goodput import ATTEMPTS, lines_of
+from pretrain.runtime.goodput import ATTEMPTS, is_step, lines_of
 
 ROOT = Path("runs/demo")
 PROCESSES = 2
@@ -188,8 +188,8 @@ def last_step(run: Path) -> int:
 def training_figures(run: Path) -> tuple[float, float]:
     """Return (median steps per second, peak resident memory of rank 0 in GiB)."""
     rows = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
-    step_s = statistics.median(row["step_s"] for row in rows)
-    return round(1 / step_s, 2), round(max(row["peak_memory_gib"] for row in rows), 2)
+    step_s = statistics.median(row["step_s"] for row in rows if is_step(row))
+    return round(1 / step_s, 2), round(max(row["peak_memory_gib"] for row in rows if is_step(row)), 2)
 
 
 def total_steps(run: Path) -> float:

@@ -151,7 +151,7 @@ class Rank:
 
     def look(self, config: RunConfig | None) -> None:
         """Run all checks, cheap ones first and collective ones last."""
-        from pretrain.inputs.source import open_data
+        from pretrain.inputs.source import open_all
         from pretrain.runtime import probes
 
         mesh = self.mesh
@@ -159,7 +159,7 @@ class Rank:
         self.check("clock", self._clock)
         self.check("program", lambda: probes.program(config, mesh))
         if config is not None:
-            self.check("data", lambda: probes.data(config, mesh, open_data))
+            self.check("data", lambda: probes.data(config, mesh, open_all))
             self.check("storage", lambda: probes.storage(config, mesh))
             self.check("disk", lambda: probes.disk(config, mesh))
         self.check("health", lambda: probes.health(mesh))

@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 from data_pipeline import gate
 from data_pipeline.errors import ConfigError, DataError, NodeFault, storage_errors
 from data_pipeline.outputs import write_whole
-from pretrain.runtime.goodput import METRICS, goodput, lines_back, raw_lines_back
+from pretrain.runtime.goodput import METRICS, goodput, is_step, lines_back, raw_lines_back
 
 RECORD = "launcher.json"
 JOB = "job.json"
@@ -340,7 +340,7 @@ def _complete_lines(file: TextIO) -> Iterator[str]:
 
 
 def _last_metrics(run: Path) -> dict[str, Any]:
-    return next(lines_back(run / METRICS), {})
+    return next(filter(is_step, lines_back(run / METRICS)), {})
 
 
 def _total_steps(run: Path) -> int | None:

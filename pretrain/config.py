@@ -31,7 +31,7 @@ from pretrain.schema import ModelConfig, TaskConfig, tasks_of
 from pretrain.schema.common import TaskSettings, TextRead
 from pretrain.schema.names import RENAMED
 from pretrain.schema.schedule import ScheduleConfig, check_schedule
-from pretrain.schema.tasks import check_best, fill_model
+from pretrain.schema.tasks import EVALUATED, check_best, figure_name, fill_model, parsed
 
 # ---------------------------------------------------------------------------------------- the run itself
 
@@ -72,6 +72,29 @@ def _ascending(span: tuple[float, float]) -> tuple[float, float]:
     return span
 
 
+EVALUATION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def _evaluation(given: Any) -> Any:
+    """Check the dataset, or the datasets by name, to evaluate on; empty text or mapping means None."""
+    if isinstance(given, str):
+        return expand_home(given) or None
+    if not isinstance(given, dict):
+        return given
+    for name, path in given.items():
+        if not isinstance(name, str) or not EVALUATION_NAME.fullmatch(name):
+            raise ValueError(
+                f"the name {name!r} of an evaluation: use up to 64 letters A-Z, digits, '_', '-' and '.', a letter or "
+                "digit first, as text in quotation marks"
+            )
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"{name}={path!r} names no dataset; give a folder or an address")
+    return {name: expand_home(path) for name, path in given.items()} or None
+
+
+Evaluation = Annotated[str | dict[str, str] | None, pydantic.BeforeValidator(_evaluation)]
+"""One dataset, or several by name."""
+
 Span = Annotated[tuple[PositiveFloat, PositiveFloat], pydantic.AfterValidator(_ascending)]
 
 
@@ -79,7 +102,7 @@ class DataConfig(Settings):
     """The dataset (or `datasets`, mixed by weight), the tokenizers and how samples become tensors.
 
     workers: processes that prepare batches; 0 uses a thread. max_bad_rate: share of samples that may be replaced as
-    unusable before the run stops.
+    unusable before the run stops. evaluation: the held-out dataset, or several by name.
     """
 
     dataset: OptionalLocation = None
@@ -88,7 +111,7 @@ class DataConfig(Settings):
     shuffle: ShuffleConfig = ShuffleConfig()
     text_tokenizer: OptionalLocation = None
     image_tokenizer: OptionalLocation = None
-    evaluation: OptionalLocation = None
+    evaluation: Evaluation = None
     crop_scale: Span = (1.0, 1.0)
     crop_ratio: Span = (1.0, 1.0)
     flip: bool = False
@@ -117,8 +140,15 @@ class DataConfig(Settings):
     def paths(self) -> tuple[str, ...]:
         """Paths of everything that is read: datasets, text and image tokenizer, held-out data."""
         sources = (source.path for source in self.datasets)
-        named = (self.dataset, *sources, self.text_tokenizer, self.image_tokenizer, self.evaluation)
+        named = (self.dataset, *sources, self.text_tokenizer, self.image_tokenizer, *self.evaluations.values())
         return tuple(path for path in named if path)
+
+    @property
+    def evaluations(self) -> dict[str, str]:
+        """Held-out datasets by name; the name of a single one is empty."""
+        if isinstance(self.evaluation, dict):
+            return self.evaluation
+        return {"": self.evaluation} if self.evaluation else {}
 
     @property
     def changes(self) -> list[tuple[int, tuple[float | str, ...]]]:
@@ -128,18 +158,22 @@ class DataConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """Length, batch, precision, sharding, and when to write checkpoints, logs and previews.
+    """Length, batch, precision, sharding, and when to evaluate and to write checkpoints, logs and previews.
 
     `recompute`: activation checkpointing. Blocks keep only their inputs and are recomputed in the backward: less
     memory, one more forward, the same numbers.
     These checkpoints are kept: the last `keep_checkpoints` regular ones (and a newer one that a stop signal caused);
     those whose step is a multiple of `keep_every_steps`; the one with the best mean of the metric `keep_best` since the
-    previous save (lowest loss, highest accuracy; "min:NAME" and "max:NAME" set the direction); and named ones.
+    previous save (lowest loss, highest accuracy; "min:NAME" and "max:NAME" set the direction); and named ones. A figure
+    of an evaluation ("eval/NAME/FIGURE", or "eval/FIGURE" of a single dataset) counts for the checkpoint of its step.
+    `evaluate_every_steps`: evaluate on all of `data.evaluation` that often, and at the last step; 0 never.
+    `patience`: end after so many evaluations in a row in which the figure `keep_best` (the loss of a single dataset if
+    it is empty) did not improve; 0 never.
     `checkpoints`: a folder or s3:// prefix for checkpoints, instead of the run's folder.
     `batch_warmup`: [[steps, batch], ...]: so many first steps have this smaller batch; after them it is `global_batch`.
     """
 
-    added = frozenset({"batch_warmup"})
+    added = frozenset({"batch_warmup", "evaluate_every_steps", "patience"})
     steps: PositiveInt
     global_batch: PositiveInt
     batch_warmup: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
@@ -155,6 +189,8 @@ class TrainConfig(Settings):
     checkpoints: OptionalLocation = None
     log_every_steps: PositiveInt = 10
     sample_every_steps: NonNegativeInt = 0
+    evaluate_every_steps: NonNegativeInt = 0
+    patience: NonNegativeInt = 0
     collective_timeout_s: PositiveInt = Field(120, le=7 * 86400)
 
     @property
@@ -369,6 +405,17 @@ class RunConfig(Settings):
         """Folder or s3:// prefix of the checkpoints: `train.checkpoints`, or else RUN/checkpoints."""
         return checkpoint_root(self.run, self.train.checkpoints)
 
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Names of the evaluations that are made in training."""
+        return tuple(self.data.evaluations) if self.train.evaluate_every_steps else ()
+
+    @property
+    def watched(self) -> str:
+        """The figure, as `train.keep_best` names it, that decides when patience ends; empty if there is none."""
+        best = self.train.keep_best or ("" if self.data.evaluations.keys() - {""} else figure_name("", "loss"))
+        return best if self.evaluated and parsed(best)[0].startswith(EVALUATED) else ""
+
     @pydantic.model_validator(mode="after")
     def _sections_fit(self) -> "RunConfig":
         check_sections(self)
@@ -399,7 +446,8 @@ def check_sections(config: RunConfig) -> None:
             f"train.zero_stage={config.train.zero_stage}: {task.kind!r} needs the full weights of a {model.kind} on "
             "every rank; use 0"
         )
-    check_best(config.train.keep_best, task, config.train.steps)
+    check_best(config.train.keep_best, task, config.train.steps, config.evaluated)
+    _check_evaluation(config)
     if reads.text:
         _check_text(reads.text, task)
     _check_batches(config.train)
@@ -419,6 +467,26 @@ def check_initial(config: RunConfig) -> None:
     if path is not None and not path.exists() and not has_begun(config):
         raise ConfigError(
             f"initial={config.initial} does not exist; use the folder of a run or of an exported model, or leave it out"
+        )
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Check that there are data to evaluate on in training, and a figure that the patience is for."""
+    train = config.train
+    if train.evaluate_every_steps and not config.data.evaluations:
+        raise ValueError(
+            f"train.evaluate_every_steps={train.evaluate_every_steps} has no data to evaluate on; name a dataset in "
+            "data.evaluation, or leave it out"
+        )
+    if train.patience and not train.evaluate_every_steps:
+        raise ValueError(
+            f"train.patience={train.patience} counts evaluations, and there are none; set train.evaluate_every_steps"
+        )
+    if train.patience and not config.watched:
+        one = figure_name(next(iter(config.data.evaluations)), "loss")
+        raise ValueError(
+            f"train.patience={train.patience}: train.keep_best={train.keep_best!r} names no figure of an evaluation "
+            f"that must improve; use for example min:{one}"
         )
 
 

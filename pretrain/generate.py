@@ -178,13 +178,14 @@ def generate_images(
     top_k: int = 0,
     guidance: float = 1.0,
     seed: int = 0,
+    first: int = 0,
 ) -> np.ndarray:
-    """Sample one image per prompt -> uint8 [n, S, S, 3]; image i uses the random numbers of (seed, i)."""
+    """Sample one image per prompt -> uint8 [n, S, S, 3]; image i uses the random numbers of (seed, first + i)."""
     config = model.config
     text = torch.from_numpy(np.stack([text_ids(prompt, vocabulary, config.text_tokens) for prompt in prompts]))
     device = device_of(model)
     empty = torch.from_numpy(text_ids("", vocabulary, config.text_tokens)).to(device)
-    keys = (np.array([seed, index], np.uint64) for index in range(len(prompts)))
+    keys = (np.array([seed, first + index], np.uint64) for index in range(len(prompts)))
     streams = (np.random.Generator(np.random.Philox(key=key)) for key in keys)
     uniforms = torch.from_numpy(np.stack([stream.random(config.image_tokens) for stream in streams]))
     was_training = model.training

@@ -6,18 +6,20 @@ import re
 import resource
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+from PIL import Image
 from torch import Tensor
 
 from data_pipeline.errors import storage_errors
+from data_pipeline.outputs import write_whole
 from pretrain.config import FINGERPRINTS, RunConfig
 from pretrain.runtime.goodput import ATTEMPTS, METRICS, append_line, raw_lines_back
 from pretrain.runtime.mlflow_feed import CLOSE_TIMEOUT_S, SYSTEM, MlflowFeed, replace_file
-from pretrain.runtime.show import ProgressLine, save_grid
+from pretrain.runtime.show import ProgressLine, png, save_grid
 
 FIRST_INTERVAL_S = 3.0
 SYSTEM_INTERVAL_S = 10.0
@@ -76,6 +78,23 @@ class Writer:
         self.progress.step(step, means)
         if told:
             self.say(f"step {step}: {told['guard']}")
+
+    def evaluation(
+        self,
+        step: int,
+        figures: Mapping[str, float],
+        seconds: Mapping[str, float],
+        pictures: Iterable[tuple[str, Image.Image]],
+    ) -> None:
+        """Write the line of an evaluation to metrics.jsonl, and its pictures; print the figures."""
+        row: dict[str, Any] = {"step": step, "attempt": self.attempt, **figures, **seconds}
+        self.metrics.write(row | {"stepped_s": self.stepped_s, "time_ms": int(time.time() * 1000)})
+        for name, picture in pictures:
+            path = self.folder / "samples" / f"{name}-step-{step:08d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, png(picture))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.say(f"step {step} evaluated in {seconds['evaluate_s']:.1f} s  {shown}")
 
     def picture(self, pixels: Tensor, name: str, step: int) -> None:
         """Write pixels float32 [n, 3, S, S] in [-1, 1] to samples/NAME-step-SSSSSSSS.png."""

@@ -12,7 +12,7 @@ import functools
 import itertools
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ from pretrain.config import FINGERPRINTS, RunConfig, micro_batch_of
 from pretrain.engine.engine import Engine
 from pretrain.engine.optim import check_names, unfreezing_steps
 from pretrain.engine.schedule import learning_rate
+from pretrain.evaluations import EVALUATIONS
+from pretrain.evaluations.evaluated import EvaluationRanks, StopAsked
+from pretrain.evaluations.held_out import HeldOut
+from pretrain.evaluations.patience import Progress
 from pretrain.inputs.bad import FOLDER, Ledger
 from pretrain.inputs.feed import Batch, Feed
 from pretrain.inputs.lethal import Screened, known_to_all, remember, remembered, screened, search
@@ -49,7 +53,7 @@ from pretrain.runtime.signals import StopSignals, leave_at_once
 from pretrain.runtime.watchdog import Watchdog
 from pretrain.schema.common import MAIN
 from pretrain.tasks import TASKS
-from pretrain.tasks.collectives import Collectives
+from pretrain.tasks.collectives import ONE_DEVICE, Collectives
 from pretrain.tasks.task import PREVIEWED, Task
 from pretrain.tracking import SystemLog, Writer
 
@@ -74,8 +78,10 @@ def main(config: RunConfig, changes: Iterable[str] = ()) -> None:
 
 
 def train(run: "Run", stop: StopSignals) -> None:
-    """Run the training loop from `run.step` to the last step."""
+    """Run the training loop from `run.step` to the last step, or until evaluations improve no more."""
     config = run.config
+    if run.ended_before(stop):
+        return
     for positions, batches in run.feed.steps(run.step, config.train.steps, run.position):
         run.clock.enter("step")
         run.unfreeze()
@@ -90,12 +96,8 @@ def train(run: "Run", stop: StopSignals) -> None:
         run.after_updates()
         run.log(positions, means)
         run.follow_guards()
-        stopping = run.agree(stop.count)
-        if stopping or run.step % config.train.checkpoint_every_steps == 0 or run.step == config.train.steps:
-            run.save()
-        if stopping and run.step < config.train.steps:
-            run.checkpoints.finish()
-            raise Requeue(f"stopped and saved at step {run.step} of {config.train.steps}; the same command resumes")
+        if run.evaluate_and_save(stop):
+            break
         run.clock.enter("wait")
     run.checkpoints.finish()
 
@@ -123,6 +125,8 @@ class Run:
     guards: Guards
     clock: PhaseClock
     watchdog: Watchdog
+    held_out: HeldOut
+    progress: Progress
     system: SystemLog | None = None
     writer: Writer | None = None
     step: int = 0
@@ -160,9 +164,11 @@ class Run:
         sizes = config.train.global_batch, shard, micro_batch
         feed = Feed(stream, inputs, *sizes, ahead, workers, *ledgers, config.train.batch_at)
         engine = Engine(task, config, mesh, micro_batch, accumulation, saved.step if saved else 0)
+        held_out = held_out_of(config, mesh, engine, task)
         clock, guards = PhaseClock(), Guards(config.guards)
         watchdog = Watchdog(mesh, Path(config.run), attempt, clock, config.train.collective_timeout_s)
-        run = cls(config, mesh, stream, feed, task, engine, checkpoints, guards, clock, watchdog, known=known)
+        parts = (task, engine, checkpoints, guards, clock, watchdog, held_out, Progress.of(config))
+        run = cls(config, mesh, stream, feed, *parts, known=known)
         if saved is not None:
             run.resume(saved, changed)
         run.refuse_lethal_images(killed)
@@ -181,6 +187,7 @@ class Run:
         self.changes = saved.state.get("changes", []) + ([{"step": self.step, "settings": changed}] if changed else [])
         self.restore(saved)
         self.guards.load(saved.state["guards"])
+        self.progress.load(saved.state.get("evaluations", self.progress.state()), "data.evaluation" in changed)
 
     def restore(self, saved: Saved) -> None:
         """Restore the engine; settings of the optimizer that were changed at that step or later are not the saved."""
@@ -229,13 +236,17 @@ class Run:
             "zero_stage": self.config.train.zero_stage,
             "versions": versions(),
         }
-        self.checkpoints.save(self.engine, self.step, state)
+        if self.config.evaluated:
+            state["evaluations"] = self.progress.state()
+        figures = self.progress.figures if self.progress.step == self.step else None
+        self.checkpoints.save(self.engine, self.step, state, figures)
 
     def unfreeze(self) -> None:
         """Rebuild the engine at a step in which frozen parameters begin to train, as a resume at this step would."""
         if self.step > self.engine.step and self.step in unfreezing_steps(self.config.optim):
             self.task = build_task(self.config, self.mesh)
             self.engine = self.engine.rebuilt(self.task, self.step)
+            self.held_out.use(self.task, ranks_of(self.mesh, self.engine, self.task))
 
     def turns(self) -> Iterator[Turn]:
         """Yield this step's optimizer turns, in order. Most tasks have one optimizer and one turn."""
@@ -268,8 +279,8 @@ class Run:
         if self.guards.action == "accept":
             self.checkpoints.note(means)
         if self.writer:
-            seconds = {"step_s": time.monotonic() - self.clock.since, "waited_s": self.feed.waited_s}
-            seconds |= {"saved_s": self.clock.spent("save"), "save_s": self.checkpoints.last_save_s}
+            seconds = {"step_s": time.monotonic() - self.clock.since, **self.spent()}
+            seconds["save_s"] = self.checkpoints.last_save_s
             self.writer.step(self.step, positions, means, seconds, self.guards.told())
 
     def follow_guards(self) -> None:
@@ -286,6 +297,69 @@ class Run:
                 )
             self.restore(saved)
             self.guards.remember(saved.state["guards"])
+
+    def ended_before(self, stop: StopSignals) -> bool:
+        """Make the evaluation of the step resumed from if a stop kept it from being made; return whether training ends.
+
+        It ends if it had ended for want of patience.
+        """
+        if self.evaluation_due():
+            ended = self.evaluate_and_save(stop)
+        elif ended := self.progress.exhausted:
+            self.say(self.progress.told())
+        if ended:
+            self.checkpoints.finish()
+        return ended
+
+    def evaluate_and_save(self, stop: StopSignals) -> bool:
+        """Finish a step: evaluate and save if they are due; return whether training ends for want of patience.
+
+        Raises Requeue, after a save, if a rank was asked to stop.
+        """
+        train = self.config.train
+        stopping = self.agree(stop.count) or self.interrupted_evaluation(stop)
+        ended = self.progress.exhausted
+        if stopping or ended or self.step % train.checkpoint_every_steps == 0 or self.step == train.steps:
+            self.save()
+        if stopping and (self.step < train.steps or self.evaluation_due()):
+            self.checkpoints.finish()
+            raise Requeue(f"stopped and saved at step {self.step} of {train.steps}; the same command resumes")
+        if ended:
+            self.say(self.progress.told())
+        return ended
+
+    def evaluation_due(self) -> bool:
+        """Return whether this step asks for an evaluation that was not made yet."""
+        every, last = self.config.train.evaluate_every_steps, self.config.train.steps
+        asks = every > 0 and self.step > 0 and (self.step % every == 0 or self.step == last)
+        return asks and self.progress.step < self.step
+
+    def interrupted_evaluation(self, stop: StopSignals) -> bool:
+        """Evaluate if this step asks for it; return whether a rank was asked to stop before it was done."""
+        if not self.evaluation_due():
+            return False
+        self.clock.enter("evaluate")
+        began = time.monotonic()
+        try:
+            figures = self.held_out.figures(lambda: stop.count)
+        except StopAsked:
+            return True
+        self.progress.note(self.step, figures)
+        self.clock.enter("report")
+        if self.writer:
+            seconds = {"evaluate_s": time.monotonic() - began, **self.spent()}
+            self.writer.evaluation(self.step, figures, seconds, self.held_out.pictures())
+        return False
+
+    def spent(self) -> dict[str, float]:
+        """Return the attempt's total seconds besides steps, for goodput."""
+        seconds = {"waited_s": self.feed.waited_s, "saved_s": self.clock.spent("save")}
+        return seconds | ({"evaluated_s": self.clock.spent("evaluate")} if self.config.evaluated else {})
+
+    def say(self, text: str) -> None:
+        """Print a message on rank 0."""
+        if self.writer:
+            self.writer.say(text)
 
     def agree(self, asked: int) -> bool:
         """Return whether any rank was asked to stop.
@@ -338,6 +412,7 @@ class Run:
     def close(self, status: str) -> None:
         """Give a save in progress a moment to finish, flush the logs, report `status` to MLflow (without raising)."""
         self.watchdog.stop()
+        self.held_out.close()
         if self.system:
             self.system.close()
         self.checkpoints.close()
@@ -378,6 +453,25 @@ def build_task(config: RunConfig, mesh: Mesh) -> Task:
     task = TASKS[config.task.kind](model, config.task, collectives).train()
     check_names(task, config.optim)
     return task
+
+
+def held_out_of(config: RunConfig, mesh: Mesh, engine: Engine, task: Task) -> HeldOut:
+    """Open the data that the run evaluates on, if it does."""
+    evaluation = EVALUATIONS[config.task.kind]
+    return HeldOut(config, task, ranks_of(mesh, engine, task), evaluation.figures, evaluation.check)
+
+
+def ranks_of(mesh: Mesh, engine: Engine, task: Task) -> EvaluationRanks:
+    """Return the ranks of the run as those that share an evaluation: each computes whole batches, as one device."""
+
+    def run(compute: Callable[[Batch], Batch], batch: Batch) -> Batch:
+        own, task.collectives = task.collectives, ONE_DEVICE
+        try:
+            return engine.evaluate(compute, batch)
+        finally:
+            task.collectives = own
+
+    return EvaluationRanks(mesh.rank, mesh.world, lambda x: mesh.sum(x.to(mesh.device)).cpu(), run, asked=lambda: 0)
 
 
 def attempts_noted(run: Path) -> int:

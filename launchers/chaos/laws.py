@@ -14,7 +14,8 @@ from data_pipeline.storage import open_storage
 from launchers.chaos.campaign import Campaign, Event
 from launchers.chaos.plan import Whom
 from pretrain.checkpoint.catalog import CLAIM, FOLDER, MANIFEST, committed, numbers
-from pretrain.runtime.goodput import ATTEMPTS, METRICS, lines_of
+from pretrain.runtime.goodput import ATTEMPTS, evaluations_of, lines_of, steps_of
+from pretrain.schema.tasks import EVALUATED
 
 ENDS: dict[Whom, set[int | None]] = {
     "rank": {70}, "launcher": {-9}, "tree": {-9}, "stop": {75, 0}, "freeze": {70}, "storage": {None, 0},
@@ -25,13 +26,13 @@ ENDS: dict[Whom, set[int | None]] = {
 
 def last_rows(run: Path) -> dict[int, dict[str, Any]]:
     """Return the last metrics row of each step: the last attempt that made a step counts."""
-    return {row["step"]: row for row in lines_of(run / METRICS)}
+    return {row["step"]: row for row in steps_of(run)}
 
 
 def same_losses(campaign: Campaign) -> Iterator[str]:
     """Every step, repeated ones included, has the reference's loss bit for bit, and no step is missing."""
     expected = last_rows(campaign.reference)
-    for row in lines_of(campaign.struck / METRICS):
+    for row in steps_of(campaign.struck):
         reference = expected.get(row["step"])
         if reference is None or row["loss_hex"] != reference["loss_hex"]:
             wanted = reference["loss_hex"] if reference else "has no such step"
@@ -39,6 +40,22 @@ def same_losses(campaign: Campaign) -> Iterator[str]:
     missing = sorted(expected.keys() - last_rows(campaign.struck).keys())
     if missing:
         yield f"{len(missing)} steps are missing, first {missing[0]}"
+
+
+def same_evaluations(campaign: Campaign) -> Iterator[str]:
+    """Every evaluation in training, repeated ones included, has the reference's figures, and none is missing."""
+    expected = {row["step"]: _figures(row) for row in evaluations_of(campaign.reference)}
+    found = list(evaluations_of(campaign.struck))
+    for row in found:
+        if _figures(row) != expected.get(row["step"]):
+            wanted = expected.get(row["step"], "no such evaluation")
+            yield f"evaluation of step {row['step']}, attempt {row['attempt']}: {_figures(row)}, undisturbed {wanted}"
+    if missing := sorted(expected.keys() - {row["step"] for row in found}):
+        yield f"{len(missing)} evaluations are missing, first that of step {missing[0]}"
+
+
+def _figures(row: dict[str, Any]) -> dict[str, str]:
+    return {name: float(value).hex() for name, value in row.items() if name.startswith(EVALUATED)}
 
 
 def same_tensors(campaign: Campaign) -> Iterator[str]:
@@ -172,6 +189,7 @@ def attempts_are_fenced(campaign: Campaign) -> Iterator[str]:
 
 LAWS: dict[str, Callable[[Campaign], Iterator[str]]] = {
     "same training: losses": same_losses,
+    "same training: evaluations": same_evaluations,
     "same training: tensors": same_tensors,
     "same batches: positions": every_position_once,
     "same batches: samples": every_sample_once,

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from launchers.chaos.campaign import MARKER, Campaign, Event
-from pretrain.runtime.goodput import ATTEMPTS, METRICS, goodput, lines_of
+from pretrain.runtime.goodput import ATTEMPTS, goodput, lines_of, steps_of
 
 
 def figures(campaign: Campaign) -> dict[str, Any]:
     """Return the cost of the strikes in seconds (median and longest) and steps, and their counts by kind."""
-    rows = list(lines_of(campaign.struck / METRICS))
+    rows = list(steps_of(campaign.struck))
     starts = {line["attempt"]: line["started"] for line in lines_of(campaign.struck / ATTEMPTS)}
     firsts: dict[int, dict[str, Any]] = {}
     for row in rows:

@@ -63,6 +63,17 @@ Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{12,64}(@step 
 
 
 @with_config(gate.OPEN)
+class _Evaluations(TypedDict):
+    """The evaluations made so far, see pretrain/evaluations/patience.py."""
+
+    watched: str
+    step: Annotated[int, Field(ge=-1, lt=2**63)]
+    misses: gate.Count
+    best: NotRequired[float]
+    best_step: NotRequired[gate.Count]
+
+
+@with_config(gate.OPEN)
 class _State(TypedDict):
     """The fields of state.json that are computed with; the other fields are compared with those of the run."""
 
@@ -70,6 +81,7 @@ class _State(TypedDict):
     means: NotRequired[dict[str, float]]
     fingerprints: NotRequired[dict[str, Fingerprint]]
     changes: NotRequired[list[dict[str, Any]]]
+    evaluations: NotRequired[_Evaluations]
 
 
 @with_config(gate.CLOSED)

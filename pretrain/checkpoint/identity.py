@@ -29,6 +29,7 @@ FREE_TO_CHANGE = {
     "train": (
         "global_batch", "zero_stage", "micro_batch", "recompute", "checkpoint_every_steps", "keep_checkpoints",
         "keep_every_steps", "keep_best", "checkpoints", "log_every_steps", "sample_every_steps", "collective_timeout_s",
+        "evaluate_every_steps", "patience",
     ),
 }  # fmt: skip
 """Settings that may differ in a resumed run: paths, how work is split, what is written and when.

@@ -78,8 +78,12 @@ class Checkpoints:
         for name, value in means.items():
             self._sums.setdefault(name, []).append(value)
 
-    def save(self, engine: "Engine", step: int, state: dict[str, Any]) -> None:
+    def save(
+        self, engine: "Engine", step: int, state: dict[str, Any], figures: Mapping[str, float] | None = None
+    ) -> None:
         """Stage this rank's shard and start a thread that saves it. First wait for the previous save.
+
+        figures: of the evaluation of this step, which may decide which checkpoint is the best.
 
         A failed save raises nothing here: rank 0 reports it, the run continues, and earlier checkpoints are untouched.
         """
@@ -89,7 +93,7 @@ class Checkpoints:
         stuck = self._save is not None and not self._save.ended(COMMIT_TIMEOUT_S)
         shard = None if stuck else self._staging.copy(shard_of(engine, self.mesh))
         self._saves += 1
-        self._save = Save(self, self._saves, step, shard, state | {"means": means}, began)
+        self._save = Save(self, self._saves, step, shard, state | {"means": means | dict(figures or {})}, began)
         self._save.start()
         self.blocked_s += time.monotonic() - began
 

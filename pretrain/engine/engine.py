@@ -118,6 +118,23 @@ class Engine:
         finally:
             self.trace.on = False
 
+    @torch.no_grad()
+    def evaluate(self, compute: Callable[[dict[str, Tensor]], dict[str, Tensor]], batch: dict[str, Tensor]) -> Any:
+        """Return `compute(batch)` on the CPU, in evaluation mode, without gradient and in float32.
+
+        `compute` may call any part of the task. It runs in place of the task's `forward`: under ZeRO-3 sharded weights
+        are gathered only within a call of the whole task. All ranks must take part, with the same modules in order.
+        """
+        task = self.deepspeed.module
+        there = {name: tensor.to(self.mesh.device) for name, tensor in batch.items()}
+        task.forward = torch.autocast(self.mesh.device.type, enabled=False)(compute)
+        task.eval()
+        try:
+            return {name: tensor.cpu() for name, tensor in self.deepspeed(there).items()}
+        finally:
+            del task.forward
+            task.train()
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of the mean over micro-batches.
 

@@ -1,25 +1,25 @@
 """Classification accuracy over every sample of the evaluation data."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pretrain.evaluations import evaluated
-from pretrain.evaluations.evaluated import Evaluated, Figures, reading
+from pretrain.evaluations.evaluated import Batch, Evaluated, Figures, balanced, reading, summed
 
 TOP = 5
 
 
-def figures(given: Evaluated) -> Figures:
+def figures(given: Evaluated, means: Figures) -> Figures:
     """Return top-1 and top-5 accuracy, and the number of samples: each sample counts once, to the last."""
-    right = torch.zeros(2, dtype=torch.int64)
-    samples = given.stream.samples
-    with torch.no_grad(), reading(given.stream, given.inputs(), given.folder) as usable:
-        for start in range(0, samples, evaluated.BATCH):
-            batch = usable.batch(usable.take(np.arange(start, min(start + evaluated.BATCH, samples))))
-            right += hits(given.model(batch["pixels"]), batch["label"])
-    top_1, top_5 = (right.double() / samples).tolist()
-    return {"top_1": top_1, "top_5": top_5, "samples": samples}
+
+    def compute(batch: Batch) -> Batch:
+        return {"right": hits(given.model(batch["pixels"]), batch["label"])}
+
+    groups = balanced(given.count, evaluated.BATCH)
+    with reading(given, "classification", given.inputs()) as usable:
+        totals = summed(given.ranks, groups, lambda positions: usable.batch(usable.take(positions)), compute)
+    top_1, top_5 = (totals["right"] / given.count).tolist()
+    return {"top_1": top_1, "top_5": top_5, "samples": given.count}
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -28,6 +28,6 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
     A class is likelier where its logit is larger, or equal and its number lower.
     """
     own = logits.gather(1, labels[:, None])
-    equal = (logits == own) & (torch.arange(logits.shape[1]) < labels[:, None])
+    equal = (logits == own) & (torch.arange(logits.shape[1], device=logits.device) < labels[:, None])
     rank = ((logits > own) | equal).sum(1)
     return torch.stack([(rank == 0).sum(), (rank < TOP).sum()])

@@ -30,6 +30,13 @@ def open_data(
     return open_stream(chosen, config.seed, codes), tokenizer
 
 
+def open_all(config: RunConfig) -> None:
+    """Open all data of a run as it will: its training data and, if it evaluates in training, its held-out data."""
+    open_data(config)
+    for name in config.evaluated:
+        open_data(config, config.data.evaluations[name])
+
+
 def open_stream(data: DataConfig, seed: int, codes: str | None = None) -> Source:
     """Open the dataset or mixture. Raises ConfigError for unusable weights, DataError for a missing dataset."""
     geometry = Geometry(**data.shuffle.model_dump())

@@ -1,12 +1,14 @@
 """Breakdown of a run's wall time by attempt, from its attempts.jsonl and metrics.jsonl. Imports no torch.
 
 An attempt's wall time runs from the end of the previous attempt (for the first, from its own start) to its last step:
-down (nothing ran) + start (to the first step) + waiting for data + saves + steps + rest. Steps after the one from which
-a later attempt resumed are lost. Goodput is the share of all wall time spent in steps that were not lost.
+down (nothing ran) + start (to the first step) + waiting for data + saves + evaluations + steps + rest. Steps after the
+one from which a later attempt resumed are lost. Goodput is the share of all wall time spent in steps that were not
+lost.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -21,7 +23,7 @@ BLOCK = 1 << 16
 
 
 _COUNTS = ("step", "attempt", "time_ms", "rank", "metrics_at")
-_NUMBERS = ("step_s", "stepped_s", "save_s", "waited_s", "saved_s", "started", "time")
+_NUMBERS = ("step_s", "stepped_s", "save_s", "waited_s", "saved_s", "evaluate_s", "evaluated_s", "started", "time")
 _NEEDED = {METRICS: {"step", "attempt"}, ATTEMPTS: {"attempt"}}
 
 
@@ -83,8 +85,9 @@ def _spans(run: Path) -> list[Span]:
         own = {"attempt": line["attempt"]}.items()
         back, ahead = lines_back(path, line["metrics_at"], end), lines_of(path, line["metrics_at"])
         if last := next((row for row in back if own <= row.items() and "time_ms" in row), None):
-            first = next((row for row in ahead if own <= row.items() and "time_ms" in row), last)
-            found.append(Span(line, path, end, first, last))
+            steps = (row for row in ahead if own <= row.items() and "time_ms" in row and is_step(row))
+            if first := next(steps, None):
+                found.append(Span(line, path, end, first, last))
     return found
 
 
@@ -104,10 +107,27 @@ def _attempt(span: Span, resumed: int, end: float | None) -> dict[str, Any]:
         "waited_s": last.get("waited_s", 0.0),
         "saved_s": last.get("saved_s", 0.0),
     }
+    if "evaluated_s" in last:
+        seconds["evaluated_s"] = last["evaluated_s"]
     from_step = first["step"] - 1
     lost = last["step"] - kept.get("step", from_step)
     steps = {"attempt": first["attempt"], "from_step": from_step, "to_step": last["step"], "lost_steps": lost}
     return steps | {"end_ms": last["time_ms"]} | {name: round(value, 3) for name, value in seconds.items()}
+
+
+def is_step(row: Mapping[str, Any]) -> bool:
+    """Return whether a row of metrics.jsonl is of a step; the others are of an evaluation in training."""
+    return "evaluate_s" not in row
+
+
+def steps_of(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of metrics.jsonl that are of steps."""
+    return filter(is_step, lines_of(run / METRICS))
+
+
+def evaluations_of(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of metrics.jsonl that are of evaluations in training."""
+    return itertools.filterfalse(is_step, lines_of(run / METRICS))
 
 
 def lines_of(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:

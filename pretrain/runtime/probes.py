@@ -92,7 +92,8 @@ def data(config: RunConfig, mesh: Mesh, opened: Callable[[RunConfig], object]) -
 
 
 def _datasets(config: RunConfig) -> list[str]:
-    named = [config.data.dataset, *(source.path for source in config.data.datasets), config.data.evaluation]
+    named = [config.data.dataset, *(source.path for source in config.data.datasets)]
+    named += config.data.evaluations.values()
     return list(dict.fromkeys(path for path in named if path))
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -22,7 +22,9 @@ Metrics = dict[str, Direction | None]
 Special = Literal["pad", "unk", "cls", "sep", "mask"]
 """Special ids by their names in `data_pipeline.text.tokenizer.TextTokenizer`."""
 
-STEP: Metrics = {"loss": "min", "grad_norm": None, "lr": None}
+OF_UPDATE: Metrics = {"grad_norm": None, "lr": None}
+"""Metrics of the update, which an evaluation does not have."""
+STEP: Metrics = {"loss": "min", **OF_UPDATE}
 """Metrics of every task, as the loop reports them."""
 
 
@@ -103,6 +105,17 @@ class TaskSettings(Settings):
     """Metrics that a row of metrics.jsonl may hold."""
     model_defaults: ClassVar[Mapping[str, Any]] = {}
     """Fields of the model whose default is another one under this task."""
+    evaluated: ClassVar[Metrics] = {}
+    """Metrics of the task's evaluation besides the means of those of its steps."""
+
+    def figures(self) -> Metrics:
+        """Return what an evaluation of the task may report: the means of its metrics, and `evaluated`."""
+        means = {name: way for name, way in self.metrics.items() if name not in OF_UPDATE and self.yields(name, 0)}
+        return means | self.evaluated
+
+    def without_noise(self) -> Self:
+        """Return a copy for evaluation, without what only training does to the inputs."""
+        return self
 
     def yields(self, metric: str, steps: int) -> bool:
         """Return whether a run of `steps` steps ever reports `metric`, one of `metrics`."""

@@ -46,10 +46,16 @@ def _with_known_best(tree: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     try:
         task = pydantic.TypeAdapter(TaskConfig).validate_python(tree.get("task"))
-        check_best(train["keep_best"], task, train["steps"])
+        check_best(train["keep_best"], task, train["steps"], _evaluated(tree))
     except (AttributeError, KeyError, TypeError, ValueError):  # pydantic's error is a ValueError
         return {"train": {**train, "keep_best": ""}}
     return {}
+
+
+def _evaluated(tree: Mapping[str, Any]) -> list[str]:
+    """Return the names of the evaluations made in training, as `RunConfig.evaluated` does."""
+    held_out = tree["data"].get("evaluation") if tree["train"].get("evaluate_every_steps") else None
+    return [*held_out] if isinstance(held_out, Mapping) else [""] if held_out else []
 
 
 def _with_known_sides(tree: Any) -> Any:

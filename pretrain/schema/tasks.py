@@ -1,7 +1,7 @@
 """Settings of each task, the models it trains, and the metrics of its steps. Imports no torch."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
@@ -23,6 +23,7 @@ class PairsConfig(TaskSettings):
     trains = (ClipConfig,)
     specials = ("cls", "sep", "pad")
     metrics = {**STEP, "image_to_text_accuracy": "max", "text_to_image_accuracy": "max", "logit_scale": None}
+    evaluated = {"retrieval_r1": "max", "candidates": None, "groups": None}
 
     def shortest_row(self) -> str:
         """A text of one piece."""
@@ -127,6 +128,14 @@ class AutoregressiveConfig(TaskSettings):
     trains = (GptConfig,)
     specials = ("pad",)
     metrics = {**STEP, "code_accuracy": "max"}
+    evaluated = {
+        "prompts": None,
+        **{f"{one}{name}_accuracy": "max" for one in ("", "single_") for name in ("prompt", "shape", "colour")},
+    }
+
+    def without_noise(self) -> Self:
+        """Return a copy that drops no caption."""
+        return self.model_copy(update={"caption_drop": 0.0})
 
     def check(self, model: ModelSettings, global_batch: int) -> None:
         """Require at least two image codes."""
@@ -156,6 +165,7 @@ class ReconstructionConfig(TaskSettings):
         "perplexity": "max", "adversarial_weight": None, "discriminator_loss": None, "discriminator_logits_real": None,
         "discriminator_logits_fake": None, "discriminator_grad_norm": None, "discriminator_lr": None,
     }  # fmt: skip
+    evaluated = {"reconstruction_psnr": "max"}
 
     def yields(self, metric: str, steps: int) -> bool:
         """Return whether the run reports `metric`; the discriminator's only if it starts before the end."""
@@ -221,26 +231,45 @@ def fill_model(tree: Any) -> Any:
 
 # ------------------------------------------------------------------- which checkpoint is the best: train.keep_best
 
+EVALUATED = "eval/"
+"""Prefix of the figures of an evaluation in metrics.jsonl."""
+
+
+def figure_name(evaluation: str, figure: str) -> str:
+    """Return the name in metrics.jsonl of a figure of an evaluation; the only evaluation may have the empty name."""
+    return f"{EVALUATED}{evaluation}/{figure}" if evaluation else f"{EVALUATED}{figure}"
+
+
+def figures_of(evaluations: Iterable[str], task: TaskSettings) -> Metrics:
+    """Return the figures of the named evaluations, by their names in metrics.jsonl."""
+    return {figure_name(name, figure): way for name in evaluations for figure, way in task.figures().items()}
+
 
 def parsed(best: str) -> tuple[str, Direction | None]:
     """Parse `train.keep_best` -> the metric's name, and its direction if given or known."""
     front, colon, name = best.partition(":")
     if colon and front in ("min", "max"):
         return name, "min" if front == "min" else "max"
-    known = (settings.metrics for settings in TASK_SETTINGS.values())
-    return best, next((metrics[best] for metrics in known if best in metrics), None)
+    own = best.rpartition("/")[2] if best.startswith(EVALUATED) else best
+    known = (settings.metrics | settings.evaluated for settings in TASK_SETTINGS.values())
+    return best, next((metrics[own] for metrics in known if own in metrics), None)
 
 
-def check_best(best: str, task: TaskSettings, steps: int) -> None:
-    """Raise ValueError, listing the known names, for a metric that the task does not report or without a direction."""
+def check_best(best: str, task: TaskSettings, steps: int, evaluations: Iterable[str] = ()) -> None:
+    """Raise ValueError, listing the known names, for a metric that the run does not report or without a direction.
+
+    evaluations: names of the evaluations that are made in training.
+    """
     if not best:
         return
     name, direction = parsed(best)
-    names = [known for known in task.metrics if task.yields(known, steps)]
+    names = [known for known in task.metrics if task.yields(known, steps)] + [*figures_of(evaluations, task)]
     if name not in names:
+        lacks = name.startswith(EVALUATED) and not any(known.startswith(EVALUATED) for known in names)
+        hint = "; a figure of an evaluation needs data.evaluation and train.evaluate_every_steps" if lacks else ""
         raise ValueError(
             f"train.keep_best={best!r}: {task.kind!r} yields no such metric; use one of {', '.join(names)}, "
-            "with min: or max: in front to choose the direction"
+            f"with min: or max: in front for another direction than usual{hint}"
         )
     if direction is None:
         raise ValueError(f"train.keep_best={best!r}: its better direction is undefined; use min:{name} or max:{name}")

@@ -53,6 +53,7 @@ class ClassifyConfig(TaskSettings):
     label_smoothing: NonNegativeFloat = Field(0.0, lt=1.0)
     trains = (VitConfig,)
     metrics = {**STEP, "accuracy": "max"}
+    evaluated = {"top_1": "max", "top_5": "max", "samples": None}
 
     def check(self, model: ModelSettings, global_batch: int) -> None:
         """Require a choice."""

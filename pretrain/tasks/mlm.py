@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -117,14 +118,7 @@ class Mlm(Task):
 
     def forward(self, batch: Batch) -> Batch:
         """The tensors of MlmInputs -> loss and, over all ranks, mlm_loss, mlm_accuracy (nsp_loss, nsp_accuracy)."""
-        several = {key: batch[key] for key in ("segments", "places") if key in batch}  # only when packed
-        words, pairs = self.model(batch["tokens"], batch["types"], batch["attention"], batch["positions"], **several)
-        labels, weights = batch["labels"], batch["label_weights"]
-        nll = word_loss(words, labels, weights)
-        right = ((words.detach().argmax(-1) == labels) * weights).sum()
-        nsp = F.cross_entropy(pairs, batch["is_random"])
-        nsp_right = (pairs.detach().argmax(-1) == batch["is_random"]).float().mean()
-        sums = torch.stack([weights.sum(), nll.detach(), right, nsp.detach(), nsp_right])
+        nll, nsp, sums = self._sums(batch)
         count, total_nll, total_right, total_nsp, total_nsp_right = self.collectives.sum(sums).unbind()
         count, world = count.clamp(min=1), self.collectives.world
         usual = batch.get("masked_words", count / world)
@@ -134,6 +128,37 @@ class Mlm(Task):
             return {"loss": nll / usual + 0 * nsp, **metrics}
         metrics |= {"nsp_loss": total_nsp / world, "nsp_accuracy": total_nsp_right / world}
         return {"loss": nll / usual + nsp, **metrics}
+
+    def _sums(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sum of the words' losses [], the mean next-sentence loss [], and all that is summed, float32 [5].
+
+        The latter are the count, loss and hits of the masked words, and the means of next-sentence loss and accuracy.
+        """
+        several = {key: batch[key] for key in ("segments", "places") if key in batch}  # only when packed
+        words, pairs = self.model(batch["tokens"], batch["types"], batch["attention"], batch["positions"], **several)
+        labels, weights = batch["labels"], batch["label_weights"]
+        nll = word_loss(words, labels, weights)
+        right = ((words.detach().argmax(-1) == labels) * weights).sum()
+        nsp = F.cross_entropy(pairs, batch["is_random"])
+        nsp_right = (pairs.detach().argmax(-1) == batch["is_random"]).float().mean()
+        return nll, nsp, torch.stack([weights.sum(), nll.detach(), right, nsp.detach(), nsp_right])
+
+    def totals(self, batch: Batch) -> Batch:
+        """Return the sums over the words of a batch, and over its samples with next-sentence prediction."""
+        masked, nll, right, nsp, nsp_right = self._sums(batch)[2].double().unbind()
+        samples = torch.tensor(len(batch["tokens"]), dtype=torch.float64, device=nll.device)
+        words = {"masked_words": masked, "nll": nll, "right": right}
+        return words | {"samples": samples, "nsp": nsp * samples, "nsp_right": nsp_right * samples}
+
+    def means(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the means over all masked words; of the next-sentence prediction over all samples."""
+        count, samples = totals["masked_words"].clamp(min=1), totals["samples"]
+        found = {"mlm_loss": totals["nll"] / count, "mlm_accuracy": totals["right"] / count}
+        loss = found["mlm_loss"]
+        if self.config.nsp:
+            found |= {"nsp_loss": totals["nsp"] / samples, "nsp_accuracy": totals["nsp_right"] / samples}
+            loss = loss + found["nsp_loss"]
+        return {name: float(value) for name, value in ({"loss": loss} | found).items()}
 
 
 def word_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ Letters: B batch of this rank, S image side, E code width, N codebook size, M la
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -176,6 +176,31 @@ class Reconstruction(Task):
         metrics |= self._usage(quantised.codes, step)
         return {"loss": loss} | {name: value.detach() for name, value in metrics.items()}
 
+    def totals(self, batch: Batch) -> Batch:
+        """Return the sums over the images of a batch, and how often each code is used, float64 [N].
+
+        The adversarial part of the loss is left out: its weight depends on gradients.
+        """
+        pixels = batch["pixels"]
+        output, quantised = self.model(pixels)
+        drawn, config = output.float(), self.config
+        codebook = codebook_loss(quantised.latents, quantised.nearest, config.commitment, config.legacy_commitment)
+        found = {
+            "loss": self._nll(pixels, drawn) + config.codebook_weight * codebook,
+            "absolute_error": (pixels - drawn).abs().mean(),
+            "codebook_loss": codebook,
+            "psnr": psnr(pixels, drawn),
+            "samples": torch.ones((), device=drawn.device),
+        }
+        sums = {name: value.double() * len(pixels) for name, value in found.items()}
+        return sums | {"codes": self._counts(quantised.codes).double()}
+
+    def means(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the means over all images, and the usage of the codes in them."""
+        plain = {name: total for name, total in totals.items() if name != "codes"}
+        usage = {name: float(value) for name, value in code_usage(totals["codes"]).items()}
+        return super().means(plain) | usage
+
     def _adversarial(self, reconstruction: Tensor, nll: Tensor, weight: Tensor | None) -> tuple[Tensor, Batch]:
         """Return (lambda * generator, metrics)."""
         generator = self._judged(reconstruction)
@@ -209,14 +234,15 @@ class Reconstruction(Task):
 
     def _usage(self, codes: Tensor, step: int) -> Batch:
         """Count the codes used in the global batch -> metrics; in training, update `last_used`."""
-        used = codes.flatten()  # not bincount: its output shape depends on the data
-        counts = torch.zeros_like(self.last_used).index_add_(0, used, torch.ones_like(used))
-        counts = self.collectives.sum(counts.float())
+        counts = self.collectives.sum(self._counts(codes).float())
         if self.training:
             self.last_used.masked_fill_(counts > 0, step)
-        share = counts / counts.sum()
-        perplexity = torch.exp(-(share * share.clamp(min=1e-10).log()).sum())
-        return {"codes_used": (counts > 0).float().sum(), "perplexity": perplexity}
+        return code_usage(counts)
+
+    def _counts(self, codes: Tensor) -> Tensor:
+        """Return how often each code is used, int64 [N]."""
+        used = codes.flatten()  # not bincount: its output shape depends on the data
+        return torch.zeros_like(self.last_used).index_add_(0, used, torch.ones_like(used))
 
     @torch.no_grad()
     def preview(self, first: Callable[[int], Batch]) -> Tensor:
@@ -268,6 +294,13 @@ def codebook_loss(latents: Tensor, nearest: Tensor, commitment: float, legacy: b
     to_codes = (latents.detach() - nearest).square().mean()
     to_latents = (latents - nearest.detach()).square().mean()
     return commitment * to_codes + to_latents if legacy else to_codes + commitment * to_latents
+
+
+def code_usage(counts: Tensor) -> Batch:
+    """counts float [N], how often each code is used -> the number of codes used [] and their perplexity []."""
+    share = counts / counts.sum()
+    perplexity = torch.exp(-(share * share.clamp(min=1e-10).log()).sum())
+    return {"codes_used": (counts > 0).float().sum(), "perplexity": perplexity}
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -71,6 +72,16 @@ class Rtd(Task):
 
     def forward(self, batch: Batch) -> Batch:
         """The tensors of RtdInputs -> loss and, over all ranks, the losses and accuracies of both towers."""
+        nll, rtd, sums = self._sums(batch)
+        sums = self.collectives.sum(sums)
+        masked, words = sums[0].clamp(min=1), sums[1].clamp(min=1)
+        world = self.collectives.world
+        usual_masked = batch.get("masked_words", masked / world)
+        usual_words = batch.get("real_words", words / world)
+        return {"loss": nll / usual_masked + self.config.rtd_weight * rtd / usual_words, **_metrics(sums)}
+
+    def _sums(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums of the losses of both towers [], and all sums in the order of SUMS, float32 [9]."""
         several = {key: batch[key] for key in ("segments", "places") if key in batch}  # only when packed
         out = self.model(**{key: batch[key] for key in self.keys}, **several)
         labels, weights, real = batch["labels"], batch["label_weights"], batch["attention"]
@@ -81,21 +92,36 @@ class Rtd(Task):
         counts = [weights.sum(), real.sum(), nll.detach(), rtd.detach(), right]
         counts += [((guessed == out.replaced) & real).sum(), (guessed & out.replaced & real).sum()]
         counts += [(guessed & real).sum(), (out.replaced & real).sum()]
-        sums = self.collectives.sum(torch.stack([count.float() for count in counts]))
-        masked, words, total_nll, total_rtd, filled, judged, caught, accused, guilty = sums.unbind()
-        masked, words, accused, guilty = (count.clamp(min=1) for count in (masked, words, accused, guilty))
-        world = self.collectives.world
-        usual_masked = batch.get("masked_words", masked / world)
-        usual_words = batch.get("real_words", words / world)
-        return {
-            "loss": nll / usual_masked + self.config.rtd_weight * rtd / usual_words,
-            "mlm_loss": total_nll / masked,
-            "mlm_accuracy": filled / masked,
-            "rtd_loss": total_rtd / words,
-            "rtd_accuracy": judged / words,
-            "rtd_precision": caught / accused,
-            "rtd_recall": caught / guilty,
-        }
+        return nll, rtd, torch.stack([count.float() for count in counts])
+
+    def totals(self, batch: Batch) -> Batch:
+        """Return the sums over the words of a batch."""
+        return dict(zip(SUMS, self._sums(batch)[2].double().unbind(), strict=True))
+
+    def means(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the means over all masked words, of the discriminator over all words but padding."""
+        found = _metrics(torch.stack([totals[name] for name in SUMS]))
+        loss = found["mlm_loss"] + self.config.rtd_weight * found["rtd_loss"]
+        return {name: float(value) for name, value in ({"loss": loss} | found).items()}
+
+
+SUMS = ("masked", "words", "nll", "rtd", "filled", "judged", "caught", "accused", "guilty")
+"""Counts of masked words and of words; sums of both losses; words filled in and judged rightly; replaced words that
+were found, words called replaced, and words replaced."""
+
+
+def _metrics(sums: Tensor) -> Batch:
+    """float [9] in the order of SUMS -> losses and accuracies of both towers."""
+    masked, words, nll, rtd, filled, judged, caught, accused, guilty = sums.unbind()
+    masked, words, accused, guilty = (count.clamp(min=1) for count in (masked, words, accused, guilty))
+    return {
+        "mlm_loss": nll / masked,
+        "mlm_accuracy": filled / masked,
+        "rtd_loss": rtd / words,
+        "rtd_accuracy": judged / words,
+        "rtd_precision": caught / accused,
+        "rtd_recall": caught / guilty,
+    }
 
 
 def replaced_loss(logits: Tensor, replaced: Tensor, real: Tensor) -> Tensor:

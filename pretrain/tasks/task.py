@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from pretrain.inputs.shapes import ShapeOf
@@ -82,6 +83,21 @@ class Task(nn.Module):
         rows: the results of `forward` for the micro-batches with the key "embed" in the batch.
         """
         raise NotImplementedError(f"{type(self).__name__} uses the whole batch and has no slopes")
+
+    def totals(self, batch: Batch) -> Batch:
+        """Return sums over the samples of a batch, for an evaluation: float64 [], or [n] for counts.
+
+        The sums of several batches are added; `means` turns the result into figures. By default every sample counts
+        equally in each metric of `forward`. The collectives must be those of one device.
+        """
+        samples = len(batch[self.keys[0]])
+        found = type(self).forward(self, batch | {"step": torch.tensor(0)})
+        sums = {name: value.double().reshape(()) * samples for name, value in found.items()}
+        return sums | {"samples": torch.tensor(samples, dtype=torch.float64)}
+
+    def means(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the figures of an evaluation, given the sums of `totals` over all its batches."""
+        return {name: float(total / totals["samples"]) for name, total in totals.items() if name != "samples"}
 
     def after_step(self, step: int) -> None:
         """Called after each step, on every rank in the same way. step: steps made."""

@@ -66,7 +66,7 @@ def place(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Place
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "CANDIDATES", 8)
     monkeypatch.setattr(prompts, "PROMPTS", 4)
-    monkeypatch.setattr(evaluated, "SAMPLES", 32)
+    monkeypatch.setattr(evaluated, "SAMPLES", 200)
     monkeypatch.setattr(evaluated, "BATCH", 16)
 
 

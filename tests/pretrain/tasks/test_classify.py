@@ -1,5 +1,6 @@
 """Classification: labels of samples, the loss against a loop, the initial model, and accuracy over all samples."""
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_pipeline.errors import BadSample, ConfigError
+from data_pipeline.shards.codes import DECODE_S
 from data_pipeline.stream.reader import Stream
 from pretrain.evaluations import evaluated
 from pretrain.evaluations.classification import figures, hits
 from pretrain.evaluations.evaluated import Evaluated
+from pretrain.inputs.lethal import looking_decoder
 from pretrain.models.vit import Vit
 from pretrain.schema.vit import ClassifyConfig, VitConfig
 from pretrain.tasks.classify import Classify, ClassifyInputs
@@ -139,7 +142,9 @@ def test_every_sample_counts_once_to_the_last(
                 row[label] = 9.0
         return logits
 
-    found = figures(Evaluated(model, config, stream, None, tmp_path))
+    task: Any = SimpleNamespace(model=model, inputs=ClassifyInputs)
+    with contextlib.closing(looking_decoder(DECODE_S)) as decoder:
+        found = figures(Evaluated(task, config, stream, None, tmp_path, stream.samples, decoder), {})
     share = [np.mean([label is not None and label < top for label in labels]) for top in (5, 5)]
     assert (found["top_1"], found["top_5"]) == pytest.approx(share)
     assert found["samples"] == 200 and next(seen, None) is None
