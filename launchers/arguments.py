@@ -39,6 +39,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value inste
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
 RunOrExport = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of an exported model.")]
 Step = Annotated[int | None, typer.Option(min=1, help="Take the checkpoint of this step instead of the newest.")]
+Ema = Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights (`optim.ema`).")]
 Name = Annotated[str | None, typer.Option(help="Take the checkpoint of this name (`tessera checkpoint name`).")]
 
 

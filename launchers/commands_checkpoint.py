@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launchers.arguments import AsJson, Name, Overrides, Run, RunOrExport, Step, as_dict, emit, interruptible
+from launchers.arguments import AsJson, Ema, Name, Overrides, Run, RunOrExport, Step, as_dict, emit, interruptible
 
 
 def list_checkpoints(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
@@ -36,6 +36,7 @@ def export(
     ] = "tessera",
     step: Step = None,
     name: Name = None,
+    ema: Ema = False,
     again: Annotated[bool, typer.Option("--again", help="Succeed if OUTPUT already holds this export.")] = False,
     json: AsJson = False,
 ) -> None:
@@ -43,7 +44,7 @@ def export(
     with interruptible(lambda: _unwritten(output)):
         from pretrain.checkpoint.verbs import export as run_export
 
-        exported = run_export(run, output, step, form, name, overrides or [], again)
+        exported = run_export(run, output, step, form, name, overrides or [], again, ema)
     emit({"exported": str(exported)}, json)
 
 

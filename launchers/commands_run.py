@@ -9,6 +9,7 @@ from data_pipeline.errors import NodeFault, Requeue
 from launchers.arguments import (
     AsJson,
     Changes,
+    Ema,
     Name,
     Overrides,
     Run,
@@ -65,13 +66,14 @@ def generate(
     seed: Seed = 0,
     step: Step = None,
     name: Name = None,
+    ema: Ema = False,
 ) -> None:
     """Generate images from a prompt; print their paths, a labelled grid first."""
     where = str(out) if out else None
     with interruptible(lambda: "only the images with printed paths are written"):
         from pretrain.generate import main
 
-        main(str(run), prompt, count, where, temperature, top_k, guidance, seed, step, name, overrides or [])
+        main(str(run), prompt, count, where, temperature, top_k, guidance, seed, step, name, overrides or [], ema)
 
 
 def evaluate(
@@ -84,6 +86,7 @@ def evaluate(
     step: Step = None,
     name: Name = None,
     every: Annotated[bool, typer.Option("--all", help="Evaluate every checkpoint, in the order of steps.")] = False,
+    ema: Ema = False,
     json: AsJson = False,
 ) -> None:
     """Evaluate a run's newest checkpoint on held-out data; print the metrics and write RUN/evaluation.json.
@@ -103,7 +106,7 @@ def evaluate(
     with interruptible(written):
         from pretrain.evaluate import main
 
-        main(run, rerank, candidates, step, name, overrides or [], say, every)
+        main(run, rerank, candidates, step, name, overrides or [], say, every, ema)
 
 
 def status(run: Run, json: AsJson = False) -> None:

@@ -273,12 +273,14 @@ class OptimConfig(AdamWConfig):
     A reconstruction has the role "discriminator". `freeze`: patterns of parameter names, of all roles, that do not
     train; an entry is a pattern or {pattern, until_step}. `layer_decay`: the rate of a block is multiplied by it
     once for every block above, and once for the head.
+    `ema`: decay of the exponential moving average of the weights, 0 for none.
     """
 
     added = AdamWConfig.added | {"freeze", "layer_decay"}
     roles: dict[str, AdamWConfig] = {}
     freeze: tuple[FreezeConfig, ...] = ()
     layer_decay: PositiveFloat = Field(1.0, le=1.0)
+    ema: Beta = 0.0
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -564,6 +566,7 @@ CHANGEABLE = (
     "optim.eps",
     "optim.weight_decay",
     "optim.no_decay",
+    "optim.ema",
     "data.evaluation",
 )
 """Settings that --change accepts, with what is below them; those of `optim` also in `optim.roles.NAME`."""

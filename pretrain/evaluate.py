@@ -35,7 +35,7 @@ CANDIDATES_PER_PROMPT = 8
 NOT_TRAINING = ("train.evaluate_every_steps=0", "train.patience=0", "train.keep_best=")
 """Overrides of settings that name the data evaluated in training: other data may be evaluated later."""
 LINES = "evaluation.jsonl"
-ABOUT = ("step", "data", "data_fingerprint", "reranked_by")
+ABOUT = ("step", "data", "data_fingerprint", "reranked_by", "weights")
 """Fields that tell the lines of evaluation.jsonl apart."""
 
 
@@ -48,26 +48,28 @@ def main(
     overrides: Sequence[str] = (),
     say: Callable[[dict[str, Any]], None] = lambda told: None,
     every: bool = False,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Evaluate an exported model or a run's newest checkpoint (or that of `step` or `label`) -> step, data and metrics.
 
     The result is passed to `say`, then written to RUN/evaluation.json, as a line of RUN/evaluation.jsonl, to
     RUN/samples (pictures) and MLflow. every: evaluate all checkpoints in the order of their steps; the newest counts.
     rerank: for a gpt, the run or export of a CLIP that picks the best of `candidates` images per prompt, as in DALL-E
-    (Ramesh et al. 2021, arXiv:2102.12092).
+    (Ramesh et al. 2021, arXiv:2102.12092). ema: evaluate the average of the weights.
     """
     folder, settings = Path(run), [*overrides, *NOT_TRAINING]
     steps = _steps(folder, settings, step, label) if every else [step]
     data: dict[str, Evaluated] = {}
     with contextlib.closing(looking_decoder(DECODE_S)) as decoder:
         for chosen in steps:
-            model, config, at = load_trained(folder, chosen, label, settings)
+            model, config, at = load_trained(folder, chosen, label, settings, ema)
             task = TASKS[config.task.kind](model, config.task, ONE_DEVICE).eval()
             data = data or dict(_opened(config, folder, task, decoder, rerank, candidates))
             about, figures = _evaluated(task, config, at, data, rerank)
+            about |= {"weights": "ema"} if ema else {}
             say(about | figures)
             _write(folder, about, figures, data)
-    _send(folder, config, figures)
+    _send(folder, config, {f"ema_{name}": value for name, value in figures.items()} if ema else figures)
     return about | figures
 
 

@@ -68,17 +68,18 @@ def main(
     step: int | None = None,
     label: str | None = None,
     overrides: Sequence[str] = (),
+    ema: bool = False,
 ) -> list[Path]:
     """Write `count` images of `prompt` and a labelled grid into `out` (default: RUN/samples) -> paths, grid first.
 
-    run: folder of an exported model or of a run; step and label choose the run's checkpoint. Prints a note on stderr
-    where the model cannot follow the prompt or the settings.
+    run: folder of an exported model or of a run; step and label choose the run's checkpoint, ema the average of its
+    weights. Prints a note on stderr where the model cannot follow the prompt or the settings.
     """
     if count < 1:
         raise ConfigError(f"count={count}: use 1 or more")
     sampling = Sampling(temperature, top_k, guidance, seed)
     check_text(prompt)
-    model, config, at = load_trained(run, step, label, overrides)
+    model, config, at = load_trained(run, step, label, overrides, ema)
     if not isinstance(model, Gpt) or not isinstance(config.task, AutoregressiveConfig):
         raise ConfigError(f"{run} trained a {config.model.kind}, which generates no images; use the run of a gpt")
     check_files(run, config)
@@ -98,7 +99,8 @@ def main(
     names = file_names(prompt, sampling, made_by, count)
     note = PngImagePlugin.PngInfo()
     note.add_itxt("prompt", prompt)
-    note.add_text("settings", json.dumps(dataclasses.asdict(sampling) | {"model": str(run), "step": at}))
+    made_from = {"model": str(run), "step": at} | ({"weights": "ema"} if ema else {})
+    note.add_text("settings", json.dumps(dataclasses.asdict(sampling) | made_from))
     for name, picture in zip(names, pictures, strict=True):
         write_whole(folder / name, png(picture, note))
         print(folder / name)

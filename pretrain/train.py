@@ -31,7 +31,7 @@ from pretrain.checkpoint.saver import Checkpoints, from_rank_0, start_attempt
 from pretrain.config import FINGERPRINTS, RunConfig, micro_batch_of
 from pretrain.engine.engine import Engine
 from pretrain.engine.optim import check_names, unfreezing_steps
-from pretrain.engine.schedule import learning_rate
+from pretrain.engine.schedule import ema_rate, learning_rate
 from pretrain.evaluations import EVALUATIONS
 from pretrain.evaluations.evaluated import EvaluationRanks, StopAsked
 from pretrain.evaluations.held_out import HeldOut
@@ -268,6 +268,8 @@ class Run:
         self.engine.settle(self.guards.action == "accept")
         self.step, self.position = self.step + 1, self.position + self.config.train.batch_at(self.step)
         self.task.after_step(self.step)
+        if self.guards.action == "accept":
+            self.engine.average(ema_rate(self.step - 1, self.config.optim.ema))
         every = self.config.train.sample_every_steps
         if self.writer and every and self.step % every == 0:
             shown = self.task.preview(self.feed.preview)

@@ -7,9 +7,9 @@ from typing import Any
 
 from data_pipeline.errors import ConfigError
 from launchers.plan.clusters import Cluster
-from launchers.plan.figures import Traced
+from launchers.plan.figures import FP32, Traced
 from launchers.plan.memory import Memory, memory_of
-from launchers.plan.pace import Pace, Work, paces, sent_by_node
+from launchers.plan.pace import UPDATE_BYTES, Pace, Work, paces, sent_by_node
 from launchers.plan.textbook import states_bytes
 from launchers.plan.traffic import Transfer, transfers_of
 from pretrain.config import RunConfig, check_sections, micro_batch_of
@@ -89,9 +89,10 @@ def make_plan(config: RunConfig, cluster: Cluster, traced: Traced | None = None)
     traced = traced or trace_step(config, cluster)
     size = traced.parameters
     settings = settings_of(config, size, cluster.world, micro, accumulation, overlap=cluster.device.on_gpu)
-    memory = memory_of(traced, settings, cluster.world, accumulation)
+    memory = memory_of(traced, settings, cluster.world, accumulation, ema=config.optim.ema > 0)
     transfers = transfers_of(traced, settings, accumulation)
     updated = traced.trained / (cluster.world if config.train.zero_stage else 1)
+    updated *= 1 + (3 * FP32 / UPDATE_BYTES if config.optim.ema else 0)  # the average reads two tensors and writes one
     work = Work.of(traced, accumulation, updated)
     pace = paces(work, transfers, cluster, config.train.precision)
     return RunPlan(config, cluster, micro, accumulation, traced, memory, tuple(transfers), pace)

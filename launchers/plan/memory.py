@@ -40,13 +40,15 @@ class Memory:
         return sum(item.bytes * ERRORS[item.kind] for item in self.items)
 
 
-def memory_of(traced: Traced, settings: dict[str, Any], world: int, accumulation: int) -> Memory:
+def memory_of(traced: Traced, settings: dict[str, Any], world: int, accumulation: int, ema: bool = False) -> Memory:
     """Return the memory of a step.
 
     Its peak is near the end of a forward, or at the update, when activations are freed and gradients are flattened.
     """
     size, zero = traced.trained, settings["zero_optimization"]
     held = [*states(size, world, zero["stage"], accumulation, traced.parameters - size), *working_set(traced, zero)]
+    if ema:
+        held.append(Item("average of the weights", STATE, FP32 * size / (world if zero["stage"] else 1)))
     flat = flattened(size, world, zero["stage"])
     held += max(activations(traced, zero), flat, key=lambda items: sum(item.bytes for item in items))
     if traced.on_gpu:

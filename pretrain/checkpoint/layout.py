@@ -1,7 +1,7 @@
 """Slices of tensors -> safetensors files per rank, written in one pass; byte ranges of such files -> slices.
 
-In a file the tensors of one slice are adjacent: `param`, `exp_avg`, `exp_avg_sq` in this order, float32, little endian,
-under the keys KIND/NAME. The index gives the offset of each slice, so that a reader requests nothing else.
+In a file the tensors of one slice are adjacent: `param`, `exp_avg`, `exp_avg_sq`, `ema` in this order, float32, little
+endian, under the keys KIND/NAME. The index gives the offset of each slice, so that a reader requests nothing else.
 
 Stages 0 and 3 split every parameter evenly over the ranks. An even split follows from names, shapes and world size, so
 only rank 0 reports its slices and the index does not list them, which would take ranks x parameters entries.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pretrain.engine.engine import Engine
     from pretrain.runtime.mesh import Mesh
 
-KINDS = ("param", "exp_avg", "exp_avg_sq")
+KINDS = ("param", "exp_avg", "exp_avg_sq", "ema")
 ITEM = 4  # bytes of a float32
 READERS = 4
 PART = 1 << 30
@@ -458,7 +458,7 @@ class Slices:
                 assert done is None
 
     def interval(self, kind: str, name: str, lo: int, hi: int) -> Tensor:
-        """Return elements [lo, hi) of kind "param", "exp_avg" or "exp_avg_sq" as float32 [hi - lo]."""
+        """Return elements [lo, hi) of one of KINDS as float32 [hi - lo]."""
         tensor = self._empty(name, (hi - lo,), torch.float32)
         self.fill([(kind, name, lo, tensor)])
         return tensor

@@ -7,6 +7,7 @@ import torch
 from data_pipeline.errors import DataError
 from pretrain.checkpoint.catalog import Saved
 from pretrain.checkpoint.layout import Slices
+from pretrain.engine.engine import AVERAGE, MOMENTS
 from pretrain.engine.optim import regrouped
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ def restore(saved: Saved, engine: "Engine", regroup: bool = False) -> None:
 
     regroup: the optimizer's settings were changed on purpose, so that groups may have other settings and members.
     At the world size that wrote the checkpoint, every rank restores its own buffers; at any other, those of rank 0.
-    What was still frozen then begins with moments of zero. Raises DataError if the checkpoint belongs to another model.
+    What was still frozen then begins with moments of zero; an average of the weights that was not kept, at the weights.
+    Raises DataError if the checkpoint belongs to another model.
     """
     slices = Slices(saved.folder)
     unknown = sorted(set(engine.names.values()) ^ set(slices.shapes))
@@ -31,11 +33,18 @@ def restore(saved: Saved, engine: "Engine", regroup: bool = False) -> None:
             was = list(slices.shapes[owned.name])
             raise DataError(f"{saved.folder}: {owned.name} has shape {was}, this model {list(owned.shape)}")
     fresh = engine.stateless(saved.state["optimizer"])
-    wanted = [(kind, owned.name, owned.lo, view) for owned in parts for kind, view in owned.tensors.items()]
-    slices.fill(one for one in wanted if one[0] == "param" or one[1] not in fresh)
-    for kind, name, _, view in wanted:
-        if kind != "param" and name in fresh:
-            view.zero_()
+    new: dict[str, tuple[str, ...]] = {name: (*MOMENTS, AVERAGE) for name in fresh}
+    new |= {name: (AVERAGE,) for name in slices.shapes if name not in fresh and AVERAGE not in slices.kinds(name)}
+    slices.fill(
+        (kind, owned.name, owned.lo, view)
+        for owned in parts
+        for kind, view in owned.tensors.items()
+        if kind not in new.get(owned.name, ())
+    )
+    for owned in parts:
+        owned.begin(new.get(owned.name, ()))
+    if engine.mesh.rank == 0 and AVERAGE in engine.kinds and not any(AVERAGE in slices.kinds(n) for n in slices.shapes):
+        print(f"{saved.folder} holds no average of the weights: optim.ema begins at the weights", flush=True)
     engine.refresh()
     buffers = dict(engine.deepspeed.module.named_buffers())
     rank = engine.mesh.rank if engine.mesh.world == saved.manifest["world"] else 0

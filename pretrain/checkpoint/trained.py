@@ -135,26 +135,39 @@ def newest_whole(
 
 
 def load_trained(
-    source: str | Path, step: int | None = None, label: str | None = None, overrides: Sequence[str] = ()
+    source: str | Path,
+    step: int | None = None,
+    label: str | None = None,
+    overrides: Sequence[str] = (),
+    ema: bool = False,
 ) -> Trained:
-    """Load the model of an exported folder, or of a run's newest whole checkpoint (of `step`; named `label`)."""
+    """Load the model of an exported folder, or of a run's newest whole checkpoint (of `step`; named `label`).
+
+    ema: take the average of the weights instead.
+    """
     config = run_config(source, overrides)
-    model, _, at = load_weights(source, step, label, overrides)
+    model, _, at = load_weights(source, step, label, overrides, ema)
     return Trained(model, config, at)
 
 
 def load_weights(
-    source: str | Path, step: int | None = None, label: str | None = None, overrides: Sequence[str] = ()
+    source: str | Path,
+    step: int | None = None,
+    label: str | None = None,
+    overrides: Sequence[str] = (),
+    ema: bool = False,
 ) -> tuple[nn.Module, ModelConfig, int | None]:
     """Load as `load_trained` without settings, which an export may lack -> model, its configuration, step."""
     tree = saved_tree(source)
     if is_export(tree):
+        if ema:
+            raise ConfigError(f"{source} is an exported model, with one set of weights; leave --ema out")
         if step is not None or label is not None:
             raise ConfigError(f"{source} is an exported model with one checkpoint; leave --step and --name out")
         return *load_model(source), tree.get("step")
     saved = newest_whole(source, step, label, overrides)
     config = run_config(source, overrides).model
-    model, state = MODELS[config.kind](config), weights_of(saved)
+    model, state = MODELS[config.kind](config), weights_of(saved, ema)
     absent = {name for name, _ in model.named_parameters()} - set(state)
     if absent:
         raise DataError(f"{saved.folder} lacks {len(absent)} tensors of the model, first {sorted(absent)[0]}")
@@ -165,10 +178,17 @@ def load_weights(
     return model.eval(), config, saved.step
 
 
-def weights_of(saved: Saved) -> dict[str, Tensor]:
-    """Return only the model's parameters and buffers of a checkpoint, under the model's own names."""
+def weights_of(saved: Saved, ema: bool = False) -> dict[str, Tensor]:
+    """Return only the model's parameters and buffers of a checkpoint, under the model's own names.
+
+    ema: the average of the parameters instead; of a frozen one it is the parameter. Raises ConfigError if the
+    checkpoint holds none.
+    """
     slices = Slices(saved.folder)
-    parameters = {name: slices.whole("param", name) for name in slices.shapes if name.startswith(PREFIX)}
+    if ema and not any("ema" in slices.kinds(name) for name in slices.shapes):
+        raise ConfigError(f"{saved.folder} holds no average of the weights; train with optim.ema, or leave --ema out")
+    kinds = {name: "ema" if ema and "ema" in slices.kinds(name) else "param" for name in slices.shapes}
+    parameters = {name: slices.whole(kind, name) for name, kind in kinds.items() if name.startswith(PREFIX)}
     buffers = {name: slices.buffer(name) for name in slices.buffers if name.startswith(PREFIX)}
     return {name.removeprefix(PREFIX): tensor for name, tensor in (parameters | buffers).items()}
 

@@ -35,7 +35,7 @@ def export_universal(saved: Saved, output: str | Path, note: Callable[[Path], No
         for name in slices.shapes:
             place = folder / TAG / "zero" / name
             place.mkdir(parents=True)
-            for kind in slices.kinds(name):
+            for kind in KEYS.keys() & set(slices.kinds(name)):  # DeepSpeed knows no average of the weights
                 _write({"param": slices.whole(kind, name)}, place / f"{KEYS[kind]}.pt")
             if name in updates:
                 _write(torch.tensor(float(updates[name])), place / "step.pt")

@@ -80,30 +80,36 @@ def export(
     label: str | None = None,
     overrides: Sequence[str] = (),
     again: bool = False,
+    ema: bool = False,
 ) -> Path:
     """Export the newest whole checkpoint (of `step`, or named `label`), or an exported model, in the format `form`.
 
     tessera: config.json and model.safetensors, which every other command reads; `overrides` change the settings
     recorded there. deepspeed: a universal checkpoint with the optimizer's state. One of LAYOUTS: model.safetensors with
     the tensor names of that public model, and for transformers its config.json, so that `from_pretrained` reads the
-    folder. The latter two also have a tessera.json with what our own config.json records. again: accept a folder that
-    already holds this export. Raises ConfigError for a used folder, or if the run's vocabulary or image tokenizer is
-    no longer the one it was trained with.
+    folder. The latter two also have a tessera.json with what our own config.json records. ema: write the average of
+    the weights. again: accept a folder that already holds this export. Raises ConfigError for a used folder, or if the
+    run's vocabulary or image tokenizer is no longer the one it was trained with.
     """
     if form not in ("tessera", "deepspeed", *LAYOUTS):
         raise ConfigError(f"--format {form} is not known; use tessera, deepspeed, {', '.join(sorted(LAYOUTS))}")
-    if again and holds_same(output, lambda aside: export(run, aside, step, form, label, overrides)):
+    if again and holds_same(output, lambda aside: export(run, aside, step, form, label, overrides, ema=ema)):
         return Path(output)
     refuse_used(output)
     settings = _settings_of(run, overrides)
     if settings:
         check_files(run, settings, missing_ok=True)
     noted = _noted(settings, recorded(run))
+    noted |= {"weights": "ema"} if ema else {}
+    if form == "deepspeed" and ema:
+        raise ConfigError(
+            "--ema: a universal checkpoint continues the training; use another --format, or leave --ema out"
+        )
     if form == "deepspeed":
         saved = newest_whole(run, step, label, overrides)
         model_config, more = run_config(run, overrides).model, noted | {"step": saved.step}
         return export_universal(saved, output, lambda folder: write_notes(folder, model_config, more))
-    model, config, at = load_weights(run, step, label, overrides)
+    model, config, at = load_weights(run, step, label, overrides, ema)
     state, more = model.state_dict(), noted | {"step": at}
     if form == "tessera":
         return export_model(output, config, state, more)

@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from pretrain.tasks.task import Task
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "ema"
+"""Exponential moving average of the weights, kept with the optimizer's state: float32, of what trains only."""
 HYPER_PARAMETERS = ("weight_decay", "betas", "eps")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -54,6 +56,11 @@ class Owned:
     tensors: dict[str, Tensor]
     replicated: bool = False
 
+    def begin(self, kinds: Sequence[str]) -> None:
+        """Set these kinds of optimizer state, if there are any, to their values before the first update."""
+        for kind in self.tensors.keys() & set(kinds):
+            self.tensors[kind].copy_(self.tensors["param"]) if kind == AVERAGE else self.tensors[kind].zero_()
+
 
 class Engine:
     """A task wrapped in DeepSpeed.
@@ -71,6 +78,7 @@ class Engine:
         self.step = step
         self._made_of = (config, mesh, micro_batch, accumulation)
         self.stage = config.train.zero_stage
+        self.kinds = (*MOMENTS, AVERAGE) if config.optim.ema else MOMENTS
         self.role = MAIN
         self._replaced: list[tuple[Tensor, Tensor]] = []
         self._norm: float | None = None
@@ -91,6 +99,8 @@ class Engine:
         self.resident = _take_resident(self.deepspeed.optimizer) if self.stage == 3 else []
         self.changing = [parameter for parameter in self.resident if parameter.requires_grad]
         self._guard_optimizer()
+        if AVERAGE in self.kinds:
+            self._make_moments()  # before the first update
 
     def accumulate(self, batches: int) -> None:
         """Average the gradient of a turn over so many micro-batches, at a step whose batch has another size."""
@@ -177,6 +187,13 @@ class Engine:
                 tensor.copy_(before)
             self.refresh()
         self._replaced.clear()
+
+    @torch.no_grad()
+    def average(self, rate: float) -> None:
+        """Set the average of the weights, if it is kept, to rate * average + (1 - rate) * weights, without traffic."""
+        if AVERAGE in self.kinds:
+            state, weights = self._base_optimizer().state, [tensor for _, tensor in self._optimized()]
+            torch._foreach_lerp_([state[tensor][AVERAGE] for tensor in weights], weights, 1 - rate)
 
     def _learn(self, roles: tuple[str, ...]) -> None:
         """Require gradients only of the parameters of `roles`; frozen ones stay so. Does nothing with a single role."""
@@ -329,14 +346,14 @@ class Engine:
         here = {owned.name: owned for owned in self.owned()}
         for parameter, name in self.names.items():
             mine, old = here.get(name), parts.get(name)
-            for kind in ("param", *(MOMENTS if name in held else ())):
+            for kind in ("param", *(self.kinds if name in held else ())):
                 was = self._moved(old, kind, parameter) if moving else old.tensors[kind] if old else None
                 if mine is not None and was is not None:
                     lo = mine.lo if moving else 0
                     mine.tensors[kind].copy_(was[lo : lo + mine.hi - mine.lo])
             if mine is not None and name not in held:
-                for kind in mine.tensors.keys() - {"param"}:
-                    mine.tensors[kind].zero_()
+                mine.begin(MOMENTS)
+                mine.begin((AVERAGE,))
         self.refresh()
 
     def _moved(self, old: Owned | None, kind: str, parameter: nn.Parameter) -> Tensor:
@@ -351,7 +368,7 @@ class Engine:
         size = torch.Size(shape).numel()
         if self.stage == 0:
             state = self._base_optimizer().state.get(parameter, {})
-            sources = {"param": parameter.data} | {key: state[key] for key in MOMENTS if key in state}
+            sources = {"param": parameter.data} | {key: state[key] for key in self.kinds if key in state}
             yield Owned(name, shape, 0, size, {key: tensor.view(-1) for key, tensor in sources.items()}, True)
         elif self.stage == 3:
             yield from self._owned_partition(name, parameter, shape, size)
@@ -362,7 +379,7 @@ class Engine:
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             flat = self.deepspeed.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
             state = self._base_optimizer().state[flat]
-            sources = {"param": flat.data} | {key: state[key] for key in MOMENTS}
+            sources = {"param": flat.data} | {key: state[key] for key in self.kinds}
             views = {key: tensor.narrow(0, there.start, there.numel) for key, tensor in sources.items()}
             yield Owned(name, shape, here.start, here.start + here.numel, views)
 
@@ -377,7 +394,7 @@ class Engine:
             yield Owned(name, shape, lo, hi, {"param": parameter.ds_tensor.data.view(-1)[: hi - lo]})
             return
         sources = {"param": safe_get_local_fp32_param(parameter)}
-        sources |= {key: safe_get_local_optimizer_state(parameter, key) for key in MOMENTS}
+        sources |= {key: safe_get_local_optimizer_state(parameter, key) for key in self.kinds}
         yield Owned(name, shape, lo, hi, {key: tensor.view(-1)[: hi - lo] for key, tensor in sources.items()})
 
     def _base_optimizer(self) -> torch.optim.Optimizer:
@@ -396,12 +413,17 @@ class Engine:
             yield from enumerate(sharded.single_partition_of_fp32_groups)
 
     def _make_moments(self) -> None:
-        """Create AdamW's moments now: AdamW itself creates them at the first step, too late for loading."""
+        """Create AdamW's moments now: AdamW itself creates them at the first step, too late for loading.
+
+        The average of the weights begins at the weights.
+        """
         optimizer = self._base_optimizer()
         for _, tensor in self._optimized():
             if not optimizer.state[tensor]:
                 zeros = {key: torch.zeros_like(tensor) for key in MOMENTS}
                 optimizer.state[tensor] = {"step": torch.zeros((), device=tensor.device)} | zeros
+            if AVERAGE in self.kinds and AVERAGE not in optimizer.state[tensor]:
+                optimizer.state[tensor][AVERAGE] = tensor.detach().clone()
 
 
 class ModuleTrace:

@@ -9,6 +9,14 @@ Left = Callable[[int, int, ScheduleConfig], float]
 """(step, steps of the run, settings) -> share of the way from the final rate (0) to the peak (1), after the warm-up."""
 
 
+def ema_rate(step: int, decay: float) -> float:
+    """Return the weight of the old average in the update of `step`: min(decay, (1 + step) / (10 + step)), as TF's EMA.
+
+    The start at 0.1 lets the average forget the initial weights.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
 def learning_rate(step: int, steps: int, optim: ScheduleConfig) -> float:
     """Return the rate of the update from the weights of `step` to those of `step + 1`, 0 <= step < steps.
 

@@ -1,7 +1,7 @@
 """One rank of test_freezing.py: FOLDER play | FOLDER go-on. Runs of every family, part of whose weights stand still.
 
-Their rates decay by layer, and they drop paths. Each is played to the end by one engine after the other, gone on with
-from checkpoints around the unfreezing step, and played by torch alone on one device.
+Their rates decay by layer, they drop paths, and an average of the weights is kept. Each is played to the end by one
+engine after the other, gone on with from checkpoints around the unfreezing step, and played by torch alone.
 """
 
 import itertools
@@ -18,12 +18,14 @@ from pretrain.checkpoint.saver import Checkpoints
 from pretrain.config import RunConfig
 from pretrain.engine.engine import Engine
 from pretrain.engine.optim import freeze, parameter_groups, unfreezing_steps
+from pretrain.engine.schedule import ema_rate
 from pretrain.models.noise import noise_of
 from pretrain.runtime.mesh import Mesh
 from pretrain.tasks.collectives import Collectives
 from tests.families import PAIRS, batch_of, task_of
 
 STEPS, UNTIL, BATCH, LR = 5, 3, 6, 1e-3
+EMA = 0.3  # reached in step 3
 STAGES = (3, 2, 1, 0)
 FREEZE: list[Any] = [r"norm.*bias$", {"pattern": r"weight$", "until_step": UNTIL}]
 
@@ -35,7 +37,8 @@ def config_of(name: str, stage: int, precision: str = "fp32", **train: Any) -> R
     task = {"discriminator_start_step": UNTIL} if "discriminator_start_step" in family.task else {}
     train |= {"zero_stage": stage, "precision": precision, "steps": STEPS, "global_batch": BATCH}
     tree = family.config(family.dropping(0.3), task, **train)
-    optim = tree.optim.model_validate(tree.optim.model_dump() | {"freeze": FREEZE, "eps": 1e-4, "layer_decay": decay})
+    changes = {"freeze": FREEZE, "eps": 1e-4, "layer_decay": decay, "ema": EMA}
+    optim = tree.optim.model_validate(tree.optim.model_dump() | changes)
     return tree.model_copy(update={"optim": optim})
 
 
@@ -75,6 +78,7 @@ class Player:
             total += float(loss.detach())
         self.engine.settle(True)
         self.task.after_step(number + 1)
+        self.engine.average(ema_rate(number, EMA))
         return self.mesh.mean([total])[0]
 
     def kept(self) -> list[Any]:
@@ -83,18 +87,30 @@ class Player:
         buffers = {name: buffer.tolist() for name, buffer in self.engine.deepspeed.module.named_buffers()}
         return [owned, buffers, self.engine.scalars()]
 
+    def averages(self) -> dict[str, torch.Tensor]:
+        """The average of every parameter [numel], put together from all ranks; of a frozen one, the parameter."""
+        here = {owned.name: owned for owned in self.engine.owned()}
+        found = {}
+        for name, parameter in task_of(self.config).named_parameters():
+            whole, mine = torch.zeros(parameter.numel()), here.get(name)
+            if mine and not (mine.replicated and self.mesh.rank):
+                whole[mine.lo : mine.hi] = mine.tensors.get("ema", mine.tensors["param"])
+            found[name] = self.mesh.sum(whole)
+        return found
 
-def alone(config: RunConfig) -> list[float]:
-    """The losses by torch alone, on one device: an AdamW of each group from the step on at which it begins to train."""
+
+def alone(config: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and averages by torch alone, on one device: an AdamW of each group from the step that first trains it."""
     task = task_of(config)
     optimizers: dict[str, Any] = {}
-    losses = []
+    losses, averages = [], dict[str, torch.Tensor]()
     for number in range(STEPS):
         for parameter in task.parameters():
             parameter.requires_grad_(True)
         freeze(task, config.optim, number)
         for group in parameter_groups(task, config.optim, number):
             optimizers.setdefault(group["name"], torch.optim.AdamW(**_adamw(group)))
+        averages |= {n: p.detach().clone() for n, p in task.named_parameters() if p.requires_grad and n not in averages}
         total = 0.0
         for role in task.turns(number):
             batch = batch_of(config, BATCH, number * BATCH, full=True)
@@ -113,8 +129,18 @@ def alone(config: RunConfig) -> list[float]:
             for group in groups:
                 optimizers[group["name"]].step()
         task.after_step(number + 1)
+        rate = min(EMA, (1 + number) / (10 + number))
+        for name, parameter in task.named_parameters():
+            if name in averages:
+                averages[name] = rate * averages[name] + (1 - rate) * parameter.detach()
         losses.append(total)
-    return losses
+    weights = {name: parameter.detach() for name, parameter in task.named_parameters()}
+    return losses, {name: averages.get(name, weight).view(-1) for name, weight in weights.items()}
+
+
+def far(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest difference of two sets of weights."""
+    return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
 
 
 def _adamw(group: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +166,29 @@ def played(mesh: Mesh, folder: Path, case: tuple[str, int, str]) -> dict[str, An
             again.step(number)
         same[saved.step] = again.kept() == expected
     updates = {name: group["updates"] for name, group in player.engine.scalars()["groups"].items()}
-    return {"losses": losses, "alone": alone(config), "same": same, "moments": kinds, "updates": updates}
+    expected_losses, expected_averages = alone(config)
+    averages = player.averages()
+    if mesh.rank == 0:
+        torch.save(averages, folder / f"{'-'.join(map(str, case))}.pt")
+    result = {"alone": expected_losses, "far": far(averages, expected_averages), "begun": begun(mesh, folder, case)}
+    return result | {"losses": losses, "same": same, "moments": kinds, "updates": updates}
+
+
+def begun(mesh: Mesh, folder: Path, case: tuple[str, int, str]) -> bool:
+    """Restore a checkpoint without averages: does each begin at its weights, and are the others as they were saved?"""
+    config = config_of(*case)
+    without = config.model_copy(update={"optim": config.optim.model_copy(update={"ema": 0.0})})
+    player, checkpoints = (
+        Player(without, mesh),
+        Checkpoints(folder / f"{'-'.join(map(str, case))}-without", mesh, 0, Retention(1)),
+    )
+    player.step(0)
+    checkpoints.save(player.engine, 1, {"optimizer": player.engine.scalars()})
+    checkpoints.finish()
+    (saved,) = (one for one in committed(checkpoints.root) if one.step == 1)
+    owned = Player(config, mesh, saved).engine.owned()
+    trained = [one for one in owned if "exp_avg" in one.tensors]
+    return bool(trained) and all(torch.equal(one.tensors["ema"], one.tensors["param"]) for one in trained)
 
 
 def gone_on(mesh: Mesh, folder: Path, case: tuple[str, int, str]) -> dict[str, Any]:
@@ -149,7 +197,7 @@ def gone_on(mesh: Mesh, folder: Path, case: tuple[str, int, str]) -> dict[str, A
     for saved in committed(folder / "-".join(map(str, case))):
         player = Player(config, mesh, saved)
         found[saved.step] = [player.step(number) for number in range(saved.step, STEPS)]
-    return {"losses": found}
+    return {"losses": found, "far": far(player.averages(), torch.load(folder / f"{'-'.join(map(str, case))}.pt"))}
 
 
 def main() -> None:

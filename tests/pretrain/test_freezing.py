@@ -65,6 +65,20 @@ class TestUnfreezing:
                 assert losses == near(played[0][name]["losses"][int(step) :], name)
 
     @pytest.mark.parametrize("name", NAMES)
+    def test_averages_of_weights_are_those_of_a_loop_over_whole_weights(
+        self, name: str, played: list[dict[str, Any]], gone_on: dict[int, dict[str, Any]]
+    ) -> None:
+        """Of those that stand still, the weights themselves; on one, two and three ranks up to rounding."""
+        bound = {"fp32": 2e-5, "bf16": 2e-3}[name.rpartition("/")[2]]
+        assert max(found[name]["far"] for found in (played[0], *gone_on.values())) < bound
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_a_checkpoint_without_averages_begins_them_at_its_weights(
+        self, name: str, played: list[dict[str, Any]]
+    ) -> None:
+        assert all(rank[name]["begun"] for rank in played)
+
+    @pytest.mark.parametrize("name", NAMES)
     def test_the_optimizer_holds_nothing_of_what_is_frozen_and_counts_from_the_step_on(
         self, name: str, played: list[dict[str, Any]]
     ) -> None:

@@ -285,7 +285,7 @@ EVEN = {key: value for key, value in LISTED.items() if key != "files"} | {
         (LISTED | {"files": {"r.safetensors": [[0, 0, 7, 8, 3]]}}, False),
         (LISTED | {"files": {"r.safetensors": [[0, 6, 6, 8, 3]]}}, False),
         (LISTED | {"files": {"r.safetensors": [[2, 0, 1, 8, 3]]}}, False),
-        (LISTED | {"files": {"r.safetensors": [[0, 0, 6, 8, 4]]}}, False),
+        (LISTED | {"files": {"r.safetensors": [[0, 0, 6, 8, 5]]}}, False),
         (LISTED | {"names": ["a", "a"]}, False),
         (LISTED | {"names": ["a"]}, False),
         (LISTED | {"shapes": [[2, 3], [2**49]]}, False),
