@@ -41,9 +41,8 @@ def batch_shapes(
 
 def _beside(config: RunConfig) -> list[str]:
     """Return the keys beyond the task's own: noise of dropout and drop path and, with packing, segments and places."""
-    drops = _said(config.model, "dropout") is not None or config.model.drop_paths
     packs = bool(_said(config.task, "packing"))
-    return ["noise"] * drops + ["segments", "places"] * packs
+    return ["noise"] * config.model.draws_noise + ["segments", "places"] * packs
 
 
 def _said(settings: BaseModel, name: str) -> Any:

@@ -14,13 +14,14 @@ from pretrain.schema.gpt import GptConfig
 from pretrain.schema.tasks import (
     TASK_SETTINGS,
     AutoregressiveConfig,
+    ClassifyConfig,
     ContrastiveConfig,
     MlmNspConfig,
     ReconstructionConfig,
     RtdConfig,
     SigmoidConfig,
 )
-from pretrain.schema.vit import ClassifyConfig, VitConfig
+from pretrain.schema.vit import VitConfig
 from pretrain.schema.vqgan import VqganConfig
 
 _Tasks = (

@@ -84,6 +84,11 @@ class ModelSettings(Settings):
         return False
 
     @property
+    def draws_noise(self) -> bool:
+        """Whether its layers can draw each sample's noise: for a field `dropout`, or drop paths."""
+        return "dropout" in type(self).model_fields or self.drop_paths
+
+    @property
     def makes(self) -> CodesRead | None:
         """The codes that an image tokenizer produces from an image; None for any other model."""
         return None

@@ -9,7 +9,7 @@ from pretrain.schema.clip import ClipConfig
 from pretrain.schema.common import MAIN, STEP, Direction, Metrics, ModelSettings, TaskSettings
 from pretrain.schema.encoders import BertConfig, ElectraConfig
 from pretrain.schema.gpt import GptConfig
-from pretrain.schema.vit import ClassifyConfig
+from pretrain.schema.vit import VitConfig
 from pretrain.schema.vqgan import MIDDLE, VqganConfig, discriminator_widths, group_count
 
 MASKED: Metrics = {"mlm_loss": "min", "mlm_accuracy": "max"}
@@ -204,6 +204,21 @@ def _check_discriminator(model: VqganConfig) -> None:
             f"model.discriminator_layers={layers} are too many for {model.image_size} pixels; use fewer, or "
             "task.discriminator_weight=0"
         )
+
+
+class ClassifyConfig(TaskSettings):
+    """Cross-entropy of the sample's label. label_smoothing: share of the target spread evenly over all classes."""
+
+    kind: Literal["classify"] = "classify"
+    label_smoothing: NonNegativeFloat = Field(0.0, lt=1.0)
+    trains = (VitConfig,)
+    metrics = {**STEP, "accuracy": "max"}
+    evaluated = {"top_1": "max", "top_5": "max", "samples": None}
+
+    def check(self, model: ModelSettings, global_batch: int) -> None:
+        """Require a choice."""
+        if (model.reads.classes or 0) < 2:
+            raise ValueError(f"model.classes={model.reads.classes} leaves nothing to predict; use 2 or more")
 
 
 TASK_SETTINGS: dict[str, type[TaskSettings]] = {

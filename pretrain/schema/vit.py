@@ -1,4 +1,4 @@
-"""Schema of the Vision Transformer and of classification. Imports no torch."""
+"""Schema of the Vision Transformer. Imports no torch."""
 
 from typing import Literal
 
@@ -6,13 +6,11 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from pretrain.schema.common import (
-    STEP,
     Activation,
     DropPathRate,
     ModelSettings,
     PixelsRead,
     Reads,
-    TaskSettings,
     check_heads,
     check_patches,
 )
@@ -44,18 +42,3 @@ class VitConfig(ModelSettings):
     def reads(self) -> Reads:
         """An image; the label is its class."""
         return Reads(pixels=PixelsRead(self.image_size), classes=self.classes)
-
-
-class ClassifyConfig(TaskSettings):
-    """Cross-entropy of the sample's label. label_smoothing: share of the target spread evenly over all classes."""
-
-    kind: Literal["classify"] = "classify"
-    label_smoothing: NonNegativeFloat = Field(0.0, lt=1.0)
-    trains = (VitConfig,)
-    metrics = {**STEP, "accuracy": "max"}
-    evaluated = {"top_1": "max", "top_5": "max", "samples": None}
-
-    def check(self, model: ModelSettings, global_batch: int) -> None:
-        """Require a choice."""
-        if (model.reads.classes or 0) < 2:
-            raise ValueError(f"model.classes={model.reads.classes} leaves nothing to predict; use 2 or more")

@@ -12,7 +12,7 @@ from data_pipeline.schema import Sample
 from pretrain.inputs.pixels import drawn_pixels, to_tensor
 from pretrain.inputs.shapes import a_number
 from pretrain.inputs.text import noise_key
-from pretrain.schema.vit import ClassifyConfig
+from pretrain.schema.tasks import ClassifyConfig
 from pretrain.tasks.task import Batch, Task
 
 if TYPE_CHECKING:
@@ -22,23 +22,28 @@ if TYPE_CHECKING:
 
 
 class ClassifyInputs:
-    """Samples -> {"pixels": float32 [b, 3, S, S] in [-1, 1], "label": int64 [b], "noise": int64 [b, 1]}."""
+    """Samples -> {"pixels": float32 [b, 3, S, S] in [-1, 1], "label": int64 [b]} and, if the model draws it,
+    "noise": int64 [b, 1].
+    """
 
     def __init__(self, config: RunConfig, stream: Source, tokenizer: TextTokenizer | None) -> None:
         reads = config.model.reads
         assert reads.pixels and reads.classes
         self.image_size, self.classes = reads.pixels.side, reads.classes
+        self.draws_noise = config.model.draws_noise
         self.data = config.data
         self.seed = config.seed
 
     def __call__(self, samples: list[Sample]) -> Batch:
         """Return the batch, in the samples' order."""
         labels = [label_of(sample, self.classes) for sample in samples]
-        return {
+        batch = {
             "pixels": to_tensor(drawn_pixels(samples, self.image_size, self.data, self.seed)),
             "label": torch.tensor(labels),
-            "noise": torch.tensor([[noise_key(sample, self.seed)] for sample in samples]),
         }
+        if self.draws_noise:
+            batch["noise"] = torch.tensor([[noise_key(sample, self.seed)] for sample in samples])
+        return batch
 
 
 def label_of(sample: Sample, classes: int) -> int:

@@ -49,15 +49,17 @@ def test_imports_point_down_only(trees: dict[str, ast.Module]) -> None:
 
 
 def test_there_is_no_import_cycle_and_no_long_chain(trees: dict[str, ast.Module]) -> None:
-    edges, depth = graph(trees, everywhere=False), {}
+    edges, chains = graph(trees, everywhere=False), dict[str, tuple[str, ...]]()
 
-    def measure(name: str, above: tuple[str, ...]) -> int:
+    def longest(name: str, above: tuple[str, ...]) -> tuple[str, ...]:
         assert name not in above, f"cycle: {' -> '.join((*above, name))}"
-        if name not in depth:
-            depth[name] = 1 + max((measure(below, (*above, name)) for below in edges[name]), default=0)
-        return depth[name]
+        if name not in chains:
+            below = max((longest(below, (*above, name)) for below in edges[name]), key=len, default=())
+            chains[name] = (name, *below)
+        return chains[name]
 
-    assert max(measure(name, ()) for name in trees) <= LONGEST_CHAIN
+    chain = max((longest(name, ()) for name in trees), key=len)
+    assert len(chain) <= LONGEST_CHAIN, f"{len(chain)} files import one another in a row: {' -> '.join(chain)}"
 
 
 def test_models_and_tasks_know_no_distributed(trees: dict[str, ast.Module]) -> None:

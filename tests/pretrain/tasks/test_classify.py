@@ -22,7 +22,8 @@ from pretrain.evaluations.classification import figures, hits
 from pretrain.evaluations.evaluated import Evaluated
 from pretrain.inputs.lethal import looking_decoder
 from pretrain.models.vit import Vit
-from pretrain.schema.vit import ClassifyConfig, VitConfig
+from pretrain.schema.tasks import ClassifyConfig
+from pretrain.schema.vit import VitConfig
 from pretrain.tasks.classify import Classify, ClassifyInputs
 from pretrain.tasks.collectives import ONE_DEVICE
 from tests.families import FAMILIES, Material, Samples, batch_of
