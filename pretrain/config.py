@@ -276,7 +276,7 @@ class OptimConfig(AdamWConfig):
     `ema`: decay of the exponential moving average of the weights, 0 for none.
     """
 
-    added = AdamWConfig.added | {"freeze", "layer_decay"}
+    added = AdamWConfig.added | {"freeze", "layer_decay", "ema"}
     roles: dict[str, AdamWConfig] = {}
     freeze: tuple[FreezeConfig, ...] = ()
     layer_decay: PositiveFloat = Field(1.0, le=1.0)

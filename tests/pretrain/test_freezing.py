@@ -1,15 +1,20 @@
 """Parameters that stand still, for a while or throughout, in every family. Real processes over gloo."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.settings import check_settings
+from pretrain.checkpoint.catalog import committed
+from pretrain.checkpoint.trained import weights_of
 from pretrain.config import OptimConfig
 from pretrain.engine.optim import check_names, parameter_groups
-from tests.families import PAIRS, task_of
+from tests.families import PAIRS, Material, task_of
+from tests.pretrain.commands import recipe, tessera
 from tests.pretrain.freezing_worker import STEPS, UNTIL, cases
 from tests.pretrain.processes import run_ranks
 
@@ -88,6 +93,28 @@ class TestUnfreezing:
             main = {group: n for group, n in rank[name]["updates"].items() if "." not in group}
             assert {n for group, n in main.items() if "@" in group} == {STEPS - UNTIL}
             assert {n for group, n in main.items() if "@" not in group} == {STEPS}
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_run_unfreezes_at_its_step_and_begins_its_average_on_demand(material: Material, tmp_path: Path) -> None:
+    """By the command: what is frozen stands still up to the step, and moves from then on."""
+    run = tmp_path / "run"
+    tree = PAIRS["bert"].run(material, run, steps=4, checkpoint_every_steps=1, keep_checkpoints=9)
+    tree["optim"]["freeze"] = [{"pattern": "embeddings", "until_step": 2}]
+    path = recipe(tree, tmp_path / "run.yaml")
+    done = tessera("train", path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    words = [weights_of(saved)["embeddings.word.weight"] for saved in committed(run / "checkpoints")]
+    moved = [not torch.equal(*pair) for pair in itertools.pairwise(words)]
+    assert moved == [False, True, True]
+    consent = ("--change", "train.steps=5", "--change", "optim.ema=0.5")
+    done = tessera("train", path, *consent)
+    assert done.returncode == 0 and "optim.ema begins at the weights" in done.stdout, done.stdout[-3000:]
+    last = committed(run / "checkpoints")[-1]
+    before, after = words[-1], weights_of(last)["embeddings.word.weight"]
+    average = weights_of(last, ema=True)["embeddings.word.weight"]
+    torch.testing.assert_close(average, before + (1 - 5 / 14) * (after - before))
 
 
 # ------------------------------------------------------------------------------------------------ which
