@@ -32,7 +32,7 @@ Changes = Annotated[
         "--change",
         metavar="key=value",
         help="Resume from the newest checkpoint with another train.steps, data.evaluation, or setting of optim (lr, "
-        "schedule, betas, eps, weight_decay, no_decay). Repeatable.",
+        "schedule, betas, eps, weight_decay, no_decay, freeze, layer_decay). Repeatable.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]

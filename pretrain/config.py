@@ -567,6 +567,8 @@ CHANGEABLE = (
     "optim.weight_decay",
     "optim.no_decay",
     "optim.ema",
+    "optim.freeze",
+    "optim.layer_decay",
     "data.evaluation",
 )
 """Settings that --change accepts, with what is below them; those of `optim` also in `optim.roles.NAME`."""

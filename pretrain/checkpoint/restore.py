@@ -23,6 +23,9 @@ def restore(saved: Saved, engine: "Engine", regroup: bool = False) -> None:
     What was still frozen then begins with moments of zero; an average of the weights that was not kept, at the weights.
     Raises DataError if the checkpoint belongs to another model.
     """
+    scalars = saved.state["optimizer"]
+    if regroup:
+        scalars = scalars | {"groups": regrouped(scalars["groups"], engine.scalars()["groups"])}
     slices = Slices(saved.folder)
     unknown = sorted(set(engine.names.values()) ^ set(slices.shapes))
     if unknown:
@@ -50,7 +53,4 @@ def restore(saved: Saved, engine: "Engine", regroup: bool = False) -> None:
     rank = engine.mesh.rank if engine.mesh.world == saved.manifest["world"] else 0
     for name in slices.buffers:
         buffers[name].copy_(slices.buffer(name, rank))
-    scalars = saved.state["optimizer"]
-    if regroup:
-        scalars = scalars | {"groups": regrouped(scalars["groups"], engine.scalars()["groups"])}
     engine.load_scalars(scalars, saved.folder)

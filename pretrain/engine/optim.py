@@ -79,14 +79,20 @@ def _group(kind: Kind, named: list[tuple[str, nn.Parameter]], optim: OptimConfig
 def regrouped(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Return saved groups under the settings and with the members of `now`, both as in `Engine.scalars`.
 
-    A group takes the update count of its members; one of new members is left out. Returns the groups as saved if they
-    had other members than settings can explain: those of different counts together, or more.
+    A group takes the update count of its members; one of parameters that begin to train is left out. Returns the groups
+    as saved if members of different counts came together, which settings do not explain. Raises ConfigError if
+    some begin to train in a group of another name (`Kind.name`): they need a count of their own.
     """
     counts = {name: row["updates"] for row in saved.values() for name in row["names"]}
     found = {key: {counts.get(name) for name in row["names"]} for key, row in now.items()}
-    if counts.keys() - {name for row in now.values() for name in row["names"]} or any(
-        len(c) > 1 for c in found.values()
-    ):
+    for key, row in now.items():
+        if None in found[key] and (len(found[key]) > 1 or "@" not in key):
+            new = next(name for name in row["names"] if name not in counts)
+            raise ConfigError(
+                f"optim.freeze: {new} was frozen, and begins to train; keep its pattern, with until_step at this step "
+                "or later"
+            )
+    if any(len(several) > 1 for several in found.values()):
         return dict(saved)
     known = {key: count for key, [count] in found.items() if count is not None}
     return {key: {**now[key], "updates": count} for key, count in known.items()}

@@ -19,6 +19,7 @@ from data_pipeline.settings import check_settings
 from data_pipeline.text.config import VocabConfig
 from data_pipeline.text.training import train_vocabulary
 from pretrain.checkpoint.fingerprints import UNKNOWN
+from pretrain.checkpoint.layout import Slices
 from pretrain.config import RunConfig
 from pretrain.interchange.folder import export_model
 from pretrain.models import MODELS
@@ -160,7 +161,7 @@ def test_more_steps_are_those_of_a_run_that_had_them_from_the_start(
 ) -> None:
     material, run = copied
     done = again(material, run, "--change", "train.steps=8")
-    assert done.returncode == 0 and "from step 4 on train.steps=8, it was 4" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and "from step 4 on train.steps=8, was 4" in done.stdout, done.stdout[-3000:]
     long = tmp_path / "long"
     assert again(material, long, steps=8).returncode == 0
     assert loss_bits(run) == loss_bits(long)
@@ -210,7 +211,7 @@ def test_settings_of_the_optimizer_change_on_purpose_with_its_state(copied: tupl
     changes = [part for word in words for part in ("--change", word)]
     refused(again(material, whole, "--change", "optim.lr=1e-3"), "--change optim.lr=0.001 changes nothing")
     done = again(material, whole, *changes, "--change", "train.steps=8")
-    assert done.returncode == 0 and "from step 4 on optim.eps=1e-06, it was 1e-08" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and "from step 4 on optim.eps=1e-06, was 1e-08" in done.stdout, done.stdout[-3000:]
     assert again(material, cut, *changes, "--change", "train.steps=6").returncode == 0
     done = again(material, cut, *changes, "--change", "train.steps=8")
     assert done.returncode == 0, done.stdout[-3000:]
@@ -226,6 +227,31 @@ def test_settings_of_the_optimizer_change_on_purpose_with_its_state(copied: tupl
     assert state["identity"]["data"]["evaluation"] == str(material.dataset)
     lines = [json.loads(line) for line in (whole / "attempts.jsonl").read_text().splitlines()]
     assert lines[-1]["changes"] == state["changes"][0]["settings"]
+
+
+def test_what_is_frozen_changes_on_purpose(copied: tuple[Material, Path]) -> None:
+    """Embeddings freeze at step 4 and lose their state; at 6 they train again, from moments of zero."""
+    material, run = copied
+    before = tensors_of(run)
+    words = ["--change=optim.freeze=[embeddings]", "--change=optim.layer_decay=0.5", "--change=train.steps=6"]
+    assert again(material, run, *words).returncode == 0
+    same = {name: torch.equal(before[name], tensor) for name, tensor in tensors_of(run).items()}
+    assert {name for name, equal in same.items() if equal} == {name for name in same if "embeddings" in name} != set()
+    words = ["optim.layer_decay=0.5", "--change=train.steps=8"]
+    refused(again(material, run, *words, "--change=optim.freeze=[]"), "optim.freeze: ", "was frozen", "until_step")
+    later = "--change=optim.freeze=[{pattern: embeddings, until_step: 6}]"
+    done = again(material, run, *words, later)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert [change["step"] for change in final(run).state["changes"]] == [4, 6]
+    groups = final(run).state["optimizer"]["groups"]
+    assert {name.partition("@")[2]: row["updates"] for name, row in groups.items()} == {"": 8, "6": 2}
+    moved = tensors_of(run)
+    assert any(not torch.equal(before[name], moved[name]) for name in moved if "embeddings" in name)
+
+
+def tensors_of(run: Path) -> dict[str, torch.Tensor]:
+    slices = Slices(final(run).folder)
+    return {name: slices.whole("param", name) for name in slices.shapes}
 
 
 def test_a_change_of_a_run_that_has_not_begun_is_refused(base: tuple[Material, Path], tmp_path: Path) -> None:
