@@ -30,7 +30,7 @@ def _refuse_files(path: Path) -> None:
     """Raise DataError when `path` or a parent of it is a file."""
     there = next(above for above in (path, *path.absolute().parents) if os.path.lexists(above))
     if not there.is_dir():
-        raise DataError(f"{there} is not a folder; nothing was written, use another path")
+        raise DataError(f"{there} is not a folder; nothing was written, use a new folder")
 
 
 @contextlib.contextmanager

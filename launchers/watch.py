@@ -198,7 +198,7 @@ def run_status(run: Path) -> dict[str, Any]:
         lacks = f"no whole step in {METRICS}, and no {RECORD} or {JOB}"
         if not (run / METRICS).is_file():
             lacks = f"none of {RECORD}, {JOB} and {METRICS} is here"
-        raise ConfigError(f"{run}: {lacks}; give the folder that `run:` names")
+        raise ConfigError(f"{run}: {lacks}; use the folder in `run:` of its configuration")
     status: dict[str, Any] = {"run": str(run), "state": _state(record)}
     status |= (
         look_at_job(run, job)

@@ -105,7 +105,7 @@ def test_the_pixel_limit_counts_before_anything_is_decoded(kind, mode, monkeypat
     decode_rgb(data, max_pixels=1200)
     for owner, name in [(simplejpeg, "decode_jpeg"), (cv2, "imdecode"), (ImageFile.ImageFile, "load")]:
         monkeypatch.setattr(owner, name, decoded)
-    with pytest.raises(Reject, match="too_many_pixels: 40 x 30, at most 1199"):
+    with pytest.raises(Reject, match="too_many_pixels: 40 x 30 pixels, at most 1199"):
         decode_rgb(data, max_pixels=1199)
 
 

@@ -222,7 +222,7 @@ def test_a_tilde_is_the_users_home(
 
 
 def test_a_tilde_of_nobody_is_refused(empty: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no user has the home ~nobody-here; .* or \./~nobody-here/x"):
+    with pytest.raises(ConfigError, match=r"home folder ~nobody-here does not exist; .* or \./~nobody-here/x"):
         read(empty, "place=~nobody-here/x")
 
 
@@ -330,12 +330,12 @@ def test_a_word_that_is_no_choice_is_refused_with_those_that_are(
     ("schema", "tree", "known"),
     [
         (SlurmCluster, {"place": "nowhere"}, "account, "),
-        (LocalCluster, {"kind": "local", "xyzzy": 1}, "there are env, kind, nodes, procs_per_node"),
-        (RunConfig, {"model": {"kind": "clip", "vision": {"xyzzy": 1}}}, "are heads, image_size, layers"),
+        (LocalCluster, {"kind": "local", "xyzzy": 1}, "known keys are env, kind, nodes, procs_per_node"),
+        (RunConfig, {"model": {"kind": "clip", "vision": {"xyzzy": 1}}}, "heads, image_size, layers"),
         (RunConfig, {"model": {"kind": "gpt", "xyzzy": 1}}, "text_tokens"),
-        (RunConfig, {"data": {"datasets": [{"path": "a", "xyzzy": 1}]}}, "there are path, weight"),
+        (RunConfig, {"data": {"datasets": [{"path": "a", "xyzzy": 1}]}}, "known keys are path, weight"),
         (RunConfig, {"optim": {"roles": {"discriminator": {"xyzzy": 1}}}}, "betas"),
-        (RunConfig, {"xyzzy": 1}, "there are data, deepspeed, "),
+        (RunConfig, {"xyzzy": 1}, "known keys are data, deepspeed, "),
     ],
 )  # fmt: skip
 def test_an_unknown_key_without_a_near_one_is_refused_with_those_of_its_section(

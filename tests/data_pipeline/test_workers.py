@@ -136,7 +136,7 @@ def test_each_lack_of_nodes_has_its_own_patience(events, monkeypatch):
 
 @pytest.mark.parametrize("events", ["-------.", ".-------."])
 def test_a_long_lack_of_nodes_ends_the_build(events, monkeypatch):
-    with pytest.raises(NodeFault, match="none of the 1 nodes"):
+    with pytest.raises(NodeFault, match="none of the 1 live nodes"):
         run_on(Cluster(events), monkeypatch)
 
 

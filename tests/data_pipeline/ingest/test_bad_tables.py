@@ -144,7 +144,7 @@ def test_a_damaged_parquet_is_an_error_of_data(tmp_path, build_here, compression
     else:
         del data[footer:]
     path.write_bytes(data)
-    said = r"x.parquet: not a valid parquet file, or a damaged one \(.*\); download it again"
+    said = r"x.parquet: not a valid parquet file \(.*\); download it again"
     refused(build_here, tmp_path, said, kind="parquet", path=str(path))
 
 

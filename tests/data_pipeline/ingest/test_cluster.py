@@ -183,14 +183,14 @@ def test_a_driver_whose_node_never_answers_again_leaves_with_70(tmp_path):
     started = start(tmp_path / "out", program=IMPATIENT, source=LONG)
     stop_answering(started, tmp_path / "out")
     _, said = started.communicate(timeout=240)
-    assert "none of the 0 nodes" in said and "\n70 " in said, said[-2000:]
+    assert "none of the 0 live nodes" in said and "\n70 " in said, said[-2000:]
 
 
 @pytest.mark.usefixtures("soon_given_up")
 def test_a_driver_whose_node_was_given_up_leaves_with_70(tmp_path):
     started = command(tmp_path, source=LONG)
     raylet = stop_answering(started, tmp_path / "out")
-    assert any("none of the 0 nodes" in line for line in started.stderr)
+    assert any("none of the 0 live nodes" in line for line in started.stderr)
     os.kill(raylet, signal.SIGCONT)
     _, said = started.communicate(timeout=240)
     assert started.returncode == 70 and "run the same command again" in said, (started.returncode, said[-2000:])
@@ -211,8 +211,8 @@ def test_a_cluster_that_lost_every_node_is_waited_for_and_this_is_said(cluster: 
     wait_for(lambda: shards_in(tmp_path / "out") >= 1, "a shard")
     for number in range(cluster.count):
         cluster.lose(number)
-    assert any("none of the 1 nodes" in line for line in started.stderr)
-    with pytest.raises(NodeFault, match="none of the 1 nodes.*add a node"), ray_session(1, cluster.address):
+    assert any("none of the 1 live nodes" in line for line in started.stderr)
+    with pytest.raises(NodeFault, match="none of the 1 live nodes.*add a node"), ray_session(1, cluster.address):
         import ray
 
         list(run_tasks(ray.remote(lambda item: item).remote, [0], 1))

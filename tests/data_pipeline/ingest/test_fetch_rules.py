@@ -283,7 +283,7 @@ def test_a_body_of_the_largest_size_is_fetched_and_one_byte_more_is_not(fetch, w
     ("path", "detail"),
     [
         ("/badly-packed/plain/a.png", "not gzip: "), ("/badly-packed/more/a.png", "not gzip: bytes after its end"),
-        ("/badly-packed/cut/a.png", "gzip that ends too early"),
+        ("/badly-packed/cut/a.png", "gzip that is truncated"),
         ("/said/gzip, deflate/gzip/a.png", "not deflate, gzip: "),
         ("/said/gzip, br, zstd/plain/a.png", "br"), ("/to?http://10.1.2.3/x", "the peer is on a private network"),
         ("/robots/all, NoAI/a.png", "X-Robots-Tag: all, NoAI"), ("/cut/a.png", "ClientPayloadError"),

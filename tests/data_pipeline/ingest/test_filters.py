@@ -131,7 +131,7 @@ def test_what_is_no_plain_condition_is_refused_naming_it(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("open(1)", r"^filters\.mine: open\(\) is not there; there are abs, len, lower, max, min$"),
+        ("open(1)", r"^filters\.mine: open\(\) is unknown; use abs, len, lower, max, min$"),
         (
             "width ** 2 > 1",
             r"^filters\.mine='width \*\* 2 > 1': 'width \*\* 2' is not supported; .* and abs, len, lower, max, min$",

@@ -117,7 +117,7 @@ def test_hidden_files_are_passed_over(kind, pattern, tmp_path, make_config):
 def test_a_folder_of_hidden_files_alone_holds_no_table(tmp_path, make_config):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/._x.parquet").write_bytes(b"\x00\x05\x16\x07")
-    with pytest.raises(ConfigError, match="a folder; name the parquet file in it"):
+    with pytest.raises(ConfigError, match="a folder; set source.table to the parquet file"):
         rows_of(make_config, kind="parquet", path=f"{tmp_path}/in")
 
 

@@ -246,7 +246,7 @@ def test_links_to_folders_are_followed_and_loops_end(folder, tmp_path, make_png,
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(make_config):
-    with pytest.raises(ConfigError, match="https://host/folder: only s3:// tells"):
+    with pytest.raises(ConfigError, match="https://host/folder: only s3:// can list"):
         opened(make_config, kind="folder", path="https://host/folder").count()
 
 
@@ -327,7 +327,7 @@ def test_a_column_that_is_not_there_is_refused_naming_those_that_are(table, kind
         ({"kind": "tars", "path": "/nowhere/{0..1}.tar"}, "/nowhere/0.tar: not found"),
         ({"kind": "folder", "path": "EMPTY"}, "no images"),
         ({"kind": "tars", "path": "EMPTY"}, "no samples"),
-        ({"kind": "csv", "path": "EMPTY"}, "a folder; name the csv file"),
+        ({"kind": "csv", "path": "EMPTY"}, "a folder; set source.table to the csv file"),
         ({"kind": "jsonl", "path": "BLANK"}, "no rows"),
         ({"kind": "parquet", "path": "BLANK"}, "not a valid parquet file"),
     ],

@@ -52,7 +52,9 @@ def test_a_column_that_the_first_rows_lack_is_one_that_a_later_row_has(kind, bui
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
 def test_a_column_that_no_row_has_is_refused_with_those_that_are_there(kind, build):
-    with pytest.raises(ConfigError, match=r"source.captions='caption': not a column of .*, it has image, title, text"):
+    with pytest.raises(
+        ConfigError, match=r"source.captions='caption': not a column of .*; columns are image, title, text"
+    ):
         build(kind, [{"image": "0.png", "title": "a"}, {"image": "0.png", "text": "b"}])
 
 

@@ -399,7 +399,7 @@ def test_retry_without_keys_refuses_to_read_the_same_file_otherwise(change, tmp_
     (tmp_path / "x.csv").write_text('image,caption\n0.png,"two\nlines"\n1.png,c 1\ngone.png,c 2\n3.png,c 3\n')
     tree = {"source": {"kind": "csv", "path": f"{tmp_path}/x.csv"}, "output": f"{tmp_path}/out"}
     build_here(**tree)
-    with pytest.raises(DataError, match=f"built with another source.{next(iter(change))}="):
+    with pytest.raises(DataError, match=f"rows are identified by source.{next(iter(change))}="):
         retry(check(**{**tree, "source": {**tree["source"], **change}}), progress=False)
 
 
@@ -438,9 +438,9 @@ def test_retry_and_growth_refuse_another_key_column(keys, tmp_path, build_here, 
     (tmp_path / "x.csv").write_text("id,image,caption\nk0,0.png,a\nk1,gone.png,b\n")
     was, now = ({"kind": "csv", "path": f"{tmp_path}/x.csv", "key": key} for key in keys)
     build_here(source=was, output=f"{tmp_path}/out")
-    with pytest.raises(DataError, match="built with another source.key="):
+    with pytest.raises(DataError, match="rows are identified by source.key="):
         retry(check(source=now, output=f"{tmp_path}/out"), progress=False)
-    with pytest.raises(DataError, match="built with another source.key="):
+    with pytest.raises(DataError, match="rows are identified by source.key="):
         build_here(source=now, output=f"{tmp_path}/out", grow=True)
 
 

@@ -608,7 +608,7 @@ def test_only_an_image_that_ends_its_decoder_is_to_blame(tmp_path, monkeypatch, 
     if blamed:
         with pytest.raises(
             DataError,
-            match=f"^{re.escape(str(folder))}/00001.tar 002.png: crashes the decoder \\({reason}: why\\); leave it out",
+            match=f"^{re.escape(str(folder))}/00001.tar 002.png: crashes the decoder \({reason}: why\); remove it",
         ):
             blame_image(job, 1)
     else:

@@ -173,7 +173,7 @@ def test_an_address_ends_with_a_fingerprint_of_twelve_digits_or_is_a_folder(grow
     folder, first, *_, newest = grown
     for end in ("0" * 11, "0" * 65, "0123456789AB", "0123456789ag", "0123456789ab/"):
         with pytest.raises(
-            DataError, match=r"no manifest\.json, so no finished dataset; run `tessera data build` to the end"
+            DataError, match=r"no manifest\.json: not a finished dataset; run `tessera data build` to the end"
         ):
             open_dataset(f"{folder}@{end}")
     named = tmp_path / f"set@{first.fingerprint[:12]}"
@@ -188,7 +188,7 @@ def test_a_manifest_is_read_under_any_name_and_missed_by_that_name(grown):
     storage, second = open_storage(grown[0]), grown[2]
     assert read_manifest(storage) == grown[3]
     assert read_manifest(storage, older_manifest(second.fingerprint)) == second
-    with pytest.raises(DataError, match=r"set: no other\.json, so no finished dataset; .* or `tessera data index`"):
+    with pytest.raises(DataError, match=r"set: no other\.json: not a finished dataset; .* or `tessera data index`"):
         read_manifest(storage, "other.json")
     with pytest.raises(DataError, match=r"set/manifest-0123\.json: version: .*; not a manifest"):
         read_manifest(storage, "manifest-0123.json")
@@ -372,11 +372,11 @@ def packed(version, samples, words, tar_bytes=4096):
         (packed(0, 0, []), "version 0, 0 samples, 40 bytes; damaged"),
         (packed(3, 0, [0]), "version 3, 0 samples, 44 bytes; damaged"),
         (packed(3, 1, [0, 1, 2]), "version 3, 1 samples, 52 bytes; damaged"),
-        (packed(1, 2, [0, 1, 1]), "its samples are not in order in 4096 bytes; damaged, index it again"),
+        (packed(1, 2, [0, 1, 1]), "its samples are not in order within 4096 bytes; damaged, index it again"),
         (packed(1, 2, [1, 1, 2]), "its samples are not in order"),
         (packed(1, 2, [0, 2, 1]), "its samples are not in order"),
-        (packed(1, 2, [0, 1, 9]), "its samples are not in order in 4096 bytes"),
-        (packed(1, 2, [0, 1, 8], 4095), "its samples are not in order in 4095 bytes"),
+        (packed(1, 2, [0, 1, 9]), "its samples are not in order within 4096 bytes"),
+        (packed(1, 2, [0, 1, 8], 4095), "its samples are not in order within 4095 bytes"),
         (packed(1, 1, [0, 2**32 - 1]), "its samples are not in order"),
         (packed(1, 0, [9]), "its samples are not in order"),
     ],

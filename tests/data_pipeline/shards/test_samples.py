@@ -420,9 +420,9 @@ def test_compressed_tars_are_refused_with_what_to_do_and_never_passed_over(tmp_p
     if beside:
         (tmp_path / "01.tar").write_bytes(tar_of([("a.png", png(1)), CAT]))
     for pattern in (str(tmp_path), f"{tmp_path}/{name}"):
-        with pytest.raises(DataError, match=rf"1 compressed files, such as {re.escape(name)}.*unpack"):
+        with pytest.raises(DataError, match=rf"1 compressed files, such as {re.escape(name)}.*decompress"):
             build_here(source={"kind": "tars", "path": pattern}, output=str(tmp_path / "out"))
-        with pytest.raises(DataError, match=rf"1 compressed files, such as {re.escape(name)}.*unpack"):
+        with pytest.raises(DataError, match=rf"1 compressed files, such as {re.escape(name)}.*decompress"):
             index([pattern], workers=1)
 
 

@@ -69,7 +69,7 @@ def test_a_tar_that_is_cut_while_it_is_open_is_named(dataset):
     stream.fetch(0)
     with (dataset / "00000.tar").open("r+b") as file:
         file.truncate(9 * BLOCK)
-    with pytest.raises(DataError, match=r"00000\.tar: bytes \d+\.\.\d+ asked for, .* it was truncated"):
+    with pytest.raises(DataError, match=r"00000\.tar: requested bytes \d+\.\.\d+, got .* it was truncated"):
         stream.fetch(5)
 
 

@@ -198,7 +198,7 @@ def test_a_save_that_loses_rank_0_is_a_fault_of_its_process_not_of_the_storage(t
     assert checkpoints._save is not None
     server.wait([f"{checkpoints._save.key}/1"], timedelta(seconds=30))
     del server
-    with pytest.raises(NodeFault, match=r"rank 0, .* is gone"):
+    with pytest.raises(NodeFault, match=r"rank 0, .* is lost"):
         checkpoints.finish()
 
 
