@@ -108,7 +108,7 @@ def test_data_without_a_usable_sample_are_refused_by_name(
     material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     none = spoil(material.dataset, tmp_path / "none", dict.fromkeys(range(200), DAMAGED[1]))
-    with pytest.raises(DataError, match="nor can 16 others.*tessera data verify"):
+    with pytest.raises(DataError, match="nor can 16 replacements.*tessera data verify"):
         evaluated(vqgan(Material(none, material.vocabulary), tmp_path / "run"), monkeypatch)
 
 

@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         tokenizer.decode(np.full((1, 16), 20, np.uint16))
     config = GptConfig(text_vocab=5, image_vocab=4, text_tokens=2, image_tokens=4, layers=1, width=8, heads=1)
     export_model(tmp_path, config, Gpt(config).state_dict())
-    with pytest.raises(ConfigError, match="holds a gpt, an image tokenizer is a vqgan"):
+    with pytest.raises(ConfigError, match="holds a gpt, an image tokenizer must be a vqgan"):
         load_tokenizer(tmp_path)
 
 
