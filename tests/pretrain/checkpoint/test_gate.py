@@ -70,7 +70,7 @@ WRONG = [
     *((LISTED, ("files", "r00000.safetensors", 0, 0), value) for value in [2, 1]),
     *((LISTED, ("files", "r00000.safetensors", 0, 1), value) for value in [6, 7]),
     *((LISTED, ("files", "r00000.safetensors", 0, 2), value) for value in [0, 7]),
-    *((LISTED, ("files", "r00000.safetensors", 0, 4), value) for value in [0, 4]),
+    *((LISTED, ("files", "r00000.safetensors", 0, 4), value) for value in [0, 5]),
     *((LISTED, ("buffers", "model.mean", 0), value) for value in HOSTILE),
     *((LISTED, ("buffers", "model.mean", 1), value) for value in ["F31", "", None, 4]),
     *((LISTED, ("buffers", "model.mean", 2, 0), value) for value in NOT_COUNTS),
@@ -78,7 +78,7 @@ WRONG = [
     *((LISTED, ("own_buffers",), {"1": {name: LISTED["buffers"]["model.mean"]}}) for name in ("../x", "", "a/b")),
     *((EVEN, ("parts", 0), value) for value in HOSTILE),
     *((EVEN, ("heads", 0), value) for value in NOT_COUNTS),
-    *((EVEN, ("kinds", 0), value) for value in [0, 4, *NOT_COUNTS]),
+    *((EVEN, ("kinds", 0), value) for value in [0, 5, *NOT_COUNTS]),
     *((EVEN, (key,), []) for key in ("parts", "heads", "kinds", "names")),
 ]  # fmt: skip
 
