@@ -5,6 +5,7 @@ FAMILIES or, where settings of the task do not matter, over PAIRS. A new family 
 samples of its batches, follow from the model's `reads`; the batches are made by the inputs of the task.
 """
 
+import copy
 import dataclasses
 import functools
 import io
@@ -77,11 +78,11 @@ class Family:
         lengths = {"steps": 12, "global_batch": 12, "checkpoint_every_steps": 4, "log_every_steps": 50}
         return {
             "run": str(run),
-            "model": dict(self.model),
-            "task": dict(self.task),
+            "model": copy.deepcopy(self.model),
+            "task": copy.deepcopy(self.task),
             "data": data_of(self.reads, material),
             "train": lengths | self.train | train,
-            "optim": dict(self.optim),
+            "optim": copy.deepcopy(self.optim),
             "tracking": {"uri": ""},
         }
 
@@ -209,7 +210,7 @@ def label(dataset: Path, folder: Path, classes: int) -> None:
     folder.mkdir()
     numbers: dict[str, int] = {}
     for path in sorted(dataset.glob("*.tar")):
-        with tarfile.open(path) as tar, tarfile.open(folder / path.name, "w") as copy:
+        with tarfile.open(path) as tar, tarfile.open(folder / path.name, "w") as copied:
             for member in tar:
                 key = member.name.partition(".")[0]
                 if key not in numbers:
@@ -217,8 +218,8 @@ def label(dataset: Path, folder: Path, classes: int) -> None:
                     text = str(numbers[key] % classes).encode()
                     info = tarfile.TarInfo(f"{key}.cls")
                     info.size = len(text)
-                    copy.addfile(info, io.BytesIO(text))
-                copy.addfile(member, tar.extractfile(member))
+                    copied.addfile(info, io.BytesIO(text))
+                copied.addfile(member, tar.extractfile(member))
     index([str(folder)], 1)
 
 
