@@ -128,7 +128,7 @@ REFUSED = [
     ({"source": {"kind": "tars", "path": "HERE/cut.tar"}}, 74, "cut.tar: ends at byte"),
     ({"source": {"kind": "folder", "path": "HERE/bad"}}, 74, "all 2 rows were rejected (empty_file 1, not_an_image 1)"),
     ({"source": {"kind": "scenes", "count": 1}, "ray_address": "127.0.0.1:1"}, 70, "ray_address=127.0.0.1:1"),
-    ({"source": {"kind": "scenes", "count": 1}, "ray_address": "ray"}, 64, "ray_address=ray: not HOST:PORT"),
+    ({"source": {"kind": "scenes", "count": 1}, "ray_address": "ray"}, 64, "ray_address=ray: use HOST"),
     ({"source": {"kind": "scenes", "count": 1}, "output": "HERE/x.csv/out"}, 74, "x.csv/out"),
     (
         {"source": {"kind": "scenes", "count": 1}, "output": "s3://no-such-bucket/out"},

@@ -112,7 +112,7 @@ def test_a_bucket_whose_quota_is_used_up_is_an_error_of_storage_and_is_finished_
 ):
     name, output = bucket.removeprefix("s3://"), f"{bucket}/set"
     gateway.limit_objects(name, 5)
-    with pytest.raises(DataError, match=rf"{output}/.*: no room .QuotaExceeded.*again"):
+    with pytest.raises(DataError, match=rf"{output}/.*: quota exceeded .QuotaExceeded.*again"):
         build_here(**SCENES, output=output)
     stands = contents(output)
     assert len(stands) == 5 and "manifest.json" not in stands

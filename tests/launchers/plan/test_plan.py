@@ -77,7 +77,7 @@ def test_the_command_prints_one_json_value_with_units(
     [
         (["--gpu", "h10"], "did you mean 'h100'?"),
         (["--gpu", "A100"], "a100-40, a100-80"),
-        (["--nodes", "64"], "512 processes are more than train.global_batch=256"),
+        (["--nodes", "64"], "512 processes exceed train.global_batch=256"),
         (["--gpus-per-node", "3"], "global_batch=256 is not divisible by 3 ranks"),
         (["train.zero_stage=4"], "train.zero_stage"),
         (["--nodes", "0"], "greater than or equal to 1"),
