@@ -209,6 +209,7 @@ def test_a_server_without_ranges_is_named_when_one_is_needed(site):
         storage.get_range("a", 10, 20)
 
 
+@pytest.mark.slow
 def test_an_unusable_endpoint_is_a_fault_of_the_configuration(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "no address")
     with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL"):

@@ -95,12 +95,14 @@ def test_a_child_that_dies_once_costs_nothing(faulty, tmp_path, make_png, end):
     assert (looked.prepared.width, looked.prepared.height) == (16, 16)
 
 
+@pytest.mark.slow
 def test_a_child_killed_between_two_images_costs_nothing(decoder, make_png):
     decoder.look(make_png())
     os.kill(decoder.pid, signal.SIGKILL)
     assert decoder.look(make_png(1)).prepared.data == make_png(1)
 
 
+@pytest.mark.slow
 def test_looking_only_says_what_storing_would(make_png):
     looks, stores = (sandbox.SandboxDecoder(ImageRules(min_side=16), stored=stored) for stored in (False, True))
     for data in (make_png(), make_png(1, 15), b"x", make_png(2)[:200]):

@@ -34,6 +34,7 @@ def end_by(signum):
     os.kill(os.getpid(), signum)
 
 
+@pytest.mark.slow
 def test_it_runs_elsewhere_and_its_result_comes_back():
     found = in_driver(answer, "图片")
     assert found["what"] == "图片" and found["pid"] != os.getpid()
@@ -54,6 +55,7 @@ def test_an_end_without_an_answer_is_a_node_fault(end, argument, code):
         in_driver(end, argument)
 
 
+@pytest.mark.slow
 def test_an_unexpected_exception_shows_its_traceback_and_leaves_with_1(capfd):
     with pytest.raises(SystemExit) as leaving:
         in_driver(answer, ZeroDivisionError("by design"))

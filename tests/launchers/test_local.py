@@ -151,6 +151,7 @@ def test_output_of_the_other_ranks_is_prefixed(tmp_path: Path, capfd: pytest.Cap
     assert "[rank 1] hello from 1\n" in err
 
 
+@pytest.mark.slow
 def test_when_one_rank_dies_the_others_are_ended(tmp_path: Path) -> None:
     dies = "import signal\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
     program = READY + BOTH_READY + dies + SLEEP

@@ -41,6 +41,7 @@ def test_a_seed_draws_the_same_mutants_and_another_seed_others() -> None:
     assert len(first) == 8
 
 
+@pytest.mark.slow
 def test_every_mutant_compiles_and_changes_one_line_that_computes() -> None:
     mutants = mutants_of(SOURCE, 1000, 0)
     for mutant in mutants:

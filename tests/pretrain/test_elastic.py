@@ -167,6 +167,7 @@ def test_any_schedule_of_worlds_workers_batches_and_kills_reads_the_undisturbed_
         assert found == undisturbed(data, 6 * 3 * max(BATCHES))[: len(found)], f"schedule {seed}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixture", [0, 1, 2])
 def test_batches_of_another_size_go_on_at_the_same_position(mixture: int, folders: list[Path]) -> None:
     data = data_of(folders, mixture)

@@ -84,6 +84,7 @@ def test_world_size_does_not_change_a_single_number_of_the_tensors(
         assert torch.equal(torch.cat([batch[name] for rank in parts for batch in rank]), tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "electra"])
 def test_the_mean_over_unequal_micro_batches_is_the_loss_of_the_whole_batch(
     kind: str, material: Material, tmp_path: Path

@@ -166,6 +166,7 @@ def test_whatever_the_schema_takes_can_be_built_and_run(kind: type[Any], data: s
             assert built.vision(torch.zeros(1, 3, part.image_size, part.image_size)).shape == (1, 512)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(side=st.integers(8, 80), channels=st.integers(1, 40), layers=st.integers(1, 5))
 def test_a_discriminator_that_is_taken_can_judge(side: int, channels: int, layers: int) -> None:

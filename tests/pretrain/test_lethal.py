@@ -179,6 +179,7 @@ def test_a_sandbox_that_dies_of_any_image_is_a_fault_of_the_node(
     assert not inputs.known
 
 
+@pytest.mark.slow
 def test_sound_and_merely_damaged_images_are_not_lethal(material: Material) -> None:
     inputs, stream = inputs_of(material), Stream(material.dataset, 0)
     search(stream, inputs, np.arange(8), PATIENCE_S, alone)

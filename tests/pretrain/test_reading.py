@@ -81,6 +81,7 @@ def unusable(family: Family) -> set[int]:
     return captions | {1, 9, 11} if family.reads.pixels else captions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_no_sample_ends_an_evaluation_and_each_replaced_one_is_listed(
     name: str, spoilt: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -100,6 +100,7 @@ def both_tasks(config: RunConfig, order: Tensor) -> list[Task]:
     return tasks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("places", OTHERS)
 @pytest.mark.parametrize("config", READERS)
 def test_other_ids_give_the_same_batch_and_the_same_loss(

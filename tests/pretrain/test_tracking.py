@@ -346,6 +346,7 @@ def test_a_wrong_record_of_what_was_sent_is_refused_with_its_remedy(held: str, t
     end_run(tmp_path, FAILED)  # which must not cost a launcher its exit code
 
 
+@pytest.mark.slow
 def test_the_status_of_a_killed_attempt_is_kept_for_the_next_send_if_the_server_is_away(tmp_path: Path) -> None:
     held = {"uri": f"sqlite:///{tmp_path}/away/mlflow.db", "run_id": "a" * 32, "tag": "b" * 32, "due": "RUNNING"}
     (tmp_path / RECORD).write_text(json.dumps(held | {"status": "RUNNING", "sent": {}}))

@@ -111,6 +111,7 @@ def test_an_exported_clip_picks_images(place: Place) -> None:
     assert figures(told[0]) == figures(told[1]) and told[1]["reranked_by"] == str(place.export("clip"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PAIRS)
 def test_an_export_that_says_its_model_alone_takes_the_rest_as_overrides(
     kind: str, place: Place, material: Material, tmp_path: Path
@@ -281,6 +282,7 @@ def test_a_place_that_cannot_be_written_is_one_line_and_74(
     assert "Traceback" not in err and [line for line in err.splitlines() if line.startswith("error: ")] != []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "gpt"])
 @pytest.mark.parametrize("export", [False, True], ids=["run", "export"])
 @pytest.mark.parametrize("room", ["full", "read-only"])

@@ -142,6 +142,7 @@ def test_one_shape_in_two_colours_is_two_pictures(shape):
         assert of_one_colour(drawn(shape, first), jpeg(drawn(shape, first), 60))
 
 
+@pytest.mark.slow
 def test_near_duplicates_of_a_build_have_the_colours_of_what_they_repeat(build_here, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -98,6 +98,7 @@ def test_every_way_to_fail_has_its_reason_in_bounded_time_and_memory(fetch):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB; the server's bomb included
 
 
+@pytest.mark.slow
 def test_fetched_bytes_are_kept_by_their_sha256(fetch, tmp_path, make_png):
     outcomes = fetch(
         "/file/a.png", "/packed/a.png", "/redirect/3/a.png", "/once/503/a.png", "/robots/other: noai/a.png"

@@ -382,6 +382,7 @@ def test_each_error_has_its_reason(error: Exception, reason: str, transient: boo
     assert module._reason_of(error) == (reason, transient)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     st.binary(max_size=2000), st.sampled_from(["gzip", "x-gzip", "deflate", "bare"]),

@@ -79,6 +79,7 @@ def pictures(text):
     return found
 
 
+@pytest.mark.slow
 def test_rejected_images_are_shown_from_the_source_where_they_can_be_read(folder, build_here, make_config, tmp_path):
     colours = {"a/0": "red", "b/1": "blue"}
     for name, colour in colours.items():
@@ -100,6 +101,7 @@ def test_rejected_images_are_shown_from_the_source_where_they_can_be_read(folder
     ] * 2
 
 
+@pytest.mark.slow
 def test_rejected_images_are_shown_from_the_cache_of_what_was_fetched(build_here, make_config, make_png, tmp_path):
     files = tmp_path / "files"
     files.mkdir()
@@ -129,6 +131,7 @@ def test_duplicates_stand_beside_what_they_repeat(mixed, folder, make_config, tm
     assert stays == "a/0 stays" and np.array_equal(np.asarray(kept), np.asarray(again))
 
 
+@pytest.mark.slow
 def test_the_report_of_an_older_version_tells_of_its_shards_alone(folder, build_here, make_png, tmp_path):
     tree = {"source": {"kind": "folder", "path": str(folder)}, "output": f"{tmp_path}/out", "shard_size": 4}
     first = build_here(**tree)["fingerprint"]

@@ -100,6 +100,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(VALUES)
 def test_every_value_but_bytes_can_stand_in_json(value):

@@ -76,6 +76,7 @@ def records_by_hand(lines):
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(st.lists(st.text(st.sampled_from('ab",4 '), max_size=9), max_size=9), st.booleans())
 def test_every_physical_line_is_accounted_for_once_as_a_for_loop_does(lines, ended):

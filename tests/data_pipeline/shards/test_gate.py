@@ -147,6 +147,7 @@ PATHS = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_of_any_manifest_only_names_that_stay_inside_come_through(data):

@@ -132,6 +132,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 def test_captions_of_every_shape_are_read_alike_everywhere(everywhere, tmp_path, build_here):
     entries, expected, rejected = [], {}, Counter()
     for number, (files, captions) in enumerate(SHAPES):
@@ -163,6 +164,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(JSON, st.one_of(st.none(), st.binary(max_size=12), st.text(max_size=12).map(str.encode)))
 def test_whatever_json_and_text_hold_captions_are_text_that_is_not_blank_or_a_reason_is_named(tree, text):
@@ -217,12 +219,14 @@ def test_links_and_devices_within_a_tar_are_counted(everywhere):
     assert found == (len(LINK) + 2, {"linked_file": len(LINK)}, {"a": ("a cat",), "c": ("c",)})
 
 
+@pytest.mark.slow
 def test_a_link_to_a_caption_is_counted_and_one_to_what_is_not_read_changes_nothing(everywhere):
     entries = [("a.png", png(1)), CAT, ("b.png", png(2)), ("b.txt", "symbolic", "a.txt"), ("latest", "symbolic", "b")]
     entries += [("c.png", png(3)), ("c.cls", "hard", "a.txt"), ("c.txt", b"c")]
     assert everywhere(entries) == (4, {"linked_file": 1, "no_image": 1}, {"a": ("a cat",), "c": ("c",)})
 
 
+@pytest.mark.slow
 def test_a_member_that_occurs_twice_pairs_nothing(everywhere):
     twice = [("b.png", png(2)), ("b.txt", b"b")]
     entries = [("a.png", png(1)), CAT, ("c.png", png(4)), ("c.txt", b"c")]
@@ -234,6 +238,7 @@ def test_a_member_that_occurs_twice_pairs_nothing(everywhere):
     assert everywhere(entries) == (5, {"duplicate_file": 3}, {"a": ("a cat",), "c": ("c",)})
 
 
+@pytest.mark.slow
 def test_what_archivers_leave_between_the_files_of_a_sample_is_not_part_of_it(everywhere):
     litter = ["._{}", "__MACOSX/d/._{}", ".DS_Store", "__meta__/x.json", "d/.{}.swp", "Thumbs.db", "__MACOSX/{}"]
     entries = []
@@ -259,6 +264,7 @@ def test_files_that_are_apart_are_told_by_their_names_not_by_a_key_in_the_json(t
     assert told["rejected"] == rejected == {"files_apart": 1}
 
 
+@pytest.mark.slow
 def test_one_sample_whose_files_are_apart_does_not_cost_the_others(everywhere):
     entries = [("a.png", png(1)), CAT, ("b.png", png(2)), ("c.png", png(3)), ("c.txt", b"c"), ("b.txt", b"b")]
     assert everywhere(entries) == (4, {"empty_caption": 1, "files_apart": 1}, {"a": ("a cat",), "c": ("c",)})
@@ -282,6 +288,7 @@ def test_numbers_between_dots_belong_to_the_key_and_other_names_follow_webdatase
     assert everywhere(entries) == (len(keys), {}, dict.fromkeys(keys, ("t",)))
 
 
+@pytest.mark.slow
 def test_a_sample_without_an_image_by_webdatasets_names_is_one_rejection(everywhere):
     entries = [("a.png", png(1)), CAT, ("b.left.png", png(2)), ("b.right.png", png(3))]
     assert everywhere(entries) == (2, {"no_image": 1}, {"a": ("a cat",)})

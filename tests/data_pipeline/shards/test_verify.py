@@ -65,6 +65,7 @@ def test_all_faults_are_listed_at_once(scenes):
         verify(scenes)
 
 
+@pytest.mark.slow
 def test_foreign_tars_are_indexed_and_read(tmp_path, make_png):
     for number in range(2):
         with tarfile.open(tmp_path / f"{number:05d}.tar", "w") as tar:

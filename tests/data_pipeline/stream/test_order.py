@@ -88,6 +88,7 @@ def test_a_geometry_does_not_change():
     assert (DEFAULT.lanes, DEFAULT.block, DEFAULT.window) == (64, 64, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("seed", [0, 12345])
 def test_every_epoch_is_every_sample_once_for_all_small_datasets(seed, geometry):

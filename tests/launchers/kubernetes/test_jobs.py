@@ -182,6 +182,7 @@ def test_a_stopped_run_can_be_submitted_again(server: CheckingServer, tmp_path: 
     assert run_status(run)["state"] == "queued"
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_makes_room_for_its_next_submission(server: CheckingServer, tmp_path: Path) -> None:
     run = submitted("TrainJob", tmp_path)
     first = server.objects["trainjobs", "default", NAME]["metadata"]["uid"]

@@ -68,6 +68,7 @@ def at(tree: Tree, path: str) -> Any:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "path", "key", "value", "complaint"),
     [

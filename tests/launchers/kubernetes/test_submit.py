@@ -21,6 +21,7 @@ def in_folder(spec: RunSpec, folder: Path) -> RunSpec:
     return replace(spec, run_folder=str(folder / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_is_created_as_it_was_rendered(kind: str, server: CheckingServer, tmp_path: Path) -> None:
     spec, cluster = example(kind)

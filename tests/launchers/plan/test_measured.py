@@ -41,6 +41,7 @@ def test_flops_are_those_that_torch_counts(words: tuple[str, ...]) -> None:
     assert figures.forward <= forward  # the loss of CLIP is not the model's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_flops_of_every_family_are_those_that_torch_counts(name: str, recompute: bool) -> None:
@@ -56,6 +57,7 @@ def test_activations_are_what_is_alive_after_a_forward(words: tuple[str, ...], p
     assert figures_of(config, 3).kept == pytest.approx(measured.held_bytes(config, 3), rel=within(words[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", SMALL)
 def test_activations_are_what_autograd_keeps(recipe: str) -> None:
     config = run(recipe, "train.precision=fp32")

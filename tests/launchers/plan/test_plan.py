@@ -122,6 +122,7 @@ def test_a_model_too_large_for_a_device_is_sharded_and_one_too_large_for_all_is_
     assert advise(run, dataclasses.replace(cluster, device=small)) is None
 
 
+@pytest.mark.slow
 def test_memory_within_the_error_of_what_there_is_is_called_open() -> None:
     plan = make_plan(run_of({"kind": "gpt"}), cluster_of("h100", 1, 8))
     tight = dataclasses.replace(GPUS["h100"], memory=plan.memory.used)
@@ -194,11 +195,13 @@ def test_what_leaves_a_node_passes_its_network_and_a_slower_one_makes_slower_ste
     assert first_limit(slow, None).startswith("the network")
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_desk_share_its_memory() -> None:
     run = run_of({"kind": "gpt"})
     assert make_plan(run, desk(2)).cluster.memory == make_plan(run, desk(1)).cluster.memory / 2
 
 
+@pytest.mark.slow
 def test_json_of_a_plan_without_a_way_out_has_no_advice() -> None:
     plan = make_plan(run_of({"kind": "gpt"}), cluster_of("h100", 1, 8))
     assert as_json(plan, None)["advice"] is None
@@ -235,6 +238,7 @@ def test_a_plan_of_16384_ranks_traces_as_many_operations_as_one_of_8(monkeypatch
     assert counted[0] == counted[1]
 
 
+@pytest.mark.slow
 def test_a_run_whose_discriminator_learns_later_says_so() -> None:
     weight = "task.discriminator_weight=0.8"
     later = (weight, "train.steps=40", "task.discriminator_start_step=20")

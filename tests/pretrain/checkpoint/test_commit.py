@@ -161,6 +161,7 @@ def test_a_rank_that_never_reports_fails_the_save_at_the_deadline(
         ranks[0].finish()
 
 
+@pytest.mark.slow
 def test_rank_0_whose_process_holds_the_store_stays_until_all_have_read_how_the_save_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +340,7 @@ def test_verify_names_every_file_that_is_off(damage: Callable[[Path], None], wor
         verbs.verify(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MANIFEST.json", "state.json"])
 def test_a_manifest_or_state_that_is_cut_off_is_passed_over_too(name: str, tmp_path: Path) -> None:
     write(tmp_path, 4)

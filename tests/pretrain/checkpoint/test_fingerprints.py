@@ -73,6 +73,7 @@ def gpt(own: Material, run: Path, images: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ uses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [electra, clip])
 def test_evaluation_refuses_a_vocabulary_that_was_replaced_in_place(
     family: Callable[..., dict[str, Any]], own: Material, other_vocabulary: Path, tmp_path: Path
@@ -231,6 +232,7 @@ def test_initial_weights_are_known_by_their_tensors(tmp_path: Path) -> None:
     assert known is not None and of_initial(first, like=known) == known != of_initial(other, like=known)
 
 
+@pytest.mark.slow
 def test_initial_weights_of_a_run_are_those_of_the_step_that_was_taken(tmp_path: Path) -> None:
     write(tmp_path / "run", 4)
     known = of_initial(tmp_path / "run")

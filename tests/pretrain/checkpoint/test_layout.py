@@ -51,6 +51,7 @@ def squares(*intervals: tuple[int, int]) -> list[RankShard]:
     ]
 
 
+@pytest.mark.slow
 def test_any_interval_is_what_a_loop_over_the_whole_array_gives(tmp_path: Path) -> None:
     values = np.arange(23, dtype=np.float32) ** 2
     slices = stored(tmp_path, squares((0, 7), (7, 8), (8, 23)))
@@ -150,6 +151,7 @@ def test_staged_tensors_do_not_follow_the_originals_and_memory_is_taken_once() -
     assert staging.copy(shard).shares[0].views["param"].data_ptr() == address
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_the_weights_are_the_same_whatever_world_wrote_them(world: int, tmp_path: Path) -> None:
     model = write(tmp_path, 3, world=world)

@@ -47,6 +47,7 @@ def test_a_save_behind_damaged_ones_stays_and_these_do_not_count(tmp_path: Path)
     assert steps_in(tmp_path) == [16, 24]
 
 
+@pytest.mark.slow
 def test_the_one_just_saved_stays_although_later_steps_of_its_attempt_lie_there(tmp_path: Path) -> None:
     """A roll back passed over a damaged one, then the run was stopped."""
     for step in (8, 16, 11):

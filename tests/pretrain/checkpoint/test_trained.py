@@ -129,6 +129,7 @@ def test_exported_files_follow_the_umask(form: str, tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["deepspeed", "transformers-electra"])
 def test_what_a_model_depends_on_is_noted_beside_every_format(form: str, tmp_path: Path) -> None:
     write(tmp_path / "run", 3)

@@ -86,6 +86,7 @@ def test_every_published_recipe_is_in_the_table(repository: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", DECAY)
 def test_what_decays_is_what_its_card_says(recipe: str, repository: Path) -> None:
     config, (rate, listed) = load_settings(RunConfig, repository / "configs" / recipe), DECAY[recipe]

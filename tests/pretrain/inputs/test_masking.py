@@ -60,6 +60,7 @@ def cut(*pieces: str) -> list[str]:
     return [word.replace("\u2581", "_") for word in words]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pieces", "words"),
     [
@@ -234,6 +235,7 @@ def test_jieba_cuts_text_with_a_chinese_character(letter: str, cuts: bool, monke
     assert asked == ([f"  {letter} "] if cuts else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pieces", "words"),
     [
@@ -360,6 +362,7 @@ def test_an_ngram_that_does_not_fit_is_shortened_and_no_word_is_taken_twice() ->
         assert found.tolist() == list(range(1, expected + 1))
 
 
+@pytest.mark.slow
 def test_jieba_reads_its_dictionary_and_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache in the temporary folder may be anybody's."""
     import jieba

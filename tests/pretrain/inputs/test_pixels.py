@@ -35,6 +35,7 @@ def blurred_noise(height: int, width: int) -> np.ndarray:
     return cv2.GaussianBlur(noise, (0, 0), 2)
 
 
+@pytest.mark.slow
 @given(
     height=st.integers(1, 300),
     width=st.integers(1, 300),

@@ -48,6 +48,7 @@ def compared_by_command(repository: Path, *folders: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_tells_what_agrees_what_differs_and_what_nobody_claims(
     repository: Path, shared: Path, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ WIDE = CLIP.model_copy(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "config", "said"),
     [

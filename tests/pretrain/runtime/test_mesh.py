@@ -127,6 +127,7 @@ def test_a_resolver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch
     go_on.set()
 
 
+@pytest.mark.slow
 def test_a_name_that_is_new_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[Any] = [socket.gaierror(-2, "Name or service not known"), []]
 

@@ -151,6 +151,7 @@ def test_a_database_that_is_half_made_is_named(table: str, tmp_path: Path, capfd
     assert_told(f"sqlite:///{tmp_path}/half.db", "incomplete", tmp_path, capfd)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_database_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "garbage.db").write_bytes(b"garbage" * 1000)
     assert_told(f"sqlite:///{tmp_path}/garbage.db", "damaged", tmp_path, capfd)

@@ -68,6 +68,7 @@ class Alone:
     rank, world = 0, 1
 
 
+@pytest.mark.slow
 def test_a_thread_that_stands_is_told_from_one_that_goes_round_and_round(tmp_path: Any) -> None:
     mesh: Any = Alone()
     dog = Watchdog(mesh, tmp_path, 0, PhaseClock(), TIMEOUT_S)
