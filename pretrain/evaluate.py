@@ -164,8 +164,7 @@ def _write(folder: Path, about: dict[str, Any], figures: Figures, data: Mapping[
 
 def _add_line(folder: Path, about: dict[str, Any], figures: Figures) -> None:
     """Write the figures, named as in metrics.jsonl, to evaluation.jsonl; replace the line of the same checkpoint."""
-    same = [row for row in lines_of(folder / LINES) if all(row.get(key) == about.get(key) for key in ABOUT)]
-    rows = [row for row in lines_of(folder / LINES) if row not in same]
+    rows = [row for row in lines_of(folder / LINES) if any(row.get(key) != about.get(key) for key in ABOUT)]
     rows.append(about | figures)
     write_whole(folder / LINES, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
